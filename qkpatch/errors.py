@@ -1,0 +1,99 @@
+"""Every failure qkpatch can explain: what happened, where, and what to do about it.
+
+The exit code is a property of the kind of failure, so the command line needs no table:
+0 ok, 1 verification mismatch, 2 usage, 3 unsupported or ambiguous checkpoint, 4 I/O.
+Anything that is not a :class:`QKPatchError` is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class QKPatchError(Exception):
+    """A failure with its facts: ``what`` happened, ``where`` (file, tensor, flag), how to ``fix`` it."""
+
+    exit_code: ClassVar[int] = 3
+    kind: ClassVar[str] = "error"
+
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.fix = fix
+
+    def __str__(self) -> str:
+        """All three facts on one line, for logs and tests; ``console`` lays them out for people."""
+        parts = [self.what]
+        if self.where:
+            parts.append(f"[{self.where}]")
+        if self.fix:
+            parts.append(f"-> {self.fix}")
+        return " ".join(parts)
+
+    def to_json(self) -> dict[str, str | int | None]:
+        """The same facts as a JSON object."""
+        return {
+            "kind": self.kind,
+            "what": self.what,
+            "where": self.where,
+            "fix": self.fix,
+            "exit_code": self.exit_code,
+        }
+
+
+class UsageError(QKPatchError):
+    """The request itself is wrong: a flag, a range, a settings file."""
+
+    exit_code = 2
+    kind = "usage"
+
+
+class RecipeError(QKPatchError):
+    """A recipe or settings YAML is malformed; all its faults are reported together."""
+
+    exit_code = 2
+    kind = "recipe"
+
+
+class HeaderError(QKPatchError):
+    """A safetensors file breaks the format."""
+
+    kind = "header"
+
+
+class CheckpointError(QKPatchError):
+    """The checkpoint contradicts itself: index, headers, config and shapes disagree."""
+
+    kind = "checkpoint"
+
+
+class UnsupportedError(QKPatchError):
+    """A checkpoint qkpatch recognises and does not edit: quantised q/k, MLA, pickles, ..."""
+
+    kind = "unsupported"
+
+
+class AmbiguousError(QKPatchError):
+    """No recipe, or more than one, fits; ``what`` lists the candidates."""
+
+    kind = "ambiguous"
+
+
+class NumericalError(QKPatchError):
+    """NaN or Inf in or out, or an edit that would not change its tensor."""
+
+    kind = "numerical"
+
+
+class FileSystemError(QKPatchError):
+    """Reading, writing, disk space or publishing failed."""
+
+    exit_code = 4
+    kind = "io"
+
+
+class HubError(FileSystemError):
+    """The Hub could not deliver what was asked for."""
+
+    kind = "hub"
