@@ -1,0 +1,190 @@
+"""The edit of one head: choose modes, scale them, map the result back to the query weights in closed form.
+
+full channel (the paper's object), with ``U_r`` the selected left singular vectors:
+
+    W_Q' = W_Q (I − (1 − α) U_r U_rᵀ)                      equivalent to  W_Q'ᵀ = M' W_K⁺
+
+symmetric and antisymmetric channels, with ``ΔM = (1 − α) Σ s_j u_j v_jᵀ`` over the selected modes:
+
+    ΔW_Q = −(1 − α) Σ s_j (W_K⁺)ᵀ v_j u_jᵀ                  the least-squares answer to  ΔW_Qᵀ W_K = −ΔM
+
+The part of ``v_j`` outside the row space of W_K cannot be reached while keys stay fixed; the share that
+is reached is reported as ``realised_share``. Controls (ours, not the paper's):
+
+    random     modes drawn from those the dominant selection did not take
+    bottom     the weakest modes
+    subspace   W_Q (I − (1 − α) G Gᵀ), G a Haar-random r-dimensional subspace of the row space of W_Q
+    shrink     W_Q' = c W_Q, c such that ‖ΔW_Q‖_F equals that of the dominant edit
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qkpatch.errors import NumericalError, UsageError
+from qkpatch.spectral.product import Factor, Modes, QKProduct, Spectrum
+from qkpatch.spectral.rounding import round_once
+from qkpatch.spectral.rule import Channel, EditRule, Select
+
+
+@dataclass(frozen=True)
+class QueryEdit:
+    """The edited query weight of one head, before rounding, and what was done to reach it."""
+
+    W_Q: Tensor  # (d_head, d_model), compute dtype
+    spectrum: Spectrum  # of the unedited product, in the rule's channel
+    indices: tuple[int, ...]  # the selected modes; empty for subspace and shrink
+    directions: Modes | None  # the selected modes, or a subspace's directions; None for shrink
+    gap: float | None
+    realised_share: float | None  # symmetric and antisymmetric channels only
+
+
+@dataclass(frozen=True)
+class HeadReport:
+    """What the stored, rounded edit did to one head. Norms are Frobenius norms."""
+
+    indices: tuple[int, ...]
+    rank: int
+    values_before: tuple[float, ...]  # singular values, or signed eigenvalues in the symmetric channel
+    values_after: tuple[float, ...]
+    gap: float | None
+    frobenius_before: float
+    frobenius_after: float
+    relative_change: float  # ‖ΔW_Q‖ / ‖W_Q‖
+    realised_share: float | None
+    gains: tuple[float, ...]  # after / before per edited mode; α if nothing were rounded (full channel)
+
+
+def select_modes(spectrum: Spectrum, rule: EditRule, generator: torch.Generator) -> tuple[int, ...]:
+    """Indices of the modes that ``rule`` edits, ascending; at most the numerical rank of the head.
+
+    ``shrink`` takes the dominant ones, its reference; ``subspace`` takes none.
+    """
+    if rule.select is Select.subspace:
+        return ()
+    rank, r = spectrum.rank, rule.paired_modes
+    if rule.select is Select.bottom:
+        return tuple(range(max(0, rank - r), rank))
+    if rule.select is Select.random:
+        # Antisymmetric values come in equal pairs: a lone half of a pair is no mode of its own.
+        step = 2 if rule.channel is Channel.antisymmetric else 1
+        rest = range(r, rank, step)
+        drawn = torch.randperm(len(rest), generator=generator)[: r // step].sort().values.tolist()
+        return tuple(rest[i] + offset for i in drawn for offset in range(step))
+    return tuple(range(min(r, rank)))
+
+
+def edit_query(product: QKProduct, rule: EditRule, generator: torch.Generator) -> QueryEdit:
+    """Edit one head by ``rule``; ``generator`` (CPU) feeds the random selections.
+
+    Raises:
+        NumericalError: no ``shrink`` is as large as the dominant edit.
+        UsageError: ``subspace`` with a channel other than full.
+    """
+    W_Q = product.query.W
+    if rule.select is Select.subspace:
+        if rule.channel is not Channel.full:
+            raise UsageError("a random subspace belongs to no channel", fix="drop --channel")
+        G = _haar_subspace(product.query, rule.modes, generator)
+        directions = Modes(G, torch.ones(G.shape[1], dtype=G.dtype, device=G.device), G)
+        W_Q_edited = W_Q - (1 - rule.alpha) * (W_Q @ G) @ G.mT
+        return QueryEdit(W_Q_edited, product.spectrum(rule.channel), (), directions, None, None)
+    spectrum = product.spectrum(rule.channel)
+    indices = select_modes(spectrum, rule, generator)
+    modes = spectrum.modes(indices)
+    delta, realised_share = _delta(product, modes, rule)
+    gap = spectrum.gap(indices)
+    if rule.select is Select.shrink:
+        size, reference = torch.linalg.matrix_norm(W_Q), torch.linalg.matrix_norm(delta)
+        if float(reference) > float(size):
+            raise NumericalError(
+                f"no shrink matches the dominant edit: ‖ΔW_Q‖ {float(reference):.4g} > ‖W_Q‖ {float(size):.4g}",
+                fix="use fewer modes or a larger --alpha",
+            )
+        return QueryEdit(W_Q * (1 - reference / size), spectrum, (), None, gap, None)
+    return QueryEdit(W_Q + delta, spectrum, indices, modes, gap, realised_share)
+
+
+def edit_and_round(
+    product: QKProduct, rule: EditRule, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[Tensor, HeadReport]:
+    """Edit one head and round it once to ``dtype``: the values to store, and what they do.
+
+    Raises:
+        NumericalError: the result holds NaN or Inf in ``dtype``; and as :func:`edit_query`.
+    """
+    edit = edit_query(product, rule, generator)
+    stored = round_once(edit.W_Q, dtype)
+    if not bool(torch.isfinite(stored).all()):
+        raise NumericalError(
+            f"the edited weight does not fit in {str(dtype).removeprefix('torch.')}: NaN or Inf",
+            fix="use a larger --alpha or fewer --modes",
+        )
+    return stored, measure(product, edit, stored.to(product.query.W.dtype))
+
+
+def measure(product: QKProduct, edit: QueryEdit, W_Q_stored: Tensor) -> HeadReport:
+    """What the rounded ``W_Q_stored`` (compute dtype, stored values) does to the head's product."""
+    after = QKProduct(Factor.of(W_Q_stored), product.key)
+    W_Q = product.query.W
+    channel = edit.spectrum.channel
+    return HeadReport(
+        indices=edit.indices,
+        rank=edit.spectrum.rank,
+        values_before=tuple(edit.spectrum.S.tolist()),
+        values_after=tuple(after.values(channel).tolist()),
+        gap=edit.gap,
+        frobenius_before=product.frobenius,
+        frobenius_after=after.frobenius,
+        relative_change=_ratio(torch.linalg.matrix_norm(W_Q_stored - W_Q), torch.linalg.matrix_norm(W_Q)),
+        realised_share=edit.realised_share,
+        gains=_gains(product, edit, W_Q_stored),
+    )
+
+
+def _delta(product: QKProduct, modes: Modes, rule: EditRule) -> tuple[Tensor, float | None]:
+    """``ΔW_Q`` (d_head, d_model) for the selected modes, and the share of ΔM that it realises."""
+    scale = 1 - rule.alpha
+    if rule.channel is Channel.full:
+        return -scale * (product.query.W @ modes.U) @ modes.U.mT, None
+    # (W_K⁺)ᵀ v_j = R_k⁺ Q_kᵀ v_j, shape (d_head, r)
+    mapped = product.key.pinv_core @ (product.key.Q.mT @ modes.V)
+    reached = torch.linalg.vector_norm(product.key.W.mT @ mapped, dim=0)  # |P_K v_j|
+    # u_j are orthonormal, so ‖ΔM‖² and its reached part are sums over modes.
+    weight = modes.S.square()
+    share = _ratio((weight * reached.square()).sum(), weight.sum())
+    return -scale * (mapped * modes.S) @ modes.U.mT, share
+
+
+def _gains(product: QKProduct, edit: QueryEdit, W_Q_new: Tensor) -> tuple[float, ...]:
+    """Per edited mode, its coefficient in the edited channel over its coefficient before."""
+    W_Q, W_K = product.query.W, product.key.W
+    if edit.directions is None:  # shrink: one factor for the whole head
+        return (_ratio((W_Q_new * W_Q).sum(), W_Q.square().sum()),)
+    U, V = edit.directions.U, edit.directions.V
+    if not edit.indices:  # subspace: how much of each direction the query still reads
+        before, now = W_Q @ U, W_Q_new @ U
+        return tuple(((now * before).sum(0) / before.square().sum(0)).tolist())
+    coefficient = ((W_Q_new @ U) * (W_K @ V)).sum(0)  # u_jᵀ M' v_j
+    if edit.spectrum.channel is not Channel.full:
+        transposed = ((W_Q_new @ V) * (W_K @ U)).sum(0)  # u_jᵀ M'ᵀ v_j
+        sign = 1 if edit.spectrum.channel is Channel.symmetric else -1
+        coefficient = (coefficient + sign * transposed) / 2
+    return tuple((coefficient / edit.directions.S).tolist())
+
+
+def _haar_subspace(query: Factor, r: int, generator: torch.Generator) -> Tensor:
+    """Orthonormal basis (d_model, ≤ r) of a uniformly random subspace of the row space of W_Q."""
+    U, S, _ = torch.linalg.svd(query.R, full_matrices=False)
+    basis: Tensor = query.Q @ U[:, : query.rank]  # (d_model, rank)
+    # Drawn on the CPU so that every device sees the same numbers.
+    gaussian = torch.randn(query.rank, min(r, query.rank), generator=generator, dtype=torch.float64)
+    coordinates: Tensor = torch.linalg.qr(gaussian.to(S.device, S.dtype))[0]
+    return basis @ coordinates
+
+
+def _ratio(part: Tensor, whole: Tensor) -> float:
+    return float(part / whole) if float(whole) else 0.0

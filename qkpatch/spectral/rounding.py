@@ -1,0 +1,24 @@
+"""One rounding from the compute dtype to the stored dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def round_once(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` rounded to nearest even in ``dtype``, with a single rounding.
+
+    Casting float64 to bfloat16 or float16 in torch goes through float32 and so rounds twice, which is
+    wrong by one ULP near the midpoints. Rounding to odd in float32 first makes the second rounding
+    exact (Boldo & Melquiond, "When double rounding is odd"): float32 keeps more than two spare bits.
+    """
+    if x.dtype is not torch.float64 or dtype not in (torch.bfloat16, torch.float16):
+        return x.to(dtype)
+    near = x.to(torch.float32)
+    wide = near.to(torch.float64)
+    bits = near.view(torch.int32)
+    away = torch.where(x.abs() > wide.abs(), bits + 1, bits - 1)  # the float32 on the other side of x
+    is_inexact = (wide != x) & torch.isfinite(near)
+    odd = torch.where(is_inexact & (bits % 2 == 0), away, bits)
+    return odd.view(torch.float32).to(dtype)
