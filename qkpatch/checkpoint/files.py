@@ -1,0 +1,178 @@
+"""Small file primitives: exact reads and writes, identity, kernel copies. Errors say which file and what to do."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from qkpatch.errors import FileSystemError
+
+# One system call copies at most this much, so that progress moves and Ctrl-C is heard.
+COPY_CHUNK = 64 << 20
+READ_CHUNK = 4 << 20
+
+# copy_file_range and sendfile decline with these where the file systems cannot do it; other errnos are real.
+_DECLINED = {
+    errno.EXDEV,
+    errno.EOPNOTSUPP,
+    errno.ENOSYS,
+    errno.EINVAL,
+    errno.EBADF,
+    errno.ETXTBSY,
+    errno.EPERM,
+}
+
+_ADVICE = {
+    errno.ENOSPC: "free some space, or write to another file system with -o",
+    errno.EDQUOT: "your quota is used up; free some space, or write elsewhere with -o",
+    errno.EACCES: "check the permissions",
+    errno.EROFS: "the file system is read-only; write elsewhere with -o",
+    errno.ENOENT: "check the path",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
+
+Progress = Callable[[int], None]
+
+
+@contextmanager
+def os_errors(doing: str, where: str | Path) -> Iterator[None]:
+    """Turn an ``OSError`` into a :class:`FileSystemError` that says what was being done, and to which file."""
+    try:
+        yield
+    except OSError as error:
+        raise FileSystemError(
+            f"cannot {doing}: {error.strerror or error}",
+            where=str(where),
+            fix=_ADVICE.get(error.errno or 0),
+        ) from error
+
+
+@dataclass(frozen=True)
+class FileId:
+    """What identifies the content of an open file without reading it."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileId:
+        """The identity in a ``stat`` result."""
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@contextmanager
+def open_read(path: Path, expected: FileId | None = None) -> Iterator[int]:
+    """A read-only descriptor; with ``expected``, the file must be unchanged on opening and on closing.
+
+    Raises:
+        FileSystemError: not readable, or replaced, truncated or written to meanwhile.
+    """
+    with os_errors("read", path):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        check_unchanged(fd, path, expected)
+        yield fd
+        check_unchanged(fd, path, expected)
+    finally:
+        os.close(fd)
+
+
+def check_unchanged(fd: int, path: Path, expected: FileId | None) -> None:
+    """Raise :class:`FileSystemError` where the open file is no longer the one that was planned for."""
+    if expected is not None and FileId.of(os.fstat(fd)) != expected:
+        raise FileSystemError(
+            "the source changed while qkpatch was running",
+            where=str(path),
+            fix="run again when nothing writes to it",
+        )
+
+
+def read_exact(fd: int, size: int, offset: int, where: str | Path) -> bytearray:
+    """``size`` bytes at ``offset``; the file position stays.
+
+    Raises:
+        FileSystemError: on a read error, or when the file ends before.
+    """
+    buffer = bytearray(size)
+    view = memoryview(buffer)
+    done = 0
+    with os_errors("read", where):
+        while done < size:
+            n = os.preadv(fd, [view[done:]], offset + done)
+            if n == 0:
+                raise FileSystemError(
+                    f"the file ends {size - done} bytes early",
+                    where=str(where),
+                    fix="is it being written to?",
+                )
+            done += n
+    return buffer
+
+
+def write_exact(fd: int, data: bytes | bytearray | memoryview, offset: int, where: str | Path) -> None:
+    """Write all of ``data`` at ``offset``; the file position stays."""
+    view = memoryview(data).cast("B")
+    done = 0
+    with os_errors("write", where):
+        while done < len(view):
+            done += os.pwrite(fd, view[done:], offset + done)
+
+
+def sha256_range(fd: int, begin: int, end: int, where: str | Path) -> str:
+    """SHA-256 of the bytes ``begin:end`` of an open file, in bounded memory."""
+    digest = hashlib.sha256()
+    for offset in range(begin, end, READ_CHUNK):
+        digest.update(read_exact(fd, min(READ_CHUNK, end - offset), offset, where))
+    return digest.hexdigest()
+
+
+def copy_content(source: int, target: int, size: int, where: str | Path, progress: Progress) -> str:
+    """Copy ``size`` bytes between open files with the best means the kernel offers; returns its name.
+
+    ``copy_file_range`` shares blocks where the file system can (btrfs, xfs), ``sendfile`` crosses file
+    systems, read and write always work. Each continues where the one before declined.
+    """
+    done = 0
+    used = "none"
+    with os_errors("copy", where):
+        for name, step in (
+            ("copy_file_range", _copy_file_range),
+            ("sendfile", _sendfile),
+            ("read_write", _read_write),
+        ):
+            while done < size:
+                try:
+                    n = step(source, target, done, min(COPY_CHUNK, size - done))
+                except OSError as error:
+                    if error.errno not in _DECLINED or name == "read_write":
+                        raise
+                    break
+                if n == 0:  # some kernels report success and copy nothing; let the next means decide
+                    break
+                used = name
+                done += n
+                progress(n)
+            if done == size:
+                return used
+    raise FileSystemError(f"the source ends {size - done} bytes early", where=str(where))
+
+
+def _copy_file_range(source: int, target: int, offset: int, count: int) -> int:
+    return os.copy_file_range(source, target, count, offset, offset)
+
+
+def _sendfile(source: int, target: int, offset: int, count: int) -> int:
+    os.lseek(target, offset, os.SEEK_SET)
+    return os.sendfile(target, source, offset, count)
+
+
+def _read_write(source: int, target: int, offset: int, count: int) -> int:
+    data = os.pread(source, min(count, READ_CHUNK), offset)
+    return os.pwrite(target, data, offset)

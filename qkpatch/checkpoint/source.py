@@ -1,0 +1,323 @@
+"""``Checkpoint``: what SOURCE holds, known from headers, index and config alone. Nothing is opened for writing."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from qkpatch.checkpoint.files import FileId, open_read, os_errors, read_exact
+from qkpatch.checkpoint.header import Header, TensorRef, read_header
+from qkpatch.errors import AmbiguousError, CheckpointError, FileSystemError, UnsupportedError
+
+MANIFEST_NAME = "qkpatch.json"
+INDEX_SUFFIX = ".safetensors.index.json"
+PREFERRED_INDEX = "model.safetensors.index.json"
+PREFERRED_SINGLE = "model.safetensors"
+
+# Files that hold weights in a form qkpatch does not edit; a loader might pick them instead.
+WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz",
+)  # fmt: skip
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_SKIPPED_DIRS = (".git", ".cache/huggingface")  # bookkeeping of git and huggingface_hub, not the model's
+
+MAX_JSON_BYTES = 256 << 20  # an index of 10^6 tensors is about 100 MB
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file to carry over, by its POSIX path relative to the checkpoint root."""
+
+    name: str
+    path: Path
+    id: FileId
+    mode: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.id.size
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A local checkpoint: a directory, or one ``.safetensors`` file taken by itself."""
+
+    root: Path
+    single_file: bool
+    config: Mapping[str, Any]
+    headers: Mapping[str, Header]  # weight shards, by file name
+    files: Mapping[str, SourceFile]  # all files to carry over, shards included, sorted by name
+    directories: tuple[str, ...]
+    twins: tuple[str, ...]  # other files that look like weights and will stay as they are
+    previous_manifest: bytes | None  # SOURCE was itself written by qkpatch
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorRef]:
+        """All tensors by name."""
+        return {ref.name: ref for header in self.headers.values() for ref in header.tensors.values()}
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of everything that is carried over."""
+        return sum(file.size for file in self.files.values())
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read all headers under ``path`` and check them against index and file sizes.
+
+    Raises:
+        UnsupportedError: no safetensors weights, such as pickles only.
+        AmbiguousError: more than one set of weights.
+        CheckpointError: index and headers disagree, a path leaves the directory, no config.json.
+        HeaderError: a shard breaks the format.
+        FileSystemError: something cannot be read.
+    """
+    with os_errors("read", path):
+        status = path.stat()
+    if stat.S_ISREG(status.st_mode):
+        return _open_single(path)
+    if not stat.S_ISDIR(status.st_mode):
+        raise FileSystemError("neither a directory nor a file", where=str(path))
+    files, directories = walk_files(path)
+    previous = files.pop(MANIFEST_NAME, None)
+    shards, index = _find_shards(path, files)
+    headers = {name: _header(files[name]) for name in shards}
+    _check_homes(headers)
+    if index is not None:
+        _check_index(headers, index)
+    return Checkpoint(
+        root=path,
+        single_file=False,
+        config=_read_config(path / "config.json"),
+        headers=headers,
+        files=files,
+        directories=directories,
+        twins=tuple(n for n in files if n.endswith(WEIGHT_SUFFIXES) and n not in headers),
+        previous_manifest=None if previous is None else read_whole(previous.path, previous.id),
+    )
+
+
+def _open_single(path: Path) -> Checkpoint:
+    if not path.name.endswith(".safetensors"):
+        raise UnsupportedError(
+            "not a .safetensors file",
+            where=str(path),
+            fix="convert it with the safetensors library, or point qkpatch at the directory",
+        )
+    file = _source_file(path, path.name)
+    header = _header(file)
+    return Checkpoint(
+        root=path.parent,
+        single_file=True,
+        config=_read_config(path.parent / "config.json"),
+        headers={file.name: header},
+        files={file.name: file},
+        directories=(),
+        twins=(),
+        previous_manifest=None,
+    )
+
+
+@dataclass(frozen=True)
+class _Index:
+    name: str
+    weight_map: Mapping[str, str]  # tensor -> shard
+
+
+def _find_shards(root: Path, files: Mapping[str, SourceFile]) -> tuple[list[str], _Index | None]:
+    """File names of the weight shards, and the index where there is one."""
+    top = [name for name in files if "/" not in name]
+    indices = [name for name in top if name.endswith(INDEX_SUFFIX)]
+    if PREFERRED_INDEX in indices:
+        indices = [PREFERRED_INDEX]
+    if len(indices) > 1:
+        raise AmbiguousError(
+            f"several indices: {', '.join(indices)}", where=str(root), fix="keep the one to patch in SOURCE"
+        )
+    singles = [name for name in top if name.endswith(".safetensors")]
+    if indices:
+        index = _read_index(files[indices[0]])
+        shards = sorted(set(index.weight_map.values()))
+        missing = [name for name in shards if name not in files]
+        if missing:
+            raise CheckpointError(
+                f"the index names {len(missing)} file(s) that are not there: {_some(missing)}",
+                where=index.name,
+                fix="download the missing shards",
+            )
+        if PREFERRED_SINGLE in singles and PREFERRED_SINGLE not in shards:
+            raise AmbiguousError(
+                f"both {PREFERRED_SINGLE} and {index.name} with other shards: loaders take the former",
+                where=str(root),
+                fix="remove the stale one, or point qkpatch at a single file",
+            )
+        return shards, index
+    if PREFERRED_SINGLE in singles:
+        return [PREFERRED_SINGLE], None
+    if len(singles) == 1:
+        return singles, None
+    if singles:
+        raise AmbiguousError(
+            f"{len(singles)} .safetensors files and no index: {_some(singles)}",
+            where=str(root),
+            fix=f"restore {PREFERRED_INDEX}, or point qkpatch at one file",
+        )
+    pickles = [name for name in files if name.endswith(PICKLE_SUFFIXES)]
+    others = [name for name in files if name.endswith(WEIGHT_SUFFIXES)]
+    if pickles:
+        raise UnsupportedError(
+            f"only pickled weights: {_some(pickles)}; qkpatch never unpickles",
+            where=str(root),
+            fix="convert them: load the model in transformers and call save_pretrained(..., safe_serialization=True)",
+        )
+    raise UnsupportedError(
+        f"no .safetensors weights{f', only {_some(others)}' if others else ''}",
+        where=str(root),
+        fix="point SOURCE at a Hugging Face checkpoint directory or a .safetensors file",
+    )
+
+
+def _read_index(file: SourceFile) -> _Index:
+    document = load_json(read_whole(file.path, file.id), file.name, unique=True)
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError("no weight_map, or an empty one", where=file.name)
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or not _is_plain_relative(shard):
+            raise CheckpointError(
+                f"tensor {tensor!r} is said to be in {shard!r}, not a plain path inside the checkpoint",
+                where=file.name,
+                fix="do not use this checkpoint: its index is broken or hostile",
+            )
+    return _Index(file.name, weight_map)
+
+
+def _is_plain_relative(name: str) -> bool:
+    path = PurePosixPath(name)
+    return (
+        not path.is_absolute()
+        and ".." not in path.parts
+        and str(path) == name
+        and name not in ("", ".")
+        and "\\" not in name
+        and "\0" not in name
+    )
+
+
+def _check_homes(headers: Mapping[str, Header]) -> None:
+    """Each tensor is stored once: which copy a loader takes is not defined."""
+    home: dict[str, str] = {}
+    for shard, header in headers.items():
+        for name in header.tensors:
+            if name in home:
+                raise CheckpointError(
+                    f"stored twice, in {home[name]} and {shard}", where=name, fix="re-save the checkpoint"
+                )
+            home[name] = shard
+
+
+def _check_index(headers: Mapping[str, Header], index: _Index) -> None:
+    """Each tensor is exactly where the index says, and the index knows each tensor."""
+    home = {name: shard for shard, header in headers.items() for name in header.tensors}
+    wrong = [name for name, shard in index.weight_map.items() if home.get(name) != shard]
+    unlisted = [name for name in home if name not in index.weight_map]
+    parts = []
+    if wrong:
+        parts.append(f"{len(wrong)} tensor(s) are not in the shard it names: {_some(wrong)}")
+    if unlisted:
+        parts.append(f"{len(unlisted)} stored tensor(s) are not in it: {_some(unlisted)}")
+    if parts:
+        raise CheckpointError(
+            f"the index disagrees with the shards' headers; {'; '.join(parts)}",
+            where=index.name,
+            fix="download the checkpoint again, or re-save it",
+        )
+
+
+def walk_files(root: Path) -> tuple[dict[str, SourceFile], tuple[str, ...]]:
+    """All regular files below ``root`` with links followed, sorted by name, and all sub-directories."""
+    files: dict[str, SourceFile] = {}
+    directories: list[str] = []
+
+    def visit(directory: Path, prefix: str, ancestors: tuple[Path, ...]) -> None:
+        real = directory.resolve()
+        if real in ancestors:
+            raise FileSystemError("a link leads back to a directory above it", where=str(directory))
+        with os_errors("list", directory):
+            entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+        for entry in entries:
+            name = prefix + entry.name
+            with os_errors("read (is it a dangling link?)", entry.path):
+                is_dir = stat.S_ISDIR(entry.stat().st_mode)
+            if not is_dir:
+                files[name] = _source_file(Path(entry.path), name)
+            elif name not in _SKIPPED_DIRS:
+                directories.append(name)
+                visit(Path(entry.path), f"{name}/", (*ancestors, real))
+
+    visit(root, "", ())
+    return dict(sorted(files.items())), tuple(directories)
+
+
+def _source_file(path: Path, name: str) -> SourceFile:
+    with os_errors("read", path):
+        status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise FileSystemError(
+            "neither a regular file nor a directory", where=str(path), fix="move it out of SOURCE"
+        )
+    return SourceFile(name, path, FileId.of(status), stat.S_IMODE(status.st_mode))
+
+
+def _header(file: SourceFile) -> Header:
+    with open_read(file.path, file.id) as fd:
+        return read_header(fd, file.name)
+
+
+def read_whole(path: Path, expected: FileId | None = None) -> bytes:
+    """A small file's bytes."""
+    with open_read(path, expected) as fd:
+        size = os.fstat(fd).st_size
+        if size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{size} bytes, more than any real file of this kind", where=str(path))
+        return bytes(read_exact(fd, size, 0, path))
+
+
+def _read_config(path: Path) -> Mapping[str, Any]:
+    if not path.exists():
+        raise CheckpointError(
+            "there is no config.json, which says how many heads the model has",
+            where=str(path.parent),
+            fix="put the model's config.json beside the weights",
+        )
+    config = load_json(read_whole(path), path.name)
+    if not isinstance(config, dict):
+        raise CheckpointError("not a JSON object", where=path.name)
+    return config
+
+
+def load_json(raw: bytes, where: str, *, unique: bool = False) -> Any:
+    """Parse JSON; ``unique`` refuses repeated keys, on which readers could disagree."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(items)
+        if unique and len(result) != len(items):
+            raise CheckpointError("a key appears twice in one JSON object", where=where)
+        return result
+
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=pairs)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"not valid JSON: {error}", where=where) from error
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
