@@ -1,0 +1,100 @@
+"""The recipes that ship with qkpatch, and the choice of the one that fits a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from qkpatch.errors import AmbiguousError, RecipeError, UsageError
+from qkpatch.recipe import Recipe, parse_recipe
+from qkpatch.refusals import refuse_known
+
+
+@cache
+def shipped_recipes() -> Mapping[str, Recipe]:
+    """All shipped recipes by name, sorted."""
+    recipes = [load_recipe(path) for path in sorted(_config_dir().glob("*.yaml"))]
+    return {recipe.name: recipe for recipe in recipes}
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read one recipe file; its name must be the file's."""
+    recipe = parse_recipe(path.read_bytes(), str(path))
+    if recipe.name != path.stem:
+        raise RecipeError(f"$.name: {recipe.name!r} is not the file's name", where=str(path))
+    return recipe
+
+
+def get_recipe(name: str) -> Recipe:
+    """The shipped recipe called ``name``."""
+    try:
+        return shipped_recipes()[name]
+    except KeyError:
+        raise UsageError(
+            f"no recipe is called {name!r}", fix=f"choose one of: {', '.join(shipped_recipes())}"
+        ) from None
+
+
+def recipe_text(name: str) -> str:
+    """The YAML of a shipped recipe, as it stands."""
+    return (_config_dir() / f"{get_recipe(name).name}.yaml").read_text(encoding="utf-8")
+
+
+def choose_recipe(config: Mapping[str, Any], tensor_names: Iterable[str]) -> Recipe:
+    """The one shipped recipe whose model type, architectures and tensor names fit.
+
+    Raises:
+        AmbiguousError: none fits, or more than one; the candidates and what they lack are listed.
+    """
+    names = list(tensor_names)
+    claimed = [recipe for recipe in shipped_recipes().values() if recipe.matches(config)]
+    fitting = [recipe for recipe in claimed if matching_prefixes(recipe, names)]
+    if len(fitting) == 1:
+        return fitting[0]
+    identity = f"model_type {config.get('model_type')!r}, architectures {config.get('architectures')!r}"
+    if fitting:
+        raise AmbiguousError(
+            f"{len(fitting)} recipes fit {identity}: {', '.join(r.name for r in fitting)}",
+            where="config.json",
+            fix="choose one with --recipe",
+        )
+    refuse_known(names)
+    if claimed:
+        expected = "; ".join(
+            f"{r.name} expects {p}{r.tensors.query}" for r in claimed for p in r.tensors.prefixes
+        )
+        raise AmbiguousError(
+            f"{identity} is known, but no query tensor has the expected name: {expected}",
+            where="tensor names",
+            fix=f"the checkpoint holds, for example: {', '.join(query_like(names)) or 'no q_proj at all'}",
+        )
+    raise AmbiguousError(
+        f"no recipe is made for {identity}",
+        where="config.json",
+        fix=f"if the layout is the same as another family's, name it with --recipe: {', '.join(shipped_recipes())}",
+    )
+
+
+def matching_prefixes(recipe: Recipe, names: Iterable[str]) -> tuple[str, ...]:
+    """The recipe's prefixes under which the checkpoint has a query module, quantised ones included."""
+    names = list(names)
+    module = recipe.tensors.query_module + "."
+    patterns = {p: recipe.tensors.pattern(p, module) for p in recipe.tensors.prefixes}
+    return tuple(p for p, pattern in patterns.items() if any(pattern.match(name) for name in names))
+
+
+def query_like(names: Iterable[str], limit: int = 3) -> list[str]:
+    """A few names that look like query projections, one per spelling, for error messages."""
+    found: dict[str, str] = {}
+    for name in names:
+        if "q_proj" in name or "qkv" in name or "query" in name:
+            found.setdefault("".join(c for c in name if not c.isdigit()), name)
+    return list(found.values())[:limit]
+
+
+def _config_dir() -> Path:
+    package = Path(__file__).parent
+    installed = package / "configs"  # where the wheel puts them
+    return installed if installed.is_dir() else package.parent / "configs"

@@ -1,0 +1,362 @@
+"""The command line: parse, call, render. No torch until a command needs it."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import typer
+
+from qkpatch import __version__
+from qkpatch.errors import FileSystemError, QKPatchError
+from qkpatch.settings import Request
+from qkpatch.spectral.rule import Channel, Select
+
+app = typer.Typer(
+    name="qkpatch",
+    help="Edit the query-key product of a vision-language checkpoint, straight in its safetensors files.\n\n"
+    "Exit codes: 0 ok, 1 verification mismatch, 2 usage, 3 unsupported or ambiguous checkpoint, 4 I/O.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+SourceArg = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="A checkpoint directory, a .safetensors file, a Hub id (org/name[@revision]) or a recipe's name.",
+        show_default=False,
+    ),
+]
+LayersOpt = Annotated[
+    str | None, typer.Option(help="Inclusive list such as 10-18,20.  [default: the recipe's]")
+]
+HeadsOpt = Annotated[str | None, typer.Option(help="Query heads, such as 0-3,7.  [default: all]")]
+ModesOpt = Annotated[int | None, typer.Option(help="Modes per head.  [default: the recipe's]")]
+AlphaOpt = Annotated[
+    float | None,
+    typer.Option(
+        help="Factor of the selected modes, 0 to 1: 0 removes them, 1 changes nothing.  [default: 0.5]"
+    ),
+]
+ChannelOpt = Annotated[Channel | None, typer.Option(help="Part of the product to edit.  [default: full]")]
+SelectOpt = Annotated[
+    Select | None,
+    typer.Option(help="Modes to edit; all but dominant are controls.  [default: dominant]"),
+]
+SeedOpt = Annotated[int | None, typer.Option(help="For --select random and subspace.  [default: 0]")]
+RecipeOpt = Annotated[str | None, typer.Option(help="Use this recipe instead of the one that fits.")]
+ConfigOpt = Annotated[
+    Path | None, typer.Option(help="The same settings as a YAML file; flags win.", metavar="EDIT.yaml")
+]
+DeviceOpt = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:i.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+DebugOpt = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", envvar="QKPATCH_DEBUG")]
+
+
+def command(function: Command) -> Command:
+    """Turn qkpatch's errors into a message and an exit code; anything else keeps its traceback."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        from qkpatch.console import note, print_json, show_error
+
+        try:
+            function(*args, **kwargs)
+        except QKPatchError as error:
+            if kwargs.get("debug"):
+                raise
+            if kwargs.get("as_json"):
+                print_json({"error": error.to_json()})
+            show_error(error)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            note("Interrupted; nothing was written.")
+            raise typer.Exit(128 + signal.SIGINT) from None
+        except _Terminated:
+            note("Terminated; nothing was written.")
+            raise typer.Exit(128 + signal.SIGTERM) from None
+        except BrokenPipeError:
+            # The reader of stdout is gone; the interpreter must not complain when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(128 + signal.SIGPIPE) from None
+
+    return wrapper  # type: ignore[return-value]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Nothing but --version."""
+    if version:
+        print(f"qkpatch {__version__}")
+        raise typer.Exit()
+
+
+@app.command()
+@command
+def apply(
+    source: SourceArg,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write.", show_default=False)],
+    layers: LayersOpt = None,
+    modes: ModesOpt = None,
+    alpha: AlphaOpt = None,
+    channel: ChannelOpt = None,
+    select: SelectOpt = None,
+    seed: SeedOpt = None,
+    heads: HeadsOpt = None,
+    recipe: RecipeOpt = None,
+    config: ConfigOpt = None,
+    device: DeviceOpt = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Plan only; the same as `qkpatch plan`.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier output of qkpatch.")
+    ] = False,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    debug: DebugOpt = False,
+) -> None:
+    """Write an edited copy of SOURCE to OUT, with a manifest of what was changed."""
+    from qkpatch.console import bars, print_json, show_applied, show_warnings
+
+    request = _request(layers, modes, alpha, channel, select, seed, heads, recipe, config)
+    if dry_run:
+        _plan(source, request, out, device, as_json=as_json, quiet=quiet, overwrite=overwrite)
+        return
+    from qkpatch.plan import make_plan
+
+    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGHUP, _terminate)
+    plan = make_plan(source, request)
+
+    from qkpatch.patch import apply_plan  # torch, from here on
+    from qkpatch.weights import choose_device
+
+    n_heads = len(plan.edits) * len(plan.settings.heads)
+    with bars(plan.output_bytes, n_heads, quiet=quiet or as_json) as observer:
+        manifest = apply_plan(plan, out, device=choose_device(device), observer=observer, overwrite=overwrite)
+    if not quiet:
+        show_warnings(manifest.warnings)
+    if as_json:
+        print_json(manifest.to_json())
+    elif not quiet:
+        show_applied(plan, manifest, out)
+
+
+@app.command()
+@command
+def plan(
+    source: SourceArg,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where OUT would be.")] = None,
+    layers: LayersOpt = None,
+    modes: ModesOpt = None,
+    alpha: AlphaOpt = None,
+    channel: ChannelOpt = None,
+    select: SelectOpt = None,
+    seed: SeedOpt = None,
+    heads: HeadsOpt = None,
+    recipe: RecipeOpt = None,
+    config: ConfigOpt = None,
+    device: DeviceOpt = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="OUT may be an earlier output.")] = False,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    debug: DebugOpt = False,
+) -> None:
+    """Show what `apply` would do, from headers alone: tensors, heads, bytes, disk and memory."""
+    request = _request(layers, modes, alpha, channel, select, seed, heads, recipe, config)
+    _plan(source, request, out, device, as_json=as_json, quiet=quiet, overwrite=overwrite)
+
+
+@app.command()
+@command
+def inspect(
+    source: SourceArg,
+    layers: Annotated[
+        str | None, typer.Option(help="Inclusive list such as 10-18,20.  [default: all]")
+    ] = None,
+    heads: HeadsOpt = None,
+    modes: Annotated[
+        int | None, typer.Option(help="r of energy share and gap.  [default: the recipe's]")
+    ] = None,
+    recipe: RecipeOpt = None,
+    device: DeviceOpt = "auto",
+    as_json: JsonOpt = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print one line per singular value.")] = False,
+    debug: DebugOpt = False,
+) -> None:
+    """Show the spectra of SOURCE's query-key products."""
+    from qkpatch.console import bars, print_json, show_spectra
+    from qkpatch.errors import UsageError
+    from qkpatch.selection import format_ranges
+    from qkpatch.settings import check_request
+    from qkpatch.targets import open_model
+
+    if as_json and as_csv:
+        raise UsageError("one of --json and --csv", fix="drop the other")
+    request = Request(recipe=recipe, layers=layers, heads=heads, modes=modes)
+    check_request(request)
+    model = open_model(source, recipe)
+    chosen = model.settings(request.over(Request(layers=format_ranges(model.query_layers))))
+    targets = tuple(model.target(layer) for layer in chosen.layers)
+
+    from qkpatch.spectra import layer_spectra
+    from qkpatch.weights import choose_device
+
+    spectra = []
+    with bars(0, len(targets) * len(chosen.heads), quiet=as_json or as_csv) as observer:
+        for layer in layer_spectra(model, targets, chosen.heads, chosen.rule.modes, choose_device(device)):
+            spectra.append(layer)
+            observer.edited(len(layer.heads))
+    if as_json:
+        print_json(
+            {
+                "source": model.source.name,
+                "recipe": model.recipe.name,
+                "modes": chosen.rule.modes,
+                "layers": [
+                    {"layer": layer.layer, "heads": [vars(head) for head in layer.heads]} for layer in spectra
+                ],
+            }
+        )
+    elif as_csv:
+        rows = csv.writer(sys.stdout, lineterminator="\n")
+        rows.writerow(["layer", "head", "kv_head", "mode", "singular_value"])
+        rows.writerows(
+            [layer.layer, head.head, head.kv_head, mode, repr(value)]
+            for layer in spectra
+            for head in layer.heads
+            for mode, value in enumerate(head.singular_values)
+        )
+    else:
+        show_spectra(spectra, chosen.rule.modes)
+
+
+@app.command()
+@command
+def verify(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="What `apply` wrote.", show_default=False)],
+    source: Annotated[str, typer.Option("--source", help="What it was made from.", show_default=False)],
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    debug: DebugOpt = False,
+) -> None:
+    """Prove that OUT is SOURCE with only the planned rows changed, as its manifest says. Exit 1 if not."""
+    from qkpatch.console import bars, print_json, show_verification
+    from qkpatch.verify import verify as run
+
+    if not out.is_dir():
+        raise FileSystemError("no such directory", where=str(out), fix="check the path")
+    total = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    with bars(total, 0, quiet=quiet or as_json) as observer:
+        result = run(out, source, observer.copied)
+    if as_json:
+        print_json({**vars(result), "ok": result.ok, "mismatches": [vars(m) for m in result.mismatches]})
+    elif not quiet:
+        show_verification(result, out)
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+@command
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show this one.", show_default=False)] = None,
+    as_json: JsonOpt = False,
+    debug: DebugOpt = False,
+) -> None:
+    """List the model families qkpatch knows, or show one."""
+    from qkpatch.catalogue import get_recipe, recipe_text, shipped_recipes
+    from qkpatch.console import print_json, show_recipes
+
+    chosen = [get_recipe(name)] if name else list(shipped_recipes().values())
+    if as_json:
+        print_json([recipe.to_json() for recipe in chosen])
+    elif name:
+        print(recipe_text(name), end="")
+    else:
+        show_recipes(chosen)
+
+
+def main() -> NoReturn:
+    """Entry point of the ``qkpatch`` command."""
+    app()
+    sys.exit(0)
+
+
+class _Terminated(BaseException):
+    """SIGTERM or SIGHUP arrived; unwinds like Ctrl-C, so that staging is removed."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+def _request(
+    layers: str | None,
+    modes: int | None,
+    alpha: float | None,
+    channel: Channel | None,
+    select: Select | None,
+    seed: int | None,
+    heads: str | None,
+    recipe: str | None,
+    config: Path | None,
+) -> Request:
+    from qkpatch.checkpoint.files import os_errors
+    from qkpatch.settings import parse_request
+
+    flags = Request(recipe, layers, heads, modes, alpha, channel, select, seed)
+    if config is None:
+        return flags
+    with os_errors("read the settings", config):
+        text = config.read_bytes()
+    return flags.over(parse_request(text, str(config)))
+
+
+def _plan(
+    source: str,
+    request: Request,
+    out: Path | None,
+    device: str,
+    *,
+    as_json: bool,
+    quiet: bool,
+    overwrite: bool,
+) -> None:
+    from qkpatch.checkpoint.space import free_bytes
+    from qkpatch.checkpoint.staging import check_target
+    from qkpatch.console import print_json, show_plan, show_warnings
+    from qkpatch.manifest import planned_manifest
+    from qkpatch.plan import make_plan
+
+    made = make_plan(source, request)
+    if out is not None:
+        check_target(out, made.model.source.path, overwrite=overwrite)
+    costs = {
+        "output_bytes": made.output_bytes,
+        "edited_bytes": made.edited_bytes,
+        "free_disk_bytes": free_bytes(out if out is not None else Path("out")),
+        "expected_peak_memory_bytes": made.peak_memory,
+    }
+    if not quiet:
+        show_warnings(made.warnings)
+    if as_json:
+        print_json({**planned_manifest(made, device).to_json(), "costs": costs})
+    elif not quiet:
+        show_plan(made, costs)

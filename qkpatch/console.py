@@ -1,0 +1,228 @@
+"""What people see: tables and progress bars on a terminal, plain text when piped, errors with their cure.
+
+Results go to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+from qkpatch.errors import QKPatchError
+from qkpatch.selection import format_ranges
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from qkpatch.manifest import Manifest
+    from qkpatch.plan import EditPlan
+    from qkpatch.recipe import Recipe
+    from qkpatch.spectra import LayerSpectra
+    from qkpatch.verify import Verification
+
+_PIPED_WIDTH = 140  # rich assumes 80 where there is no terminal, which cuts tensor names
+
+
+def _console(*, stderr: bool = False) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else _PIPED_WIDTH, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """A result for programs."""
+    print(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False))
+
+
+def show_error(error: QKPatchError) -> None:
+    """What, where, what to do."""
+    console = _console(stderr=True)
+    console.print(f"[bold red]Error:[/] {escape(error.what)}", soft_wrap=True)
+    if error.where:
+        console.print(f"  [dim]where[/]  {escape(error.where)}", soft_wrap=True)
+    if error.fix:
+        console.print(f"  [dim]try[/]    {escape(error.fix)}", soft_wrap=True)
+
+
+def show_warnings(warnings: Sequence[str]) -> None:
+    """Each warning on a line of its own, on stderr."""
+    console = _console(stderr=True)
+    for warning in warnings:
+        console.print(f"[yellow]Warning:[/] {escape(warning)}", soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """A remark on stderr."""
+    _console(stderr=True).print(escape(text), soft_wrap=True)
+
+
+class Bars:
+    """Progress of ``apply``, drawn on stderr; implements ``patch.Observer``."""
+
+    def __init__(self, progress: Progress, total_bytes: int, total_heads: int) -> None:
+        self._progress = progress
+        columns = {"total": total_bytes, "unit": "bytes"}
+        self._bytes = progress.add_task("copy", **columns)  # type: ignore[arg-type]
+        self._heads = progress.add_task(
+            "edit heads", total=total_heads, unit="heads", visible=total_heads > 0
+        )
+
+    def copied(self, n_bytes: int) -> None:
+        """Advance the copy bar."""
+        self._progress.advance(self._bytes, n_bytes)
+
+    def edited(self, n_heads: int) -> None:
+        """Advance the edit bar."""
+        self._progress.advance(self._heads, n_heads)
+
+
+@contextmanager
+def bars(total_bytes: int, total_heads: int, *, quiet: bool) -> Iterator[Bars]:
+    """Progress bars while the block runs; nothing is drawn when quiet or when stderr is no terminal."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        console=_console(stderr=True),
+        disable=quiet or not sys.stderr.isatty(),
+        transient=True,
+    ) as progress:
+        yield Bars(progress, total_bytes, total_heads)
+
+
+def show_plan(plan: EditPlan, costs: Mapping[str, int | None]) -> None:
+    """The plan as a person reads it: what, where, and what it costs."""
+    console = _console()
+    _heading(console, plan)
+    table = Table("layer", "query tensor", "dtype", "shard", "key tensor in")
+    for edit in plan.edits:
+        table.add_row(
+            str(edit.layer), edit.query.name, edit.query.dtype, edit.query.shard,
+            "same shard" if edit.key.shard == edit.query.shard else edit.key.shard,
+        )  # fmt: skip
+    if plan.edits:
+        console.print(table)
+    n_files = len(plan.model.checkpoint.files)
+    console.print(
+        f"{len(plan.edits)} tensor(s), {len(plan.edits) * len(plan.settings.heads)} head(s), "
+        f"{_size(plan.edited_bytes)} rewritten in {len(plan.edits_by_shard)} of {n_files} file(s)"
+    )
+    free = costs["free_disk_bytes"]
+    console.print(
+        f"OUT {_size(plan.output_bytes)}, free disk {'unknown' if free is None else _size(free)}, "
+        f"expected peak memory {_size(plan.peak_memory)}"
+    )
+
+
+def show_applied(plan: EditPlan, manifest: Manifest, out: Path) -> None:
+    """What was done, layer by layer."""
+    console = _console()
+    _heading(console, plan)
+    table = Table("layer", "heads", "‖ΔW_Q‖/‖W_Q‖ mean", "max", "‖M‖ after/before", "gap min")
+    has_shares = any(head.realised_share is not None for edit in manifest.edits for head in edit.heads)
+    if has_shares:
+        table.add_column("realised")
+    table.add_column("query tensor")
+    for edit in manifest.edits:
+        changes = [head.relative_change for head in edit.heads]
+        gaps = [head.gap for head in edit.heads if head.gap is not None]
+        shares = [head.realised_share for head in edit.heads if head.realised_share is not None]
+        norms = [h.frobenius_after / h.frobenius_before for h in edit.heads if h.frobenius_before]
+        table.add_row(
+            str(edit.layer),
+            str(len(edit.heads)),
+            f"{mean(changes):.4f}",
+            f"{max(changes):.4f}",
+            f"{mean(norms):.4f}" if norms else "-",
+            f"{min(gaps):.2g}" if gaps else "-",
+            *([f"{mean(shares):.3f}" if shares else "-"] if has_shares else []),
+            edit.tensor,
+        )
+    if manifest.edits:
+        console.print(table)
+    patched = sum(file.action == "patched" for file in manifest.files)
+    console.print(
+        f"Wrote {escape(str(out))}: {len(manifest.edits)} tensor(s) edited in {patched} file(s), "
+        f"{len(manifest.files) - patched} file(s) copied, {_size(plan.output_bytes)}"
+    )
+    console.print(f"Check it with: qkpatch verify {escape(str(out))} --source SOURCE")
+
+
+def _heading(console: Console, plan: EditPlan) -> None:
+    model, layout, settings = plan.model, plan.model.tower.layout, plan.settings
+    chosen = f" (recipe's default: {', '.join(settings.from_recipe)})" if settings.from_recipe else ""
+    console.print(
+        f"[bold]{escape(model.source.name)}[/]: recipe {model.recipe.name}, {model.tower.n_layers} layers, "
+        f"{layout.n_heads} query / {layout.n_kv_heads} key heads of {layout.d_head}, hidden {layout.d_model}"
+    )
+    console.print(
+        f"Edit: {plan.action}; layers {format_ranges(settings.layers)}, heads {format_ranges(settings.heads)}{chosen}"
+    )
+
+
+def show_spectra(layers: Sequence[LayerSpectra], modes: int) -> None:
+    """One row per layer, means over heads."""
+    table = Table(
+        "layer", "σ₁ mean", "σ₁ max", f"energy in top {modes}", "effective rank", "symmetric share", "gap min"
+    )
+    for layer in layers:
+        heads = layer.heads
+        gaps = [head.gap for head in heads if head.gap is not None]
+        table.add_row(
+            str(layer.layer),
+            f"{mean(head.singular_values[0] for head in heads):.4g}",
+            f"{max(head.singular_values[0] for head in heads):.4g}",
+            f"{mean(head.energy_share for head in heads):.3f}",
+            f"{mean(head.effective_rank for head in heads):.1f}",
+            f"{mean(head.symmetric_share for head in heads):.3f}",
+            f"{min(gaps):.2g}" if gaps else "-",
+        )
+    _console().print(table)
+
+
+def show_recipes(recipes: Sequence[Recipe]) -> None:
+    """The shipped recipes."""
+    table = Table("recipe", "models", "model_type", "default repo", "default layers", "modes")
+    for recipe in recipes:
+        table.add_row(
+            recipe.name, recipe.title, ", ".join(recipe.model_types), recipe.default_repo,
+            recipe.default_layers, str(recipe.default_modes),
+        )  # fmt: skip
+    _console().print(table)
+
+
+def show_verification(result: Verification, out: Path) -> None:
+    """The verdict, and every mismatch."""
+    console = _console()
+    for mismatch in result.mismatches:
+        console.print(f"[red]mismatch[/] {escape(mismatch.where)}: {escape(mismatch.what)}", soft_wrap=True)
+    if result.ok:
+        console.print(
+            f"[green]ok[/] {escape(str(out))}: {result.files} files, {_size(result.compared_bytes)} compared; "
+            f"{result.edited_tensors} edited tensors as recorded, every byte outside their planned rows equal"
+        )
+    else:
+        console.print(f"[red]{len(result.mismatches)} mismatch(es)[/] in {escape(str(out))}")
+
+
+def _size(n: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if n < 1000 or unit == "TB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    raise AssertionError

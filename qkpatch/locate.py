@@ -1,0 +1,60 @@
+"""SOURCE, as the user wrote it: a path, a Hub id or a recipe's name. What it is, and where it lies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qkpatch.catalogue import get_recipe, shipped_recipes
+from qkpatch.checkpoint.hub import HubId, download
+from qkpatch.errors import UsageError
+from qkpatch.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Source:
+    """A located checkpoint; ``name`` never holds an absolute path."""
+
+    path: Path
+    kind: str  # "directory", "file" or "hub"
+    name: str
+    requested_revision: str | None = None
+    commit: str | None = None
+    recipe: Recipe | None = None  # when SOURCE was a recipe's name
+
+
+def locate(text: str) -> Source:
+    """Find SOURCE: an existing path first, then a recipe name, then ``org/name[@revision]`` on the Hub.
+
+    Raises:
+        UsageError: it is none of these.
+        HubError: the Hub cannot deliver it.
+    """
+    path = Path(text).expanduser()
+    if path.exists():
+        return _local(path)
+    if text in shipped_recipes():
+        recipe = get_recipe(text)
+        hub_id = HubId.parse(recipe.default_repo)
+    else:
+        recipe = None
+        hub_id = HubId.parse(text)
+    if hub_id is None or text.startswith((".", "/", "~")):
+        raise UsageError(
+            "no such file or directory, recipe, or Hub id (org/name)",
+            where=text,
+            fix=f"check the path; recipes are: {', '.join(shipped_recipes())}",
+        )
+    snapshot = download(hub_id)
+    return Source(snapshot.path, "hub", snapshot.repo, snapshot.requested_revision, snapshot.commit, recipe)
+
+
+def _local(path: Path) -> Source:
+    real = path.resolve()
+    if path.is_file():
+        return Source(path, "file", path.name)
+    # A directory inside the Hub cache says itself what it is: models--org--name/snapshots/<commit>.
+    if real.parent.name == "snapshots" and real.parent.parent.name.startswith("models--"):
+        repo = real.parent.parent.name.removeprefix("models--").replace("--", "/")
+        return Source(path, "hub", repo, None, real.name)
+    return Source(path, "directory", real.name)

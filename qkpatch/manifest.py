@@ -1,0 +1,229 @@
+"""``Manifest``: what was done, precisely enough to check it byte for byte. Canonical JSON, torch-free.
+
+Everything but the ``run`` block is reproducible: same source, same edit, same stack, same bytes. Keys are
+sorted, numbers finite and of nine significant digits, paths relative and POSIX, nothing of the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+from qkpatch import settings as edit_settings
+from qkpatch.checkpoint.source import load_json
+from qkpatch.errors import CheckpointError
+from qkpatch.plan import EditPlan
+from qkpatch.targets import LayerTarget
+
+SCHEMA = "qkpatch/1"
+SIGNIFICANT_DIGITS = 9
+
+Json = Any
+
+
+@dataclass(frozen=True)
+class HeadRecord:
+    """One edited head; see the JSON Schema for each field."""
+
+    head: int
+    kv_head: int
+    modes: tuple[int, ...]
+    rank: int
+    values_before: tuple[float, ...]
+    values_after: tuple[float, ...]
+    gap: float | None
+    frobenius_before: float
+    frobenius_after: float
+    relative_change: float
+    realised_share: float | None
+    gains: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class EditRecord:
+    """One edited tensor. A plan has no digests and no heads' figures yet."""
+
+    layer: int
+    tensor: str
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    byte_range: tuple[int, int]  # absolute in the shard, half-open
+    key_tensor: str
+    key_shard: str
+    sha256_before: str | None = None
+    sha256_after: str | None = None
+    heads: tuple[HeadRecord, ...] = ()
+
+    @classmethod
+    def planned(cls, target: LayerTarget) -> EditRecord:
+        """The record of an edit that is still to be made."""
+        query = target.query
+        return cls(
+            layer=target.layer,
+            tensor=query.name,
+            shard=query.shard,
+            dtype=query.dtype,
+            shape=query.shape,
+            byte_range=(query.begin, query.end),
+            key_tensor=target.key.name,
+            key_shard=target.key.shard,
+        )
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of OUT and how it came there."""
+
+    name: str
+    size: int
+    action: str  # "copied" or "patched"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of ``qkpatch.json``."""
+
+    tool: Mapping[str, Json]
+    compute: Mapping[str, Json]
+    source: Mapping[str, Json]
+    recipe: Mapping[str, Json]
+    edit: Mapping[str, Json]
+    model: Mapping[str, Json]
+    edits: tuple[EditRecord, ...]
+    files: tuple[FileRecord, ...]
+    warnings: tuple[str, ...]
+    run: Mapping[str, Json] = field(default_factory=dict, compare=False)
+
+    def to_json(self) -> dict[str, Json]:
+        """Plain JSON values, in the schema's shape."""
+        return {
+            "schema": SCHEMA,
+            "tool": self.tool,
+            "compute": self.compute,
+            "source": self.source,
+            "recipe": self.recipe,
+            "edit": self.edit,
+            "model": self.model,
+            "edits": [{**vars(edit), "heads": [vars(head) for head in edit.heads]} for edit in self.edits],
+            "files": [vars(file) for file in self.files],
+            "warnings": self.warnings,
+            "run": self.run,
+        }
+
+    def dumps(self) -> str:
+        """Canonical text; ``Manifest.loads(m.dumps()).dumps() == m.dumps()``."""
+        return canonical_json(self.to_json())
+
+    @classmethod
+    def loads(cls, raw: bytes, where: str) -> Manifest:
+        """Read a manifest of this schema version.
+
+        Raises:
+            CheckpointError: not a manifest, or of a version this qkpatch does not know.
+        """
+        document = load_json(raw, where, unique=True)
+        if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+            found = document.get("schema") if isinstance(document, dict) else None
+            raise CheckpointError(
+                f"manifest schema {found!r}, this qkpatch reads {SCHEMA!r}",
+                where=where,
+                fix="use the qkpatch version that wrote it",
+            )
+        try:
+            return cls(
+                **{
+                    name: document[name]
+                    for name in ("tool", "compute", "source", "recipe", "edit", "model", "run")
+                },
+                edits=tuple(_edit_record(edit) for edit in document["edits"]),
+                files=tuple(FileRecord(**file) for file in document["files"]),
+                warnings=tuple(document["warnings"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"malformed manifest: {error!r}", where=where) from error
+
+
+def _edit_record(edit: Mapping[str, Json]) -> EditRecord:
+    begin, end = edit["byte_range"]
+    heads = tuple(HeadRecord(**_tuples(head)) for head in edit["heads"])
+    return EditRecord(**{**_tuples(edit), "byte_range": (int(begin), int(end)), "heads": heads})
+
+
+def _tuples(record: Mapping[str, Json]) -> dict[str, Json]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
+
+
+def planned_manifest(plan: EditPlan, device: str) -> Manifest:
+    """The manifest of ``plan`` as far as it is known before any weight is read."""
+    model, checkpoint, layout = plan.model, plan.model.checkpoint, plan.model.tower.layout
+    source: dict[str, Json] = {
+        "kind": model.source.kind,
+        "name": model.source.name,
+        "requested_revision": model.source.requested_revision,
+        "commit": model.source.commit,
+    }
+    if checkpoint.previous_manifest is not None:
+        source["previous_edit"] = load_json(checkpoint.previous_manifest, "SOURCE/qkpatch.json").get("edit")
+    return Manifest(
+        tool={"name": "qkpatch", "version": version("qkpatch"), "torch": version("torch")},
+        compute={"device": device, "dtype": "float64"},
+        source=source,
+        recipe={"name": model.recipe.name, "sha256": model.recipe.sha256, "prefix": model.prefix},
+        edit=edit_settings.to_json(plan.settings),
+        model={
+            "model_type": checkpoint.config.get("model_type"),
+            "text_model_type": model.tower.text_model_type,
+            "num_hidden_layers": model.tower.n_layers,
+            "num_attention_heads": layout.n_heads,
+            "num_key_value_heads": layout.n_kv_heads,
+            "head_dim": layout.d_head,
+            "hidden_size": layout.d_model,
+            "orientation": model.recipe.tensors.orientation,
+        },
+        edits=tuple(EditRecord.planned(target) for target in plan.edits),
+        files=tuple(
+            FileRecord(name, file.size, "patched" if name in plan.edits_by_shard else "copied")
+            for name, file in checkpoint.files.items()
+        ),
+        warnings=plan.warnings,
+    )
+
+
+def round_number(x: float) -> float:
+    """``x`` to nine significant digits.
+
+    Raises:
+        ValueError: NaN or Inf, which JSON cannot hold.
+    """
+    if not math.isfinite(x):
+        raise ValueError(f"{x} cannot be recorded")
+    return float(f"{x:.{SIGNIFICANT_DIGITS}g}")
+
+
+def canonical_json(value: Json) -> str:
+    """Sorted keys, two-space indent, lists of scalars on one line, numbers by :func:`round_number`."""
+    return _canonical(value, "") + "\n"
+
+
+def _canonical(value: Json, indent: str) -> str:
+    inner = indent + "  "
+    if isinstance(value, Mapping):
+        if not value:
+            return "{}"
+        items = (
+            f"{inner}{json.dumps(key, ensure_ascii=False)}: {_canonical(value[key], inner)}"
+            for key in sorted(value)
+        )
+        return "{\n" + ",\n".join(items) + f"\n{indent}}}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if any(isinstance(item, (Mapping, list, tuple)) for item in value):
+            return "[\n" + ",\n".join(inner + _canonical(item, inner) for item in value) + f"\n{indent}]"
+        return "[" + ", ".join(_canonical(item, inner) for item in value) + "]"
+    if isinstance(value, float):
+        value = round_number(value)
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)

@@ -1,0 +1,94 @@
+"""``EditPlan``: everything that will be done, decided from headers alone. Torch-free; reads no weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from qkpatch.settings import EditSettings, Request, check_request
+from qkpatch.spectral.rule import Select
+from qkpatch.targets import LayerTarget, Model, open_model
+
+# Resident memory of `import torch` and the interpreter, on CPU builds of torch 2.x.
+BASE_MEMORY = 300 << 20
+# Arrays of d_head × d_model float64 alive at once for one head, bases of both channels included.
+WORK_ARRAYS = 24
+
+
+@dataclass(frozen=True)
+class EditPlan:
+    """Which heads of which tensors are edited and how, and which files are only carried over."""
+
+    model: Model
+    settings: EditSettings
+    edits: tuple[LayerTarget, ...]  # empty when the rule is the declared no-op
+    warnings: tuple[str, ...]
+
+    @cached_property
+    def edits_by_shard(self) -> dict[str, tuple[LayerTarget, ...]]:
+        """The edits whose query tensor lies in each patched shard, by layer."""
+        shards = dict.fromkeys(edit.query.shard for edit in self.edits)
+        return {shard: tuple(e for e in self.edits if e.query.shard == shard) for shard in shards}
+
+    @property
+    def edited_bytes(self) -> int:
+        """Bytes that will be rewritten."""
+        layout, heads = self.model.tower.layout, self.settings.heads
+        return sum(edit.query.nbytes // layout.n_heads * len(heads) for edit in self.edits)
+
+    @property
+    def output_bytes(self) -> int:
+        """Size of OUT without the manifest."""
+        return self.model.checkpoint.total_bytes
+
+    @property
+    def peak_memory(self) -> int:
+        """Expected peak resident bytes: torch itself, and the arrays of one head. No shard or model size in it."""
+        layout = self.model.tower.layout
+        return BASE_MEMORY + WORK_ARRAYS * 8 * layout.d_head * layout.d_model
+
+    @property
+    def action(self) -> str:
+        """The edit in one line for people."""
+        rule = self.settings.rule
+        if rule.is_noop:
+            return "alpha 1: nothing is edited"
+        what = {
+            Select.shrink: f"W_Q shrunk by as much as {rule.paired_modes} dominant modes would move it",
+            Select.subspace: f"a random {rule.modes}-dimensional subspace of each query × {rule.alpha:g}",
+        }.get(rule.select, f"{rule.paired_modes} {rule.select.value} modes × {rule.alpha:g}")
+        return f"{what}, {rule.channel.value} channel"
+
+
+def make_plan(source: str, request: Request) -> EditPlan:
+    """Decide everything and refuse everything that can be refused, before the first byte is written.
+
+    Raises:
+        UsageError: the request is malformed, or the model has no such layer, head or mode.
+        QKPatchError: as :func:`open_model` and :meth:`Model.target`.
+    """
+    check_request(request)
+    model = open_model(source, request.recipe)
+    settings = model.settings(request)
+    targets = tuple(model.target(layer) for layer in settings.layers)
+    edits = () if settings.rule.is_noop else targets
+    return EditPlan(model, settings, edits, tuple(_warnings(model, settings)))
+
+
+def _warnings(model: Model, settings: EditSettings) -> list[str]:
+    rule, checkpoint = settings.rule, model.checkpoint
+    warnings = []
+    if rule.is_noop:
+        warnings.append("alpha 1 is a declared no-op: OUT will be a byte-identical copy of SOURCE")
+    if rule.paired_modes != rule.modes and rule.select is not Select.subspace:
+        warnings.append(
+            f"antisymmetric modes come in equal pairs: {rule.modes} rounded up to {rule.paired_modes}"
+        )
+    if checkpoint.twins:
+        names = ", ".join(checkpoint.twins[:5]) + ("…" if len(checkpoint.twins) > 5 else "")
+        warnings.append(f"{len(checkpoint.twins)} other weight file(s) stay unpatched: {names}")
+    if checkpoint.single_file:
+        warnings.append("SOURCE is one file: nothing beside it (tokenizer, config) is copied")
+    if checkpoint.previous_manifest is not None:
+        warnings.append("SOURCE was written by qkpatch: this edit comes on top of that one")
+    return warnings

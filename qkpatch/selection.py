@@ -1,0 +1,57 @@
+"""Layer and head lists: ``10-18,20``, inclusive, ascending."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from qkpatch.errors import UsageError
+
+MIDDLE_THIRD = "middle-third"
+
+_ITEM = re.compile(r"\s*([0-9]{1,6})\s*(?:-\s*([0-9]{1,6})\s*)?", re.ASCII)
+
+
+def parse_ranges(text: str, what: str) -> tuple[int, ...]:
+    """``"10-18,20"`` -> ``(10, ..., 18, 20)``; sorted, each once.
+
+    Raises:
+        UsageError: empty, reversed (``18-10``), repeated or malformed.
+    """
+    numbers: list[int] = []
+    for item in text.split(","):
+        found = _ITEM.fullmatch(item)
+        if not found:
+            raise UsageError(
+                f"cannot read {item.strip()!r} as a number or a range",
+                where=f"{what} {text!r}",
+                fix="write inclusive ranges such as 10-18,20",
+            )
+        first = int(found[1])
+        last = int(found[2] or found[1])
+        if last < first:
+            raise UsageError(
+                f"range {first}-{last} is reversed", where=f"{what} {text!r}", fix=f"write {last}-{first}"
+            )
+        numbers.extend(range(first, last + 1))
+    repeated = sorted(n for n, times in Counter(numbers).items() if times > 1)
+    if repeated:
+        raise UsageError(f"{format_ranges(repeated)} named twice", where=f"{what} {text!r}")
+    return tuple(sorted(numbers))
+
+
+def format_ranges(numbers: Sequence[int]) -> str:
+    """The shortest text that :func:`parse_ranges` reads back: ``(10, 11, 12, 20)`` -> ``"10-12,20"``."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def middle_third(n_layers: int) -> tuple[int, ...]:
+    """Layers ``n // 3`` to ``2n // 3 - 1``: 10-19 of 30, 10-20 of 32. Our default, not the paper's."""
+    return tuple(range(n_layers // 3, max(2 * n_layers // 3, n_layers // 3 + 1)))

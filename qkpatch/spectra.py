@@ -1,0 +1,70 @@
+"""Spectra of the query-key products of a checkpoint, layer by layer, for ``qkpatch inspect``. Writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from qkpatch.spectral.product import QKProduct, effective_rank, energy_share
+from qkpatch.targets import LayerTarget, Model
+from qkpatch.weights import open_layer
+
+
+@dataclass(frozen=True)
+class HeadSpectrum:
+    """The spectrum of one head's ``M = W_Qᵀ W_K``."""
+
+    head: int
+    kv_head: int
+    singular_values: tuple[float, ...]  # strongest first, min(head_dim, hidden_size) of them
+    frobenius: float  # ‖M‖_F
+    symmetric_share: float  # ‖(M + Mᵀ)/2‖² / ‖M‖²
+    energy_share: float  # of the strongest `modes` modes in ‖M‖²
+    effective_rank: float  # exp of the entropy of the normalised singular values
+    gap: float | None  # (s_r − s_r+1) / s_r at r = modes
+
+
+@dataclass(frozen=True)
+class LayerSpectra:
+    """All heads of one layer."""
+
+    layer: int
+    heads: tuple[HeadSpectrum, ...]
+
+
+def layer_spectra(
+    model: Model, targets: tuple[LayerTarget, ...], heads: tuple[int, ...], modes: int, device: torch.device
+) -> Iterator[LayerSpectra]:
+    """The spectra of each target in turn; ``modes`` is the r of energy share and gap."""
+    layout = model.tower.layout
+    for target in targets:
+        with open_layer(model.checkpoint, target, layout, device) as weights:
+            yield LayerSpectra(
+                target.layer,
+                tuple(
+                    _head_spectrum(head, layout.kv_head(head), product, modes)
+                    for head, product in weights.products(heads)
+                ),
+            )
+
+
+def _head_spectrum(head: int, kv_head: int, product: QKProduct, modes: int) -> HeadSpectrum:
+    S = product.singular_values()
+    values = tuple(S.tolist())
+    gap = (
+        (values[modes - 1] - values[modes]) / values[modes - 1]
+        if modes < len(values) and values[modes - 1]
+        else None
+    )
+    return HeadSpectrum(
+        head=head,
+        kv_head=kv_head,
+        singular_values=values,
+        frobenius=product.frobenius,
+        symmetric_share=product.symmetric_share,
+        energy_share=energy_share(S, modes),
+        effective_rank=effective_rank(S),
+        gap=gap,
+    )

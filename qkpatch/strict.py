@@ -1,0 +1,154 @@
+"""Strict reading of YAML and JSON settings: every key known, every type exact, all faults told together.
+
+YAML's ``safe_load`` keeps the last of two equal keys and reads ``1e-3`` as a string; here the first is a
+fault and the second is refused by type, each with its place: ``$.config.defaults: expected int, got str '1e-3'``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import yaml
+
+from qkpatch.errors import RecipeError
+
+T = TypeVar("T")
+
+MAX_BYTES = 1 << 20  # settings are written by hand; more than 1 MiB is a mistake or an attack
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """``SafeLoader`` that refuses duplicate keys and aliases (so no alias bombs)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.constructor.ConstructorError(
+                None, None, "aliases (*name) are not allowed", parent.start_mark if parent else None
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Hashable] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                continue  # refused by the superclass
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"duplicate key {key!r}", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(text: bytes, where: str) -> Any:
+    """Parse one YAML document; malformed text, duplicate keys, aliases and tags are a :class:`RecipeError`."""
+    if len(text) > MAX_BYTES:
+        raise RecipeError(f"{len(text)} bytes of YAML, more than {MAX_BYTES}", where=where)
+    try:
+        return yaml.load(text.decode("utf-8"), Loader=_StrictLoader)
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"not UTF-8: {error}", where=where) from error
+    except RecursionError as error:
+        raise RecipeError("nested too deeply", where=where) from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
+        raise RecipeError(f"not valid YAML: {error.problem or error.context}", where=place) from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise RecipeError(f"not valid YAML: {error}", where=where) from error
+
+
+class Fields:
+    """Typed access to one mapping; collects faults of itself and its children instead of raising.
+
+    ``take`` each expected key, then ``finish`` the root: what was not taken is an unknown key.
+    """
+
+    def __init__(self, data: Any, where: str, path: str = "$", faults: list[str] | None = None) -> None:
+        self.path = path
+        self._where = where
+        self._faults = faults if faults is not None else []
+        self._children: list[Fields] = []
+        self._data: dict[Any, Any] = data if isinstance(data, dict) else {}
+        self._taken: set[Any] = set()
+        if not isinstance(data, dict):
+            self.fault(f"expected a mapping, got {_show(data)}")
+
+    def fault(self, message: str, key: object = None) -> None:
+        """Record a fault at this mapping or at one of its keys."""
+        self._faults.append(f"{self.path if key is None else f'{self.path}.{key}'}: {message}")
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._data
+
+    def is_int(self, key: str) -> bool:
+        """Whether the value at ``key`` is an int, for keys that may be written as one."""
+        return type(self._data.get(key)) is int
+
+    def string_keys(self) -> list[str]:
+        """All keys, each of which must be a string."""
+        for key in self._data:
+            if not isinstance(key, str):
+                self.fault(f"expected a string as key, got {_show(key)}")
+        return [key for key in self._data if isinstance(key, str)]
+
+    def take(self, key: str, kind: type[T], *, default: T, required: bool = False) -> T:
+        """The value at ``key`` when it is exactly of ``kind`` (an int counts as float, a bool never as int)."""
+        self._taken.add(key)
+        if key not in self._data:
+            if required:
+                self.fault("missing", key)
+            return default
+        value = self._data[key]
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            self.fault(f"expected {kind.__name__}, got {_show(value)}", key)
+            return default
+        return value
+
+    def take_list(self, key: str, kind: type[T], *, required: bool = False) -> tuple[T, ...]:
+        """The list at ``key`` with every item exactly of ``kind``; empty where absent."""
+        items = self.take(key, list, default=[], required=required)
+        if required and key in self._data and not items:
+            self.fault("must not be empty", key)
+        for i, item in enumerate(items):
+            if type(item) is not kind:
+                self.fault(f"expected {kind.__name__}, got {_show(item)}", f"{key}[{i}]")
+        return tuple(item for item in items if type(item) is kind)
+
+    def take_mapping(self, key: str, *, required: bool = False) -> Fields:
+        """The mapping at ``key`` as ``Fields`` of its own."""
+        self._taken.add(key)
+        if required and key not in self._data:
+            self.fault("missing", key)
+        child = Fields(self._data.get(key, {}), self._where, f"{self.path}.{key}", self._faults)
+        self._children.append(child)
+        return child
+
+    def check(self, key: str, test: Callable[[], bool], message: str) -> None:
+        """Record ``message`` at ``key`` unless ``test()`` holds."""
+        if not test():
+            self.fault(message, key)
+
+    def finish(self) -> None:
+        """Report unknown keys here and below, and raise all faults as one :class:`RecipeError`."""
+        self._note_unknown()
+        if self._faults:
+            lines = "\n".join(f"  {fault}" for fault in self._faults)
+            raise RecipeError(f"{len(self._faults)} fault(s):\n{lines}", where=self._where)
+
+    def _note_unknown(self) -> None:
+        known = ", ".join(sorted(str(key) for key in self._taken))
+        for key in self._data:
+            if key not in self._taken:
+                self.fault(f"unknown key (known here: {known})", key)
+        for child in self._children:
+            child._note_unknown()
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text[:60] + '…' if len(text) > 60 else text}"

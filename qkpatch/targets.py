@@ -1,0 +1,133 @@
+"""Which stored tensors hold the queries and keys of each layer: recipe × config × headers, no weight read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qkpatch.catalogue import choose_recipe, get_recipe, matching_prefixes, query_like
+from qkpatch.checkpoint.header import TensorRef
+from qkpatch.checkpoint.source import Checkpoint, open_checkpoint
+from qkpatch.errors import AmbiguousError, CheckpointError
+from qkpatch.heads import LanguageTower, read_tower
+from qkpatch.locate import Source, locate
+from qkpatch.recipe import Recipe
+from qkpatch.refusals import missing_key, refuse_known, refuse_quantised, suffixes_by_module
+from qkpatch.settings import EditSettings, Request, resolve
+
+
+@dataclass(frozen=True)
+class LayerTarget:
+    """The query and key weights of one layer; they may lie in different shards."""
+
+    layer: int
+    query: TensorRef
+    key: TensorRef
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint that a recipe understands, and its editable layers."""
+
+    source: Source
+    checkpoint: Checkpoint
+    recipe: Recipe
+    tower: LanguageTower
+    prefix: str
+    query_layers: tuple[int, ...]  # layers that store a query module, quantised ones included
+
+    def target(self, layer: int) -> LayerTarget:
+        """Query and key of one layer, checked against the config's numbers.
+
+        Raises:
+            UnsupportedError: quantised, MLA, no key of its own.
+            CheckpointError: no such tensor, or a shape that contradicts config.json.
+        """
+        names, tensors = self.recipe.tensors, self.checkpoint.tensors
+        stem = self.prefix.format(layer=layer)
+        query, key = tensors.get(stem + names.query), tensors.get(stem + names.key)
+        for weight, name in ((query, names.query), (key, names.key)):
+            module = (stem + name).removesuffix(".weight")
+            refuse_quantised(module, weight, self._stored_under(module))
+        if query is None:
+            refuse_known(name for name in tensors if name.startswith(stem))
+            raise CheckpointError(
+                f"layer {layer} has no {stem + names.query}",
+                where=f"recipe {self.recipe.name}",
+                fix="leave the layer out of --layers, or download the missing shard",
+            )
+        if key is None:
+            refuse_known(name for name in tensors if name.startswith(stem))
+            raise missing_key(layer, query.name, stem + names.key)
+        layout = self.tower.layout
+        for weight, expected, heads in (
+            (query, layout.query_shape, layout.n_heads),
+            (key, layout.key_shape, layout.n_kv_heads),
+        ):
+            if weight.shape != expected:
+                raise CheckpointError(
+                    f"stored as {list(weight.shape)}, but config.json says {list(expected)}: "
+                    f"{heads} heads × head_dim {layout.d_head}, hidden_size {layout.d_model}",
+                    where=f"{weight.name} in {weight.shard}",
+                    fix="config.json belongs to another model, or --recipe does",
+                )
+        return LayerTarget(layer, query, key)
+
+    def settings(self, request: Request) -> EditSettings:
+        """``request`` with the recipe's defaults, checked against this model's size."""
+        layout = self.tower.layout
+        return resolve(
+            request,
+            self.recipe,
+            n_layers=self.tower.n_layers,
+            n_heads=layout.n_heads,
+            d_head=layout.d_head,
+            d_model=layout.d_model,
+        )
+
+    def _stored_under(self, module: str) -> list[str]:
+        return suffixes_by_module(self.checkpoint.tensors, [module])[module]
+
+
+def open_model(source: str, recipe_name: str | None = None) -> Model:
+    """Locate SOURCE, read its headers and find the recipe that fits.
+
+    Raises:
+        AmbiguousError: no recipe or several; the recipe's names match nothing, or twice over.
+        QKPatchError: as :func:`locate`, :func:`open_checkpoint` and :func:`read_tower`.
+    """
+    named = get_recipe(recipe_name) if recipe_name is not None else None
+    located = locate(source)
+    checkpoint = open_checkpoint(located.path)
+    recipe = named or located.recipe or choose_recipe(checkpoint.config, checkpoint.tensors)
+    prefixes = matching_prefixes(recipe, checkpoint.tensors)
+    if len(prefixes) != 1:
+        raise _prefix_error(recipe, prefixes, checkpoint)
+    tower = read_tower(recipe, checkpoint.config)
+    pattern = recipe.tensors.pattern(prefixes[0], recipe.tensors.query_module + ".")
+    layers = {int(found["layer"]) for name in checkpoint.tensors if (found := pattern.match(name))}
+    # Layers past num_hidden_layers (multi-token prediction heads) are not part of the language model.
+    return Model(
+        located,
+        checkpoint,
+        recipe,
+        tower,
+        prefixes[0],
+        tuple(sorted(n for n in layers if n < tower.n_layers)),
+    )
+
+
+def _prefix_error(recipe: Recipe, prefixes: tuple[str, ...], checkpoint: Checkpoint) -> AmbiguousError:
+    if prefixes:
+        return AmbiguousError(
+            f"query tensors under {len(prefixes)} prefixes: {', '.join(prefixes)}",
+            where=f"recipe {recipe.name}",
+            fix="the checkpoint holds two language models; split it first",
+        )
+    refuse_known(checkpoint.tensors)
+    expected = ", ".join(p + recipe.tensors.query for p in recipe.tensors.prefixes)
+    like = ", ".join(query_like(checkpoint.tensors)) or "nothing like a query projection"
+    return AmbiguousError(
+        f"recipe {recipe.name} matches no tensor: it expects {expected}; the checkpoint has {like}",
+        where=str(checkpoint.root.name),
+        fix="choose another recipe with --recipe",
+    )

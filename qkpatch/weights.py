@@ -1,0 +1,103 @@
+"""From byte ranges to tensors and back: the one place where files and maths meet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qkpatch.checkpoint.files import open_read, read_exact
+from qkpatch.checkpoint.header import TensorRef
+from qkpatch.checkpoint.source import Checkpoint
+from qkpatch.errors import NumericalError, UsageError
+from qkpatch.heads import HeadLayout
+from qkpatch.spectral.product import Factor, QKProduct
+from qkpatch.targets import LayerTarget
+
+COMPUTE_DTYPE = torch.float64
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:i``.
+
+    Raises:
+        UsageError: an unknown name, or a device that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name != "cpu" and name != "cuda" and not (name.startswith("cuda:") and name[5:].isdecimal()):
+        raise UsageError(f"{name!r} is not a device", where="--device", fix="use auto, cpu, cuda or cuda:0")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"{name} is not there: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA device(s)",
+            where="--device",
+            fix="use --device cpu",
+        )
+    return device
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """Reads heads of one layer, a head at a time, with ``pread``; memory does not grow with the tensor."""
+
+    target: LayerTarget
+    layout: HeadLayout
+    device: torch.device
+    query_fd: int
+    key_fd: int
+
+    def query(self, head: int) -> Tensor:
+        """W_Q of a query head, (d_head, d_model), compute dtype."""
+        return self._rows(self.query_fd, self.target.query, head, "query head")
+
+    def key(self, kv_head: int) -> Factor:
+        """W_K of a key head, factored."""
+        return Factor.of(self._rows(self.key_fd, self.target.key, kv_head, "key head"))
+
+    def products(self, heads: tuple[int, ...]) -> Iterator[tuple[int, QKProduct]]:
+        """Each query head with its product; consecutive heads of a group share one key factor."""
+        current = -1
+        key: Factor | None = None
+        for head in heads:
+            if key is None or self.layout.kv_head(head) != current:
+                current = self.layout.kv_head(head)
+                key = self.key(current)
+            yield head, QKProduct(Factor.of(self.query(head)), key)
+
+    def _rows(self, fd: int, ref: TensorRef, head: int, kind: str) -> Tensor:
+        begin, end = self.layout.byte_range(ref, head)
+        raw = read_exact(fd, end - begin, begin, ref.shard)
+        W = torch.frombuffer(raw, dtype=DTYPES[ref.dtype]).view(self.layout.d_head, self.layout.d_model)
+        if not torch.isfinite(W).all():
+            raise NumericalError(
+                f"{kind} {head} of layer {self.target.layer} holds NaN or Inf",
+                where=f"{ref.name} in {ref.shard}",
+                fix="the checkpoint is damaged; download it again",
+            )
+        return W.to(device=self.device, dtype=COMPUTE_DTYPE)
+
+
+@contextmanager
+def open_layer(
+    checkpoint: Checkpoint, target: LayerTarget, layout: HeadLayout, device: torch.device
+) -> Iterator[LayerWeights]:
+    """Open the shards of a layer's query and key for reading; they must be as the plan saw them."""
+    with ExitStack() as stack:
+        fds = {}
+        for shard in {target.query.shard, target.key.shard}:
+            file = checkpoint.files[shard]
+            fds[shard] = stack.enter_context(open_read(file.path, file.id))
+        yield LayerWeights(target, layout, device, fds[target.query.shard], fds[target.key.shard])
+
+
+def to_bytes(W: Tensor) -> bytearray:
+    """The bytes of a tensor as safetensors stores them; needs no numpy."""
+    raw = bytearray(W.numel() * W.element_size())
+    torch.frombuffer(raw, dtype=W.dtype).copy_(W.flatten())
+    return raw
