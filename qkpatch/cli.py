@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import os
 import signal
@@ -16,8 +15,24 @@ import typer
 
 from qkpatch import __version__
 from qkpatch.errors import FileSystemError, QKPatchError
+from qkpatch.options import (
+    AlphaOpt,
+    ChannelOpt,
+    ConfigOpt,
+    DebugOpt,
+    DeviceOpt,
+    HeadsOpt,
+    JsonOpt,
+    LayersOpt,
+    ModesOpt,
+    QuietOpt,
+    RecipeOpt,
+    SeedOpt,
+    SelectOpt,
+    SourceArg,
+    edit_request,
+)
 from qkpatch.settings import Request
-from qkpatch.spectral.rule import Channel, Select
 
 app = typer.Typer(
     name="qkpatch",
@@ -30,40 +45,6 @@ app = typer.Typer(
 )
 
 Command = TypeVar("Command", bound=Callable[..., None])
-
-SourceArg = Annotated[
-    str,
-    typer.Argument(
-        metavar="SOURCE",
-        help="A checkpoint directory, a .safetensors file, a Hub id (org/name[@revision]) or a recipe's name.",
-        show_default=False,
-    ),
-]
-LayersOpt = Annotated[
-    str | None, typer.Option(help="Inclusive list such as 10-18,20.  [default: the recipe's]")
-]
-HeadsOpt = Annotated[str | None, typer.Option(help="Query heads, such as 0-3,7.  [default: all]")]
-ModesOpt = Annotated[int | None, typer.Option(help="Modes per head.  [default: the recipe's]")]
-AlphaOpt = Annotated[
-    float | None,
-    typer.Option(
-        help="Factor of the selected modes, 0 to 1: 0 removes them, 1 changes nothing.  [default: 0.5]"
-    ),
-]
-ChannelOpt = Annotated[Channel | None, typer.Option(help="Part of the product to edit.  [default: full]")]
-SelectOpt = Annotated[
-    Select | None,
-    typer.Option(help="Modes to edit; all but dominant are controls.  [default: dominant]"),
-]
-SeedOpt = Annotated[int | None, typer.Option(help="For --select random and subspace.  [default: 0]")]
-RecipeOpt = Annotated[str | None, typer.Option(help="Use this recipe instead of the one that fits.")]
-ConfigOpt = Annotated[
-    Path | None, typer.Option(help="The same settings as a YAML file; flags win.", metavar="EDIT.yaml")
-]
-DeviceOpt = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:i.")]
-JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-DebugOpt = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", envvar="QKPATCH_DEBUG")]
 
 
 def command(function: Command) -> Command:
@@ -132,9 +113,9 @@ def apply(
     debug: DebugOpt = False,
 ) -> None:
     """Write an edited copy of SOURCE to OUT, with a manifest of what was changed."""
-    from qkpatch.console import bars, print_json, show_applied, show_warnings
+    from qkpatch.console import bars, show_applied, show_warnings
 
-    request = _request(layers, modes, alpha, channel, select, seed, heads, recipe, config)
+    request = edit_request(layers, modes, alpha, channel, select, seed, heads, recipe, config)
     if dry_run:
         _plan(source, request, out, device, as_json=as_json, quiet=quiet, overwrite=overwrite)
         return
@@ -153,9 +134,9 @@ def apply(
     if not quiet:
         show_warnings(manifest.warnings)
     if as_json:
-        print_json(manifest.to_json())
+        print(manifest.dumps(), end="")
     elif not quiet:
-        show_applied(plan, manifest, out)
+        show_applied(plan, manifest, source, out)
 
 
 @app.command()
@@ -179,7 +160,7 @@ def plan(
     debug: DebugOpt = False,
 ) -> None:
     """Show what `apply` would do, from headers alone: tensors, heads, bytes, disk and memory."""
-    request = _request(layers, modes, alpha, channel, select, seed, heads, recipe, config)
+    request = edit_request(layers, modes, alpha, channel, select, seed, heads, recipe, config)
     _plan(source, request, out, device, as_json=as_json, quiet=quiet, overwrite=overwrite)
 
 
@@ -201,7 +182,7 @@ def inspect(
     debug: DebugOpt = False,
 ) -> None:
     """Show the spectra of SOURCE's query-key products."""
-    from qkpatch.console import bars, print_json, show_spectra
+    from qkpatch.console import bars, print_json, print_spectra_csv, show_spectra, spectra_json
     from qkpatch.errors import UsageError
     from qkpatch.selection import format_ranges
     from qkpatch.settings import check_request
@@ -224,25 +205,9 @@ def inspect(
             spectra.append(layer)
             observer.edited(len(layer.heads))
     if as_json:
-        print_json(
-            {
-                "source": model.source.name,
-                "recipe": model.recipe.name,
-                "modes": chosen.rule.modes,
-                "layers": [
-                    {"layer": layer.layer, "heads": [vars(head) for head in layer.heads]} for layer in spectra
-                ],
-            }
-        )
+        print_json(spectra_json(model.source.name, model.recipe.name, chosen.rule.modes, spectra))
     elif as_csv:
-        rows = csv.writer(sys.stdout, lineterminator="\n")
-        rows.writerow(["layer", "head", "kv_head", "mode", "singular_value"])
-        rows.writerows(
-            [layer.layer, head.head, head.kv_head, mode, repr(value)]
-            for layer in spectra
-            for head in layer.heads
-            for mode, value in enumerate(head.singular_values)
-        )
+        print_spectra_csv(spectra)
     else:
         show_spectra(spectra, chosen.rule.modes)
 
@@ -307,28 +272,6 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     raise _Terminated
 
 
-def _request(
-    layers: str | None,
-    modes: int | None,
-    alpha: float | None,
-    channel: Channel | None,
-    select: Select | None,
-    seed: int | None,
-    heads: str | None,
-    recipe: str | None,
-    config: Path | None,
-) -> Request:
-    from qkpatch.checkpoint.files import os_errors
-    from qkpatch.settings import parse_request
-
-    flags = Request(recipe, layers, heads, modes, alpha, channel, select, seed)
-    if config is None:
-        return flags
-    with os_errors("read the settings", config):
-        text = config.read_bytes()
-    return flags.over(parse_request(text, str(config)))
-
-
 def _plan(
     source: str,
     request: Request,
@@ -341,8 +284,8 @@ def _plan(
 ) -> None:
     from qkpatch.checkpoint.space import free_bytes
     from qkpatch.checkpoint.staging import check_target
-    from qkpatch.console import print_json, show_plan, show_warnings
-    from qkpatch.manifest import planned_manifest
+    from qkpatch.console import show_plan, show_warnings
+    from qkpatch.manifest import canonical_json, planned_manifest
     from qkpatch.plan import make_plan
 
     made = make_plan(source, request)
@@ -357,6 +300,6 @@ def _plan(
     if not quiet:
         show_warnings(made.warnings)
     if as_json:
-        print_json({**planned_manifest(made, device).to_json(), "costs": costs})
+        print(canonical_json({**planned_manifest(made, device).to_json(), "costs": costs}), end="")
     elif not quiet:
         show_plan(made, costs)

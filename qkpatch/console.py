@@ -5,7 +5,9 @@ Results go to stdout, everything else to stderr.
 
 from __future__ import annotations
 
+import csv
 import json
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -129,7 +131,7 @@ def show_plan(plan: EditPlan, costs: Mapping[str, int | None]) -> None:
     )
 
 
-def show_applied(plan: EditPlan, manifest: Manifest, out: Path) -> None:
+def show_applied(plan: EditPlan, manifest: Manifest, source: str, out: Path) -> None:
     """What was done, layer by layer."""
     console = _console()
     _heading(console, plan)
@@ -160,7 +162,8 @@ def show_applied(plan: EditPlan, manifest: Manifest, out: Path) -> None:
         f"Wrote {escape(str(out))}: {len(manifest.edits)} tensor(s) edited in {patched} file(s), "
         f"{len(manifest.files) - patched} file(s) copied, {_size(plan.output_bytes)}"
     )
-    console.print(f"Check it with: qkpatch verify {escape(str(out))} --source SOURCE")
+    command = shlex.join(["qkpatch", "verify", str(out), "--source", source])
+    console.print(f"Prove it with: {escape(command)}", soft_wrap=True)
 
 
 def _heading(console: Console, plan: EditPlan) -> None:
@@ -193,6 +196,28 @@ def show_spectra(layers: Sequence[LayerSpectra], modes: int) -> None:
             f"{min(gaps):.2g}" if gaps else "-",
         )
     _console().print(table)
+
+
+def spectra_json(source: str, recipe: str, modes: int, layers: Sequence[LayerSpectra]) -> dict[str, Any]:
+    """The spectra with all singular values, for programs."""
+    return {
+        "source": source,
+        "recipe": recipe,
+        "modes": modes,
+        "layers": [{"layer": layer.layer, "heads": [vars(head) for head in layer.heads]} for layer in layers],
+    }
+
+
+def print_spectra_csv(layers: Sequence[LayerSpectra]) -> None:
+    """One line per singular value."""
+    rows = csv.writer(sys.stdout, lineterminator="\n")
+    rows.writerow(["layer", "head", "kv_head", "mode", "singular_value"])
+    rows.writerows(
+        [layer.layer, head.head, head.kv_head, mode, repr(value)]
+        for layer in layers
+        for head in layer.heads
+        for mode, value in enumerate(head.singular_values)
+    )
 
 
 def show_recipes(recipes: Sequence[Recipe]) -> None:

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from typing import Any
 
 from qkpatch import settings as edit_settings
-from qkpatch.checkpoint.source import load_json
+from qkpatch.checkpoint.tree import load_json
 from qkpatch.errors import CheckpointError
 from qkpatch.plan import EditPlan
 from qkpatch.targets import LayerTarget

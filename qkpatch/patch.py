@@ -15,9 +15,10 @@ from typing import Protocol
 import torch
 
 from qkpatch.checkpoint.files import copy_content, open_read, os_errors, sha256_range, write_exact
-from qkpatch.checkpoint.source import MANIFEST_NAME, SourceFile
+from qkpatch.checkpoint.source import MANIFEST_NAME
 from qkpatch.checkpoint.space import check_space
 from qkpatch.checkpoint.staging import Staging, check_target
+from qkpatch.checkpoint.tree import SourceFile
 from qkpatch.errors import NumericalError
 from qkpatch.manifest import EditRecord, HeadRecord, Manifest, planned_manifest
 from qkpatch.plan import EditPlan

@@ -9,14 +9,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from qkpatch.checkpoint.files import READ_CHUNK, Progress, open_read, read_exact, sha256_range
-from qkpatch.checkpoint.source import (
-    MANIFEST_NAME,
-    Checkpoint,
-    SourceFile,
-    open_checkpoint,
-    read_whole,
-    walk_files,
-)
+from qkpatch.checkpoint.source import MANIFEST_NAME, Checkpoint, open_checkpoint
+from qkpatch.checkpoint.tree import SourceFile, read_whole, walk_files
 from qkpatch.errors import CheckpointError
 from qkpatch.heads import HeadLayout
 from qkpatch.locate import locate

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,8 +9,9 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from qkpatch.checkpoint.files import FileId, open_read, os_errors, read_exact
+from qkpatch.checkpoint.files import open_read, os_errors
 from qkpatch.checkpoint.header import Header, TensorRef, read_header
+from qkpatch.checkpoint.tree import SourceFile, load_json, read_whole, source_file, walk_files
 from qkpatch.errors import AmbiguousError, CheckpointError, FileSystemError, UnsupportedError
 
 MANIFEST_NAME = "qkpatch.json"
@@ -25,24 +24,6 @@ WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz",
 )  # fmt: skip
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-_SKIPPED_DIRS = (".git", ".cache/huggingface")  # bookkeeping of git and huggingface_hub, not the model's
-
-MAX_JSON_BYTES = 256 << 20  # an index of 10^6 tensors is about 100 MB
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """One file to carry over, by its POSIX path relative to the checkpoint root."""
-
-    name: str
-    path: Path
-    id: FileId
-    mode: int
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return self.id.size
 
 
 @dataclass(frozen=True)
@@ -111,7 +92,7 @@ def _open_single(path: Path) -> Checkpoint:
             where=str(path),
             fix="convert it with the safetensors library, or point qkpatch at the directory",
         )
-    file = _source_file(path, path.name)
+    file = source_file(path, path.name)
     header = _header(file)
     return Checkpoint(
         root=path.parent,
@@ -241,53 +222,9 @@ def _check_index(headers: Mapping[str, Header], index: _Index) -> None:
         )
 
 
-def walk_files(root: Path) -> tuple[dict[str, SourceFile], tuple[str, ...]]:
-    """All regular files below ``root`` with links followed, sorted by name, and all sub-directories."""
-    files: dict[str, SourceFile] = {}
-    directories: list[str] = []
-
-    def visit(directory: Path, prefix: str, ancestors: tuple[Path, ...]) -> None:
-        real = directory.resolve()
-        if real in ancestors:
-            raise FileSystemError("a link leads back to a directory above it", where=str(directory))
-        with os_errors("list", directory):
-            entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
-        for entry in entries:
-            name = prefix + entry.name
-            with os_errors("read (is it a dangling link?)", entry.path):
-                is_dir = stat.S_ISDIR(entry.stat().st_mode)
-            if not is_dir:
-                files[name] = _source_file(Path(entry.path), name)
-            elif name not in _SKIPPED_DIRS:
-                directories.append(name)
-                visit(Path(entry.path), f"{name}/", (*ancestors, real))
-
-    visit(root, "", ())
-    return dict(sorted(files.items())), tuple(directories)
-
-
-def _source_file(path: Path, name: str) -> SourceFile:
-    with os_errors("read", path):
-        status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise FileSystemError(
-            "neither a regular file nor a directory", where=str(path), fix="move it out of SOURCE"
-        )
-    return SourceFile(name, path, FileId.of(status), stat.S_IMODE(status.st_mode))
-
-
 def _header(file: SourceFile) -> Header:
     with open_read(file.path, file.id) as fd:
         return read_header(fd, file.name)
-
-
-def read_whole(path: Path, expected: FileId | None = None) -> bytes:
-    """A small file's bytes."""
-    with open_read(path, expected) as fd:
-        size = os.fstat(fd).st_size
-        if size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{size} bytes, more than any real file of this kind", where=str(path))
-        return bytes(read_exact(fd, size, 0, path))
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:
@@ -301,21 +238,6 @@ def _read_config(path: Path) -> Mapping[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError("not a JSON object", where=path.name)
     return config
-
-
-def load_json(raw: bytes, where: str, *, unique: bool = False) -> Any:
-    """Parse JSON; ``unique`` refuses repeated keys, on which readers could disagree."""
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(items)
-        if unique and len(result) != len(items):
-            raise CheckpointError("a key appears twice in one JSON object", where=where)
-        return result
-
-    try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=pairs)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"not valid JSON: {error}", where=where) from error
 
 
 def _some(names: list[str], limit: int = 3) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qkpatch.checkpoint.files import os_errors
-from qkpatch.checkpoint.source import SourceFile
+from qkpatch.checkpoint.tree import SourceFile
 from qkpatch.errors import FileSystemError
 
 _FICLONE = 0x40049409  # linux/fs.h; in the fcntl module only since Python 3.12

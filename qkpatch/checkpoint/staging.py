@@ -19,7 +19,8 @@ from pathlib import Path
 from types import TracebackType
 
 from qkpatch.checkpoint.files import os_errors
-from qkpatch.checkpoint.source import MANIFEST_NAME, load_json
+from qkpatch.checkpoint.source import MANIFEST_NAME
+from qkpatch.checkpoint.tree import load_json
 from qkpatch.errors import FileSystemError, QKPatchError, UsageError
 
 _RENAME_NOREPLACE = 1

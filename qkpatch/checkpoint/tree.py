@@ -1,0 +1,91 @@
+"""The files of a checkpoint, as they lie on disk: which there are, what identifies them, the small ones whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qkpatch.checkpoint.files import FileId, open_read, os_errors, read_exact
+from qkpatch.errors import CheckpointError, FileSystemError
+
+_SKIPPED_DIRS = (".git", ".cache/huggingface")  # bookkeeping of git and huggingface_hub, not the model's
+MAX_JSON_BYTES = 256 << 20  # an index of 10^6 tensors is about 100 MB
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file to carry over, by its POSIX path relative to the checkpoint root."""
+
+    name: str
+    path: Path
+    id: FileId
+    mode: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.id.size
+
+
+def walk_files(root: Path) -> tuple[dict[str, SourceFile], tuple[str, ...]]:
+    """All regular files below ``root`` with links followed, sorted by name, and all sub-directories."""
+    files: dict[str, SourceFile] = {}
+    directories: list[str] = []
+
+    def visit(directory: Path, prefix: str, ancestors: tuple[Path, ...]) -> None:
+        real = directory.resolve()
+        if real in ancestors:
+            raise FileSystemError("a link leads back to a directory above it", where=str(directory))
+        with os_errors("list", directory):
+            entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+        for entry in entries:
+            name = prefix + entry.name
+            with os_errors("read (is it a dangling link?)", entry.path):
+                is_dir = stat.S_ISDIR(entry.stat().st_mode)
+            if not is_dir:
+                files[name] = source_file(Path(entry.path), name)
+            elif name not in _SKIPPED_DIRS:
+                directories.append(name)
+                visit(Path(entry.path), f"{name}/", (*ancestors, real))
+
+    visit(root, "", ())
+    return dict(sorted(files.items())), tuple(directories)
+
+
+def source_file(path: Path, name: str) -> SourceFile:
+    """The regular file at ``path``, links followed; anything else is a :class:`FileSystemError`."""
+    with os_errors("read", path):
+        status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise FileSystemError(
+            "neither a regular file nor a directory", where=str(path), fix="move it out of SOURCE"
+        )
+    return SourceFile(name, path, FileId.of(status), stat.S_IMODE(status.st_mode))
+
+
+def read_whole(path: Path, expected: FileId | None = None) -> bytes:
+    """A small file's bytes."""
+    with open_read(path, expected) as fd:
+        size = os.fstat(fd).st_size
+        if size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{size} bytes, more than any real file of this kind", where=str(path))
+        return bytes(read_exact(fd, size, 0, path))
+
+
+def load_json(raw: bytes, where: str, *, unique: bool = False) -> Any:
+    """Parse JSON; ``unique`` refuses repeated keys, on which readers could disagree."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(items)
+        if unique and len(result) != len(items):
+            raise CheckpointError("a key appears twice in one JSON object", where=where)
+        return result
+
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=pairs)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"not valid JSON: {error}", where=where) from error

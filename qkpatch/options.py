@@ -1,0 +1,66 @@
+"""The options that commands share, and the edit request they add up to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qkpatch.checkpoint.files import os_errors
+from qkpatch.settings import Request, parse_request
+from qkpatch.spectral.rule import Channel, Select
+
+SourceArg = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="A checkpoint directory, a .safetensors file, a Hub id (org/name[@revision]) or a recipe's name.",
+        show_default=False,
+    ),
+]
+LayersOpt = Annotated[
+    str | None, typer.Option(help="Inclusive list such as 10-18,20.  [default: the recipe's]")
+]
+HeadsOpt = Annotated[str | None, typer.Option(help="Query heads, such as 0-3,7.  [default: all]")]
+ModesOpt = Annotated[int | None, typer.Option(help="Modes per head.  [default: the recipe's]")]
+AlphaOpt = Annotated[
+    float | None,
+    typer.Option(
+        help="Factor of the selected modes, 0 to 1: 0 removes them, 1 changes nothing.  [default: 0.5]"
+    ),
+]
+ChannelOpt = Annotated[Channel | None, typer.Option(help="Part of the product to edit.  [default: full]")]
+SelectOpt = Annotated[
+    Select | None,
+    typer.Option(help="Modes to edit; all but dominant are controls.  [default: dominant]"),
+]
+SeedOpt = Annotated[int | None, typer.Option(help="For --select random and subspace.  [default: 0]")]
+RecipeOpt = Annotated[str | None, typer.Option(help="Use this recipe instead of the one that fits.")]
+ConfigOpt = Annotated[
+    Path | None, typer.Option(help="The same settings as a YAML file; flags win.", metavar="EDIT.yaml")
+]
+DeviceOpt = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:i.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+DebugOpt = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", envvar="QKPATCH_DEBUG")]
+
+
+def edit_request(
+    layers: str | None,
+    modes: int | None,
+    alpha: float | None,
+    channel: Channel | None,
+    select: Select | None,
+    seed: int | None,
+    heads: str | None,
+    recipe: str | None,
+    config: Path | None,
+) -> Request:
+    """The flags over ``--config``; None where neither says anything."""
+    flags = Request(recipe, layers, heads, modes, alpha, channel, select, seed)
+    if config is None:
+        return flags
+    with os_errors("read the settings", config):
+        text = config.read_bytes()
+    return flags.over(parse_request(text, str(config)))
