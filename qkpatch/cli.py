@@ -6,7 +6,8 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -64,10 +65,10 @@ def command(function: Command) -> Command:
             show_error(error)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
-            note("Interrupted; nothing was written.")
+            note("Interrupted; nothing half done is left behind.")
             raise typer.Exit(128 + signal.SIGINT) from None
         except _Terminated:
-            note("Terminated; nothing was written.")
+            note("Terminated; nothing half done is left behind.")
             raise typer.Exit(128 + signal.SIGTERM) from None
         except BrokenPipeError:
             # The reader of stdout is gone; the interpreter must not complain when it flushes at exit.
@@ -121,15 +122,15 @@ def apply(
         return
     from qkpatch.plan import make_plan
 
-    signal.signal(signal.SIGTERM, _terminate)
-    signal.signal(signal.SIGHUP, _terminate)
+    if quiet or as_json:
+        _no_hub_bars()
     plan = make_plan(source, request)
 
     from qkpatch.patch import apply_plan  # torch, from here on
     from qkpatch.weights import choose_device
 
     n_heads = len(plan.edits) * len(plan.settings.heads)
-    with bars(plan.output_bytes, n_heads, quiet=quiet or as_json) as observer:
+    with _unwinding_on_kill(), bars(plan.output_bytes, n_heads, quiet=quiet or as_json) as observer:
         manifest = apply_plan(plan, out, device=choose_device(device), observer=observer, overwrite=overwrite)
     if not quiet:
         show_warnings(manifest.warnings)
@@ -268,8 +269,23 @@ class _Terminated(BaseException):
     """SIGTERM or SIGHUP arrived; unwinds like Ctrl-C, so that staging is removed."""
 
 
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise _Terminated
+@contextmanager
+def _unwinding_on_kill() -> Iterator[None]:
+    def unwind(number: int, frame: FrameType | None) -> NoReturn:
+        raise _Terminated
+
+    signals = (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, unwind) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _no_hub_bars() -> None:
+    # huggingface_hub reads it when it is first imported, which is later.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _plan(
@@ -288,6 +304,8 @@ def _plan(
     from qkpatch.manifest import canonical_json, planned_manifest
     from qkpatch.plan import make_plan
 
+    if quiet or as_json:
+        _no_hub_bars()
     made = make_plan(source, request)
     if out is not None:
         check_target(out, made.model.source.path, overwrite=overwrite)

@@ -173,7 +173,7 @@ def planned_manifest(plan: EditPlan, device: str) -> Manifest:
         tool={"name": "qkpatch", "version": version("qkpatch"), "torch": version("torch")},
         compute={"device": device, "dtype": "float64"},
         source=source,
-        recipe={"name": model.recipe.name, "sha256": model.recipe.sha256, "prefix": model.prefix},
+        recipe={**model.recipe.to_json(), "prefix": model.prefix},
         edit=edit_settings.to_json(plan.settings),
         model={
             "model_type": checkpoint.config.get("model_type"),

@@ -24,7 +24,7 @@ from qkpatch.manifest import EditRecord, HeadRecord, Manifest, planned_manifest
 from qkpatch.plan import EditPlan
 from qkpatch.spectral.edit import HeadReport, edit_and_round
 from qkpatch.targets import LayerTarget
-from qkpatch.weights import DTYPES, open_layer, to_bytes
+from qkpatch.weights import DTYPES, one_thread, open_layer, to_bytes
 
 GAP_WARNING = 1e-3
 
@@ -55,7 +55,7 @@ def apply_plan(
     check_target(out, plan.model.source.path, overwrite=overwrite)
     check_space(out, plan.output_bytes, list(checkpoint.files.values()))
     started = _now()
-    with Staging(out) as staging:
+    with one_thread(), Staging(out) as staging:
         for name in checkpoint.directories:
             with os_errors("create a directory", out / name):
                 (staging.path / name).mkdir()
@@ -75,7 +75,6 @@ def apply_plan(
                 "started": started,
                 "finished": _now(),
                 "copied_by": dict(Counter(means)),
-                "threads": torch.get_num_threads(),
             },
         )
         _write_synced(staging.path / MANIFEST_NAME, manifest.dumps().encode())

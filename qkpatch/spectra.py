@@ -9,7 +9,7 @@ import torch
 
 from qkpatch.spectral.product import QKProduct, effective_rank, energy_share
 from qkpatch.targets import LayerTarget, Model
-from qkpatch.weights import open_layer
+from qkpatch.weights import one_thread, open_layer
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def layer_spectra(
     """The spectra of each target in turn; ``modes`` is the r of energy share and gap."""
     layout = model.tower.layout
     for target in targets:
-        with open_layer(model.checkpoint, target, layout, device) as weights:
+        with one_thread(), open_layer(model.checkpoint, target, layout, device) as weights:
             yield LayerSpectra(
                 target.layer,
                 tuple(

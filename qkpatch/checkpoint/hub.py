@@ -19,7 +19,7 @@ class HubId:
     def parse(cls, text: str) -> HubId | None:
         """``org/name`` or ``org/name@revision``; None where ``text`` does not have that form."""
         from huggingface_hub.errors import HFValidationError
-        from huggingface_hub.utils._validators import validate_repo_id
+        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
         repo, _, revision = text.partition("@")
         if repo.count("/") != 1 or (revision == "" and "@" in text):
