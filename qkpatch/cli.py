@@ -6,16 +6,15 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
 from qkpatch import __version__
 from qkpatch.errors import FileSystemError, QKPatchError
+from qkpatch.interrupts import Terminated, signals_held, unwinding_on_kill
 from qkpatch.options import (
     AlphaOpt,
     ChannelOpt,
@@ -56,7 +55,8 @@ def command(function: Command) -> Command:
         from qkpatch.console import note, print_json, show_error
 
         try:
-            function(*args, **kwargs)
+            with unwinding_on_kill():
+                function(*args, **kwargs)
         except QKPatchError as error:
             if kwargs.get("debug"):
                 raise
@@ -67,9 +67,9 @@ def command(function: Command) -> Command:
         except KeyboardInterrupt:
             note("Interrupted; nothing half done is left behind.")
             raise typer.Exit(128 + signal.SIGINT) from None
-        except _Terminated:
+        except Terminated as error:
             note("Terminated; nothing half done is left behind.")
-            raise typer.Exit(128 + signal.SIGTERM) from None
+            raise typer.Exit(128 + error.number) from None
         except BrokenPipeError:
             # The reader of stdout is gone; the interpreter must not complain when it flushes at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -122,15 +122,16 @@ def apply(
         return
     from qkpatch.plan import make_plan
 
-    if quiet or as_json:
+    if quiet or as_json or not sys.stderr.isatty():
         _no_hub_bars()
     plan = make_plan(source, request)
 
-    from qkpatch.patch import apply_plan  # torch, from here on
-    from qkpatch.weights import choose_device
+    with signals_held():
+        from qkpatch.patch import apply_plan  # torch, from here on
+        from qkpatch.weights import choose_device
 
     n_heads = len(plan.edits) * len(plan.settings.heads)
-    with _unwinding_on_kill(), bars(plan.output_bytes, n_heads, quiet=quiet or as_json) as observer:
+    with bars(plan.output_bytes, n_heads, quiet=quiet or as_json) as observer:
         manifest = apply_plan(plan, out, device=choose_device(device), observer=observer, overwrite=overwrite)
     if not quiet:
         show_warnings(manifest.warnings)
@@ -197,8 +198,9 @@ def inspect(
     chosen = model.settings(request.over(Request(layers=format_ranges(model.query_layers))))
     targets = tuple(model.target(layer) for layer in chosen.layers)
 
-    from qkpatch.spectra import layer_spectra
-    from qkpatch.weights import choose_device
+    with signals_held():
+        from qkpatch.spectra import layer_spectra
+        from qkpatch.weights import choose_device
 
     spectra = []
     with bars(0, len(targets) * len(chosen.heads), quiet=as_json or as_csv) as observer:
@@ -265,24 +267,6 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
-class _Terminated(BaseException):
-    """SIGTERM or SIGHUP arrived; unwinds like Ctrl-C, so that staging is removed."""
-
-
-@contextmanager
-def _unwinding_on_kill() -> Iterator[None]:
-    def unwind(number: int, frame: FrameType | None) -> NoReturn:
-        raise _Terminated
-
-    signals = (signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, unwind) for number in signals}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _no_hub_bars() -> None:
     # huggingface_hub reads it when it is first imported, which is later.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -304,11 +288,11 @@ def _plan(
     from qkpatch.manifest import canonical_json, planned_manifest
     from qkpatch.plan import make_plan
 
-    if quiet or as_json:
+    if quiet or as_json or not sys.stderr.isatty():
         _no_hub_bars()
     made = make_plan(source, request)
     if out is not None:
-        check_target(out, made.model.source.path, overwrite=overwrite)
+        check_target(out, made.model.source.path, made.model.checkpoint.files.values(), overwrite=overwrite)
     costs = {
         "output_bytes": made.output_bytes,
         "edited_bytes": made.edited_bytes,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from qkpatch.catalogue import get_recipe, shipped_recipes
 from qkpatch.checkpoint.hub import HubId, download
-from qkpatch.errors import UsageError
+from qkpatch.errors import FileSystemError, UsageError
 from qkpatch.recipe import Recipe
 
 
@@ -30,8 +31,8 @@ def locate(text: str) -> Source:
         UsageError: it is none of these.
         HubError: the Hub cannot deliver it.
     """
-    path = Path(text).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(text))  # noqa: PTH111 - Path's raises for ~nobody/x, a name like any other
+    if _exists(path):
         return _local(path)
     if text in shipped_recipes():
         recipe = get_recipe(text)
@@ -47,6 +48,18 @@ def locate(text: str) -> Source:
         )
     snapshot = download(hub_id)
     return Source(snapshot.path, "hub", snapshot.repo, snapshot.requested_revision, snapshot.commit, recipe)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        path.stat()
+    except PermissionError as error:
+        raise FileSystemError(
+            "no permission to look it up", where=str(path), fix="check the permissions of its parents"
+        ) from error
+    except (OSError, ValueError):  # also names that no file can have: too long, or with a NUL
+        return False
+    return True
 
 
 def _local(path: Path) -> Source:

@@ -135,7 +135,7 @@ class Manifest:
                 fix="use the qkpatch version that wrote it",
             )
         try:
-            return cls(
+            manifest = cls(
                 **{
                     name: document[name]
                     for name in ("tool", "compute", "source", "recipe", "edit", "model", "run")
@@ -144,8 +144,25 @@ class Manifest:
                 files=tuple(FileRecord(**file) for file in document["files"]),
                 warnings=tuple(document["warnings"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+            manifest._check()
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"malformed manifest: {error!r}", where=where) from error
+        return manifest
+
+    def _check(self) -> None:
+        """Raise ``TypeError`` or ``ValueError`` for what ``verify`` could not work with."""
+        sizes = [
+            self.model[key]
+            for key in ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
+        ]
+        heads = [head.head for edit in self.edits for head in edit.heads]
+        if not all(type(n) is int for n in (*sizes, *heads)) or min(sizes) < 1:
+            raise TypeError("a head or a size is not a whole number")
+        names = [edit.tensor for edit in self.edits]
+        if not all(isinstance(name, str) for name in (*names, *(file.name for file in self.files))):
+            raise TypeError("a name is not a string")
+        if len(set(names)) != len(names):
+            raise ValueError("a tensor is recorded twice")
 
 
 def _edit_record(edit: Mapping[str, Json]) -> EditRecord:

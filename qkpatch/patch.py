@@ -52,8 +52,9 @@ def apply_plan(
         NumericalError: NaN or Inf, or a tensor that the edit would leave as it was.
     """
     checkpoint = plan.model.checkpoint
-    check_target(out, plan.model.source.path, overwrite=overwrite)
-    check_space(out, plan.output_bytes, list(checkpoint.files.values()))
+    files = checkpoint.files.values()
+    check_target(out, plan.model.source.path, files, overwrite=overwrite)
+    check_space(out, plan.output_bytes, files)
     started = _now()
     with one_thread(), Staging(out) as staging:
         for name in checkpoint.directories:

@@ -22,7 +22,7 @@ FLOORS = [
     ["plan", "weights"],
     ["manifest", "spectra"],
     ["patch", "verify"],
-    ["console", "options"],
+    ["console", "options", "interrupts"],
     ["cli"],
     ["__main__"],
 ]

@@ -57,6 +57,11 @@ def download(hub_id: HubId) -> Snapshot:
         RevisionNotFoundError,
     )
 
+    try:
+        from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # whichever client this version of the library uses
+    except ImportError:
+        import httpx  # type: ignore[no-redef,import-not-found]
+
     where = hub_id.repo + (f"@{hub_id.revision}" if hub_id.revision else "")
     try:
         path = Path(snapshot_download(hub_id.repo, revision=hub_id.revision))
@@ -80,9 +85,13 @@ def download(hub_id: HubId) -> Snapshot:
         ) from error
     except HfHubHTTPError as error:
         raise HubError(f"the Hub answered: {error}", where=where, fix="try again later") from error
-    except OSError as error:
+    except (
+        OSError,
+        httpx.HTTPError,
+        ValueError,
+    ) as error:  # a broken connection, or an answer that is no Hub's
         raise HubError(
-            f"download failed: {error}", where=where, fix="check disk space and connection"
+            f"download failed: {error}", where=where, fix="check connection, HF_ENDPOINT and disk space"
         ) from error
     # snapshots/<commit>: the cache's layout names the commit that the revision resolved to.
     return Snapshot(path, hub_id.repo, hub_id.revision, path.name)

@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 from qkpatch.checkpoint.files import os_errors
@@ -22,7 +22,7 @@ def free_bytes(out: Path) -> int:
         return shutil.disk_usage(out.absolute().parent).free
 
 
-def check_space(out: Path, needed: int, files: Sequence[SourceFile]) -> None:
+def check_space(out: Path, needed: int, files: Collection[SourceFile]) -> None:
     """Raise :class:`FileSystemError` where OUT does not fit, unless the file system shares the copied blocks."""
     free = free_bytes(out)
     if needed <= free or _shares_blocks(out, files):
@@ -34,7 +34,7 @@ def check_space(out: Path, needed: int, files: Sequence[SourceFile]) -> None:
     )
 
 
-def _shares_blocks(out: Path, files: Sequence[SourceFile]) -> bool:
+def _shares_blocks(out: Path, files: Collection[SourceFile]) -> bool:
     """Whether the largest source file can be cloned beside OUT (btrfs, xfs); tried on a file without a name."""
     largest = max(files, key=lambda file: file.size, default=None)
     if largest is None:

@@ -20,7 +20,7 @@ from types import TracebackType
 
 from qkpatch.checkpoint.files import os_errors
 from qkpatch.checkpoint.source import MANIFEST_NAME
-from qkpatch.checkpoint.tree import load_json
+from qkpatch.checkpoint.tree import SourceFile, load_json
 from qkpatch.errors import FileSystemError, QKPatchError, UsageError
 
 _RENAME_NOREPLACE = 1
@@ -29,14 +29,18 @@ _AT_FDCWD = -100
 _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 
 
-def check_target(out: Path, source: Path, *, overwrite: bool) -> None:
+def check_target(out: Path, source: Path, files: Iterable[SourceFile], *, overwrite: bool) -> None:
     """Refuse an OUT that would harm SOURCE or someone's files.
 
     Raises:
-        UsageError: OUT is, holds or lies in SOURCE (through links too); OUT is not empty, or with
-            ``overwrite`` holds files that qkpatch did not write.
+        UsageError: OUT is, holds or lies in SOURCE, or holds one of its files, through links too; OUT is not
+            empty, or with ``overwrite`` holds files that qkpatch did not write.
         FileSystemError: OUT's parent is missing or not writable.
     """
+    if out.name in ("", ".."):
+        raise UsageError(
+            "OUT needs a name of its own", where=str(out), fix="name a new directory: -o patched"
+        )
     real_out, real_source = Path(os.path.realpath(out)), Path(os.path.realpath(source))
     if real_out == real_source or real_source in real_out.parents or real_out in real_source.parents:
         raise UsageError(
@@ -44,6 +48,13 @@ def check_target(out: Path, source: Path, *, overwrite: bool) -> None:
             where=str(out),
             fix="choose an OUT beside SOURCE",
         )
+    for file in files:
+        if real_out in Path(os.path.realpath(file.path)).parents:
+            raise UsageError(
+                f"OUT holds {file.name} of SOURCE, which is a link to it",
+                where=str(out),
+                fix="choose another -o",
+            )
     if out.name.endswith(".safetensors"):
         raise UsageError(
             "OUT is a directory; the patched files keep their names in it",
@@ -67,17 +78,11 @@ def check_target(out: Path, source: Path, *, overwrite: bool) -> None:
         raise UsageError(
             "exists and is not empty", where=str(out), fix="choose another -o, or add --overwrite"
         )
-    foreign = _foreign_files(out)
-    if foreign:
-        raise UsageError(
-            f"holds files that qkpatch did not write, such as {foreign[0]}",
-            where=str(out),
-            fix="--overwrite replaces only what qkpatch wrote; move them, or choose another -o",
-        )
+    _refuse_foreign_files(out)
 
 
-def _foreign_files(out: Path) -> list[str]:
-    """Files in ``out`` that its manifest does not list; everything where there is no readable manifest."""
+def _refuse_foreign_files(out: Path) -> None:
+    """Raise where ``out`` holds a file that its manifest does not list, or has no readable manifest at all."""
     try:
         manifest = load_json((out / MANIFEST_NAME).read_bytes(), MANIFEST_NAME)
         known = {str(file["name"]) for file in manifest["files"]} | {MANIFEST_NAME}
@@ -86,7 +91,13 @@ def _foreign_files(out: Path) -> list[str]:
     present = (
         p.relative_to(out).as_posix() for p in sorted(out.rglob("*")) if p.is_symlink() or not p.is_dir()
     )
-    return [name for name in present if name not in known]
+    foreign = next((name for name in present if name not in known), None)
+    if foreign is not None:
+        raise UsageError(
+            f"holds files that qkpatch did not write, such as {foreign}",
+            where=str(out),
+            fix="--overwrite replaces only what qkpatch wrote; move them, or choose another -o",
+        )
 
 
 class Staging:
@@ -99,20 +110,42 @@ class Staging:
         self._lock = -1
 
     def __enter__(self) -> Staging:
-        remove_stale(self.out)
-        with os_errors("create the staging directory", self.path):
-            self.path.mkdir()
-            self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with os_errors("look for stale staging directories", self.out.parent):
+            remove_stale(self.out)
+        try:
+            with os_errors("create the staging directory", self.path):
+                while not self._create_locked():
+                    pass
+        except BaseException:
+            self._clean()
+            raise
         return self
+
+    def _create_locked(self) -> bool:
+        """Make the directory and lock it; False where another run took it for stale between the two."""
+        self._unlock()
+        self.path.mkdir(exist_ok=True)
+        try:
+            self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            return os.path.samestat(os.fstat(self._lock), self.path.stat())
+        except FileNotFoundError:
+            return False
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._clean()
+
+    def _clean(self) -> None:
         if self.path.exists():
             shutil.rmtree(self.path, ignore_errors=True)
+        self._unlock()
+
+    def _unlock(self) -> None:
         if self._lock >= 0:
             os.close(self._lock)
+            self._lock = -1
 
     def publish(self, directories: Iterable[str], *, overwrite: bool) -> None:
         """Make the staged directory OUT, all or nothing. Files must be synced already; directories are here.
@@ -128,6 +161,7 @@ class Staging:
             elif not any(self.out.iterdir()):
                 os.rename(self.path, self.out)  # replaces an empty directory, fails on any other
             elif overwrite:
+                _refuse_foreign_files(self.out)  # some may have come since
                 self._move(_RENAME_EXCHANGE)  # the old output is now the staged one, and goes on exit
             else:
                 raise self._raced()
@@ -135,20 +169,30 @@ class Staging:
 
     def _move(self, flag: int) -> None:
         try:
-            _renameat2(self.path, self.out, flag)
+            try:
+                _renameat2(self.path, self.out, flag)
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise
+                self._move_plainly(flag)
         except OSError as error:
-            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise self._raced() from error
-            if error.errno not in _UNSUPPORTED:
-                raise
-            # A file system without renameat2 (some network and FUSE mounts): the nearest it can do.
-            if flag == _RENAME_EXCHANGE:
-                aside = self.out.with_name(f".{self.out.name}.replaced-{secrets.token_hex(4)}")
-                os.rename(self.out, aside)
-                os.rename(self.path, self.out)
-                shutil.rmtree(aside)
-            else:
-                os.rename(self.path, self.out)
+            raise
+
+    def _move_plainly(self, flag: int) -> None:
+        """The nearest that a file system without renameat2 can do (some network and FUSE mounts)."""
+        if flag == _RENAME_NOREPLACE:
+            os.rename(self.path, self.out)  # refuses all but an empty directory
+            return
+        aside = self.out.with_name(f".{self.out.name}.replaced-{secrets.token_hex(4)}")
+        os.rename(self.out, aside)
+        try:
+            os.rename(self.path, self.out)
+        except BaseException:
+            os.rename(aside, self.out)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
 
     def _raced(self) -> UsageError:
         return UsageError(

@@ -44,6 +44,10 @@ def walk_files(root: Path) -> tuple[dict[str, SourceFile], tuple[str, ...]]:
             entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
         for entry in entries:
             name = prefix + entry.name
+            if any("\ud800" <= c <= "\udfff" for c in name):  # how Python holds bytes that are not UTF-8
+                raise FileSystemError(
+                    "the file's name is not UTF-8", where=ascii(entry.path), fix="rename it"
+                )
             with os_errors("read (is it a dangling link?)", entry.path):
                 is_dir = stat.S_ISDIR(entry.stat().st_mode)
             if not is_dir:
