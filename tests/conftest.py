@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# Small dense factorisations, many of them: threads only get in each other's way.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -39,7 +39,7 @@ class QueryEdit:
     indices: tuple[int, ...]  # the selected modes; empty for subspace and shrink
     directions: Modes | None  # the selected modes, or a subspace's directions; None for shrink
     gap: float | None
-    realised_share: float | None  # symmetric and antisymmetric channels only
+    realised_share: float | None  # None in the full channel, and where no mode is selected
 
 
 @dataclass(frozen=True)
@@ -98,13 +98,14 @@ def edit_query(product: QKProduct, rule: EditRule, generator: torch.Generator) -
     delta, realised_share = _delta(product, modes, rule)
     gap = spectrum.gap(indices)
     if rule.select is Select.shrink:
-        size, reference = torch.linalg.matrix_norm(W_Q), torch.linalg.matrix_norm(delta)
-        if float(reference) > float(size):
+        size, reference = float(torch.linalg.matrix_norm(W_Q)), float(torch.linalg.matrix_norm(delta))
+        if reference > size * (1 + 1e-9):  # equal up to rounding is a shrink to zero
             raise NumericalError(
-                f"no shrink matches the dominant edit: ‖ΔW_Q‖ {float(reference):.4g} > ‖W_Q‖ {float(size):.4g}",
+                f"no shrink matches the dominant edit: ‖ΔW_Q‖ {reference:.4g} > ‖W_Q‖ {size:.4g}",
                 fix="use fewer modes or a larger --alpha",
             )
-        return QueryEdit(W_Q * (1 - reference / size), spectrum, (), None, gap, None)
+        factor = max(0.0, 1 - reference / size) if size else 1.0
+        return QueryEdit(W_Q * factor, spectrum, (), None, gap, None)
     return QueryEdit(W_Q + delta, spectrum, indices, modes, gap, realised_share)
 
 
@@ -155,7 +156,7 @@ def _delta(product: QKProduct, modes: Modes, rule: EditRule) -> tuple[Tensor, fl
     reached = torch.linalg.vector_norm(product.key.W.mT @ mapped, dim=0)  # |P_K v_j|
     # u_j are orthonormal, so ‖ΔM‖² and its reached part are sums over modes.
     weight = modes.S.square()
-    share = _ratio((weight * reached.square()).sum(), weight.sum())
+    share = _ratio((weight * reached.square()).sum(), weight.sum()) if modes.S.numel() else None
     return -scale * (mapped * modes.S) @ modes.U.mT, share
 
 

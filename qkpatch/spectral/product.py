@@ -13,7 +13,7 @@ from qkpatch.spectral.rule import Channel
 
 
 def resolve_rcond(d_model: int, dtype: torch.dtype) -> float:
-    """Relative threshold under which a singular value counts as zero.
+    """Threshold under which a singular value counts as zero, relative to the size of its matrix.
 
     ``max(m, n) * eps``, the default of ``torch.linalg.pinv`` and ``numpy.linalg.matrix_rank``.
     """
@@ -44,7 +44,9 @@ class Factor:
     def rank(self) -> int:
         """Numerical rank of ``W`` under :func:`resolve_rcond`."""
         S = torch.linalg.svdvals(self.R)
-        return _rank(S, resolve_rcond(self.W.shape[-1], self.W.dtype))
+        return int(
+            (S > resolve_rcond(self.W.shape[-1], self.W.dtype) * S.max()).sum()
+        )  # >: 0 for a zero matrix
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class QKProduct:
             return 0.0
         G = self.key.W @ self.query.W.mT  # (d_head, d_head)
         trace = float((G * G.mT).sum())
-        return 0.5 * (1.0 + trace / self.frobenius**2)
+        return min(1.0, max(0.0, 0.5 * (1.0 + trace / self.frobenius**2)))  # rounding may step outside
 
     def singular_values(self) -> Tensor:
         """Singular values of M, (min(d_head, d_model),), without vectors."""
@@ -167,8 +169,9 @@ class QKProduct:
     def _spectrum(
         self, channel: Channel, S: Tensor, left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]
     ) -> Spectrum:
-        rank = _rank(S.abs(), resolve_rcond(self.query.W.shape[-1], S.dtype))
-        return Spectrum(channel, S, rank, left, right)
+        # Zero compared with M, not with its own largest value: a half that M does not have is all rounding.
+        tolerance = resolve_rcond(self.query.W.shape[-1], S.dtype) * self.frobenius
+        return Spectrum(channel, S, int((S.abs() > tolerance).sum()), left, right)
 
 
 def energy_share(S: Tensor, r: int) -> float:
@@ -185,8 +188,3 @@ def effective_rank(S: Tensor) -> float:
         return 0.0
     p = S / total
     return float(torch.exp(torch.special.entr(p).sum()))
-
-
-def _rank(S: Tensor, rcond: float) -> int:
-    # Strictly greater: a zero matrix has rank 0, not full rank.
-    return int((S > rcond * S.max()).sum()) if S.numel() else 0
