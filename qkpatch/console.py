@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -77,11 +78,10 @@ class Bars:
 
     def __init__(self, progress: Progress, total_bytes: int, total_heads: int) -> None:
         self._progress = progress
-        columns = {"total": total_bytes, "unit": "bytes"}
-        self._bytes = progress.add_task("copy", **columns)  # type: ignore[arg-type]
-        self._heads = progress.add_task(
-            "edit heads", total=total_heads, unit="heads", visible=total_heads > 0
+        self._bytes = progress.add_task(
+            f"copy {_size(total_bytes)}", total=total_bytes, visible=total_bytes > 0
         )
+        self._heads = progress.add_task(f"{total_heads} heads", total=total_heads, visible=total_heads > 0)
 
     def copied(self, n_bytes: int) -> None:
         """Advance the copy bar."""
@@ -111,17 +111,16 @@ def show_plan(plan: EditPlan, costs: Mapping[str, int | None]) -> None:
     """The plan as a person reads it: what, where, and what it costs."""
     console = _console()
     _heading(console, plan)
-    table = Table("layer", "query tensor", "dtype", "shard", "key tensor in")
-    for edit in plan.edits:
-        table.add_row(
-            str(edit.layer), edit.query.name, edit.query.dtype, edit.query.shard,
-            "same shard" if edit.key.shard == edit.query.shard else edit.key.shard,
-        )  # fmt: skip
     if plan.edits:
+        table = _table("layer", "shard", "key's shard, where another")
+        for edit in plan.edits:
+            other = "" if edit.key.shard == edit.query.shard else edit.key.shard
+            table.add_row(str(edit.layer), edit.query.shard, other)
         console.print(table)
+    dtypes = " and ".join(sorted({edit.query.dtype for edit in plan.edits})) or "no dtype"
     n_files = len(plan.model.checkpoint.files)
     console.print(
-        f"{len(plan.edits)} tensor(s), {len(plan.edits) * len(plan.settings.heads)} head(s), "
+        f"{len(plan.edits)} tensor(s) in {dtypes}, {len(plan.edits) * len(plan.settings.heads)} head(s), "
         f"{_size(plan.edited_bytes)} rewritten in {len(plan.edits_by_shard)} of {n_files} file(s)"
     )
     free = costs["free_disk_bytes"]
@@ -135,11 +134,10 @@ def show_applied(plan: EditPlan, manifest: Manifest, source: str, out: Path) -> 
     """What was done, layer by layer."""
     console = _console()
     _heading(console, plan)
-    table = Table("layer", "heads", "‖ΔW_Q‖/‖W_Q‖ mean", "max", "‖M‖ after/before", "gap min")
+    table = _table("layer", "heads", "‖ΔW_Q‖/‖W_Q‖ mean", "max", "‖M‖ after/before", "gap min")
     has_shares = any(head.realised_share is not None for edit in manifest.edits for head in edit.heads)
     if has_shares:
-        table.add_column("realised")
-    table.add_column("query tensor")
+        table.add_column("realised", justify="right")
     for edit in manifest.edits:
         changes = [head.relative_change for head in edit.heads]
         gaps = [head.gap for head in edit.heads if head.gap is not None]
@@ -153,7 +151,6 @@ def show_applied(plan: EditPlan, manifest: Manifest, source: str, out: Path) -> 
             f"{mean(norms):.4f}" if norms else "-",
             f"{min(gaps):.2g}" if gaps else "-",
             *([f"{mean(shares):.3f}" if shares else "-"] if has_shares else []),
-            edit.tensor,
         )
     if manifest.edits:
         console.print(table)
@@ -173,6 +170,8 @@ def _heading(console: Console, plan: EditPlan) -> None:
         f"[bold]{escape(model.source.name)}[/]: recipe {model.recipe.name}, {model.tower.n_layers} layers, "
         f"{layout.n_heads} query / {layout.n_kv_heads} key heads of {layout.d_head}, hidden {layout.d_model}"
     )
+    query = model.prefix + model.recipe.tensors.query
+    console.print(f"Tensors: {query} by {model.recipe.tensors.key}", soft_wrap=True)
     console.print(
         f"Edit: {plan.action}; layers {format_ranges(settings.layers)}, heads {format_ranges(settings.heads)}{chosen}"
     )
@@ -180,7 +179,7 @@ def _heading(console: Console, plan: EditPlan) -> None:
 
 def show_spectra(layers: Sequence[LayerSpectra], modes: int) -> None:
     """One row per layer, means over heads."""
-    table = Table(
+    table = _table(
         "layer", "σ₁ mean", "σ₁ max", f"energy in top {modes}", "effective rank", "symmetric share", "gap min"
     )
     for layer in layers:
@@ -222,12 +221,9 @@ def print_spectra_csv(layers: Sequence[LayerSpectra]) -> None:
 
 def show_recipes(recipes: Sequence[Recipe]) -> None:
     """The shipped recipes."""
-    table = Table("recipe", "models", "model_type", "default repo", "default layers", "modes")
+    table = _table("recipe", "default repo", "layers", "modes")
     for recipe in recipes:
-        table.add_row(
-            recipe.name, recipe.title, ", ".join(recipe.model_types), recipe.default_repo,
-            recipe.default_layers, str(recipe.default_modes),
-        )  # fmt: skip
+        table.add_row(recipe.name, recipe.default_repo, recipe.default_layers, str(recipe.default_modes))
     _console().print(table)
 
 
@@ -243,6 +239,15 @@ def show_verification(result: Verification, out: Path) -> None:
         )
     else:
         console.print(f"[red]{len(result.mismatches)} mismatch(es)[/] in {escape(str(out))}")
+
+
+def _table(*columns: str) -> Table:
+    """Plain columns, no frame: fits 80 characters, survives copying; numbers to the right, names folded, not cut."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        is_text = column.startswith(("recipe", "default repo", "dtype", "shard", "key"))
+        table.add_column(column, justify="left" if is_text else "right", overflow="fold")
+    return table
 
 
 def _size(n: float) -> str:

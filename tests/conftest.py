@@ -35,7 +35,7 @@ class Tiny:
     d_model: int
     prefix: str
 
-    def name(self, layer: int, which: str) -> str:
+    def name(self, layer: int | str, which: str) -> str:
         """The stored name of layer ``layer``'s ``q`` or ``k`` weight."""
         return f"{self.prefix.format(layer=layer)}{which}_proj.weight"
 

@@ -272,10 +272,10 @@ class TestPlan:
     def test_it_tells_people_tensors_shards_bytes_and_costs(self, tmp_path: Path, run) -> None:
         tiny = build_tiny(tmp_path / "split", shards=[("q_proj",), ("",)])
         text = run("plan", tiny.path, "--layers", "1").stdout
-        assert tiny.name(1, "q") in text
+        assert tiny.name("{layer}", "q") in text
         assert "model-00001-of-00002.safetensors" in text
         assert "model-00002-of-00002.safetensors" in text  # where the key is
-        assert re.search(r"1 tensor\(s\), 4 head\(s\), 1.5 kB rewritten in 1 of 5 file\(s\)", text)
+        assert re.search(r"1 tensor\(s\) in BF16, 4 head\(s\), 1.5 kB rewritten in 1 of 5 file\(s\)", text)
         assert "expected peak memory" in text
 
     def test_twins_of_the_weights_are_reported(self, tiny: Tiny, run) -> None:
@@ -323,7 +323,7 @@ class TestInspect:
     def test_the_table_has_a_row_per_layer(self, tiny: Tiny, run) -> None:
         text = run("inspect", tiny.path, "--modes", 2).stdout
         assert "energy in top 2" in text
-        assert len(re.findall(r"^│ [012] ", text, re.MULTILINE)) == 3
+        assert len(re.findall(r"^ +[012] ", text, re.MULTILINE)) == 3
 
     def test_a_dead_head_has_a_spectrum_of_zeros_and_not_an_error(self, tiny: Tiny, run) -> None:
         import torch
