@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from qkpatch.catalogue import choose_recipe, get_recipe, matching_prefixes, query_like
 from qkpatch.checkpoint.header import TensorRef
@@ -47,7 +49,7 @@ class Model:
         query, key = tensors.get(stem + names.query), tensors.get(stem + names.key)
         for weight, name in ((query, names.query), (key, names.key)):
             module = (stem + name).removesuffix(".weight")
-            refuse_quantised(module, weight, self._stored_under(module))
+            refuse_quantised(module, weight, self._stored_under.get(module, ()))
         if query is None:
             refuse_known(name for name in tensors if name.startswith(stem))
             raise CheckpointError(
@@ -84,8 +86,16 @@ class Model:
             d_model=layout.d_model,
         )
 
-    def _stored_under(self, module: str) -> list[str]:
-        return suffixes_by_module(self.checkpoint.tensors, [module])[module]
+    @cached_property
+    def _stored_under(self) -> Mapping[str, Sequence[str]]:
+        """What is stored under each query and key module; one pass, since mixtures of experts have many names."""
+        names = self.recipe.tensors
+        modules = {
+            (self.prefix.format(layer=layer) + name).removesuffix(".weight")
+            for layer in self.query_layers
+            for name in (names.query, names.key)
+        }
+        return suffixes_by_module(self.checkpoint.tensors, modules)
 
 
 def open_model(source: str, recipe_name: str | None = None) -> Model:
