@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import typer
 
 from qkpatch import __version__
+from qkpatch.console import prepare_streams
 from qkpatch.errors import FileSystemError, QKPatchError
 from qkpatch.interrupts import Terminated, signals_held, unwinding_on_kill
 from qkpatch.options import (
@@ -31,8 +32,9 @@ from qkpatch.options import (
     SelectOpt,
     SourceArg,
     edit_request,
+    expanded,
 )
-from qkpatch.settings import Request
+from qkpatch.settings import Request, check_device_name
 
 app = typer.Typer(
     name="qkpatch",
@@ -92,7 +94,9 @@ def root(
 @command
 def apply(
     source: SourceArg,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Directory to write.", show_default=False, callback=expanded)
+    ],
     layers: LayersOpt = None,
     modes: ModesOpt = None,
     alpha: AlphaOpt = None,
@@ -114,19 +118,24 @@ def apply(
     debug: DebugOpt = False,
 ) -> None:
     """Write an edited copy of SOURCE to OUT, with a manifest of what was changed."""
-    from qkpatch.console import bars, show_applied, show_warnings
+    from qkpatch.console import bars, print_text, show_applied, show_warnings
 
     request = edit_request(layers, modes, alpha, channel, select, seed, heads, recipe, config)
     if dry_run:
         _plan(source, request, out, device, as_json=as_json, quiet=quiet, overwrite=overwrite)
         return
+    from qkpatch.checkpoint.target import check_out
+    from qkpatch.locate import local_path
     from qkpatch.plan import make_plan
 
+    # What is known to be wrong already must not wait for a download.
+    check_device_name(device)
+    check_out(out, local_path(source), overwrite=overwrite)
     if quiet or as_json or not sys.stderr.isatty():
         _no_hub_bars()
     plan = make_plan(source, request)
 
-    with signals_held():
+    with signals_held():  # torch's imports swallow what is raised in their midst
         from qkpatch.patch import apply_plan  # torch, from here on
         from qkpatch.weights import choose_device
 
@@ -136,7 +145,7 @@ def apply(
     if not quiet:
         show_warnings(manifest.warnings)
     if as_json:
-        print(manifest.dumps(), end="")
+        print_text(manifest.dumps())
     elif not quiet:
         show_applied(plan, manifest, source, out)
 
@@ -145,7 +154,9 @@ def apply(
 @command
 def plan(
     source: SourceArg,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where OUT would be.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where OUT would be.", callback=expanded)
+    ] = None,
     layers: LayersOpt = None,
     modes: ModesOpt = None,
     alpha: AlphaOpt = None,
@@ -171,11 +182,11 @@ def plan(
 def inspect(
     source: SourceArg,
     layers: Annotated[
-        str | None, typer.Option(help="Inclusive list such as 10-18,20.  [default: all]")
+        str | None, typer.Option(help="Inclusive list such as 10-18,20.", show_default="all")
     ] = None,
     heads: HeadsOpt = None,
     modes: Annotated[
-        int | None, typer.Option(help="r of energy share and gap.  [default: the recipe's]")
+        int | None, typer.Option(help="r of energy share and gap.", show_default="the recipe's")
     ] = None,
     recipe: RecipeOpt = None,
     device: DeviceOpt = "auto",
@@ -193,6 +204,7 @@ def inspect(
     if as_json and as_csv:
         raise UsageError("one of --json and --csv", fix="drop the other")
     request = Request(recipe=recipe, layers=layers, heads=heads, modes=modes)
+    check_device_name(device)
     check_request(request)
     model = open_model(source, recipe)
     chosen = model.settings(request.over(Request(layers=format_ranges(model.query_layers))))
@@ -203,7 +215,7 @@ def inspect(
         from qkpatch.weights import choose_device
 
     spectra = []
-    with bars(0, len(targets) * len(chosen.heads), quiet=as_json or as_csv) as observer:
+    with bars(0, len(targets) * len(chosen.heads), quiet=False) as observer:
         for layer in layer_spectra(model, targets, chosen.heads, chosen.rule.modes, choose_device(device)):
             spectra.append(layer)
             observer.edited(len(layer.heads))
@@ -231,7 +243,7 @@ def verify(
     if not out.is_dir():
         raise FileSystemError("no such directory", where=str(out), fix="check the path")
     total = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    with bars(total, 0, quiet=quiet or as_json) as observer:
+    with bars(total, 0, quiet=quiet or as_json, verb="compare") as observer:
         result = run(out, source, observer.copied)
     if as_json:
         print_json({**vars(result), "ok": result.ok, "mismatches": [vars(m) for m in result.mismatches]})
@@ -250,19 +262,20 @@ def recipes(
 ) -> None:
     """List the model families qkpatch knows, or show one."""
     from qkpatch.catalogue import get_recipe, recipe_text, shipped_recipes
-    from qkpatch.console import print_json, show_recipes
+    from qkpatch.console import print_json, print_text, show_recipes
 
     chosen = [get_recipe(name)] if name else list(shipped_recipes().values())
     if as_json:
         print_json([recipe.to_json() for recipe in chosen])
     elif name:
-        print(recipe_text(name), end="")
+        print_text(recipe_text(name))
     else:
         show_recipes(chosen)
 
 
 def main() -> NoReturn:
     """Entry point of the ``qkpatch`` command."""
+    prepare_streams()
     app()
     sys.exit(0)
 
@@ -283,16 +296,20 @@ def _plan(
     overwrite: bool,
 ) -> None:
     from qkpatch.checkpoint.space import free_bytes
-    from qkpatch.checkpoint.staging import check_target
-    from qkpatch.console import show_plan, show_warnings
+    from qkpatch.checkpoint.target import check_apart, check_out
+    from qkpatch.console import print_text, show_plan, show_warnings
+    from qkpatch.locate import local_path
     from qkpatch.manifest import canonical_json, planned_manifest
     from qkpatch.plan import make_plan
 
     if quiet or as_json or not sys.stderr.isatty():
         _no_hub_bars()
+    check_device_name(device)
+    if out is not None:
+        check_out(out, local_path(source), overwrite=overwrite)
     made = make_plan(source, request)
     if out is not None:
-        check_target(out, made.model.source.path, made.model.checkpoint.files.values(), overwrite=overwrite)
+        check_apart(out, made.model.checkpoint)
     costs = {
         "output_bytes": made.output_bytes,
         "edited_bytes": made.edited_bytes,
@@ -302,6 +319,6 @@ def _plan(
     if not quiet:
         show_warnings(made.warnings)
     if as_json:
-        print(canonical_json({**planned_manifest(made, device).to_json(), "costs": costs}), end="")
+        print_text(canonical_json({**planned_manifest(made, device).to_json(), "costs": costs}))
     elif not quiet:
         show_plan(made, costs)

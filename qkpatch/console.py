@@ -6,7 +6,9 @@ Results go to stdout, everything else to stderr.
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,7 +28,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from qkpatch.errors import QKPatchError
+from qkpatch.errors import FileSystemError, QKPatchError
 from qkpatch.selection import format_ranges
 
 if TYPE_CHECKING:
@@ -41,45 +43,94 @@ if TYPE_CHECKING:
 _PIPED_WIDTH = 140  # rich assumes 80 where there is no terminal, which cuts tensor names
 
 
+class _Console(Console):
+    """Rich's console; a reader who leaves early is an exception here, not an exit of rich's own."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def _console(*, stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, width=None if stream.isatty() else _PIPED_WIDTH, highlight=False)
+    return _Console(stderr=stderr, width=None if stream.isatty() else _PIPED_WIDTH, highlight=False)
+
+
+def prepare_streams() -> None:
+    """Make stdout and stderr take any text, whatever the locale, and be there even when they were closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open until the process ends
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def _results() -> Iterator[Console]:
+    """The console for stdout; output that cannot be delivered is an error, not a traceback.
+
+    Raises:
+        FileSystemError: stdout is full or broken. What the command did stays done.
+    """
+    try:
+        yield _console()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes it at exit
+        raise FileSystemError(
+            f"the result cannot be printed: {error.strerror}",
+            where="stdout",
+            fix="the command itself was done",
+        ) from error
+
+
+def safe(text: str) -> str:
+    """``text`` for the terminal: neither rich's markup nor control characters out of a file act in it."""
+    return escape("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text))
+
+
+def print_text(text: str) -> None:
+    """A result as it is, for programs."""
+    with _results():
+        sys.stdout.write(text)
 
 
 def print_json(value: Any) -> None:
     """A result for programs."""
-    print(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False))
+    print_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def show_error(error: QKPatchError) -> None:
     """What, where, what to do."""
     console = _console(stderr=True)
-    console.print(f"[bold red]Error:[/] {escape(error.what)}", soft_wrap=True)
+    console.print(f"[bold red]Error:[/] {safe(error.what)}", soft_wrap=True)
     if error.where:
-        console.print(f"  [dim]where[/]  {escape(error.where)}", soft_wrap=True)
+        console.print(f"  [dim]where[/]  {safe(error.where)}", soft_wrap=True)
     if error.fix:
-        console.print(f"  [dim]try[/]    {escape(error.fix)}", soft_wrap=True)
+        console.print(f"  [dim]try[/]    {safe(error.fix)}", soft_wrap=True)
 
 
 def show_warnings(warnings: Sequence[str]) -> None:
     """Each warning on a line of its own, on stderr."""
     console = _console(stderr=True)
     for warning in warnings:
-        console.print(f"[yellow]Warning:[/] {escape(warning)}", soft_wrap=True)
+        console.print(f"[yellow]Warning:[/] {safe(warning)}", soft_wrap=True)
 
 
 def note(text: str) -> None:
     """A remark on stderr."""
-    _console(stderr=True).print(escape(text), soft_wrap=True)
+    _console(stderr=True).print(safe(text), soft_wrap=True)
 
 
 class Bars:
     """Progress of ``apply``, drawn on stderr; implements ``patch.Observer``."""
 
-    def __init__(self, progress: Progress, total_bytes: int, total_heads: int) -> None:
+    def __init__(self, progress: Progress, total_bytes: int, total_heads: int, verb: str) -> None:
         self._progress = progress
         self._bytes = progress.add_task(
-            f"copy {_size(total_bytes)}", total=total_bytes, visible=total_bytes > 0
+            f"{verb} {_size(total_bytes)}", total=total_bytes, visible=total_bytes > 0
         )
         self._heads = progress.add_task(f"{total_heads} heads", total=total_heads, visible=total_heads > 0)
 
@@ -93,7 +144,7 @@ class Bars:
 
 
 @contextmanager
-def bars(total_bytes: int, total_heads: int, *, quiet: bool) -> Iterator[Bars]:
+def bars(total_bytes: int, total_heads: int, *, quiet: bool, verb: str = "copy") -> Iterator[Bars]:
     """Progress bars while the block runs; nothing is drawn when quiet or when stderr is no terminal."""
     with Progress(
         TextColumn("{task.description}"),
@@ -104,70 +155,70 @@ def bars(total_bytes: int, total_heads: int, *, quiet: bool) -> Iterator[Bars]:
         disable=quiet or not sys.stderr.isatty(),
         transient=True,
     ) as progress:
-        yield Bars(progress, total_bytes, total_heads)
+        yield Bars(progress, total_bytes, total_heads, verb)
 
 
 def show_plan(plan: EditPlan, costs: Mapping[str, int | None]) -> None:
     """The plan as a person reads it: what, where, and what it costs."""
-    console = _console()
-    _heading(console, plan)
-    if plan.edits:
-        table = _table("layer", "shard", "key's shard, where another")
-        for edit in plan.edits:
-            other = "" if edit.key.shard == edit.query.shard else edit.key.shard
-            table.add_row(str(edit.layer), edit.query.shard, other)
-        console.print(table)
-    dtypes = " and ".join(sorted({edit.query.dtype for edit in plan.edits})) or "no dtype"
-    n_files = len(plan.model.checkpoint.files)
-    console.print(
-        f"{len(plan.edits)} tensor(s) in {dtypes}, {len(plan.edits) * len(plan.settings.heads)} head(s), "
-        f"{_size(plan.edited_bytes)} rewritten in {len(plan.edits_by_shard)} of {n_files} file(s)"
-    )
-    free = costs["free_disk_bytes"]
-    console.print(
-        f"OUT {_size(plan.output_bytes)}, free disk {'unknown' if free is None else _size(free)}, "
-        f"expected peak memory {_size(plan.peak_memory)}"
-    )
+    with _results() as console:
+        _heading(console, plan)
+        if plan.edits:
+            table = _table("layer", "shard", "key's shard, where another")
+            for edit in plan.edits:
+                other = "" if edit.key.shard == edit.query.shard else edit.key.shard
+                table.add_row(str(edit.layer), edit.query.shard, other)
+            console.print(table)
+        dtypes = " and ".join(sorted({edit.query.dtype for edit in plan.edits})) or "no dtype"
+        n_files = len(plan.model.checkpoint.files)
+        console.print(
+            f"{len(plan.edits)} tensor(s) in {dtypes}, {len(plan.edits) * len(plan.settings.heads)} head(s), "
+            f"{_size(plan.edited_bytes)} rewritten in {len(plan.edits_by_shard)} of {n_files} file(s)"
+        )
+        free = costs["free_disk_bytes"]
+        console.print(
+            f"OUT {_size(plan.output_bytes)}, free disk {'unknown' if free is None else _size(free)}, "
+            f"expected peak memory {_size(plan.peak_memory)}"
+        )
 
 
 def show_applied(plan: EditPlan, manifest: Manifest, source: str, out: Path) -> None:
     """What was done, layer by layer."""
-    console = _console()
-    _heading(console, plan)
-    table = _table("layer", "heads", "‖ΔW_Q‖/‖W_Q‖ mean", "max", "‖M‖ after/before", "gap min")
-    has_shares = any(head.realised_share is not None for edit in manifest.edits for head in edit.heads)
-    if has_shares:
-        table.add_column("realised", justify="right")
-    for edit in manifest.edits:
-        changes = [head.relative_change for head in edit.heads]
-        gaps = [head.gap for head in edit.heads if head.gap is not None]
-        shares = [head.realised_share for head in edit.heads if head.realised_share is not None]
-        norms = [h.frobenius_after / h.frobenius_before for h in edit.heads if h.frobenius_before]
-        table.add_row(
-            str(edit.layer),
-            str(len(edit.heads)),
-            f"{mean(changes):.4f}",
-            f"{max(changes):.4f}",
-            f"{mean(norms):.4f}" if norms else "-",
-            f"{min(gaps):.2g}" if gaps else "-",
-            *([f"{mean(shares):.3f}" if shares else "-"] if has_shares else []),
+    with _results() as console:
+        _heading(console, plan)
+        table = _table("layer", "heads", "‖ΔW_Q‖/‖W_Q‖ mean", "max", "‖M‖ after/before", "gap min")
+        has_shares = any(head.realised_share is not None for edit in manifest.edits for head in edit.heads)
+        if has_shares:
+            table.add_column("realised", justify="right")
+        for edit in manifest.edits:
+            changes = [head.relative_change for head in edit.heads]
+            gaps = [head.gap for head in edit.heads if head.gap is not None]
+            shares = [head.realised_share for head in edit.heads if head.realised_share is not None]
+            norms = [h.frobenius_after / h.frobenius_before for h in edit.heads if h.frobenius_before]
+            table.add_row(
+                str(edit.layer),
+                str(len(edit.heads)),
+                f"{mean(changes):.4f}",
+                f"{max(changes):.4f}",
+                f"{mean(norms):.4f}" if norms else "-",
+                f"{min(gaps):.2g}" if gaps else "-",
+                *([f"{mean(shares):.3f}" if shares else "-"] if has_shares else []),
+            )
+        if manifest.edits:
+            console.print(table)
+        patched = sum(file.action == "patched" for file in manifest.files)
+        console.print(
+            f"Wrote {safe(str(out))}: {len(manifest.edits)} tensor(s) edited in {patched} file(s), "
+            f"{len(manifest.files) - patched} file(s) copied, {_size(plan.output_bytes)}"
         )
-    if manifest.edits:
-        console.print(table)
-    patched = sum(file.action == "patched" for file in manifest.files)
-    console.print(
-        f"Wrote {escape(str(out))}: {len(manifest.edits)} tensor(s) edited in {patched} file(s), "
-        f"{len(manifest.files) - patched} file(s) copied, {_size(plan.output_bytes)}"
-    )
-    command = shlex.join(["qkpatch", "verify", str(out), "--source", source])
-    console.print(f"Prove it with: {escape(command)}", soft_wrap=True)
+        command = shlex.join(["qkpatch", "verify", str(out), "--source", source])
+        console.print(f"Prove it with: {safe(command)}", soft_wrap=True)
 
 
 def _heading(console: Console, plan: EditPlan) -> None:
     model, layout, settings = plan.model, plan.model.tower.layout, plan.settings
     chosen = f" (recipe's default: {', '.join(settings.from_recipe)})" if settings.from_recipe else ""
     console.print(
-        f"[bold]{escape(model.source.name)}[/]: recipe {model.recipe.name}, {model.tower.n_layers} layers, "
+        f"[bold]{safe(model.source.name)}[/]: recipe {model.recipe.name}, {model.tower.n_layers} layers, "
         f"{layout.n_heads} query / {layout.n_kv_heads} key heads of {layout.d_head}, hidden {layout.d_model}"
     )
     query = model.prefix + model.recipe.tensors.query
@@ -194,7 +245,8 @@ def show_spectra(layers: Sequence[LayerSpectra], modes: int) -> None:
             f"{mean(head.symmetric_share for head in heads):.3f}",
             f"{min(gaps):.2g}" if gaps else "-",
         )
-    _console().print(table)
+    with _results() as console:
+        console.print(table)
 
 
 def spectra_json(source: str, recipe: str, modes: int, layers: Sequence[LayerSpectra]) -> dict[str, Any]:
@@ -209,14 +261,15 @@ def spectra_json(source: str, recipe: str, modes: int, layers: Sequence[LayerSpe
 
 def print_spectra_csv(layers: Sequence[LayerSpectra]) -> None:
     """One line per singular value."""
-    rows = csv.writer(sys.stdout, lineterminator="\n")
-    rows.writerow(["layer", "head", "kv_head", "mode", "singular_value"])
-    rows.writerows(
-        [layer.layer, head.head, head.kv_head, mode, repr(value)]
-        for layer in layers
-        for head in layer.heads
-        for mode, value in enumerate(head.singular_values)
-    )
+    with _results():
+        rows = csv.writer(sys.stdout, lineterminator="\n")
+        rows.writerow(["layer", "head", "kv_head", "mode", "singular_value"])
+        rows.writerows(
+            [layer.layer, head.head, head.kv_head, mode, repr(value)]
+            for layer in layers
+            for head in layer.heads
+            for mode, value in enumerate(head.singular_values)
+        )
 
 
 def show_recipes(recipes: Sequence[Recipe]) -> None:
@@ -224,21 +277,22 @@ def show_recipes(recipes: Sequence[Recipe]) -> None:
     table = _table("recipe", "default repo", "layers", "modes")
     for recipe in recipes:
         table.add_row(recipe.name, recipe.default_repo, recipe.default_layers, str(recipe.default_modes))
-    _console().print(table)
+    with _results() as console:
+        console.print(table)
 
 
 def show_verification(result: Verification, out: Path) -> None:
     """The verdict, and every mismatch."""
-    console = _console()
-    for mismatch in result.mismatches:
-        console.print(f"[red]mismatch[/] {escape(mismatch.where)}: {escape(mismatch.what)}", soft_wrap=True)
-    if result.ok:
-        console.print(
-            f"[green]ok[/] {escape(str(out))}: {result.files} files, {_size(result.compared_bytes)} compared; "
-            f"{result.edited_tensors} edited tensors as recorded, every byte outside their planned rows equal"
-        )
-    else:
-        console.print(f"[red]{len(result.mismatches)} mismatch(es)[/] in {escape(str(out))}")
+    with _results() as console:
+        for mismatch in result.mismatches:
+            console.print(f"[red]mismatch[/] {safe(mismatch.where)}: {safe(mismatch.what)}", soft_wrap=True)
+        if result.ok:
+            console.print(
+                f"[green]ok[/] {safe(str(out))}: {result.files} files, {_size(result.compared_bytes)} compared; "
+                f"{result.edited_tensors} edited tensors as recorded, every byte outside their planned rows equal"
+            )
+        else:
+            console.print(f"[red]{len(result.mismatches)} mismatch(es)[/] in {safe(str(out))}")
 
 
 def _table(*columns: str) -> Table:

@@ -62,26 +62,28 @@ class LanguageTower:
     layout: HeadLayout
 
 
-def read_tower(recipe: Recipe, config: Mapping[str, Any]) -> LanguageTower:
+def read_tower(recipe: Recipe, config: Mapping[str, Any], *, insist: bool = False) -> LanguageTower:
     """Translate config.json into a :class:`LanguageTower`, the only place where its keys are read.
 
     A key that is absent takes the transformers class default; an explicit null means "derive it", as it does
     there: ``num_key_value_heads = num_attention_heads``, ``head_dim = hidden_size / num_attention_heads``.
+    With ``insist`` (the user named the recipe) a text model type that the recipe does not list is taken too,
+    without class defaults.
 
     Raises:
         UnsupportedError: a text model type the recipe does not know.
         CheckpointError: numbers that are missing, not positive integers, or do not divide.
     """
     section_name, section = _text_section(recipe, config)
-    text_type = section.get("model_type") or next(iter(recipe.class_defaults))
-    if text_type not in recipe.class_defaults:
+    text_type = str(section.get("model_type") or next(iter(recipe.class_defaults)))
+    if text_type not in recipe.class_defaults and not insist:
         raise UnsupportedError(
             f"recipe {recipe.name} knows the language models {', '.join(recipe.class_defaults)}, not {text_type!r}",
             where=f"config.json: {section_name}model_type",
-            fix="choose another recipe with --recipe, or add the text model type to a recipe",
+            fix=f"if its layout is the same, say so: --recipe {recipe.name}",
         )
     merged = {
-        **recipe.class_defaults[text_type],
+        **recipe.class_defaults.get(text_type, {}),
         **{k: section[k] for k in CLASS_DEFAULT_KEYS if k in section},
     }
 

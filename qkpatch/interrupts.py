@@ -24,7 +24,8 @@ def unwinding_on_kill() -> Iterator[None]:
     def unwind(number: int, frame: FrameType | None) -> NoReturn:
         raise Terminated(number)
 
-    signals = (signal.SIGTERM, signal.SIGHUP)
+    # What is ignored stays ignored: nohup counts on it.
+    signals = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, unwind) for number in signals}
     try:
         yield
@@ -35,7 +36,7 @@ def unwinding_on_kill() -> Iterator[None]:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Deliver Ctrl-C and the like after the block: torch's imports swallow what is raised in their midst."""
+    """Deliver Ctrl-C and the like after the block, for what must not stop half way."""
     held = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, held)
     try:

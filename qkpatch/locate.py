@@ -31,8 +31,8 @@ def locate(text: str) -> Source:
         UsageError: it is none of these.
         HubError: the Hub cannot deliver it.
     """
-    path = Path(os.path.expanduser(text))  # noqa: PTH111 - Path's raises for ~nobody/x, a name like any other
-    if _exists(path):
+    path = local_path(text)
+    if path is not None:
         return _local(path)
     if text in shipped_recipes():
         recipe = get_recipe(text)
@@ -50,7 +50,13 @@ def locate(text: str) -> Source:
     return Source(snapshot.path, "hub", snapshot.repo, snapshot.requested_revision, snapshot.commit, recipe)
 
 
-def _exists(path: Path) -> bool:
+def local_path(text: str) -> Path | None:
+    """SOURCE as an existing path, None where it is none.
+
+    Raises:
+        FileSystemError: permission is missing even to look it up.
+    """
+    path = Path(os.path.expanduser(text))  # noqa: PTH111 - Path's raises for ~nobody/x, a name like any other
     try:
         path.stat()
     except PermissionError as error:
@@ -58,8 +64,8 @@ def _exists(path: Path) -> bool:
             "no permission to look it up", where=str(path), fix="check the permissions of its parents"
         ) from error
     except (OSError, ValueError):  # also names that no file can have: too long, or with a NUL
-        return False
-    return True
+        return None
+    return path
 
 
 def _local(path: Path) -> Source:

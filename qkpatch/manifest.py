@@ -145,6 +145,7 @@ class Manifest:
                 warnings=tuple(document["warnings"]),
             )
             manifest._check()
+            manifest.dumps().encode()  # finite numbers, text that is text
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"malformed manifest: {error!r}", where=where) from error
         return manifest
@@ -158,6 +159,8 @@ class Manifest:
         heads = [head.head for edit in self.edits for head in edit.heads]
         if not all(type(n) is int for n in (*sizes, *heads)) or min(sizes) < 1:
             raise TypeError("a head or a size is not a whole number")
+        if not all(isinstance(block, dict) for block in (self.edit, self.model, self.source, self.run)):
+            raise TypeError("a block is not an object")
         names = [edit.tensor for edit in self.edits]
         if not all(isinstance(name, str) for name in (*names, *(file.name for file in self.files))):
             raise TypeError("a name is not a string")
@@ -185,7 +188,7 @@ def planned_manifest(plan: EditPlan, device: str) -> Manifest:
         "commit": model.source.commit,
     }
     if checkpoint.previous_manifest is not None:
-        source["previous_edit"] = load_json(checkpoint.previous_manifest, "SOURCE/qkpatch.json").get("edit")
+        source["previous_edit"] = Manifest.loads(checkpoint.previous_manifest, "SOURCE's qkpatch.json").edit
     return Manifest(
         tool={"name": "qkpatch", "version": version("qkpatch"), "torch": version("torch")},
         compute={"device": device, "dtype": "float64"},

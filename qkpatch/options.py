@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -15,27 +16,27 @@ SourceArg = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help="A checkpoint directory, a .safetensors file, a Hub id (org/name[@revision]) or a recipe's name.",
+        help="Checkpoint directory, .safetensors file, Hub id (org/name or org/name@revision) or recipe name.",
         show_default=False,
     ),
 ]
 LayersOpt = Annotated[
-    str | None, typer.Option(help="Inclusive list such as 10-18,20.  [default: the recipe's]")
+    str | None, typer.Option(help="Inclusive list such as 10-18,20.", show_default="the recipe's")
 ]
-HeadsOpt = Annotated[str | None, typer.Option(help="Query heads, such as 0-3,7.  [default: all]")]
-ModesOpt = Annotated[int | None, typer.Option(help="Modes per head.  [default: the recipe's]")]
+HeadsOpt = Annotated[str | None, typer.Option(help="Query heads, such as 0-3,7.", show_default="all")]
+ModesOpt = Annotated[int | None, typer.Option(help="Modes per head.", show_default="the recipe's")]
 AlphaOpt = Annotated[
     float | None,
     typer.Option(
-        help="Factor of the selected modes, 0 to 1: 0 removes them, 1 changes nothing.  [default: 0.5]"
+        help="Factor of the selected modes, 0 to 1: 0 removes them, 1 changes nothing.", show_default="0.5"
     ),
 ]
-ChannelOpt = Annotated[Channel | None, typer.Option(help="Part of the product to edit.  [default: full]")]
+ChannelOpt = Annotated[Channel | None, typer.Option(help="Part of the product to edit.", show_default="full")]
 SelectOpt = Annotated[
     Select | None,
-    typer.Option(help="Modes to edit; all but dominant are controls.  [default: dominant]"),
+    typer.Option(help="Modes to edit; all but dominant are controls.", show_default="dominant"),
 ]
-SeedOpt = Annotated[int | None, typer.Option(help="For --select random and subspace.  [default: 0]")]
+SeedOpt = Annotated[int | None, typer.Option(help="For --select random and subspace.", show_default="0")]
 RecipeOpt = Annotated[str | None, typer.Option(help="Use this recipe instead of the one that fits.")]
 ConfigOpt = Annotated[
     Path | None, typer.Option(help="The same settings as a YAML file; flags win.", metavar="EDIT.yaml")
@@ -44,6 +45,11 @@ DeviceOpt = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:i.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 DebugOpt = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", envvar="QKPATCH_DEBUG")]
+
+
+def expanded(path: Path | None) -> Path | None:
+    """``~`` as the shell would have it, had it seen it."""
+    return None if path is None else Path(os.path.expanduser(path))  # noqa: PTH111 - Path's raises for ~nobody
 
 
 def edit_request(

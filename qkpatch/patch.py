@@ -17,7 +17,8 @@ import torch
 from qkpatch.checkpoint.files import copy_content, open_read, os_errors, sha256_range, write_exact
 from qkpatch.checkpoint.source import MANIFEST_NAME
 from qkpatch.checkpoint.space import check_space
-from qkpatch.checkpoint.staging import Staging, check_target
+from qkpatch.checkpoint.staging import Staging
+from qkpatch.checkpoint.target import check_apart, check_out
 from qkpatch.checkpoint.tree import SourceFile
 from qkpatch.errors import NumericalError
 from qkpatch.manifest import EditRecord, HeadRecord, Manifest, planned_manifest
@@ -52,9 +53,10 @@ def apply_plan(
         NumericalError: NaN or Inf, or a tensor that the edit would leave as it was.
     """
     checkpoint = plan.model.checkpoint
-    files = checkpoint.files.values()
-    check_target(out, plan.model.source.path, files, overwrite=overwrite)
-    check_space(out, plan.output_bytes, files)
+    check_out(out, plan.model.source.path, overwrite=overwrite)
+    check_apart(out, checkpoint)
+    check_space(out, plan.output_bytes, checkpoint.files.values())
+    planned = planned_manifest(plan, str(device))
     started = _now()
     with one_thread(), Staging(out) as staging:
         for name in checkpoint.directories:
@@ -65,7 +67,6 @@ def apply_plan(
             how, edits = _carry_over(file, staging.path / name, plan, device, observer)
             means.append(how)
             records.update({edit.tensor: edit for edit in edits})
-        planned = planned_manifest(plan, str(device))
         edits_done = tuple(records[edit.tensor] for edit in planned.edits)
         manifest = replace(
             planned,
@@ -91,6 +92,7 @@ def edit_layer(
     heads = []
     with open_layer(plan.model.checkpoint, target, layout, device) as weights:
         before = sha256_range(weights.query_fd, query.begin, query.end, query.shard)
+        is_changed = False
         for head, product in weights.products(settings.heads):
             generator = head_generator(settings.seed, target.layer, head)
             try:
@@ -98,16 +100,20 @@ def edit_layer(
             except NumericalError as error:
                 where = f"head {head} of {query.name}"
                 raise NumericalError(error.what, where=where, fix=error.fix) from error
-            write_exact(out_fd, to_bytes(stored), layout.byte_range(query, head)[0], query.shard)
+            if not torch.equal(
+                stored.to(product.query.W.dtype), product.query.W
+            ):  # −0.0 equals 0.0 and stays
+                is_changed = True
+                write_exact(out_fd, to_bytes(stored), layout.byte_range(query, head)[0], query.shard)
             heads.append(_head_record(head, layout.kv_head(head), report))
             observer.edited(1)
-    after = sha256_range(out_fd, query.begin, query.end, query.shard)  # what reached the file
-    if after == before:
+    if not is_changed:
         raise NumericalError(
-            f"the edit rounds away: every value stays the same in {query.dtype}",
+            f"the edit leaves every value as it is: it rounds away in {query.dtype}, or the product is zero",
             where=f"{query.name} in {query.shard}",
-            fix="use a smaller --alpha or more --modes; --alpha 1 is the declared no-op",
+            fix=f"use a smaller --alpha, or leave layer {target.layer} out; --alpha 1 is the declared no-op",
         )
+    after = sha256_range(out_fd, query.begin, query.end, query.shard)  # what reached the file
     return replace(EditRecord.planned(target), sha256_before=before, sha256_after=after, heads=tuple(heads))
 
 
@@ -164,7 +170,8 @@ def _numerical_warnings(edits: Iterable[EditRecord], plan: EditPlan) -> list[str
         for head in edit.heads:
             if head.gap is not None and head.gap < GAP_WARNING:
                 narrow.append(f"{edit.layer}.{head.head}")
-            if head.rank < modes:
+            expected = len(head.modes) if plan.settings.rule.takes_modes else head.rank
+            if expected < modes:
                 short.append(f"{edit.layer}.{head.head}")
     warnings = []
     if narrow:
@@ -174,7 +181,7 @@ def _numerical_warnings(edits: Iterable[EditRecord], plan: EditPlan) -> list[str
         )
     if short:
         warnings.append(
-            f"numerical rank under {modes}, so fewer modes were edited, "
+            f"there are fewer than {modes} such modes above rounding, so fewer were edited, "
             f"in {len(short)} head(s) (layer.head): {_some(short)}"
         )
     return warnings

@@ -40,7 +40,7 @@ class TensorNames:
     def pattern(self, prefix: str, suffix: str) -> re.Pattern[str]:
         """Anchored pattern of one tensor's name, so that look-alikes in a vision tower never match."""
         head, tail = prefix.split("{layer}")
-        return re.compile(f"{re.escape(head)}(?P<layer>0|[1-9][0-9]*){re.escape(tail + suffix)}")
+        return re.compile(f"{re.escape(head)}(?P<layer>0|[1-9][0-9]{{0,5}}){re.escape(tail + suffix)}")
 
 
 @dataclass(frozen=True)

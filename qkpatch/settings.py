@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from enum import Enum
@@ -96,6 +97,16 @@ def check_request(request: Request) -> None:
         )
 
 
+def check_device_name(name: str) -> None:
+    """Refuse a device that no machine has; whether this one has it, torch will say.
+
+    Raises:
+        UsageError: not ``auto``, ``cpu``, ``cuda`` or ``cuda:i``.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", name, re.ASCII):
+        raise UsageError(f"{name!r} is not a device", where="--device", fix="use auto, cpu, cuda or cuda:0")
+
+
 def resolve(
     request: Request, recipe: Recipe, *, n_layers: int, n_heads: int, d_head: int, d_model: int
 ) -> EditSettings:
@@ -155,8 +166,10 @@ def _check_modes(rule: EditRule, d_head: int, d_model: int) -> None:
 def _range_text(root: Fields, key: str) -> str | None:
     if key not in root:
         return None
-    if root.is_int(key):  # `layers: 10` is a number in YAML
+    if root.is_a(key, int):  # `layers: 10` is a number in YAML
         return str(root.take(key, int, default=0))
+    if root.is_a(key, list):  # `layers: [10, 11]`
+        return ",".join(str(number) for number in root.take_list(key, int, required=True))
     return root.take(key, str, default="")
 
 

@@ -6,6 +6,7 @@ fault and the second is refused by type, each with its place: ``$.config.default
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
@@ -15,18 +16,34 @@ from qkpatch.errors import RecipeError
 
 T = TypeVar("T")
 
+_PLAIN_TYPES = {"null", "bool", "int", "float", "str"}
+
 MAX_BYTES = 1 << 20  # settings are written by hand; more than 1 MiB is a mistake or an attack
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """``SafeLoader`` that refuses duplicate keys and aliases (so no alias bombs)."""
+    """``SafeLoader`` that refuses duplicate keys, aliases (so no alias bombs), tags and octal or hex integers."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.constructor.ConstructorError(
                 None, None, "aliases (*name) are not allowed", parent.start_mark if parent else None
             )
-        return super().compose_node(parent, index)
+        node = super().compose_node(parent, index)
+        if isinstance(node, yaml.ScalarNode):
+            if (
+                not node.tag.startswith("tag:yaml.org,2002:")
+                or node.tag.rsplit(":", 1)[1] not in _PLAIN_TYPES
+            ):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{node.value!r} is tagged as {node.tag}; quote it", node.start_mark
+                )
+            # YAML 1.1 reads 010 as eight and 1:30 as ninety.
+            if node.tag.endswith(":int") and not re.fullmatch(r"-?(0|[1-9][0-9]*)", node.value, re.ASCII):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{node.value!r} is not a plain decimal number", node.start_mark
+                )
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Hashable] = set()
@@ -83,9 +100,9 @@ class Fields:
     def __contains__(self, key: str) -> bool:
         return key in self._data
 
-    def is_int(self, key: str) -> bool:
-        """Whether the value at ``key`` is an int, for keys that may be written as one."""
-        return type(self._data.get(key)) is int
+    def is_a(self, key: str, kind: type) -> bool:
+        """Whether the value at ``key`` is exactly of ``kind``, for keys that may be written in several ways."""
+        return type(self._data.get(key)) is kind
 
     def string_keys(self) -> list[str]:
         """All keys, each of which must be a string."""

@@ -112,7 +112,7 @@ def open_model(source: str, recipe_name: str | None = None) -> Model:
     prefixes = matching_prefixes(recipe, checkpoint.tensors)
     if len(prefixes) != 1:
         raise _prefix_error(recipe, prefixes, checkpoint)
-    tower = read_tower(recipe, checkpoint.config)
+    tower = read_tower(recipe, checkpoint.config, insist=named is not None)
     pattern = recipe.tensors.pattern(prefixes[0], recipe.tensors.query_module + ".")
     layers = {int(found["layer"]) for name in checkpoint.tensors if (found := pattern.match(name))}
     # Layers past num_hidden_layers (multi-token prediction heads) are not part of the language model.

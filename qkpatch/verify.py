@@ -61,7 +61,7 @@ def verify(out: Path, source: str, progress: Progress) -> Verification:
     checkpoint = open_checkpoint(locate(source).path)
     present, _ = walk_files(out)
     present.pop(MANIFEST_NAME, None)
-    found = [*_file_sets(manifest, checkpoint, present)]
+    found = [*_file_sets(manifest, checkpoint, present), *_declared(manifest)]
     planned = {edit.tensor: edit for edit in manifest.edits}
     found += _tensor_records(planned, checkpoint)
     edited_bytes = 0
@@ -85,12 +85,30 @@ def _file_sets(
     manifest: Manifest, checkpoint: Checkpoint, present: dict[str, SourceFile]
 ) -> Iterator[Mismatch]:
     recorded = {file.name for file in manifest.files}
+    for file in manifest.files:
+        if file.name in present and present[file.name].size != file.size:
+            yield Mismatch(file.name, f"has {present[file.name].size} bytes, {file.size} in the manifest")
     for name in sorted(checkpoint.files.keys() - present.keys()):
         yield Mismatch(name, "is in SOURCE and missing from OUT")
     for name in sorted(present.keys() - checkpoint.files.keys()):
         yield Mismatch(name, "is in OUT and not in SOURCE")
     for name in sorted(recorded ^ checkpoint.files.keys()):
         yield Mismatch(name, f"is in {'the manifest' if name in recorded else 'SOURCE'} only")
+
+
+def _declared(manifest: Manifest) -> Iterator[Mismatch]:
+    """The edit that the manifest declares must be the edit that it records, layer by layer and head by head."""
+    edit = manifest.edit
+    layers = [] if edit.get("alpha") == 1 else edit.get("layers")
+    recorded = [record.layer for record in manifest.edits]
+    if recorded != layers:
+        yield Mismatch(MANIFEST_NAME, f"declares layers {layers} and records edits of layers {recorded}")
+    for record in manifest.edits:
+        heads = [head.head for head in record.heads]
+        if heads != edit.get("heads"):
+            yield Mismatch(
+                record.tensor, f"the manifest declares heads {edit.get('heads')} and records {heads}"
+            )
 
 
 def _tensor_records(planned: dict[str, EditRecord], checkpoint: Checkpoint) -> Iterator[Mismatch]:

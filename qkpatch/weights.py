@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.source import Checkpoint
 from qkpatch.errors import NumericalError, UsageError
 from qkpatch.heads import HeadLayout
+from qkpatch.settings import check_device_name
 from qkpatch.spectral.product import Factor, QKProduct
 from qkpatch.targets import LayerTarget
 
@@ -30,8 +32,7 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name != "cpu" and name != "cuda" and not (name.startswith("cuda:") and name[5:].isdecimal()):
-        raise UsageError(f"{name!r} is not a device", where="--device", fix="use auto, cpu, cuda or cuda:0")
+    check_device_name(name)
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(
@@ -83,7 +84,14 @@ class LayerWeights:
             if key is None or self.layout.kv_head(head) != current:
                 current = self.layout.kv_head(head)
                 key = self.key(current)
-            yield head, QKProduct(Factor.of(self.query(head)), key)
+            product = QKProduct(Factor.of(self.query(head)), key)
+            if not math.isfinite(product.frobenius):
+                raise NumericalError(
+                    f"the query-key product of head {head} of layer {self.target.layer} overflows {COMPUTE_DTYPE}",
+                    where=f"{self.target.query.name} and {self.target.key.name}",
+                    fix="are these weights what they should be?",
+                )
+            yield head, product
 
     def _rows(self, fd: int, ref: TensorRef, head: int, kind: str) -> Tensor:
         begin, end = self.layout.byte_range(ref, head)

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "qkpatch"
 
 # From the ground up: a module may import only from floors below its own, or beside it in its own room.
 FLOORS = [
-    ["errors"],
+    ["errors", "interrupts"],
     ["spectral", "checkpoint", "selection", "strict"],
     ["recipe", "refusals"],
     ["catalogue", "settings", "heads"],
@@ -22,7 +22,7 @@ FLOORS = [
     ["plan", "weights"],
     ["manifest", "spectra"],
     ["patch", "verify"],
-    ["console", "options", "interrupts"],
+    ["console", "options"],
     ["cli"],
     ["__main__"],
 ]

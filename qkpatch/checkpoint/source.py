@@ -234,7 +234,7 @@ def _read_config(path: Path) -> Mapping[str, Any]:
             where=str(path.parent),
             fix="put the model's config.json beside the weights",
         )
-    config = load_json(read_whole(path), path.name)
+    config = load_json(read_whole(path, source_file(path, path.name).id), path.name)
     if not isinstance(config, dict):
         raise CheckpointError("not a JSON object", where=path.name)
     return config

@@ -19,9 +19,9 @@ from pathlib import Path
 from types import TracebackType
 
 from qkpatch.checkpoint.files import os_errors
-from qkpatch.checkpoint.source import MANIFEST_NAME
-from qkpatch.checkpoint.tree import SourceFile, load_json
-from qkpatch.errors import FileSystemError, QKPatchError, UsageError
+from qkpatch.checkpoint.target import refuse_foreign_files, target_path
+from qkpatch.errors import FileSystemError, UsageError
+from qkpatch.interrupts import signals_held
 
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
@@ -29,83 +29,11 @@ _AT_FDCWD = -100
 _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 
 
-def check_target(out: Path, source: Path, files: Iterable[SourceFile], *, overwrite: bool) -> None:
-    """Refuse an OUT that would harm SOURCE or someone's files.
-
-    Raises:
-        UsageError: OUT is, holds or lies in SOURCE, or holds one of its files, through links too; OUT is not
-            empty, or with ``overwrite`` holds files that qkpatch did not write.
-        FileSystemError: OUT's parent is missing or not writable.
-    """
-    if out.name in ("", ".."):
-        raise UsageError(
-            "OUT needs a name of its own", where=str(out), fix="name a new directory: -o patched"
-        )
-    real_out, real_source = Path(os.path.realpath(out)), Path(os.path.realpath(source))
-    if real_out == real_source or real_source in real_out.parents or real_out in real_source.parents:
-        raise UsageError(
-            f"OUT {'is' if real_out == real_source else 'overlaps'} SOURCE, which is never written to",
-            where=str(out),
-            fix="choose an OUT beside SOURCE",
-        )
-    for file in files:
-        if real_out in Path(os.path.realpath(file.path)).parents:
-            raise UsageError(
-                f"OUT holds {file.name} of SOURCE, which is a link to it",
-                where=str(out),
-                fix="choose another -o",
-            )
-    if out.name.endswith(".safetensors"):
-        raise UsageError(
-            "OUT is a directory; the patched files keep their names in it",
-            where=str(out),
-            fix=f"write -o {out.with_suffix('')}",
-        )
-    parent = out.absolute().parent
-    if not parent.is_dir():
-        raise FileSystemError(
-            "its parent is not a directory", where=str(out), fix=f"create it first: mkdir -p {parent}"
-        )
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise FileSystemError("no permission to write in its parent", where=str(out), fix="choose another -o")
-    if not os.path.lexists(out):
-        return
-    if out.is_symlink() or not out.is_dir():
-        raise UsageError("exists and is not a directory", where=str(out), fix="choose another -o")
-    if not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise UsageError(
-            "exists and is not empty", where=str(out), fix="choose another -o, or add --overwrite"
-        )
-    _refuse_foreign_files(out)
-
-
-def _refuse_foreign_files(out: Path) -> None:
-    """Raise where ``out`` holds a file that its manifest does not list, or has no readable manifest at all."""
-    try:
-        manifest = load_json((out / MANIFEST_NAME).read_bytes(), MANIFEST_NAME)
-        known = {str(file["name"]) for file in manifest["files"]} | {MANIFEST_NAME}
-    except (OSError, QKPatchError, KeyError, TypeError):
-        known = set()
-    present = (
-        p.relative_to(out).as_posix() for p in sorted(out.rglob("*")) if p.is_symlink() or not p.is_dir()
-    )
-    foreign = next((name for name in present if name not in known), None)
-    if foreign is not None:
-        raise UsageError(
-            f"holds files that qkpatch did not write, such as {foreign}",
-            where=str(out),
-            fix="--overwrite replaces only what qkpatch wrote; move them, or choose another -o",
-        )
-
-
 class Staging:
     """A locked staging directory for ``out``; gone on leaving the ``with`` block unless published."""
 
     def __init__(self, out: Path) -> None:
-        # The link-free parent, so that staging and OUT are on one file system whatever links lead there.
-        self.out = Path(os.path.realpath(out.absolute().parent)) / out.name
+        self.out = target_path(out)
         self.path = self.out.with_name(f".{out.name}.qkpatch-{secrets.token_hex(4)}")
         self._lock = -1
 
@@ -136,11 +64,18 @@ class Staging:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._clean()
+        if error is None and self.path.exists():
+            raise FileSystemError(
+                "OUT is whole, but the directory it replaced could not be removed",
+                where=str(self.path),
+                fix="remove it yourself",
+            )
 
     def _clean(self) -> None:
-        if self.path.exists():
-            shutil.rmtree(self.path, ignore_errors=True)
-        self._unlock()
+        with signals_held():  # a second Ctrl-C must not leave half of it behind
+            if self.path.exists():
+                shutil.rmtree(self.path, ignore_errors=True)
+            self._unlock()
 
     def _unlock(self) -> None:
         if self._lock >= 0:
@@ -161,7 +96,7 @@ class Staging:
             elif not any(self.out.iterdir()):
                 os.rename(self.path, self.out)  # replaces an empty directory, fails on any other
             elif overwrite:
-                _refuse_foreign_files(self.out)  # some may have come since
+                refuse_foreign_files(self.out)  # some may have come since
                 self._move(_RENAME_EXCHANGE)  # the old output is now the staged one, and goes on exit
             else:
                 raise self._raced()

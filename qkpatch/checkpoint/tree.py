@@ -81,7 +81,7 @@ def read_whole(path: Path, expected: FileId | None = None) -> bytes:
 
 
 def load_json(raw: bytes, where: str, *, unique: bool = False) -> Any:
-    """Parse JSON; ``unique`` refuses repeated keys, on which readers could disagree."""
+    """Parse JSON; ``unique`` refuses what readers could disagree on: repeated keys, NaN and Infinity."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(items)
@@ -89,7 +89,11 @@ def load_json(raw: bytes, where: str, *, unique: bool = False) -> Any:
             raise CheckpointError("a key appears twice in one JSON object", where=where)
         return result
 
+    def refuse(name: str) -> float:
+        raise ValueError(f"{name} is not JSON")
+
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=pairs)
+        constant = refuse if unique else float  # transformers writes Infinity into some config.json
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"not valid JSON: {error}", where=where) from error

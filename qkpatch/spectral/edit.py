@@ -168,7 +168,8 @@ def _gains(product: QKProduct, edit: QueryEdit, W_Q_new: Tensor) -> tuple[float,
     U, V = edit.directions.U, edit.directions.V
     if not edit.indices:  # subspace: how much of each direction the query still reads
         before, now = W_Q @ U, W_Q_new @ U
-        return tuple(((now * before).sum(0) / before.square().sum(0)).tolist())
+        size = before.square().sum(0)  # 0 where it underflows
+        return tuple(torch.where(size > 0, (now * before).sum(0) / size, 0.0).tolist())
     coefficient = ((W_Q_new @ U) * (W_K @ V)).sum(0)  # u_jᵀ M' v_j
     if edit.spectrum.channel is not Channel.full:
         transposed = ((W_Q_new @ V) * (W_K @ U)).sum(0)  # u_jᵀ M'ᵀ v_j

@@ -53,6 +53,11 @@ class EditRule:
         return self.modes
 
     @property
+    def takes_modes(self) -> bool:
+        """Whether single modes are edited, and not a whole head or a random subspace."""
+        return self.select in (Select.dominant, Select.random, Select.bottom)
+
+    @property
     def is_noop(self) -> bool:
         """``alpha = 1`` is the declared identity."""
         return self.alpha == 1.0

@@ -1,0 +1,115 @@
+"""What OUT may be: a name of its own, apart from SOURCE, and nothing in it that qkpatch did not write."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from qkpatch.checkpoint.source import MANIFEST_NAME, Checkpoint
+from qkpatch.checkpoint.tree import load_json
+from qkpatch.errors import FileSystemError, QKPatchError, UsageError
+
+
+def target_path(out: Path) -> Path:
+    """OUT with a link-free parent, so that staging and OUT are on one file system whatever links lead there."""
+    return Path(os.path.realpath(out.absolute().parent)) / out.name
+
+
+def check_out(out: Path, source: Path | None, *, overwrite: bool) -> None:
+    """Refuse an OUT that is known to be wrong before anything is read or downloaded.
+
+    ``source`` is SOURCE's path where it is one, None for something on the Hub.
+
+    Raises:
+        UsageError: OUT has no name of its own (``.``), overlaps SOURCE, is a file, is not empty, or with
+            ``overwrite`` holds files that qkpatch did not write.
+        FileSystemError: OUT's parent is missing or not writable.
+    """
+    if source is not None:
+        _refuse_overlap(out, inside=[source], holding=[source])
+    if out.name in ("", ".."):
+        raise UsageError(
+            "OUT needs a name of its own", where=str(out), fix="name a new directory: -o patched"
+        )
+    if out.name.endswith(".safetensors"):
+        raise UsageError(
+            "OUT is a directory; the patched files keep their names in it",
+            where=str(out),
+            fix=f"write -o {out.with_suffix('')}",
+        )
+    parent = out.absolute().parent
+    if not parent.is_dir():
+        raise FileSystemError(
+            "its parent is not a directory", where=str(out), fix=f"create it first: mkdir -p {parent}"
+        )
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise FileSystemError("no permission to write in its parent", where=str(out), fix="choose another -o")
+    if not os.path.lexists(out):
+        return
+    if out.is_symlink() or not out.is_dir():
+        raise UsageError("exists and is not a directory", where=str(out), fix="choose another -o")
+    if not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise UsageError(
+            "exists and is not empty", where=str(out), fix="choose another -o, or add --overwrite"
+        )
+    refuse_foreign_files(out)
+
+
+def check_apart(out: Path, checkpoint: Checkpoint) -> None:
+    """Refuse an OUT that overlaps any part of SOURCE, wherever its links lead.
+
+    Raises:
+        UsageError: they overlap.
+    """
+    directories = [checkpoint.root / name for name in checkpoint.directories]
+    files = [file.path for file in checkpoint.files.values()]
+    if not checkpoint.single_file:
+        directories.append(checkpoint.root)
+    _refuse_overlap(out, inside=directories, holding=[*directories, *files])
+
+
+def _refuse_overlap(out: Path, *, inside: Iterable[Path], holding: Iterable[Path]) -> None:
+    real_out = Path(os.path.realpath(out))
+    relation = None
+    for place in inside:
+        real = Path(os.path.realpath(place))
+        if real_out == real or real in real_out.parents:
+            relation = "OUT is SOURCE" if real_out == real else "OUT lies in SOURCE"
+    for part in holding:
+        if real_out in Path(os.path.realpath(part)).parents:
+            relation = f"OUT holds SOURCE or a part of it ({part.name})"
+    if relation:
+        raise UsageError(
+            f"{relation}, which is never written to", where=str(out), fix="choose an OUT beside SOURCE"
+        )
+
+
+def refuse_foreign_files(out: Path) -> None:
+    """Raise where ``out`` holds anything but what its manifest lists, as it was when that was written."""
+    manifest = out / MANIFEST_NAME
+    try:
+        known = {str(f["name"]): f["size"] for f in load_json(manifest.read_bytes(), MANIFEST_NAME)["files"]}
+        written = manifest.stat().st_mtime_ns  # qkpatch writes it last
+    except (OSError, QKPatchError, KeyError, TypeError):
+        known, written = {}, -1
+    for path in sorted(out.rglob("*")):
+        name = path.relative_to(out).as_posix()
+        if path.is_dir() and not path.is_symlink():
+            continue
+        status = path.lstat()
+        if name == MANIFEST_NAME and known:
+            continue
+        if name not in known:
+            reason = "which qkpatch did not write"
+        elif path.is_symlink() or status.st_size != known[name] or status.st_mtime_ns > written:
+            reason = "which has changed since qkpatch wrote it"
+        else:
+            continue
+        raise UsageError(
+            f"holds {name}, {reason}",
+            where=str(out),
+            fix="--overwrite replaces only what qkpatch wrote; remove OUT yourself, or choose another -o",
+        )
