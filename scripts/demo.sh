@@ -4,13 +4,12 @@
 set -euo pipefail
 bin=$1
 source=.cache/fixtures/smolvlm-layout
-out=out/smolvlm-layout-qkpatch
+out=out
 
 run() { printf '\n$ %s\n' "$*"; "$bin/$1" "${@:2}"; }
 
 run qkpatch inspect $source --layers 10-18
 run qkpatch plan $source --layers 10-18 --modes 4
-mkdir -p out
 run qkpatch apply $source --layers 10-18 --modes 4 -o $out --overwrite
 run qkpatch verify $out --source $source
 run python scripts/generate.py $source $out
