@@ -23,7 +23,7 @@ from qkpatch.checkpoint.tree import SourceFile
 from qkpatch.errors import NumericalError
 from qkpatch.manifest import EditRecord, HeadRecord, Manifest, planned_manifest
 from qkpatch.plan import EditPlan
-from qkpatch.spectral.edit import HeadReport, edit_and_round
+from qkpatch.spectral.edit import edit_and_round
 from qkpatch.targets import LayerTarget
 from qkpatch.weights import DTYPES, one_thread, open_layer, to_bytes
 
@@ -100,12 +100,13 @@ def edit_layer(
             except NumericalError as error:
                 where = f"head {head} of {query.name}"
                 raise NumericalError(error.what, where=where, fix=error.fix) from error
+            W_Q = product.query.W
             if not torch.equal(
-                stored.to(product.query.W.dtype), product.query.W
-            ):  # −0.0 equals 0.0 and stays
+                stored.to(W_Q.dtype), W_Q
+            ):  # by value: a −0.0 that became 0.0 is no edit, and stays
                 is_changed = True
                 write_exact(out_fd, to_bytes(stored), layout.byte_range(query, head)[0], query.shard)
-            heads.append(_head_record(head, layout.kv_head(head), report))
+            heads.append(HeadRecord(head=head, kv_head=layout.kv_head(head), **vars(report)))
             observer.edited(1)
     if not is_changed:
         raise NumericalError(
@@ -143,23 +144,6 @@ def _carry_over(
         finally:
             os.close(out_fd)
     return means, records
-
-
-def _head_record(head: int, kv_head: int, report: HeadReport) -> HeadRecord:
-    return HeadRecord(
-        head=head,
-        kv_head=kv_head,
-        modes=report.indices,
-        rank=report.rank,
-        values_before=report.values_before,
-        values_after=report.values_after,
-        gap=report.gap,
-        frobenius_before=report.frobenius_before,
-        frobenius_after=report.frobenius_after,
-        relative_change=report.relative_change,
-        realised_share=report.realised_share,
-        gains=report.gains,
-    )
 
 
 def _numerical_warnings(edits: Iterable[EditRecord], plan: EditPlan) -> list[str]:

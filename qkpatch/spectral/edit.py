@@ -46,7 +46,7 @@ class QueryEdit:
 class HeadReport:
     """What the stored, rounded edit did to one head. Norms are Frobenius norms."""
 
-    indices: tuple[int, ...]
+    modes: tuple[int, ...]  # indices, 0 the strongest; empty for subspace and shrink
     rank: int
     values_before: tuple[float, ...]  # singular values, or signed eigenvalues in the symmetric channel
     values_after: tuple[float, ...]
@@ -133,7 +133,7 @@ def measure(product: QKProduct, edit: QueryEdit, W_Q_stored: Tensor) -> HeadRepo
     W_Q = product.query.W
     channel = edit.spectrum.channel
     return HeadReport(
-        indices=edit.indices,
+        modes=edit.indices,
         rank=edit.spectrum.rank,
         values_before=tuple(edit.spectrum.S.tolist()),
         values_after=tuple(after.values(channel).tolist()),
