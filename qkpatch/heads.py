@@ -9,6 +9,7 @@ from typing import Any
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.errors import CheckpointError, UnsupportedError
 from qkpatch.recipe import CLASS_DEFAULT_KEYS, TOP_LEVEL, Recipe
+from qkpatch.rows import RowLayout
 
 # Far above any real model; a config.json beyond it is broken or hostile.
 MAX_COUNT = 1 << 20
@@ -16,12 +17,13 @@ MAX_COUNT = 1 << 20
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """Heads of separate ``q_proj``/``k_proj`` weights stored (out, in): head h owns d_head consecutive rows."""
+    """The heads of one layer's query and key weights, stored (out, in) in blocks of ``d_head`` rows."""
 
     n_heads: int
     n_kv_heads: int
     d_head: int
     d_model: int
+    rows: RowLayout = RowLayout.separate
 
     @property
     def group_size(self) -> int:
@@ -32,25 +34,27 @@ class HeadLayout:
         """Key head of a query head: ``h // (n_heads / n_kv_heads)``, as ``repeat_kv`` in transformers."""
         return head // self.group_size
 
-    def rows(self, head: int) -> tuple[int, int]:
-        """Half-open rows of query head ``head`` in W_Q, or of key head ``head`` in W_K."""
-        return head * self.d_head, (head + 1) * self.d_head
+    def query_range(self, ref: TensorRef, head: int) -> tuple[int, int]:
+        """Half-open byte range, in its shard, of query head ``head``."""
+        return self._range(ref, self.rows.query_block(head, self.n_heads, self.n_kv_heads))
 
-    def byte_range(self, ref: TensorRef, head: int) -> tuple[int, int]:
-        """Half-open byte range, in its shard, of one head of a query or key weight."""
-        first, last = self.rows(head)
-        row = ref.nbytes // ref.shape[0]
-        return ref.begin + first * row, ref.begin + last * row
+    def key_range(self, ref: TensorRef, kv_head: int) -> tuple[int, int]:
+        """Half-open byte range, in its shard, of key head ``kv_head``."""
+        return self._range(ref, self.rows.key_block(kv_head, self.n_heads, self.n_kv_heads))
+
+    def _range(self, ref: TensorRef, block: int) -> tuple[int, int]:
+        size = ref.nbytes // ref.shape[0] * self.d_head
+        return ref.begin + block * size, ref.begin + (block + 1) * size
 
     @property
     def query_shape(self) -> tuple[int, int]:
-        """Stored shape of all query heads, (out, in)."""
-        return self.n_heads * self.d_head, self.d_model
+        """Stored shape of the tensor that holds the queries, (out, in)."""
+        return self.rows.query_blocks(self.n_heads, self.n_kv_heads) * self.d_head, self.d_model
 
     @property
     def key_shape(self) -> tuple[int, int]:
-        """Stored shape of all key heads, (out, in)."""
-        return self.n_kv_heads * self.d_head, self.d_model
+        """Stored shape of the tensor that holds the keys, (out, in)."""
+        return self.rows.key_blocks(self.n_heads, self.n_kv_heads) * self.d_head, self.d_model
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,13 @@ def read_tower(recipe: Recipe, config: Mapping[str, Any], *, insist: bool = Fals
             f"no head_dim, and hidden_size {d_model} is not a multiple of {n_heads} heads",
             where=f"config.json: {section_name}head_dim",
         )
-    layout = HeadLayout(n_heads, n_kv_heads, count("head_dim", d_model // n_heads), d_model)
+    rows = recipe.tensors.rows
+    if rows is RowLayout.per_head_qkv and n_heads != n_kv_heads:
+        raise CheckpointError(
+            f"per-head [q, k, v] rows need as many key heads as query heads, not {n_kv_heads} for {n_heads}",
+            where=f"config.json: {section_name}num_key_value_heads",
+        )
+    layout = HeadLayout(n_heads, n_kv_heads, count("head_dim", d_model // n_heads), d_model, rows)
     return LanguageTower(text_type, count("num_hidden_layers"), layout)
 
 

@@ -17,6 +17,7 @@ from qkpatch import settings as edit_settings
 from qkpatch.checkpoint.tree import load_json
 from qkpatch.errors import CheckpointError
 from qkpatch.plan import EditPlan
+from qkpatch.rows import RowLayout
 from qkpatch.targets import LayerTarget
 
 SCHEMA = "qkpatch/1"
@@ -55,6 +56,8 @@ class EditRecord:
     byte_range: tuple[int, int]  # absolute in the shard, half-open
     key_tensor: str
     key_shard: str
+    norms: tuple[str, ...] = ()  # of queries and keys; part of the product
+    biases: tuple[str, ...] = ()  # of queries and keys; not part of it, unchanged
     sha256_before: str | None = None
     sha256_after: str | None = None
     heads: tuple[HeadRecord, ...] = ()
@@ -72,6 +75,8 @@ class EditRecord:
             byte_range=(query.begin, query.end),
             key_tensor=target.key.name,
             key_shard=target.key.shard,
+            norms=tuple(norm.name for norm in (target.query_norm, target.key_norm) if norm is not None),
+            biases=target.biases,
         )
 
 
@@ -157,6 +162,7 @@ class Manifest:
             for key in ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
         ]
         heads = [head.head for edit in self.edits for head in edit.heads]
+        RowLayout(self.model["rows"])
         if not all(type(n) is int for n in (*sizes, *heads)) or min(sizes) < 1:
             raise TypeError("a head or a size is not a whole number")
         if not all(isinstance(block, dict) for block in (self.edit, self.model, self.source, self.run)):
@@ -204,6 +210,7 @@ def planned_manifest(plan: EditPlan, device: str) -> Manifest:
             "head_dim": layout.d_head,
             "hidden_size": layout.d_model,
             "orientation": model.recipe.tensors.orientation,
+            "rows": layout.rows.value,
         },
         edits=tuple(EditRecord.planned(target) for target in plan.edits),
         files=tuple(

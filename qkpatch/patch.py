@@ -90,8 +90,8 @@ def edit_layer(
     """Edit the planned heads of one layer in the open output shard, which holds the source's bytes so far."""
     layout, query, settings = plan.model.tower.layout, target.query, plan.settings
     heads = []
-    with open_layer(plan.model.checkpoint, target, layout, device) as weights:
-        before = sha256_range(weights.query_fd, query.begin, query.end, query.shard)
+    with open_layer(plan.model, target, device) as weights:
+        before = sha256_range(weights.fds[query.shard], query.begin, query.end, query.shard)
         is_changed = False
         for head, product in weights.products(settings.heads):
             generator = head_generator(settings.seed, target.layer, head)
@@ -105,7 +105,7 @@ def edit_layer(
                 stored.to(W_Q.dtype), W_Q
             ):  # by value: a −0.0 that became 0.0 is no edit, and stays
                 is_changed = True
-                write_exact(out_fd, to_bytes(stored), layout.byte_range(query, head)[0], query.shard)
+                write_exact(out_fd, to_bytes(stored), layout.query_range(query, head)[0], query.shard)
             heads.append(HeadRecord(head=head, kv_head=layout.kv_head(head), **vars(report)))
             observer.edited(1)
     if not is_changed:

@@ -33,8 +33,8 @@ class EditPlan:
     @property
     def edited_bytes(self) -> int:
         """Bytes that will be rewritten."""
-        layout, heads = self.model.tower.layout, self.settings.heads
-        return sum(edit.query.nbytes // layout.n_heads * len(heads) for edit in self.edits)
+        rows = self.model.tower.layout.d_head * len(self.settings.heads)
+        return sum(edit.query.nbytes // edit.query.shape[0] * rows for edit in self.edits)
 
     @property
     def output_bytes(self) -> int:
@@ -83,6 +83,10 @@ def _warnings(model: Model, settings: EditSettings) -> list[str]:
     if rule.paired_modes != rule.modes and rule.select is not Select.subspace:
         warnings.append(
             f"antisymmetric modes come in equal pairs: {rule.modes} rounded up to {rule.paired_modes}"
+        )
+    if rule.select is Select.shrink and model.recipe.tensors.norms is not None:
+        warnings.append(
+            "queries are normalised per head, so shrinking W_Q changes nothing in the model's output"
         )
     if checkpoint.twins:
         names = ", ".join(checkpoint.twins[:5]) + ("…" if len(checkpoint.twins) > 5 else "")

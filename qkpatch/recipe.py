@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from qkpatch.errors import UsageError
+from qkpatch.rows import RowLayout
 from qkpatch.selection import MIDDLE_THIRD, parse_ranges
 from qkpatch.strict import Fields, load_yaml
 
@@ -24,6 +25,15 @@ CLASS_DEFAULT_KEYS = (
 
 
 @dataclass(frozen=True)
+class NormNames:
+    """Per-head RMSNorm of queries and keys before RoPE: ``q̂ = g_q ⊙ W_Q x / rms``, likewise for keys."""
+
+    query: str
+    key: str
+    plus_one: bool  # the stored weight is g − 1, as in Gemma
+
+
+@dataclass(frozen=True)
 class TensorNames:
     """How the family spells its query and key tensors: ``prefix.format(layer=i) + query``."""
 
@@ -31,6 +41,8 @@ class TensorNames:
     query: str
     key: str
     orientation: str  # "out_in": rows are outputs, as nn.Linear stores them. Declared, never guessed
+    rows: RowLayout
+    norms: NormNames | None
 
     @property
     def query_module(self) -> str:
@@ -120,13 +132,36 @@ def _tensor_names(fields: Fields) -> TensorNames:
         query=fields.take("query", str, default="", required=True),
         key=fields.take("key", str, default="", required=True),
         orientation=fields.take("orientation", str, default="out_in", required=True),
+        rows=_rows(fields),
+        norms=_norms(fields.take_mapping("norms")) if "norms" in fields else None,
     )
+    if names.rows.is_fused != (names.query == names.key):
+        fields.fault(
+            f"rows {names.rows.value} {'need' if names.rows.is_fused else 'exclude'} query = key", "rows"
+        )
     for i, prefix in enumerate(names.prefixes):
         if prefix.count("{layer}") != 1:
             fields.fault(f"must hold {{layer}} exactly once, got {prefix!r}", f"prefixes[{i}]")
     if names.orientation != "out_in":
         fields.fault(f"only out_in is supported, got {names.orientation!r}", "orientation")
     return names
+
+
+def _rows(fields: Fields) -> RowLayout:
+    text = fields.take("rows", str, default=RowLayout.separate.value)
+    try:
+        return RowLayout(text)
+    except ValueError:
+        fields.fault(f"{text!r} is not one of {', '.join(layout.value for layout in RowLayout)}", "rows")
+        return RowLayout.separate
+
+
+def _norms(fields: Fields) -> NormNames:
+    return NormNames(
+        query=fields.take("query", str, default="", required=True),
+        key=fields.take("key", str, default="", required=True),
+        plus_one=fields.take("plus_one", bool, default=False, required=True),
+    )
 
 
 def _default_layers(fields: Fields) -> str:

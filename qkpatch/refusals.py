@@ -9,6 +9,9 @@ from qkpatch.errors import UnsupportedError
 
 EDITABLE_DTYPES = ("F64", "F32", "F16", "BF16")
 
+# Spellings of query and key norms under a layer's attention.
+KNOWN_NORMS = tuple(f"{which}_{norm}.weight" for norm in ("norm", "layernorm") for which in "qk")
+
 # What stands beside, or in place of, `q_proj.weight` when a method has quantised it; first match names it.
 _COMPANIONS: tuple[tuple[frozenset[str], str], ...] = (
     (frozenset({"qweight", "qzeros", "scales", "g_idx"}), "GPTQ"),
@@ -63,6 +66,15 @@ def missing_key(layer: int, query: str, key: str) -> UnsupportedError:
         f"layer {layer} has a query weight and no key weight {key}",
         where=query,
         fix="if it shares another layer's keys, leave it out of --layers",
+    )
+
+
+def undeclared_norm(name: str, recipe: str) -> UnsupportedError:
+    """The error for a query or key norm that the recipe does not know of: the product would be another one."""
+    return UnsupportedError(
+        f"queries or keys are normalised, which recipe {recipe} does not declare",
+        where=name,
+        fix="choose a recipe for this family with --recipe",
     )
 
 

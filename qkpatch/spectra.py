@@ -40,7 +40,7 @@ def layer_spectra(
     """The spectra of each target in turn; ``modes`` is the r of energy share and gap."""
     layout = model.tower.layout
     for target in targets:
-        with one_thread(), open_layer(model.checkpoint, target, layout, device) as weights:
+        with one_thread(), open_layer(model, target, device) as weights:
             yield LayerSpectra(
                 target.layer,
                 tuple(

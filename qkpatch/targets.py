@@ -13,7 +13,15 @@ from qkpatch.errors import AmbiguousError, CheckpointError
 from qkpatch.heads import LanguageTower, read_tower
 from qkpatch.locate import Source, locate
 from qkpatch.recipe import Recipe
-from qkpatch.refusals import missing_key, refuse_known, refuse_quantised, suffixes_by_module
+from qkpatch.refusals import (
+    EDITABLE_DTYPES,
+    KNOWN_NORMS,
+    missing_key,
+    refuse_known,
+    refuse_quantised,
+    suffixes_by_module,
+    undeclared_norm,
+)
 from qkpatch.settings import EditSettings, Request, resolve
 
 
@@ -23,7 +31,10 @@ class LayerTarget:
 
     layer: int
     query: TensorRef
-    key: TensorRef
+    key: TensorRef  # the same tensor as the query where they are fused
+    query_norm: TensorRef | None = None
+    key_norm: TensorRef | None = None
+    biases: tuple[str, ...] = ()  # not part of the product; they stay as they are
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,34 @@ class Model:
                     where=f"{weight.name} in {weight.shard}",
                     fix="config.json belongs to another model, or --recipe does",
                 )
-        return LayerTarget(layer, query, key)
+        query_norm, key_norm = self._norms(layer, stem)
+        modules = dict.fromkeys(name.removesuffix(".weight") for name in (query.name, key.name))
+        biases = tuple(f"{module}.bias" for module in modules if f"{module}.bias" in tensors)
+        return LayerTarget(layer, query, key, query_norm, key_norm, biases)
+
+    def _norms(self, layer: int, stem: str) -> tuple[TensorRef | None, TensorRef | None]:
+        """The layer's query and key norms; stored and declared must agree, since they change the product."""
+        norms, tensors = self.recipe.tensors.norms, self.checkpoint.tensors
+        if norms is None:
+            undeclared = [stem + name for name in KNOWN_NORMS if stem + name in tensors]
+            if undeclared:
+                raise undeclared_norm(undeclared[0], self.recipe.name)
+            return None, None
+        found = []
+        for name in (norms.query, norms.key):
+            ref = tensors.get(stem + name)
+            if ref is None:
+                raise CheckpointError(
+                    f"layer {layer} has no {stem + name}", where=f"recipe {self.recipe.name}"
+                )
+            if ref.shape != (self.tower.layout.d_head,) or ref.dtype not in EDITABLE_DTYPES:
+                raise CheckpointError(
+                    f"a norm per head holds head_dim = {self.tower.layout.d_head} numbers, "
+                    f"this is {ref.dtype} {list(ref.shape)}",
+                    where=f"{ref.name} in {ref.shard}",
+                )
+            found.append(ref)
+        return found[0], found[1]
 
     def settings(self, request: Request) -> EditSettings:
         """``request`` with the recipe's defaults, checked against this model's size."""

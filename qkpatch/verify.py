@@ -15,6 +15,7 @@ from qkpatch.errors import CheckpointError
 from qkpatch.heads import HeadLayout
 from qkpatch.locate import locate
 from qkpatch.manifest import EditRecord, Manifest
+from qkpatch.rows import RowLayout
 
 
 @dataclass(frozen=True)
@@ -130,14 +131,18 @@ def _planned_ranges(
     """Byte ranges of the planned heads' rows, ascending; nothing else may differ."""
     model = manifest.model
     layout = HeadLayout(
-        model["num_attention_heads"], model["num_key_value_heads"], model["head_dim"], model["hidden_size"]
+        model["num_attention_heads"],
+        model["num_key_value_heads"],
+        model["head_dim"],
+        model["hidden_size"],
+        RowLayout(model["rows"]),
     )
     ranges = []
     for edit in edits:
         ref = checkpoint.tensors[edit.tensor]
         if ref.shape == layout.query_shape:
             ranges += [
-                layout.byte_range(ref, head.head) for head in edit.heads if 0 <= head.head < layout.n_heads
+                layout.query_range(ref, head.head) for head in edit.heads if 0 <= head.head < layout.n_heads
             ]
     return sorted(ranges)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -12,12 +12,11 @@ from torch import Tensor
 
 from qkpatch.checkpoint.files import open_read, read_exact
 from qkpatch.checkpoint.header import TensorRef
-from qkpatch.checkpoint.source import Checkpoint
 from qkpatch.errors import NumericalError, UsageError
 from qkpatch.heads import HeadLayout
 from qkpatch.settings import check_device_name
 from qkpatch.spectral.product import Factor, QKProduct
-from qkpatch.targets import LayerTarget
+from qkpatch.targets import LayerTarget, Model
 
 COMPUTE_DTYPE = torch.float64
 
@@ -65,16 +64,27 @@ class LayerWeights:
     target: LayerTarget
     layout: HeadLayout
     device: torch.device
-    query_fd: int
-    key_fd: int
+    fds: Mapping[str, int]  # open shards, by name
+    norm_plus_one: bool = False
 
     def query(self, head: int) -> Tensor:
         """W_Q of a query head, (d_head, d_model), compute dtype."""
-        return self._rows(self.query_fd, self.target.query, head, "query head")
+        ref = self.target.query
+        return self._matrix(ref, self.layout.query_range(ref, head), f"query head {head}")
 
     def key(self, kv_head: int) -> Factor:
-        """W_K of a key head, factored."""
-        return Factor.of(self._rows(self.key_fd, self.target.key, kv_head, "key head"))
+        """W_K of a key head, factored; under a query-key norm, ``diag(g_q ⊙ g_k) W_K``.
+
+        With the gains on the key side, ``M = W_Qᵀ diag(g_q ⊙ g_k) W_K`` is a product like any other, and the
+        edit, which acts on the query's input side, commutes with them.
+        """
+        ref = self.target.key
+        W_K = self._matrix(ref, self.layout.key_range(ref, kv_head), f"key head {kv_head}")
+        for norm in (self.target.query_norm, self.target.key_norm):
+            if norm is not None:
+                gain = self._read(norm, (norm.begin, norm.end), "a query-key norm")
+                W_K = W_K * (gain + float(self.norm_plus_one))[:, None]
+        return Factor.of(W_K)
 
     def products(self, heads: tuple[int, ...]) -> Iterator[tuple[int, QKProduct]]:
         """Each query head with its product; consecutive heads of a group share one key factor."""
@@ -93,30 +103,34 @@ class LayerWeights:
                 )
             yield head, product
 
-    def _rows(self, fd: int, ref: TensorRef, head: int, kind: str) -> Tensor:
-        begin, end = self.layout.byte_range(ref, head)
-        raw = read_exact(fd, end - begin, begin, ref.shard)
-        W = torch.frombuffer(raw, dtype=DTYPES[ref.dtype]).view(self.layout.d_head, self.layout.d_model)
-        if not torch.isfinite(W).all():
+    def _matrix(self, ref: TensorRef, byte_range: tuple[int, int], what: str) -> Tensor:
+        return self._read(ref, byte_range, what).view(self.layout.d_head, self.layout.d_model)
+
+    def _read(self, ref: TensorRef, byte_range: tuple[int, int], what: str) -> Tensor:
+        begin, end = byte_range
+        values = torch.frombuffer(
+            read_exact(self.fds[ref.shard], end - begin, begin, ref.shard), dtype=DTYPES[ref.dtype]
+        )
+        if not torch.isfinite(values).all():
             raise NumericalError(
-                f"{kind} {head} of layer {self.target.layer} holds NaN or Inf",
+                f"{what} of layer {self.target.layer} holds NaN or Inf",
                 where=f"{ref.name} in {ref.shard}",
                 fix="the checkpoint is damaged; download it again",
             )
-        return W.to(device=self.device, dtype=COMPUTE_DTYPE)
+        return values.to(device=self.device, dtype=COMPUTE_DTYPE)
 
 
 @contextmanager
-def open_layer(
-    checkpoint: Checkpoint, target: LayerTarget, layout: HeadLayout, device: torch.device
-) -> Iterator[LayerWeights]:
-    """Open the shards of a layer's query and key for reading; they must be as the plan saw them."""
+def open_layer(model: Model, target: LayerTarget, device: torch.device) -> Iterator[LayerWeights]:
+    """Open the shards of a layer's weights for reading; they must be as the plan saw them."""
+    refs = (target.query, target.key, target.query_norm, target.key_norm)
+    norms = model.recipe.tensors.norms
     with ExitStack() as stack:
         fds = {}
-        for shard in {target.query.shard, target.key.shard}:
-            file = checkpoint.files[shard]
+        for shard in dict.fromkeys(ref.shard for ref in refs if ref is not None):
+            file = model.checkpoint.files[shard]
             fds[shard] = stack.enter_context(open_read(file.path, file.id))
-        yield LayerWeights(target, layout, device, fds[target.query.shard], fds[target.key.shard])
+        yield LayerWeights(target, model.tower.layout, device, fds, norms is not None and norms.plus_one)
 
 
 def to_bytes(W: Tensor) -> bytearray:

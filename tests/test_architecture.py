@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "qkpatch"
 # From the ground up: a module may import only from floors below its own, or beside it in its own room.
 FLOORS = [
     ["errors", "interrupts"],
-    ["spectral", "checkpoint", "selection", "strict"],
+    ["spectral", "checkpoint", "selection", "strict", "rows"],
     ["recipe", "refusals"],
     ["catalogue", "settings", "heads"],
     ["locate"],
