@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from qkpatch.selection import format_ranges
 from qkpatch.settings import EditSettings, Request, check_request
 from qkpatch.spectral.rule import Select
 from qkpatch.targets import LayerTarget, Model, open_model
@@ -87,6 +88,11 @@ def _warnings(model: Model, settings: EditSettings) -> list[str]:
     if rule.select is Select.shrink and model.recipe.tensors.norms is not None:
         warnings.append(
             "queries are normalised per head, so shrinking W_Q changes nothing in the model's output"
+        )
+    if settings.skipped_layers:
+        warnings.append(
+            f"layers {format_ranges(settings.skipped_layers)} have no query-key product of this kind "
+            "(linear or cross attention) and are skipped"
         )
     if checkpoint.twins:
         names = ", ".join(checkpoint.twins[:5]) + ("…" if len(checkpoint.twins) > 5 else "")

@@ -43,6 +43,7 @@ class TensorNames:
     orientation: str  # "out_in": rows are outputs, as nn.Linear stores them. Declared, never guessed
     rows: RowLayout
     norms: NormNames | None
+    every_layer: bool  # whether each layer has these tensors; others are skipped and listed where not
 
     @property
     def query_module(self) -> str:
@@ -134,6 +135,7 @@ def _tensor_names(fields: Fields) -> TensorNames:
         orientation=fields.take("orientation", str, default="out_in", required=True),
         rows=_rows(fields),
         norms=_norms(fields.take_mapping("norms")) if "norms" in fields else None,
+        every_layer=fields.take("every_layer", bool, default=True),
     )
     if names.rows.is_fused != (names.query == names.key):
         fields.fault(

@@ -50,6 +50,7 @@ class EditSettings:
     rule: EditRule
     seed: int
     from_recipe: tuple[str, ...]  # which of layers and modes are the recipe's defaults
+    skipped_layers: tuple[int, ...] = ()  # asked for, and without a query-key product
 
 
 def parse_request(text: bytes, where: str) -> Request:
@@ -189,6 +190,7 @@ def to_json(settings: EditSettings) -> Mapping[str, Any]:
     rule = settings.rule
     return {
         "layers": list(settings.layers),
+        "skipped_layers": list(settings.skipped_layers),
         "heads": list(settings.heads),
         "modes": rule.modes,
         "modes_edited": 0 if rule.select is Select.shrink else rule.paired_modes,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from qkpatch.catalogue import choose_recipe, get_recipe, matching_prefixes, query_like
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.source import Checkpoint, open_checkpoint
-from qkpatch.errors import AmbiguousError, CheckpointError
+from qkpatch.errors import AmbiguousError, CheckpointError, UsageError
 from qkpatch.heads import LanguageTower, read_tower
 from qkpatch.locate import Source, locate
 from qkpatch.recipe import Recipe
@@ -22,6 +22,7 @@ from qkpatch.refusals import (
     suffixes_by_module,
     undeclared_norm,
 )
+from qkpatch.selection import format_ranges
 from qkpatch.settings import EditSettings, Request, resolve
 
 
@@ -113,9 +114,15 @@ class Model:
         return found[0], found[1]
 
     def settings(self, request: Request) -> EditSettings:
-        """``request`` with the recipe's defaults, checked against this model's size."""
+        """``request`` with the recipe's defaults, checked against this model's size.
+
+        In a family where only some layers have a query-key product, the others are skipped and listed.
+
+        Raises:
+            UsageError: a layer, head or mode that the model does not have, or no layer left to edit.
+        """
         layout = self.tower.layout
-        return resolve(
+        settings = resolve(
             request,
             self.recipe,
             n_layers=self.tower.n_layers,
@@ -123,6 +130,17 @@ class Model:
             d_head=layout.d_head,
             d_model=layout.d_model,
         )
+        if self.recipe.tensors.every_layer:
+            return settings
+        present = tuple(layer for layer in settings.layers if layer in self.query_layers)
+        if not present:
+            raise UsageError(
+                f"none of layers {format_ranges(settings.layers)} has a query-key product",
+                where="--layers",
+                fix=f"choose from {format_ranges(self.query_layers)}",
+            )
+        skipped = tuple(layer for layer in settings.layers if layer not in present)
+        return replace(settings, layers=present, skipped_layers=skipped)
 
     @cached_property
     def _stored_under(self) -> Mapping[str, Sequence[str]]:
