@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: all check format lint types test fixtures demo smoke clean
+.PHONY: all check docs format test fixtures demo smoke clean
 all: check test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -16,6 +16,10 @@ check: $(STAMP)  ## format, lint and types; changes nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python scripts/recipe_table.py --check || { echo "README's table of models is stale: make docs"; exit 1; }
+
+docs: $(STAMP)  ## the README's table of models, from configs/
+	$(BIN)/python scripts/recipe_table.py
 
 format: $(STAMP)  ## rewrite to the house style
 	$(BIN)/ruff format .

@@ -85,6 +85,10 @@ class Case:
     config: Callable[[], Any]
     heads: Callable[[Tensors, str], tuple[torch.Tensor, torch.Tensor]] = separate
     has_vision: bool = True
+    decoy: str = "vis"  # what names the towers that must stay as they are
+    edited: tuple[int, ...] = (1, 2)  # the layers that are asked for: from the first to the last of these
+    skipped: tuple[int, ...] = ()  # layers among them that have no query-key product
+    kept: Callable[[Tensors, str], torch.Tensor] | None = None  # other rows of the edited tensor
 
 
 def text(model_class: str, config: Callable[[], Any], heads: Any = separate) -> Case:

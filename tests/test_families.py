@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import families
+import families_more
+import families_special
 import numpy as np
 import oracle
 import pytest
@@ -13,7 +16,8 @@ import transformers
 from families import H, K
 from safetensors.torch import load_file
 
-CASES = families.CASES
+CASES = {**families.CASES, **families_special.CASES, **families_more.CASES}
+REMOTE = families.REMOTE | families_special.REMOTE
 
 
 @pytest.mark.parametrize("original", [True, False], ids=["Hub names", "module names"])
@@ -32,7 +36,8 @@ def test_the_language_tower_and_nothing_else_is_edited_and_the_model_loads(
     model.to(torch.bfloat16).save_pretrained(source, save_original_format=original, max_shard_size="40KB")
     assert len(list(source.glob("*.safetensors"))) > 1
 
-    result = run("apply", source, "--layers", "1-2", "--modes", 2, "--alpha", 0, "-o", out)
+    layers = f"{case.edited[0]}-{case.edited[-1]}"
+    result = run("apply", source, "--layers", layers, "--modes", 2, "--alpha", 0, "-o", out)
     assert result.exit_code == 0, result.output
     assert f"recipe {recipe}," in result.stdout
 
@@ -40,15 +45,23 @@ def test_the_language_tower_and_nothing_else_is_edited_and_the_model_loads(
     assert list(before) == list(after)
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     stems = [name.rsplit(".", 2)[0] for name in changed]
-    assert [int(stem.split(".")[-2]) for stem in stems] == [1, 2]
+    assert [int(stem.split(".")[-2]) for stem in stems] == list(case.edited)
     assert len({stem.split(".layers.")[0] for stem in stems}) == 1
     assert "visi" not in stems[0]
     assert "visual" not in stems[0]
     if case.has_vision:
-        decoys = [name for name in before if ("q_proj" in name or "qkv" in name) and "vis" in name]
+        decoys = [name for name in before if ("q_proj" in name or "qkv" in name) and case.decoy in name]
         assert decoys, "the vision tower must hold a decoy"
+        assert case.decoy not in stems[0]
+
+    manifest = json.loads((out / "qkpatch.json").read_text())
+    assert manifest["edit"]["skipped_layers"] == list(case.skipped)
+    for layer in case.skipped:
+        assert any(f".layers.{layer}." in name and "vis" not in name for name in before)
 
     for stem in stems:
+        if case.kept is not None:
+            assert torch.equal(case.kept(before, stem), case.kept(after, stem))
         (Q, keys), (Q_after, keys_after) = case.heads(before, stem), case.heads(after, stem)
         assert torch.equal(keys, keys_after)
         for h in range(H):
@@ -69,7 +82,7 @@ def test_the_language_tower_and_nothing_else_is_edited_and_the_model_loads(
 def test_every_recipe_has_a_case() -> None:
     from qkpatch.catalogue import shipped_recipes
 
-    assert set(CASES) | families.REMOTE == set(shipped_recipes())
+    assert set(CASES) | REMOTE == set(shipped_recipes())
 
 
 def edited_head(W_Q: np.ndarray, W_K: np.ndarray) -> np.ndarray:

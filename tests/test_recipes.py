@@ -173,8 +173,8 @@ class TestTower:
         assert flat.layout == nested.layout == HeadLayout(28, 4, 128, 3584)
 
     def test_a_text_model_the_recipe_does_not_know_is_refused(self) -> None:
-        with pytest.raises(UnsupportedError, match="not 'mistral'"):
-            read_tower(self.llava, {"text_config": {"model_type": "mistral"}})
+        with pytest.raises(UnsupportedError, match="not 'qwen3'"):
+            read_tower(self.llava, {"text_config": {"model_type": "qwen3"}})
 
     @pytest.mark.parametrize(
         ("text", "message"),
