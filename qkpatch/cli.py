@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import signal
@@ -276,7 +277,14 @@ def recipes(
 def main() -> NoReturn:
     """Entry point of the ``qkpatch`` command."""
     prepare_streams()
-    app()
+    try:
+        app()
+    except OSError as error:
+        # What the library prints itself, such as --help, to a device that is full.
+        if error.errno != errno.ENOSPC:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(FileSystemError.exit_code)
     sys.exit(0)
 
 

@@ -12,7 +12,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -104,7 +104,11 @@ def print_json(value: Any) -> None:
 
 def show_error(error: QKPatchError) -> None:
     """What, where, what to do."""
-    console = _console(stderr=True)
+    with suppress(OSError):
+        _show_error(_console(stderr=True), error)
+
+
+def _show_error(console: Console, error: QKPatchError) -> None:
     console.print(f"[bold red]Error:[/] {safe(error.what)}", soft_wrap=True)
     if error.where:
         console.print(f"  [dim]where[/]  {safe(error.where)}", soft_wrap=True)
@@ -114,14 +118,15 @@ def show_error(error: QKPatchError) -> None:
 
 def show_warnings(warnings: Sequence[str]) -> None:
     """Each warning on a line of its own, on stderr."""
-    console = _console(stderr=True)
-    for warning in warnings:
-        console.print(f"[yellow]Warning:[/] {safe(warning)}", soft_wrap=True)
+    with suppress(OSError):
+        for warning in warnings:
+            _console(stderr=True).print(f"[yellow]Warning:[/] {safe(warning)}", soft_wrap=True)
 
 
 def note(text: str) -> None:
     """A remark on stderr."""
-    _console(stderr=True).print(safe(text), soft_wrap=True)
+    with suppress(OSError):
+        _console(stderr=True).print(safe(text), soft_wrap=True)
 
 
 class Bars:
@@ -166,7 +171,7 @@ def show_plan(plan: EditPlan, costs: Mapping[str, int | None]) -> None:
             table = _table("layer", "shard", "key's shard, where another")
             for edit in plan.edits:
                 other = "" if edit.key.shard == edit.query.shard else edit.key.shard
-                table.add_row(str(edit.layer), edit.query.shard, other)
+                table.add_row(str(edit.layer), safe(edit.query.shard), safe(other))
             console.print(table)
         dtypes = " and ".join(sorted({edit.query.dtype for edit in plan.edits})) or "no dtype"
         n_files = len(plan.model.checkpoint.files)

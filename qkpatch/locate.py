@@ -71,9 +71,14 @@ def local_path(text: str) -> Path | None:
 def _local(path: Path) -> Source:
     real = path.resolve()
     if path.is_file():
-        return Source(path, "file", path.name)
+        return Source(path, "file", _text(path.name))
     # A directory inside the Hub cache says itself what it is: models--org--name/snapshots/<commit>.
     if real.parent.name == "snapshots" and real.parent.parent.name.startswith("models--"):
         repo = real.parent.parent.name.removeprefix("models--").replace("--", "/")
         return Source(path, "hub", repo, None, real.name)
-    return Source(path, "directory", real.name)
+    return Source(path, "directory", _text(real.name))
+
+
+def _text(name: str) -> str:
+    """A file's name as text, whatever bytes it has."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")

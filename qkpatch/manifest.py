@@ -15,9 +15,12 @@ from typing import Any
 
 from qkpatch import settings as edit_settings
 from qkpatch.checkpoint.tree import load_json
-from qkpatch.errors import CheckpointError
+from qkpatch.errors import CheckpointError, UsageError
 from qkpatch.plan import EditPlan
 from qkpatch.rows import RowLayout
+from qkpatch.selection import format_ranges, parse_ranges
+from qkpatch.settings import Request
+from qkpatch.spectral.rule import Channel, Select
 from qkpatch.targets import LayerTarget
 
 SCHEMA = "qkpatch/1"
@@ -151,12 +154,33 @@ class Manifest:
             )
             manifest._check()
             manifest.dumps().encode()  # finite numbers, text that is text
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, UsageError) as error:
             raise CheckpointError(f"malformed manifest: {error!r}", where=where) from error
         return manifest
 
+    def request(self) -> Request:
+        """The request that leads to the recorded edit on the same SOURCE."""
+        edit = self.edit
+        return Request(
+            recipe=self.recipe["name"],
+            layers=format_ranges(sorted([*edit["layers"], *edit["skipped_layers"]])),
+            heads=format_ranges(edit["heads"]),
+            modes=edit["modes"],
+            alpha=edit["alpha"],
+            channel=Channel(edit["channel"]),
+            select=Select(edit["select"]),
+            seed=edit["seed"],
+        )
+
     def _check(self) -> None:
         """Raise ``TypeError`` or ``ValueError`` for what ``verify`` could not work with."""
+        request = self.request()
+        if not (isinstance(request.recipe, str) and isinstance(request.alpha, int | float)):
+            raise TypeError("the recipe is not a name, or alpha not a number")
+        if type(request.modes) is not int or type(request.seed) is not int:
+            raise TypeError("modes or seed is not a whole number")
+        parse_ranges(request.layers or "", "edit.layers")
+        parse_ranges(request.heads or "", "edit.heads")
         sizes = [
             self.model[key]
             for key in ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qkpatch.checkpoint.files import os_errors
+from qkpatch.checkpoint.tree import read_whole, source_file
 from qkpatch.settings import Request, parse_request
 from qkpatch.spectral.rule import Channel, Select
 
@@ -67,6 +67,5 @@ def edit_request(
     flags = Request(recipe, layers, heads, modes, alpha, channel, select, seed)
     if config is None:
         return flags
-    with os_errors("read the settings", config):
-        text = config.read_bytes()
-    return flags.over(parse_request(text, str(config)))
+    file = source_file(config, config.name)  # a regular one: a pipe or a device would never end
+    return flags.over(parse_request(read_whole(config, file.id), str(config)))

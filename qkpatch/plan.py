@@ -14,6 +14,8 @@ from qkpatch.targets import LayerTarget, Model, open_model
 # 20 arrays of d_head × d_model float64 on top, in the most demanding channel, while one head is edited.
 BASE_MEMORY = 270 << 20
 WORK_ARRAYS = 20
+# Of a parsed header; a mixture of experts can have 10^5 tensors.
+BYTES_PER_TENSOR = 600
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,10 @@ class EditPlan:
 
     @property
     def peak_memory(self) -> int:
-        """Expected peak resident bytes: torch itself, and the arrays of one head. No shard or model size in it."""
+        """Expected peak resident bytes: torch, the arrays of one head, the headers. No shard or model size in it."""
         layout = self.model.tower.layout
-        return BASE_MEMORY + WORK_ARRAYS * 8 * layout.d_head * layout.d_model
+        work = WORK_ARRAYS * 8 * layout.d_head * layout.d_model
+        return BASE_MEMORY + work + BYTES_PER_TENSOR * len(self.model.checkpoint.tensors)
 
     @property
     def action(self) -> str:

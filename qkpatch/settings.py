@@ -57,14 +57,14 @@ def parse_request(text: bytes, where: str) -> Request:
     """Read ``EDIT.yaml``, the flags of ``apply`` as keys; all faults in one :class:`RecipeError`."""
     root = Fields(load_yaml(text, where), where)
     request = Request(
-        recipe=root.take("recipe", str, default="") if "recipe" in root else None,
+        recipe=root.take_optional("recipe", str),
         layers=_range_text(root, "layers"),
         heads=_range_text(root, "heads"),
-        modes=root.take("modes", int, default=0) if "modes" in root else None,
-        alpha=root.take("alpha", float, default=0.0) if "alpha" in root else None,
+        modes=root.take_optional("modes", int),
+        alpha=root.take_optional("alpha", float),
         channel=_choice(root, "channel", Channel),
         select=_choice(root, "select", Select),
-        seed=root.take("seed", int, default=0) if "seed" in root else None,
+        seed=root.take_optional("seed", int),
     )
     root.finish()
     return request
@@ -165,19 +165,17 @@ def _check_modes(rule: EditRule, d_head: int, d_model: int) -> None:
 
 
 def _range_text(root: Fields, key: str) -> str | None:
-    if key not in root:
-        return None
     if root.is_a(key, int):  # `layers: 10` is a number in YAML
         return str(root.take(key, int, default=0))
     if root.is_a(key, list):  # `layers: [10, 11]`
         return ",".join(str(number) for number in root.take_list(key, int, required=True))
-    return root.take(key, str, default="")
+    return root.take_optional(key, str)
 
 
 def _choice(root: Fields, key: str, kind: type[E]) -> E | None:
-    if key not in root:
+    text = root.take_optional(key, str)
+    if text is None:
         return None
-    text = root.take(key, str, default="")
     try:
         return kind(text)
     except ValueError:

@@ -126,6 +126,11 @@ class Fields:
             return default
         return value
 
+    def take_optional(self, key: str, kind: type[T]) -> T | None:
+        """The value at ``key``, None where there is none."""
+        self._taken.add(key)
+        return self.take(key, kind, default=kind()) if key in self._data else None
+
     def take_list(self, key: str, kind: type[T], *, required: bool = False) -> tuple[T, ...]:
         """The list at ``key`` with every item exactly of ``kind``; empty where absent."""
         items = self.take(key, list, default=[], required=required)

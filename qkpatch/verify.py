@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -11,11 +13,11 @@ from safetensors import SafetensorError, safe_open
 from qkpatch.checkpoint.files import READ_CHUNK, Progress, open_read, read_exact, sha256_range
 from qkpatch.checkpoint.source import MANIFEST_NAME, Checkpoint, open_checkpoint
 from qkpatch.checkpoint.tree import SourceFile, read_whole, walk_files
-from qkpatch.errors import CheckpointError
-from qkpatch.heads import HeadLayout
+from qkpatch.errors import AmbiguousError, CheckpointError, UnsupportedError, UsageError
 from qkpatch.locate import locate
-from qkpatch.manifest import EditRecord, Manifest
-from qkpatch.rows import RowLayout
+from qkpatch.manifest import EditRecord, Manifest, canonical_json, planned_manifest
+from qkpatch.plan import EditPlan, make_plan
+from qkpatch.targets import LayerTarget
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,10 @@ class Verification:
 def verify(out: Path, source: str, progress: Progress) -> Verification:
     """Check OUT against SOURCE and its own manifest.
 
-    The same files; every byte equal but the rows of the planned heads; each edited tensor's digest before and
-    after as recorded; every shard accepted by the safetensors library too. ``progress`` hears of bytes compared.
+    The recorded edit is planned anew on SOURCE, and the manifest must agree with that plan in all but its
+    figures. The same files; every byte equal but the rows of the planned heads; each edited tensor's digest
+    before and after as recorded; every shard accepted by the safetensors library too. ``progress`` hears of
+    bytes compared.
 
     Raises:
         CheckpointError: OUT has no manifest, or one that cannot be read.
@@ -60,91 +64,82 @@ def verify(out: Path, source: str, progress: Progress) -> Verification:
         )
     manifest = Manifest.loads(read_whole(out / MANIFEST_NAME), f"{out.name}/{MANIFEST_NAME}")
     checkpoint = open_checkpoint(locate(source).path)
-    present, _ = walk_files(out)
+    present, _ = walk_files(out, skip=())
     present.pop(MANIFEST_NAME, None)
-    found = [*_file_sets(manifest, checkpoint, present), *_declared(manifest)]
-    planned = {edit.tensor: edit for edit in manifest.edits}
-    found += _tensor_records(planned, checkpoint)
+    found = [*_file_sets(checkpoint, present)]
+    plan = None
+    try:
+        plan = make_plan(source, manifest.request())
+    except (UsageError, AmbiguousError, UnsupportedError, CheckpointError) as error:
+        found.append(Mismatch(MANIFEST_NAME, f"its edit cannot be made on SOURCE: {error}"))
+    if plan is not None:
+        found += _differences(manifest, planned_manifest(plan, ""), plan)
+    recorded = {edit.tensor: edit for edit in manifest.edits}
     edited_bytes = 0
     for name in sorted(checkpoint.files.keys() & present.keys()):
-        edits = [edit for edit in manifest.edits if _home(edit, checkpoint) == name]
-        allowed = _planned_ranges(edits, manifest, checkpoint)
+        targets = plan.edits_by_shard.get(name, ()) if plan is not None else ()
+        allowed = sorted(itertools.chain.from_iterable(_planned_rows(plan, target) for target in targets))
         edited_bytes += sum(end - begin for begin, end in allowed)
+        edits = [recorded[t.query.name] for t in targets if t.query.name in recorded]
         found += _compare(checkpoint.files[name], present[name], edits, allowed, checkpoint, progress)
         if name in checkpoint.headers:
             found += _library_verdict(checkpoint.files[name], present[name])
     return Verification(
         files=len(present),
-        edited_tensors=len(planned),
+        edited_tensors=len(manifest.edits),
         compared_bytes=sum(file.size for file in present.values()),
         edited_bytes=edited_bytes,
         mismatches=tuple(found),
     )
 
 
-def _file_sets(
-    manifest: Manifest, checkpoint: Checkpoint, present: dict[str, SourceFile]
-) -> Iterator[Mismatch]:
-    recorded = {file.name for file in manifest.files}
-    for file in manifest.files:
-        if file.name in present and present[file.name].size != file.size:
-            yield Mismatch(file.name, f"has {present[file.name].size} bytes, {file.size} in the manifest")
+def _file_sets(checkpoint: Checkpoint, present: dict[str, SourceFile]) -> Iterator[Mismatch]:
     for name in sorted(checkpoint.files.keys() - present.keys()):
         yield Mismatch(name, "is in SOURCE and missing from OUT")
     for name in sorted(present.keys() - checkpoint.files.keys()):
         yield Mismatch(name, "is in OUT and not in SOURCE")
-    for name in sorted(recorded ^ checkpoint.files.keys()):
-        yield Mismatch(name, f"is in {'the manifest' if name in recorded else 'SOURCE'} only")
 
 
-def _declared(manifest: Manifest) -> Iterator[Mismatch]:
-    """The edit that the manifest declares must be the edit that it records, layer by layer and head by head."""
-    edit = manifest.edit
-    layers = [] if edit.get("alpha") == 1 else edit.get("layers")
-    recorded = [record.layer for record in manifest.edits]
-    if recorded != layers:
-        yield Mismatch(MANIFEST_NAME, f"declares layers {layers} and records edits of layers {recorded}")
-    for record in manifest.edits:
-        heads = [head.head for head in record.heads]
-        if heads != edit.get("heads"):
-            yield Mismatch(
-                record.tensor, f"the manifest declares heads {edit.get('heads')} and records {heads}"
-            )
+def _differences(manifest: Manifest, planned: Manifest, plan: EditPlan) -> Iterator[Mismatch]:
+    """Where the manifest is not the plan that its own edit leads to; figures and digests aside."""
+    ours, theirs = (json.loads(canonical_json(m.to_json())) for m in (planned, manifest))
+    for block, keys in (
+        ("edit", ours["edit"].keys() - {"from_recipe"}),  # the flags may have said the same
+        ("recipe", {"name", "prefix", "tensors"}),
+        ("model", ours["model"].keys()),
+    ):
+        for key in sorted(keys):
+            if theirs[block].get(key) != ours[block][key]:
+                yield Mismatch(
+                    MANIFEST_NAME,
+                    f"{block}.{key} is {theirs[block].get(key)!r}, planned {ours[block][key]!r}",
+                )
+    files = {file.name: file for file in manifest.files}
+    for file in planned.files:
+        if files.pop(file.name, None) != file:
+            yield Mismatch(file.name, "the manifest's record of this file is not what it should be")
+    for name in files:
+        yield Mismatch(name, "is in the manifest only")
+    recorded = {edit.tensor: edit for edit in manifest.edits}
+    layout = plan.model.tower.layout
+    heads = [(head, layout.kv_head(head)) for head in plan.settings.heads]
+    for edit in planned.edits:
+        record = recorded.pop(edit.tensor, None)
+        if record is None:
+            yield Mismatch(edit.tensor, "should be edited, and the manifest has no record of it")
+        elif replace(record, sha256_before=None, sha256_after=None, heads=()) != edit:
+            yield Mismatch(edit.tensor, "the manifest's record of this tensor is not what SOURCE stores")
+        elif [(head.head, head.kv_head) for head in record.heads] != heads:
+            yield Mismatch(edit.tensor, "the manifest's heads of this tensor are not the planned ones")
+    for name in recorded:
+        yield Mismatch(name, "the manifest records an edit that its own settings do not lead to")
 
 
-def _tensor_records(planned: dict[str, EditRecord], checkpoint: Checkpoint) -> Iterator[Mismatch]:
-    """Each record must describe the tensor that SOURCE stores under its name."""
-    for name, edit in planned.items():
-        ref = checkpoint.tensors.get(name)
-        if ref is None:
-            yield Mismatch(name, "is edited by the manifest and not in SOURCE")
-            continue
-        recorded = (edit.shard, edit.dtype, edit.shape, edit.byte_range)
-        stored = (ref.shard, ref.dtype, ref.shape, (ref.begin, ref.end))
-        if recorded != stored:
-            yield Mismatch(name, f"the manifest says {recorded}, SOURCE stores {stored}")
-
-
-def _planned_ranges(
-    edits: list[EditRecord], manifest: Manifest, checkpoint: Checkpoint
-) -> list[tuple[int, int]]:
-    """Byte ranges of the planned heads' rows, ascending; nothing else may differ."""
-    model = manifest.model
-    layout = HeadLayout(
-        model["num_attention_heads"],
-        model["num_key_value_heads"],
-        model["head_dim"],
-        model["hidden_size"],
-        RowLayout(model["rows"]),
-    )
-    ranges = []
-    for edit in edits:
-        ref = checkpoint.tensors[edit.tensor]
-        if ref.shape == layout.query_shape:
-            ranges += [
-                layout.query_range(ref, head.head) for head in edit.heads if 0 <= head.head < layout.n_heads
-            ]
-    return sorted(ranges)
+def _planned_rows(plan: EditPlan | None, target: LayerTarget) -> Iterator[tuple[int, int]]:
+    """Byte ranges of the planned heads' rows; nothing else may differ."""
+    if plan is not None:
+        for head in plan.settings.heads:
+            yield plan.model.tower.layout.query_range(target.query, head)
 
 
 def _compare(
@@ -203,12 +198,6 @@ def _place(checkpoint: Checkpoint, shard: str, offset: int) -> str:
             if ref.begin <= offset < ref.end:
                 return f"first at byte {offset}, in {ref.name}"
     return f"first at byte {offset}"
-
-
-def _home(edit: EditRecord, checkpoint: Checkpoint) -> str | None:
-    """The shard in which SOURCE stores the edited tensor, whatever the record says."""
-    ref = checkpoint.tensors.get(edit.tensor)
-    return None if ref is None else ref.shard
 
 
 def _library_verdict(source: SourceFile, out: SourceFile) -> Iterator[Mismatch]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,9 @@ from qkpatch.spectral.product import Factor, QKProduct
 from qkpatch.targets import LayerTarget, Model
 
 COMPUTE_DTYPE = torch.float64
+
+# Squares of products must neither overflow nor vanish; only float64 weights can be out of this range.
+SMALLEST, LARGEST = 1e-75, 1e75
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -95,13 +97,19 @@ class LayerWeights:
                 current = self.layout.kv_head(head)
                 key = self.key(current)
             product = QKProduct(Factor.of(self.query(head)), key)
-            if not math.isfinite(product.frobenius):
+            self._check_magnitude(product, head)
+            yield head, product
+
+    def _check_magnitude(self, product: QKProduct, head: int) -> None:
+        for ref, W in ((self.target.query, product.query.W), (self.target.key, product.key.W)):
+            largest = float(W.abs().max())
+            if largest and not SMALLEST < largest < LARGEST:
                 raise NumericalError(
-                    f"the query-key product of head {head} of layer {self.target.layer} overflows {COMPUTE_DTYPE}",
-                    where=f"{self.target.query.name} and {self.target.key.name}",
+                    f"head {head} of layer {self.target.layer} has values around {largest:.0e}, "
+                    f"beyond what {COMPUTE_DTYPE} can square",
+                    where=f"{ref.name} in {ref.shard}",
                     fix="are these weights what they should be?",
                 )
-            yield head, product
 
     def _matrix(self, ref: TensorRef, byte_range: tuple[int, int], what: str) -> Tensor:
         return self._read(ref, byte_range, what).view(self.layout.d_head, self.layout.d_model)

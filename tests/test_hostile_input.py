@@ -84,7 +84,7 @@ class TestNumbers:
         assert isinstance(result.exception, SystemExit | None)
         assert run("inspect", tiny.path, "--layers", 1).exit_code in (0, 3)
         if size == 1e200:
-            assert "overflows" in result.stderr
+            assert "beyond what torch.float64 can square" in result.stderr
 
 
 class TestConfig:
@@ -240,7 +240,7 @@ def test_overwrite_does_not_replace_an_output_that_has_changed_since(tiny: Tiny,
     )
     result = run("apply", tiny.path, "-o", out, "--overwrite")
     assert result.exit_code == 2
-    assert "holds model.safetensors, which has changed since qkpatch wrote it" in result.stderr
+    assert "holds model.safetensors, which is not as qkpatch left it" in result.stderr
 
 
 def test_verify_refuses_a_manifest_whose_edits_are_not_the_edit_it_declares(
@@ -253,4 +253,4 @@ def test_verify_refuses_a_manifest_whose_edits_are_not_the_edit_it_declares(
     (out / "qkpatch.json").write_text(json.dumps({**document, "edits": []}))
     result = run("verify", out, "--source", tiny.path)
     assert result.exit_code == 1
-    assert "declares layers [0, 1] and records edits of layers []" in result.stdout
+    assert "should be edited, and the manifest has no record of it" in result.stdout

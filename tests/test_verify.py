@@ -193,12 +193,12 @@ def test_an_altered_digest_is_found(tiny: Tiny, out: Path, check: Check, digest:
 
 def test_an_edit_that_the_manifest_conceals_is_found(tiny: Tiny, out: Path, check: Check) -> None:
     rewrite_manifest(out, lambda m: m["edits"].clear())
-    assert tiny.name(1, "q") in check()[SHARD]
+    assert tiny.name(1, "q") in check()
 
 
 def test_an_edited_head_that_the_manifest_conceals_is_found(tiny: Tiny, out: Path, check: Check) -> None:
     rewrite_manifest(out, lambda m: m["edits"][0]["heads"].clear())
-    assert tiny.name(1, "q") in check()[SHARD]
+    assert tiny.name(1, "q") in check()
 
 
 @pytest.mark.parametrize(
@@ -266,9 +266,41 @@ def test_a_second_record_of_a_tensor_excuses_no_damage_in_another_shard(
     assert run("verify", out, "--source", source.path).exit_code in (1, 3)
 
 
+LIES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "the modes": lambda m: m["edit"].update(modes=3),
+    "layers": lambda m: m["edit"].update(layers=[0, 1]),
+    "a layer's number": lambda m: m["edits"][0].update(layer=0),
+    "the heads": lambda m: m["edits"][0]["heads"].pop(),
+    "a key head": lambda m: m["edits"][0]["heads"][-1].update(kv_head=9),
+    "the key tensor": lambda m: m["edits"][0].update(key_tensor="model.layers.0.self_attn.k_proj.weight"),
+    "the number of heads": lambda m: m["model"].update(
+        num_attention_heads=1, num_key_value_heads=1, head_dim=32
+    ),
+    "the recipe": lambda m: m["recipe"].update(name="qwen3"),
+    "a file's action": lambda m: m["files"][0].update(action="patched"),
+    "one more edit": lambda m: m["edits"].append(
+        {**m["edits"][0], "tensor": "model.layers.0.self_attn.q_proj.weight"}
+    ),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_manifest_that_is_not_the_plan_its_edit_leads_to_is_found(
+    lie: str, out: Path, tiny: Tiny, run
+) -> None:
+    rewrite_manifest(out, LIES[lie])
+    assert run("verify", out, "--source", tiny.path).exit_code == 1
+
+
+def test_a_file_in_a_directory_that_apply_does_not_copy_is_found(out: Path, check: Check) -> None:
+    (out / ".git").mkdir()
+    (out / ".git" / "config").write_text("x")
+    assert "not in SOURCE" in check()[".git/config"]
+
+
 def test_a_file_list_that_is_not_sources_is_found(out: Path, check: Check) -> None:
     rewrite_manifest(out, lambda m: m["files"].pop())
-    assert "in SOURCE only" in check()["tokenizer.json"]
+    assert "record of this file" in check()["tokenizer.json"]
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise FileSystemError("neither a directory nor a file", where=str(path))
     files, directories = walk_files(path)
     previous = files.pop(MANIFEST_NAME, None)
+    if MANIFEST_NAME in directories:
+        raise CheckpointError(
+            f"{MANIFEST_NAME} is a directory, and OUT's manifest bears that name",
+            where=str(path),
+            fix="rename it",
+        )
     shards, index = _find_shards(path, files)
     headers = {name: _header(files[name]) for name in shards}
     _check_homes(headers)

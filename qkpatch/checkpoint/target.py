@@ -10,6 +10,9 @@ from qkpatch.checkpoint.source import MANIFEST_NAME, Checkpoint
 from qkpatch.checkpoint.tree import load_json
 from qkpatch.errors import FileSystemError, QKPatchError, UsageError
 
+# File systems allow 255 bytes; the staging directory's name is OUT's and 18 more.
+_MAX_NAME = 255 - len("..qkpatch-00000000")
+
 
 def target_path(out: Path) -> Path:
     """OUT with a link-free parent, so that staging and OUT are on one file system whatever links lead there."""
@@ -31,6 +34,10 @@ def check_out(out: Path, source: Path | None, *, overwrite: bool) -> None:
     if out.name in ("", ".."):
         raise UsageError(
             "OUT needs a name of its own", where=str(out), fix="name a new directory: -o patched"
+        )
+    if len(os.fsencode(out.name)) > _MAX_NAME:
+        raise UsageError(
+            f"the name of OUT is longer than {_MAX_NAME} bytes", where=out.name[:40] + "…", fix="shorten it"
         )
     if out.name.endswith(".safetensors"):
         raise UsageError(
@@ -92,7 +99,7 @@ def refuse_foreign_files(out: Path) -> None:
     manifest = out / MANIFEST_NAME
     try:
         known = {str(f["name"]): f["size"] for f in load_json(manifest.read_bytes(), MANIFEST_NAME)["files"]}
-        written = manifest.stat().st_mtime_ns  # qkpatch writes it last
+        written = manifest.stat().st_ctime_ns  # qkpatch writes it last; ctime cannot be set by hand
     except (OSError, QKPatchError, KeyError, TypeError):
         known, written = {}, -1
     for path in sorted(out.rglob("*")):
@@ -104,8 +111,8 @@ def refuse_foreign_files(out: Path) -> None:
             continue
         if name not in known:
             reason = "which qkpatch did not write"
-        elif path.is_symlink() or status.st_size != known[name] or status.st_mtime_ns > written:
-            reason = "which has changed since qkpatch wrote it"
+        elif path.is_symlink() or status.st_size != known[name] or status.st_ctime_ns > written:
+            reason = "which is not as qkpatch left it"
         else:
             continue
         raise UsageError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from qkpatch.checkpoint.files import FileId, open_read, os_errors, read_exact
 from qkpatch.errors import CheckpointError, FileSystemError
 
-_SKIPPED_DIRS = (".git", ".cache/huggingface")  # bookkeeping of git and huggingface_hub, not the model's
+BOOKKEEPING = (".git", ".cache/huggingface")  # of git and huggingface_hub, not the model's
 MAX_JSON_BYTES = 256 << 20  # an index of 10^6 tensors is about 100 MB
 
 
@@ -31,8 +32,10 @@ class SourceFile:
         return self.id.size
 
 
-def walk_files(root: Path) -> tuple[dict[str, SourceFile], tuple[str, ...]]:
-    """All regular files below ``root`` with links followed, sorted by name, and all sub-directories."""
+def walk_files(
+    root: Path, skip: Collection[str] = BOOKKEEPING
+) -> tuple[dict[str, SourceFile], tuple[str, ...]]:
+    """All regular files below ``root`` with links followed, sorted by name, and all sub-directories, less ``skip``."""
     files: dict[str, SourceFile] = {}
     directories: list[str] = []
 
@@ -44,6 +47,8 @@ def walk_files(root: Path) -> tuple[dict[str, SourceFile], tuple[str, ...]]:
             entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
         for entry in entries:
             name = prefix + entry.name
+            if name in skip:
+                continue
             if any("\ud800" <= c <= "\udfff" for c in name):  # how Python holds bytes that are not UTF-8
                 raise FileSystemError(
                     "the file's name is not UTF-8", where=ascii(entry.path), fix="rename it"
@@ -52,7 +57,7 @@ def walk_files(root: Path) -> tuple[dict[str, SourceFile], tuple[str, ...]]:
                 is_dir = stat.S_ISDIR(entry.stat().st_mode)
             if not is_dir:
                 files[name] = source_file(Path(entry.path), name)
-            elif name not in _SKIPPED_DIRS:
+            else:
                 directories.append(name)
                 visit(Path(entry.path), f"{name}/", (*ancestors, real))
 
