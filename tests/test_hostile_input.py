@@ -144,6 +144,16 @@ class TestConfig:
         assert result.exit_code == 2
         assert message in result.stderr
 
+    def test_a_settings_file_that_never_ends_is_not_read(self, tiny: Tiny, run, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        for endless in (tmp_path / "pipe", Path("/dev/zero")):
+            assert run("plan", tiny.path, "--config", endless).exit_code == 4
+
+    def test_an_unknown_setting_lists_the_known_ones(self, tiny: Tiny, run, tmp_path: Path) -> None:
+        (tmp_path / "edit.yaml").write_text("out: x\n")
+        result = run("plan", tiny.path, "--config", tmp_path / "edit.yaml")
+        assert "known here: alpha, channel, heads, layers, modes, recipe, seed, select" in result.stderr
+
     def test_a_yaml_list_of_layers_is_a_layer_list(self, tiny: Tiny, run, tmp_path: Path) -> None:
         (tmp_path / "edit.yaml").write_text("layers: [0, 2]\nmodes: 2\n")
         plan = json.loads(run("plan", tiny.path, "--config", tmp_path / "edit.yaml", "--json").stdout)
@@ -156,6 +166,36 @@ class TestNames:
         result = run("plan", tiny.path)
         assert "\x1b" not in result.output
         assert "twin\\x1b" in result.stderr
+
+    def test_control_characters_and_markup_in_shard_names_are_only_text(self, tmp_path: Path, run) -> None:
+        tiny = build_tiny(tmp_path / "odd", shards=[("",)])
+        name = "[red]m\x1b]0;x\x07.safetensors"
+        (tiny.path / "model-00001-of-00001.safetensors").rename(tiny.path / name)
+        index = json.loads((tiny.path / "model.safetensors.index.json").read_text())
+        index["weight_map"] = dict.fromkeys(index["weight_map"], name)
+        (tiny.path / "model.safetensors.index.json").write_text(json.dumps(index))
+        result = run("plan", tiny.path)
+        assert "\x1b" not in result.output
+        assert "[red]m" in result.stdout
+        assert run("apply", tiny.path, "-o", tmp_path / "out").exit_code == 0
+        assert (tmp_path / "out" / name).exists()
+
+    @pytest.mark.parametrize("length", [237, 250, 300])
+    def test_an_out_whose_name_is_too_long_is_refused(
+        self, length: int, tiny: Tiny, run, tmp_path: Path
+    ) -> None:
+        result = run("apply", tiny.path, "-o", tmp_path / ("x" * length))
+        assert result.exit_code == 2
+        assert "shorten it" in result.stderr
+
+    def test_the_longest_name_that_fits_works(self, tiny: Tiny, run, tmp_path: Path) -> None:
+        assert run("apply", tiny.path, "-o", tmp_path / ("x" * 236)).exit_code == 0
+
+    def test_a_source_directory_whose_name_is_not_utf8(self, tiny: Tiny, run, tmp_path: Path) -> None:
+        odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/d\xff"))
+        tiny.path.rename(odd)
+        assert run("apply", odd, "-o", tmp_path / "out").exit_code == 0
+        assert json.loads((tmp_path / "out" / "qkpatch.json").read_text())["source"]["name"] == "d\\udcff"
 
     def test_markup_in_names_is_only_text(self, tmp_path: Path, run) -> None:
         tiny = build_tiny(tmp_path / "[bold]model")
@@ -186,6 +226,12 @@ class TestStreams:
         assert "the result cannot be printed" in done.stderr
         assert "Traceback" not in done.stderr
         assert (tmp_path / "out" / "qkpatch.json").exists()
+
+    def test_full_devices_keep_the_exit_code(self, tiny: Tiny) -> None:
+        assert shell("qkpatch plan no-such-thing 2>/dev/full").returncode == 2
+        done = shell("qkpatch --help >/dev/full")
+        assert done.returncode == 4
+        assert "Traceback" not in done.stderr
 
     def test_closed_streams(self, tiny: Tiny, tmp_path: Path) -> None:
         assert shell(f"qkpatch apply {tiny.path} -o {tmp_path}/a >&-").returncode == 0
@@ -241,6 +287,19 @@ def test_overwrite_does_not_replace_an_output_that_has_changed_since(tiny: Tiny,
     result = run("apply", tiny.path, "-o", out, "--overwrite")
     assert result.exit_code == 2
     assert "holds model.safetensors, which is not as qkpatch left it" in result.stderr
+
+
+def test_overwrite_does_not_replace_a_file_that_was_put_in_with_an_old_date(
+    tiny: Tiny, run, tmp_path: Path
+) -> None:
+    out, mine = tmp_path / "out", tmp_path / "mine"
+    assert run("apply", tiny.path, "-o", out).exit_code == 0
+    mine.write_bytes(bytes((out / "model.safetensors").stat().st_size))
+    time.sleep(0.02)
+    os.utime(mine, (0, 0))
+    subprocess.run(["cp", "-p", mine, out / "model.safetensors"], check=True)
+    assert run("apply", tiny.path, "-o", out, "--overwrite").exit_code == 2
+    assert (out / "model.safetensors").read_bytes() == mine.read_bytes()
 
 
 def test_verify_refuses_a_manifest_whose_edits_are_not_the_edit_it_declares(

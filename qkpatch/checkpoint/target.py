@@ -10,8 +10,8 @@ from qkpatch.checkpoint.source import MANIFEST_NAME, Checkpoint
 from qkpatch.checkpoint.tree import load_json
 from qkpatch.errors import FileSystemError, QKPatchError, UsageError
 
-# File systems allow 255 bytes; the staging directory's name is OUT's and 18 more.
-_MAX_NAME = 255 - len("..qkpatch-00000000")
+# File systems allow 255 bytes; the names of staging and of a replaced output are OUT's and up to 19 more.
+_MAX_NAME = 255 - len("..replaced-00000000")
 
 
 def target_path(out: Path) -> Path:
