@@ -7,7 +7,7 @@ fault and the second is refused by type, each with its place: ``$.config.default
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any, TypeVar
 
 import yaml
@@ -149,11 +149,6 @@ class Fields:
         child = Fields(self._data.get(key, {}), self._where, f"{self.path}.{key}", self._faults)
         self._children.append(child)
         return child
-
-    def check(self, key: str, test: Callable[[], bool], message: str) -> None:
-        """Record ``message`` at ``key`` unless ``test()`` holds."""
-        if not test():
-            self.fault(message, key)
 
     def finish(self) -> None:
         """Report unknown keys here and below, and raise all faults as one :class:`RecipeError`."""

@@ -72,6 +72,13 @@ class Model:
         if key is None:
             refuse_known(name for name in tensors if name.startswith(stem))
             raise missing_key(layer, query.name, stem + names.key)
+        self._check_shapes(query, key)
+        query_norm, key_norm = self._norms(layer, stem)
+        modules = dict.fromkeys(name.removesuffix(".weight") for name in (query.name, key.name))
+        biases = tuple(f"{module}.bias" for module in modules if f"{module}.bias" in tensors)
+        return LayerTarget(layer, query, key, query_norm, key_norm, biases)
+
+    def _check_shapes(self, query: TensorRef, key: TensorRef) -> None:
         layout = self.tower.layout
         for weight, expected, heads in (
             (query, layout.query_shape, layout.n_heads),
@@ -84,10 +91,6 @@ class Model:
                     where=f"{weight.name} in {weight.shard}",
                     fix="config.json belongs to another model, or --recipe does",
                 )
-        query_norm, key_norm = self._norms(layer, stem)
-        modules = dict.fromkeys(name.removesuffix(".weight") for name in (query.name, key.name))
-        biases = tuple(f"{module}.bias" for module in modules if f"{module}.bias" in tensors)
-        return LayerTarget(layer, query, key, query_norm, key_norm, biases)
 
     def _norms(self, layer: int, stem: str) -> tuple[TensorRef | None, TensorRef | None]:
         """The layer's query and key norms; stored and declared must agree, since they change the product."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,7 +16,6 @@ from qkpatch.errors import AmbiguousError, CheckpointError, UnsupportedError, Us
 from qkpatch.locate import locate
 from qkpatch.manifest import EditRecord, Manifest, canonical_json, planned_manifest
 from qkpatch.plan import EditPlan, make_plan
-from qkpatch.targets import LayerTarget
 
 
 @dataclass(frozen=True)
@@ -63,24 +61,25 @@ def verify(out: Path, source: str, progress: Progress) -> Verification:
             fix="is this the directory that qkpatch apply wrote?",
         )
     manifest = Manifest.loads(read_whole(out / MANIFEST_NAME), f"{out.name}/{MANIFEST_NAME}")
-    checkpoint = open_checkpoint(locate(source).path)
-    present, _ = walk_files(out, skip=())
-    present.pop(MANIFEST_NAME, None)
-    found = [*_file_sets(checkpoint, present)]
+    found: list[Mismatch] = []
     plan = None
     try:
         plan = make_plan(source, manifest.request())
     except (UsageError, AmbiguousError, UnsupportedError, CheckpointError) as error:
         found.append(Mismatch(MANIFEST_NAME, f"its edit cannot be made on SOURCE: {error}"))
-    if plan is not None:
+    else:
         found += _differences(manifest, planned_manifest(plan, ""), plan)
+    checkpoint = open_checkpoint(locate(source).path) if plan is None else plan.model.checkpoint
+    present, _ = walk_files(out, skip=())
+    present.pop(MANIFEST_NAME, None)
+    found += _file_sets(checkpoint, present)
     recorded = {edit.tensor: edit for edit in manifest.edits}
     edited_bytes = 0
     for name in sorted(checkpoint.files.keys() & present.keys()):
-        targets = plan.edits_by_shard.get(name, ()) if plan is not None else ()
-        allowed = sorted(itertools.chain.from_iterable(_planned_rows(plan, target) for target in targets))
+        allowed = [] if plan is None else _planned_rows(plan, name)
         edited_bytes += sum(end - begin for begin, end in allowed)
-        edits = [recorded[t.query.name] for t in targets if t.query.name in recorded]
+        planned = () if plan is None else plan.edits_by_shard.get(name, ())
+        edits = [recorded[target.query.name] for target in planned if target.query.name in recorded]
         found += _compare(checkpoint.files[name], present[name], edits, allowed, checkpoint, progress)
         if name in checkpoint.headers:
             found += _library_verdict(checkpoint.files[name], present[name])
@@ -135,11 +134,13 @@ def _differences(manifest: Manifest, planned: Manifest, plan: EditPlan) -> Itera
         yield Mismatch(name, "the manifest records an edit that its own settings do not lead to")
 
 
-def _planned_rows(plan: EditPlan | None, target: LayerTarget) -> Iterator[tuple[int, int]]:
-    """Byte ranges of the planned heads' rows; nothing else may differ."""
-    if plan is not None:
-        for head in plan.settings.heads:
-            yield plan.model.tower.layout.query_range(target.query, head)
+def _planned_rows(plan: EditPlan, shard: str) -> list[tuple[int, int]]:
+    """Byte ranges of the planned heads' rows in a shard, ascending; nothing else may differ."""
+    return sorted(
+        plan.model.tower.layout.query_range(target.query, head)
+        for target in plan.edits_by_shard.get(shard, ())
+        for head in plan.settings.heads
+    )
 
 
 def _compare(
