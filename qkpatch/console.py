@@ -129,8 +129,18 @@ def note(text: str) -> None:
         _console(stderr=True).print(safe(text), soft_wrap=True)
 
 
-class Bars:
-    """Progress of ``apply``, drawn on stderr; implements ``patch.Observer``."""
+class Unseen:
+    """Progress that nobody sees; implements ``patch.Observer``."""
+
+    def copied(self, n_bytes: int) -> None:
+        """Nothing to draw."""
+
+    def edited(self, n_heads: int) -> None:
+        """Nothing to draw."""
+
+
+class Bars(Unseen):
+    """Progress drawn on stderr: bytes copied or compared, heads edited."""
 
     def __init__(self, progress: Progress, total_bytes: int, total_heads: int, verb: str) -> None:
         self._progress = progress
@@ -140,26 +150,27 @@ class Bars:
         self._heads = progress.add_task(f"{total_heads} heads", total=total_heads, visible=total_heads > 0)
 
     def copied(self, n_bytes: int) -> None:
-        """Advance the copy bar."""
+        """Advance the bar of bytes."""
         self._progress.advance(self._bytes, n_bytes)
 
     def edited(self, n_heads: int) -> None:
-        """Advance the edit bar."""
+        """Advance the bar of heads."""
         self._progress.advance(self._heads, n_heads)
 
 
 @contextmanager
-def bars(total_bytes: int, total_heads: int, *, quiet: bool, verb: str = "copy") -> Iterator[Bars]:
-    """Progress bars while the block runs; nothing is drawn when quiet or when stderr is no terminal."""
-    with Progress(
+def bars(total_bytes: int, total_heads: int, *, quiet: bool, verb: str = "copy") -> Iterator[Unseen]:
+    """Progress bars while the block runs; nothing at all when quiet or when stderr is no terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield Unseen()
+        return
+    columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
-        console=_console(stderr=True),
-        disable=quiet or not sys.stderr.isatty(),
-        transient=True,
-    ) as progress:
+    )
+    with Progress(*columns, console=_console(stderr=True), transient=True) as progress:
         yield Bars(progress, total_bytes, total_heads, verb)
 
 
