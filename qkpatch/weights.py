@@ -48,8 +48,8 @@ def choose_device(name: str) -> torch.device:
 def one_thread() -> Iterator[None]:
     """Run torch on one thread, for the same bits whatever the machine, and for speed.
 
-    One head's factorisations are too small to share: with two threads on a busy machine a QR of 4096 × 128
-    takes 117 ms, with one 15 ms.
+    One head's factorisations are too small to share. QR of 4096 × 128 on two cores: 15 ms with one thread; with
+    two, 10 to 14 ms when nothing else runs and 117 ms when something does.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
