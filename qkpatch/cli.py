@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
@@ -37,6 +37,9 @@ from qkpatch.options import (
 )
 from qkpatch.settings import Request, check_device_name
 
+if TYPE_CHECKING:
+    from qkpatch.plan import EditPlan
+
 app = typer.Typer(
     name="qkpatch",
     help="Edit the query-key product of a vision-language checkpoint, straight in its safetensors files.\n\n"
@@ -57,6 +60,9 @@ def command(function: Command) -> Command:
     def wrapper(*args: Any, **kwargs: Any) -> None:
         from qkpatch.console import note, print_json, show_error
 
+        if kwargs.get("quiet") or kwargs.get("as_json") or not sys.stderr.isatty():
+            # huggingface_hub reads it when it is first imported, which is later.
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         try:
             with unwinding_on_kill():
                 function(*args, **kwargs)
@@ -125,16 +131,7 @@ def apply(
     if dry_run:
         _plan(source, request, out, device, as_json=as_json, quiet=quiet, overwrite=overwrite)
         return
-    from qkpatch.checkpoint.target import check_out
-    from qkpatch.locate import local_path
-    from qkpatch.plan import make_plan
-
-    # What is known to be wrong already must not wait for a download.
-    check_device_name(device)
-    check_out(out, local_path(source), overwrite=overwrite)
-    if quiet or as_json or not sys.stderr.isatty():
-        _no_hub_bars()
-    plan = make_plan(source, request)
+    plan = _decide(source, request, out, device, overwrite=overwrite)
 
     with signals_held():  # torch's imports swallow what is raised in their midst
         from qkpatch.patch import apply_plan  # torch, from here on
@@ -288,9 +285,19 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
-def _no_hub_bars() -> None:
-    # huggingface_hub reads it when it is first imported, which is later.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+def _decide(source: str, request: Request, out: Path | None, device: str, *, overwrite: bool) -> EditPlan:
+    """The plan, with everything refused that can be; what is wrong already does not wait for a download."""
+    from qkpatch.checkpoint.target import check_apart, check_out
+    from qkpatch.locate import local_path
+    from qkpatch.plan import make_plan
+
+    check_device_name(device)
+    if out is not None:
+        check_out(out, local_path(source), overwrite=overwrite)
+    plan = make_plan(source, request)
+    if out is not None:
+        check_apart(out, plan.model.checkpoint)
+    return plan
 
 
 def _plan(
@@ -304,29 +311,20 @@ def _plan(
     overwrite: bool,
 ) -> None:
     from qkpatch.checkpoint.space import free_bytes
-    from qkpatch.checkpoint.target import check_apart, check_out
     from qkpatch.console import print_text, show_plan, show_warnings
-    from qkpatch.locate import local_path
     from qkpatch.manifest import canonical_json, planned_manifest
-    from qkpatch.plan import make_plan
 
-    if quiet or as_json or not sys.stderr.isatty():
-        _no_hub_bars()
-    check_device_name(device)
-    if out is not None:
-        check_out(out, local_path(source), overwrite=overwrite)
-    made = make_plan(source, request)
-    if out is not None:
-        check_apart(out, made.model.checkpoint)
-    costs = {
-        "output_bytes": made.output_bytes,
-        "edited_bytes": made.edited_bytes,
-        "free_disk_bytes": free_bytes(out if out is not None else Path("out")),
-        "expected_peak_memory_bytes": made.peak_memory,
-    }
+    plan = _decide(source, request, out, device, overwrite=overwrite)
+    free_disk = free_bytes(out if out is not None else Path("out"))
     if not quiet:
-        show_warnings(made.warnings)
+        show_warnings(plan.warnings)
     if as_json:
-        print_text(canonical_json({**planned_manifest(made, device).to_json(), "costs": costs}))
+        costs = {
+            "output_bytes": plan.output_bytes,
+            "edited_bytes": plan.edited_bytes,
+            "free_disk_bytes": free_disk,
+            "expected_peak_memory_bytes": plan.peak_memory,
+        }
+        print_text(canonical_json({**planned_manifest(plan, device).to_json(), "costs": costs}))
     elif not quiet:
-        show_plan(made, costs)
+        show_plan(plan, free_disk)

@@ -20,20 +20,13 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from qkpatch.errors import FileSystemError, QKPatchError
 from qkpatch.selection import format_ranges
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from qkpatch.manifest import Manifest
     from qkpatch.plan import EditPlan
     from qkpatch.recipe import Recipe
@@ -174,7 +167,7 @@ def bars(total_bytes: int, total_heads: int, *, quiet: bool, verb: str = "copy")
         yield Bars(progress, total_bytes, total_heads, verb)
 
 
-def show_plan(plan: EditPlan, costs: Mapping[str, int | None]) -> None:
+def show_plan(plan: EditPlan, free_disk: int) -> None:
     """The plan as a person reads it: what, where, and what it costs."""
     with _results() as console:
         _heading(console, plan)
@@ -190,9 +183,8 @@ def show_plan(plan: EditPlan, costs: Mapping[str, int | None]) -> None:
             f"{len(plan.edits)} tensor(s) in {dtypes}, {len(plan.edits) * len(plan.settings.heads)} head(s), "
             f"{_size(plan.edited_bytes)} rewritten in {len(plan.edits_by_shard)} of {n_files} file(s)"
         )
-        free = costs["free_disk_bytes"]
         console.print(
-            f"OUT {_size(plan.output_bytes)}, free disk {'unknown' if free is None else _size(free)}, "
+            f"OUT {_size(plan.output_bytes)}, free disk {_size(free_disk)}, "
             f"expected peak memory {_size(plan.peak_memory)}"
         )
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-from qkpatch import settings as edit_settings
 from qkpatch.checkpoint.tree import load_json
 from qkpatch.errors import CheckpointError, UsageError
 from qkpatch.plan import EditPlan
@@ -224,7 +223,7 @@ def planned_manifest(plan: EditPlan, device: str) -> Manifest:
         compute={"device": device, "dtype": "float64"},
         source=source,
         recipe={**model.recipe.to_json(), "prefix": model.prefix},
-        edit=edit_settings.to_json(plan.settings),
+        edit=plan.settings.to_json(),
         model={
             "model_type": checkpoint.config.get("model_type"),
             "text_model_type": model.tower.text_model_type,

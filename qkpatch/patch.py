@@ -23,11 +23,13 @@ from qkpatch.checkpoint.tree import SourceFile
 from qkpatch.errors import NumericalError
 from qkpatch.manifest import EditRecord, HeadRecord, Manifest, planned_manifest
 from qkpatch.plan import EditPlan
+from qkpatch.selection import abbreviate
 from qkpatch.spectral.edit import edit_and_round
 from qkpatch.targets import LayerTarget
 from qkpatch.weights import DTYPES, one_thread, open_layer, to_bytes
 
 GAP_WARNING = 1e-3
+_NAMED = 8  # heads that a warning names
 
 
 class Observer(Protocol):
@@ -101,9 +103,8 @@ def edit_layer(
                 where = f"head {head} of {query.name}"
                 raise NumericalError(error.what, where=where, fix=error.fix) from error
             W_Q = product.query.W
-            if not torch.equal(
-                stored.to(W_Q.dtype), W_Q
-            ):  # by value: a −0.0 that became 0.0 is no edit, and stays
+            # By value: a −0.0 that became 0.0 is no edit, and stays.
+            if not torch.equal(stored.to(W_Q.dtype), W_Q):
                 is_changed = True
                 write_exact(out_fd, to_bytes(stored), layout.query_range(query, head)[0], query.shard)
             heads.append(HeadRecord(head=head, kv_head=layout.kv_head(head), **vars(report)))
@@ -161,18 +162,14 @@ def _numerical_warnings(edits: Iterable[EditRecord], plan: EditPlan) -> list[str
     if narrow:
         warnings.append(
             f"relative gap under {GAP_WARNING:g} at the cut, so the choice of modes is nearly arbitrary, "
-            f"in {len(narrow)} head(s) (layer.head): {_some(narrow)}"
+            f"in {len(narrow)} head(s) (layer.head): {abbreviate(narrow, _NAMED)}"
         )
     if short:
         warnings.append(
             f"there are fewer than {modes} such modes above rounding, so fewer were edited, "
-            f"in {len(short)} head(s) (layer.head): {_some(short)}"
+            f"in {len(short)} head(s) (layer.head): {abbreviate(short, _NAMED)}"
         )
     return warnings
-
-
-def _some(items: list[str], limit: int = 8) -> str:
-    return ", ".join(items[:limit]) + ("…" if len(items) > limit else "")
 
 
 def _write_synced(path: Path, data: bytes) -> None:

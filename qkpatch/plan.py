@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from qkpatch.selection import format_ranges
+from qkpatch.selection import abbreviate, format_ranges
 from qkpatch.settings import EditSettings, Request, check_request
 from qkpatch.spectral.rule import Select
 from qkpatch.targets import LayerTarget, Model, open_model
@@ -98,8 +98,9 @@ def _warnings(model: Model, settings: EditSettings) -> list[str]:
             "(linear or cross attention) and are skipped"
         )
     if checkpoint.twins:
-        names = ", ".join(checkpoint.twins[:5]) + ("…" if len(checkpoint.twins) > 5 else "")
-        warnings.append(f"{len(checkpoint.twins)} other weight file(s) stay unpatched: {names}")
+        warnings.append(
+            f"{len(checkpoint.twins)} other weight file(s) stay unpatched: {abbreviate(checkpoint.twins, 5)}"
+        )
     if checkpoint.single_file:
         warnings.append("SOURCE is one file: nothing beside it (tokenizer, config) is copied")
     if checkpoint.previous_manifest is not None:

@@ -52,6 +52,11 @@ def format_ranges(numbers: Sequence[int]) -> str:
     return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
 
 
+def abbreviate(items: Sequence[str], limit: int) -> str:
+    """The first ``limit`` items, and an ellipsis where there are more."""
+    return ", ".join(items[:limit]) + ("…" if len(items) > limit else "")
+
+
 def middle_third(n_layers: int) -> tuple[int, ...]:
     """Layers ``n // 3`` to ``2n // 3 - 1``: 10-19 of 30, 10-20 of 32. Our default, not the paper's."""
     return tuple(range(n_layers // 3, max(2 * n_layers // 3, n_layers // 3 + 1)))

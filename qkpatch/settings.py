@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Any, TypeVar
@@ -51,6 +50,22 @@ class EditSettings:
     seed: int
     from_recipe: tuple[str, ...]  # which of layers and modes are the recipe's defaults
     skipped_layers: tuple[int, ...] = ()  # asked for, and without a query-key product
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as the manifest records them."""
+        rule = self.rule
+        return {
+            "layers": list(self.layers),
+            "skipped_layers": list(self.skipped_layers),
+            "heads": list(self.heads),
+            "modes": rule.modes,
+            "modes_edited": 0 if rule.select is Select.shrink else rule.paired_modes,
+            "alpha": rule.alpha,
+            "channel": rule.channel.value,
+            "select": rule.select.value,
+            "seed": self.seed,
+            "from_recipe": list(self.from_recipe),
+        }
 
 
 def parse_request(text: bytes, where: str) -> Request:
@@ -181,20 +196,3 @@ def _choice(root: Fields, key: str, kind: type[E]) -> E | None:
     except ValueError:
         root.fault(f"{text!r} is not one of {', '.join(str(item.value) for item in kind)}", key)
         return None
-
-
-def to_json(settings: EditSettings) -> Mapping[str, Any]:
-    """The settings as the manifest records them."""
-    rule = settings.rule
-    return {
-        "layers": list(settings.layers),
-        "skipped_layers": list(settings.skipped_layers),
-        "heads": list(settings.heads),
-        "modes": rule.modes,
-        "modes_edited": 0 if rule.select is Select.shrink else rule.paired_modes,
-        "alpha": rule.alpha,
-        "channel": rule.channel.value,
-        "select": rule.select.value,
-        "seed": settings.seed,
-        "from_recipe": list(settings.from_recipe),
-    }

@@ -180,11 +180,11 @@ def _gains(product: QKProduct, edit: QueryEdit, W_Q_new: Tensor) -> tuple[float,
 
 def _haar_subspace(query: Factor, r: int, generator: torch.Generator) -> Tensor:
     """Orthonormal basis (d_model, ≤ r) of a uniformly random subspace of the row space of W_Q."""
-    U, S, _ = torch.linalg.svd(query.R, full_matrices=False)
-    basis: Tensor = query.Q @ U[:, : query.rank]  # (d_model, rank)
+    basis = query.row_space
+    rank = basis.shape[1]
     # Drawn on the CPU so that every device sees the same numbers.
-    gaussian = torch.randn(query.rank, min(r, query.rank), generator=generator, dtype=torch.float64)
-    coordinates: Tensor = torch.linalg.qr(gaussian.to(S.device, S.dtype))[0]
+    gaussian = torch.randn(rank, min(r, rank), generator=generator, dtype=torch.float64)
+    coordinates: Tensor = torch.linalg.qr(gaussian.to(basis.device, basis.dtype))[0]
     return basis @ coordinates
 
 

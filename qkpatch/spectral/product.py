@@ -40,13 +40,14 @@ class Factor:
         inverse: Tensor = torch.linalg.pinv(self.R, rtol=resolve_rcond(self.W.shape[-1], self.W.dtype))
         return inverse
 
-    @cached_property
-    def rank(self) -> int:
-        """Numerical rank of ``W`` under :func:`resolve_rcond`."""
-        S = torch.linalg.svdvals(self.R)
-        return int(
-            (S > resolve_rcond(self.W.shape[-1], self.W.dtype) * S.max()).sum()
-        )  # >: 0 for a zero matrix
+    @property
+    def row_space(self) -> Tensor:
+        """Orthonormal basis (d_model, rank) of the row space of ``W``; rank under :func:`resolve_rcond`."""
+        U, S, _ = torch.linalg.svd(self.R, full_matrices=False)
+        # Strictly greater: a zero matrix has rank 0, not full rank.
+        rank = int((S > resolve_rcond(self.W.shape[-1], self.W.dtype) * S.max()).sum())
+        basis: Tensor = self.Q @ U[:, :rank]
+        return basis
 
 
 @dataclass(frozen=True)
