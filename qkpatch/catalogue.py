@@ -7,8 +7,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from qkpatch.checkpoint.tree import read_whole, source_file
 from qkpatch.errors import AmbiguousError, RecipeError, UsageError
-from qkpatch.recipe import Recipe, parse_recipe
+from qkpatch.recipe import Recipe
+from qkpatch.recipe_file import parse_recipe
 from qkpatch.refusals import refuse_known
 
 
@@ -21,19 +23,28 @@ def shipped_recipes() -> Mapping[str, Recipe]:
 
 def load_recipe(path: Path) -> Recipe:
     """Read one recipe file; its name must be the file's."""
-    recipe = parse_recipe(path.read_bytes(), str(path))
+    recipe = parse_recipe(read_whole(path, source_file(path, path.name).id), str(path))
     if recipe.name != path.stem:
         raise RecipeError(f"$.name: {recipe.name!r} is not the file's name", where=str(path))
     return recipe
 
 
 def get_recipe(name: str) -> Recipe:
-    """The shipped recipe called ``name``."""
+    """The shipped recipe called ``name``, or the one in a file of the user's, ``PATH.yaml``.
+
+    Raises:
+        UsageError: no shipped recipe is called so.
+        FileSystemError: the file cannot be read.
+        RecipeError: the file is no recipe.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return load_recipe(Path(name))
     try:
         return shipped_recipes()[name]
     except KeyError:
         raise UsageError(
-            f"no recipe is called {name!r}", fix=f"choose one of: {', '.join(shipped_recipes())}"
+            f"no recipe is called {name!r}",
+            fix=f"name a file, ./{name}.yaml, or choose one of: {', '.join(shipped_recipes())}",
         ) from None
 
 
@@ -50,7 +61,7 @@ def choose_recipe(config: Mapping[str, Any], tensor_names: Iterable[str]) -> Rec
     """
     names = list(tensor_names)
     claimed = [recipe for recipe in shipped_recipes().values() if recipe.matches(config)]
-    fitting = [recipe for recipe in claimed if matching_prefixes(recipe, names)]
+    fitting = [recipe for recipe in claimed if recipe.tensors.matching_prefixes(names)]
     if len(fitting) == 1:
         return fitting[0]
     identity = f"model_type {config.get('model_type')!r}, architectures {config.get('architectures')!r}"
@@ -75,14 +86,6 @@ def choose_recipe(config: Mapping[str, Any], tensor_names: Iterable[str]) -> Rec
         where="config.json",
         fix=f"if the layout is the same as another family's, name it with --recipe: {', '.join(shipped_recipes())}",
     )
-
-
-def matching_prefixes(recipe: Recipe, names: Iterable[str]) -> tuple[str, ...]:
-    """The recipe's prefixes under which the checkpoint has a query module, quantised ones included."""
-    names = list(names)
-    module = recipe.tensors.query_module + "."
-    patterns = {p: recipe.tensors.pattern(p, module) for p in recipe.tensors.prefixes}
-    return tuple(p for p, pattern in patterns.items() if any(pattern.match(name) for name in names))
 
 
 def query_like(names: Iterable[str], limit: int = 3) -> list[str]:

@@ -19,10 +19,12 @@ from qkpatch.errors import FileSystemError, QKPatchError
 from qkpatch.interrupts import Terminated, signals_held, unwinding_on_kill
 from qkpatch.options import (
     AlphaOpt,
+    AttentionOpt,
     ChannelOpt,
     ConfigOpt,
     DebugOpt,
     DeviceOpt,
+    FoldOpt,
     HeadsOpt,
     JsonOpt,
     LayersOpt,
@@ -112,6 +114,8 @@ def apply(
     seed: SeedOpt = None,
     heads: HeadsOpt = None,
     recipe: RecipeOpt = None,
+    attention: AttentionOpt = None,
+    fold_norm: FoldOpt = False,
     config: ConfigOpt = None,
     device: DeviceOpt = "auto",
     dry_run: Annotated[
@@ -127,7 +131,9 @@ def apply(
     """Write an edited copy of SOURCE to OUT, with a manifest of what was changed."""
     from qkpatch.console import bars, print_text, show_applied, show_warnings
 
-    request = edit_request(layers, modes, alpha, channel, select, seed, heads, recipe, config)
+    request = edit_request(
+        layers, modes, alpha, channel, select, seed, heads, recipe, attention, fold_norm, config
+    )
     if dry_run:
         _plan(source, request, out, device, as_json=as_json, quiet=quiet, overwrite=overwrite)
         return
@@ -163,6 +169,8 @@ def plan(
     seed: SeedOpt = None,
     heads: HeadsOpt = None,
     recipe: RecipeOpt = None,
+    attention: AttentionOpt = None,
+    fold_norm: FoldOpt = False,
     config: ConfigOpt = None,
     device: DeviceOpt = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="OUT may be an earlier output.")] = False,
@@ -171,7 +179,9 @@ def plan(
     debug: DebugOpt = False,
 ) -> None:
     """Show what `apply` would do, from headers alone: tensors, heads, bytes, disk and memory."""
-    request = edit_request(layers, modes, alpha, channel, select, seed, heads, recipe, config)
+    request = edit_request(
+        layers, modes, alpha, channel, select, seed, heads, recipe, attention, fold_norm, config
+    )
     _plan(source, request, out, device, as_json=as_json, quiet=quiet, overwrite=overwrite)
 
 
@@ -187,6 +197,8 @@ def inspect(
         int | None, typer.Option(help="r of energy share and gap.", show_default="the recipe's")
     ] = None,
     recipe: RecipeOpt = None,
+    attention: AttentionOpt = None,
+    fold_norm: FoldOpt = False,
     device: DeviceOpt = "auto",
     as_json: JsonOpt = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print one line per singular value.")] = False,
@@ -195,18 +207,20 @@ def inspect(
     """Show the spectra of SOURCE's query-key products."""
     from qkpatch.console import bars, print_json, print_spectra_csv, show_spectra, spectra_json
     from qkpatch.errors import UsageError
+    from qkpatch.model import open_model
     from qkpatch.selection import format_ranges
     from qkpatch.settings import check_request
-    from qkpatch.targets import open_model
 
     if as_json and as_csv:
         raise UsageError("one of --json and --csv", fix="drop the other")
-    request = Request(recipe=recipe, layers=layers, heads=heads, modes=modes)
+    request = Request(
+        recipe=recipe, attention=attention, layers=layers, heads=heads, modes=modes, fold_norm=fold_norm
+    )
     check_device_name(device)
     check_request(request)
-    model = open_model(source, recipe)
-    chosen = model.settings(request.over(Request(layers=format_ranges(model.query_layers))))
-    targets = tuple(model.target(layer) for layer in chosen.layers)
+    model = open_model(source, recipe, attention)
+    chosen = model.settings(request.over(Request(layers=format_ranges(model.editable_layers))))
+    targets = model.targets(chosen)
 
     with signals_held():
         from qkpatch.spectra import layer_spectra
@@ -230,6 +244,9 @@ def inspect(
 def verify(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="What `apply` wrote.", show_default=False)],
     source: Annotated[str, typer.Option("--source", help="What it was made from.", show_default=False)],
+    recipe: Annotated[
+        str | None, typer.Option(help="The YAML file, where it was made by one of yours.", metavar="FILE")
+    ] = None,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
     debug: DebugOpt = False,
@@ -242,7 +259,7 @@ def verify(
         raise FileSystemError("no such directory", where=str(out), fix="check the path")
     total = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     with bars(total, 0, quiet=quiet or as_json, verb="compare") as observer:
-        result = run(out, source, observer.copied)
+        result = run(out, source, observer.copied, recipe)
     if as_json:
         print_json({**vars(result), "ok": result.ok, "mismatches": [vars(m) for m in result.mismatches]})
     elif not quiet:

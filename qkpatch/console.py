@@ -172,10 +172,10 @@ def show_plan(plan: EditPlan, free_disk: int) -> None:
     with _results() as console:
         _heading(console, plan)
         if plan.edits:
-            table = _table("layer", "shard", "key's shard, where another")
+            table = _table("layer", "attention", "shard", "key's shard, where another")
             for edit in plan.edits:
                 other = "" if edit.key.shard == edit.query.shard else edit.key.shard
-                table.add_row(str(edit.layer), safe(edit.query.shard), safe(other))
+                table.add_row(str(edit.layer), edit.attention, safe(edit.query.shard), safe(other))
             console.print(table)
         dtypes = " and ".join(sorted({edit.query.dtype for edit in plan.edits})) or "no dtype"
         n_files = len(plan.model.checkpoint.files)
@@ -229,8 +229,10 @@ def _heading(console: Console, plan: EditPlan) -> None:
         f"[bold]{safe(model.source.name)}[/]: recipe {model.recipe.name}, {model.tower.n_layers} layers, "
         f"{layout.n_heads} query / {layout.n_kv_heads} key heads of {layout.d_head}, hidden {layout.d_model}"
     )
-    query = model.prefix + model.recipe.tensors.query
-    console.print(f"Tensors: {query} by {model.recipe.tensors.key}", soft_wrap=True)
+    for one in model.sets:
+        names = one.names
+        which = f" ({names.attention})" if model.recipe.others else ""
+        console.print(f"Tensors{which}: {one.prefix}{names.query} by {names.key}", soft_wrap=True)
     console.print(
         f"Edit: {plan.action}; layers {format_ranges(settings.layers)}, heads {format_ranges(settings.heads)}{chosen}"
     )
@@ -263,7 +265,14 @@ def spectra_json(source: str, recipe: str, modes: int, layers: Sequence[LayerSpe
         "source": source,
         "recipe": recipe,
         "modes": modes,
-        "layers": [{"layer": layer.layer, "heads": [vars(head) for head in layer.heads]} for layer in layers],
+        "layers": [
+            {
+                "layer": layer.layer,
+                "attention": layer.attention,
+                "heads": [vars(head) for head in layer.heads],
+            }
+            for layer in layers
+        ],
     }
 
 
@@ -307,7 +316,7 @@ def _table(*columns: str) -> Table:
     """Plain columns, no frame: fits 80 characters, survives copying; numbers to the right, names folded, not cut."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        is_text = column.startswith(("recipe", "default repo", "dtype", "shard", "key"))
+        is_text = column.startswith(("recipe", "default repo", "dtype", "shard", "key", "attention"))
         table.add_column(column, justify="left" if is_text else "right", overflow="fold")
     return table
 

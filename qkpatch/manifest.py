@@ -56,10 +56,14 @@ class EditRecord:
     dtype: str
     shape: tuple[int, ...]
     byte_range: tuple[int, int]  # absolute in the shard, half-open
+    attention: str
+    num_key_value_heads: int
+    head_dim: int
     key_tensor: str
     key_shard: str
     norms: tuple[str, ...] = ()  # of queries and keys; part of the product
     biases: tuple[str, ...] = ()  # of queries and keys; not part of it, unchanged
+    folded_norm: str | None = None  # the gain before attention, where it is part of the product
     sha256_before: str | None = None
     sha256_after: str | None = None
     heads: tuple[HeadRecord, ...] = ()
@@ -75,10 +79,14 @@ class EditRecord:
             dtype=query.dtype,
             shape=query.shape,
             byte_range=(query.begin, query.end),
+            attention=target.attention,
+            num_key_value_heads=target.layout.n_kv_heads,
+            head_dim=target.layout.d_head,
             key_tensor=target.key.name,
             key_shard=target.key.shard,
             norms=tuple(norm.name for norm in (target.query_norm, target.key_norm) if norm is not None),
             biases=target.biases,
+            folded_norm=None if target.input_norm is None else target.input_norm.name,
         )
 
 
@@ -162,6 +170,7 @@ class Manifest:
         edit = self.edit
         return Request(
             recipe=self.recipe["name"],
+            attention=",".join(edit["attention"]),
             layers=format_ranges(sorted([*edit["layers"], *edit["skipped_layers"]])),
             heads=format_ranges(edit["heads"]),
             modes=edit["modes"],
@@ -169,6 +178,7 @@ class Manifest:
             channel=Channel(edit["channel"]),
             select=Select(edit["select"]),
             seed=edit["seed"],
+            fold_norm=edit["fold_norm"],
         )
 
     def _check(self) -> None:
@@ -222,7 +232,10 @@ def planned_manifest(plan: EditPlan, device: str) -> Manifest:
         tool={"name": "qkpatch", "version": version("qkpatch"), "torch": version("torch")},
         compute={"device": device, "dtype": "float64"},
         source=source,
-        recipe={**model.recipe.to_json(), "prefix": model.prefix},
+        recipe={
+            **model.recipe.to_json(),
+            "prefix": {chosen.names.attention: chosen.prefix for chosen in model.sets},
+        },
         edit=plan.settings.to_json(),
         model={
             "model_type": checkpoint.config.get("model_type"),
@@ -234,6 +247,7 @@ def planned_manifest(plan: EditPlan, device: str) -> Manifest:
             "hidden_size": layout.d_model,
             "orientation": model.recipe.tensors.orientation,
             "rows": layout.rows.value,
+            "logits": model.tower.logits,
         },
         edits=tuple(EditRecord.planned(target) for target in plan.edits),
         files=tuple(

@@ -23,6 +23,14 @@ SourceArg = Annotated[
 LayersOpt = Annotated[
     str | None, typer.Option(help="Inclusive list such as 10-18,20.", show_default="the recipe's")
 ]
+AttentionOpt = Annotated[
+    str | None,
+    typer.Option(help="Sets of tensors, such as self,cross.", show_default="the recipe's first"),
+]
+FoldOpt = Annotated[
+    bool,
+    typer.Option("--fold-norm", help="Take the gain of the RMSNorm before attention into the product."),
+]
 HeadsOpt = Annotated[str | None, typer.Option(help="Query heads, such as 0-3,7.", show_default="all")]
 ModesOpt = Annotated[int | None, typer.Option(help="Modes per head.", show_default="the recipe's")]
 AlphaOpt = Annotated[
@@ -37,7 +45,10 @@ SelectOpt = Annotated[
     typer.Option(help="Modes to edit; all but dominant are controls.", show_default="dominant"),
 ]
 SeedOpt = Annotated[int | None, typer.Option(help="For --select random and subspace.", show_default="0")]
-RecipeOpt = Annotated[str | None, typer.Option(help="Use this recipe instead of the one that fits.")]
+RecipeOpt = Annotated[
+    str | None,
+    typer.Option(help="Use this recipe, or this YAML file, instead of the recipe that fits.", metavar="NAME"),
+]
 ConfigOpt = Annotated[
     Path | None, typer.Option(help="The same settings as a YAML file; flags win.", metavar="EDIT.yaml")
 ]
@@ -61,10 +72,13 @@ def edit_request(
     seed: int | None,
     heads: str | None,
     recipe: str | None,
+    attention: str | None,
+    fold_norm: bool,
     config: Path | None,
 ) -> Request:
     """The flags over ``--config``; None where neither says anything."""
-    flags = Request(recipe, layers, heads, modes, alpha, channel, select, seed)
+    # A flag that is not given says nothing, so that --config may say it.
+    flags = Request(recipe, attention, layers, heads, modes, alpha, channel, select, seed, fold_norm or None)
     if config is None:
         return flags
     file = source_file(config, config.name)  # a regular one: a pipe or a device would never end

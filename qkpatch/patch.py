@@ -90,24 +90,25 @@ def edit_layer(
     plan: EditPlan, target: LayerTarget, out_fd: int, device: torch.device, observer: Observer
 ) -> EditRecord:
     """Edit the planned heads of one layer in the open output shard, which holds the source's bytes so far."""
-    layout, query, settings = plan.model.tower.layout, target.query, plan.settings
+    layout, query, settings = target.layout, target.query, plan.settings
     heads = []
     with open_layer(plan.model, target, device) as weights:
         before = sha256_range(weights.fds[query.shard], query.begin, query.end, query.shard)
         is_changed = False
-        for head, product in weights.products(settings.heads):
-            generator = head_generator(settings.seed, target.layer, head)
+        for of in weights.heads(settings.heads):
+            generator = head_generator(settings.seed, target, of.head)
             try:
-                stored, report = edit_and_round(product, settings.rule, DTYPES[query.dtype], generator)
+                stored, report = edit_and_round(
+                    of.product, settings.rule, DTYPES[query.dtype], generator, weights.input_gain
+                )
             except NumericalError as error:
-                where = f"head {head} of {query.name}"
+                where = f"head {of.head} of {query.name}"
                 raise NumericalError(error.what, where=where, fix=error.fix) from error
-            W_Q = product.query.W
             # By value: a −0.0 that became 0.0 is no edit, and stays.
-            if not torch.equal(stored.to(W_Q.dtype), W_Q):
+            if not torch.equal(stored.to(of.W_Q.dtype), of.W_Q):
                 is_changed = True
-                write_exact(out_fd, to_bytes(stored), layout.query_range(query, head)[0], query.shard)
-            heads.append(HeadRecord(head=head, kv_head=layout.kv_head(head), **vars(report)))
+                write_exact(out_fd, to_bytes(stored), layout.query_range(query, of.head)[0], query.shard)
+            heads.append(HeadRecord(head=of.head, kv_head=layout.kv_head(of.head), **vars(report)))
             observer.edited(1)
     if not is_changed:
         raise NumericalError(
@@ -119,9 +120,10 @@ def edit_layer(
     return replace(EditRecord.planned(target), sha256_before=before, sha256_after=after, heads=tuple(heads))
 
 
-def head_generator(seed: int, layer: int, head: int) -> torch.Generator:
+def head_generator(seed: int, target: LayerTarget, head: int) -> torch.Generator:
     """Random numbers of one head: the same whichever other heads and layers are edited, in whatever order."""
-    digest = hashlib.sha256(f"qkpatch:{seed}:{layer}:{head}".encode()).digest()
+    name = f"qkpatch:{seed}:{target.attention}:{target.layer}:{head}"
+    digest = hashlib.sha256(name.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 

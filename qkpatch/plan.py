@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from qkpatch.model import Model, open_model
+from qkpatch.recipe import NormSpan
 from qkpatch.selection import abbreviate, format_ranges
 from qkpatch.settings import EditSettings, Request, check_request
-from qkpatch.spectral.rule import Select
-from qkpatch.targets import LayerTarget, Model, open_model
+from qkpatch.spectral.rule import EditRule, Select
+from qkpatch.targets import LayerTarget
 
 # Measured: 250 to 270 MiB for the smallest checkpoint, nearly all of it `import torch` (CPU build of 2.13), and about
 # 20 arrays of d_head × d_model float64 on top, in the most demanding channel, while one head is edited.
@@ -36,8 +38,8 @@ class EditPlan:
     @property
     def edited_bytes(self) -> int:
         """Bytes that will be rewritten."""
-        rows = self.model.tower.layout.d_head * len(self.settings.heads)
-        return sum(edit.query.nbytes // edit.query.shape[0] * rows for edit in self.edits)
+        per_row = ((edit, edit.query.nbytes // edit.query.shape[0]) for edit in self.edits)
+        return sum(row * edit.layout.d_head * len(self.settings.heads) for edit, row in per_row)
 
     @property
     def output_bytes(self) -> int:
@@ -47,8 +49,8 @@ class EditPlan:
     @property
     def peak_memory(self) -> int:
         """Expected peak resident bytes: torch, the arrays of one head, the headers. No shard or model size in it."""
-        layout = self.model.tower.layout
-        work = WORK_ARRAYS * 8 * layout.d_head * layout.d_model
+        largest = max((edit.layout.d_head * edit.layout.d_model for edit in self.edits), default=0)
+        work = WORK_ARRAYS * 8 * largest
         return BASE_MEMORY + work + BYTES_PER_TENSOR * len(self.model.checkpoint.tensors)
 
     @property
@@ -72,14 +74,14 @@ def make_plan(source: str, request: Request) -> EditPlan:
         QKPatchError: as :func:`open_model` and :meth:`Model.target`.
     """
     check_request(request)
-    model = open_model(source, request.recipe)
+    model = open_model(source, request.recipe, request.attention)
     settings = model.settings(request)
-    targets = tuple(model.target(layer) for layer in settings.layers)
+    targets = model.targets(settings)
     edits = () if settings.rule.is_noop else targets
-    return EditPlan(model, settings, edits, tuple(_warnings(model, settings)))
+    return EditPlan(model, settings, edits, tuple(_warnings(model, settings, targets)))
 
 
-def _warnings(model: Model, settings: EditSettings) -> list[str]:
+def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, ...]) -> list[str]:
     rule, checkpoint = settings.rule, model.checkpoint
     warnings = []
     if rule.is_noop:
@@ -88,14 +90,24 @@ def _warnings(model: Model, settings: EditSettings) -> list[str]:
         warnings.append(
             f"antisymmetric modes come in equal pairs: {rule.modes} rounded up to {rule.paired_modes}"
         )
-    if rule.select is Select.shrink and model.recipe.tensors.norms is not None:
+    warnings += _norm_warnings(model, rule, targets)
+    shared = [layer for layer in settings.skipped_layers if not model.tower.has_own_keys(layer)]
+    other = [layer for layer in settings.skipped_layers if layer not in shared]
+    if shared:
         warnings.append(
-            "queries are normalised per head, so shrinking W_Q changes nothing in the model's output"
+            f"layers {format_ranges(shared)} use an earlier layer's keys and are skipped; "
+            "a key weight stored there is dead"
         )
-    if settings.skipped_layers:
+    if other:
         warnings.append(
-            f"layers {format_ranges(settings.skipped_layers)} have no query-key product of this kind "
-            "(linear or cross attention) and are skipped"
+            f"layers {format_ranges(other)} have no query-key product of this kind "
+            "(linear attention, or another set of tensors) and are skipped"
+        )
+    adapted = [target for target in targets if _has_adapter(model, target)]
+    if adapted:
+        warnings.append(
+            f"adapters (lora) add to the queries of {len(adapted)} layer(s), such as {adapted[0].query.name}; "
+            "the edit acts on the base weight alone"
         )
     if checkpoint.twins:
         warnings.append(
@@ -106,3 +118,18 @@ def _warnings(model: Model, settings: EditSettings) -> list[str]:
     if checkpoint.previous_manifest is not None:
         warnings.append("SOURCE was written by qkpatch: this edit comes on top of that one")
     return warnings
+
+
+def _norm_warnings(model: Model, rule: EditRule, targets: tuple[LayerTarget, ...]) -> list[str]:
+    norms = next((target.norms for target in targets if target.norms is not None), None)
+    is_l2_normed = bool(model.tower.logits.get("use_qk_norm"))  # Llama 4: a norm without weights
+    if rule.select is not Select.shrink or not (norms or is_l2_normed):
+        return []
+    if norms is not None and norms.over is NormSpan.projection:
+        return ["queries are normalised over all heads, so shrinking W_Q only shifts weight between heads"]
+    return ["queries are normalised per head, so shrinking W_Q changes nothing in the model's output"]
+
+
+def _has_adapter(model: Model, target: LayerTarget) -> bool:
+    module = target.query.name.removesuffix(".weight").removesuffix(".base_layer")
+    return any(name.startswith(f"{module}.lora_") for name in model.checkpoint.tensors)

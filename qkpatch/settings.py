@@ -26,6 +26,7 @@ class Request:
     """The edit as asked for; None stands for "not said"."""
 
     recipe: str | None = None
+    attention: str | None = None
     layers: str | None = None
     heads: str | None = None
     modes: int | None = None
@@ -33,6 +34,7 @@ class Request:
     channel: Channel | None = None
     select: Select | None = None
     seed: int | None = None
+    fold_norm: bool | None = None
 
     def over(self, other: Request) -> Request:
         """This request, with what it does not say taken from ``other``."""
@@ -49,12 +51,15 @@ class EditSettings:
     rule: EditRule
     seed: int
     from_recipe: tuple[str, ...]  # which of layers and modes are the recipe's defaults
+    fold_norm: bool = False  # whether the gain of the RMSNorm before attention is part of the product
     skipped_layers: tuple[int, ...] = ()  # asked for, and without a query-key product
+    attention: tuple[str, ...] = ()  # the recipe's sets of tensors
 
     def to_json(self) -> dict[str, Any]:
         """The settings as the manifest records them."""
         rule = self.rule
         return {
+            "attention": list(self.attention),
             "layers": list(self.layers),
             "skipped_layers": list(self.skipped_layers),
             "heads": list(self.heads),
@@ -64,6 +69,7 @@ class EditSettings:
             "channel": rule.channel.value,
             "select": rule.select.value,
             "seed": self.seed,
+            "fold_norm": self.fold_norm,
             "from_recipe": list(self.from_recipe),
         }
 
@@ -73,6 +79,7 @@ def parse_request(text: bytes, where: str) -> Request:
     root = Fields(load_yaml(text, where), where)
     request = Request(
         recipe=root.take_optional("recipe", str),
+        attention=root.take_optional("attention", str),
         layers=_range_text(root, "layers"),
         heads=_range_text(root, "heads"),
         modes=root.take_optional("modes", int),
@@ -80,6 +87,7 @@ def parse_request(text: bytes, where: str) -> Request:
         channel=_choice(root, "channel", Channel),
         select=_choice(root, "select", Select),
         seed=root.take_optional("seed", int),
+        fold_norm=root.take_optional("fold_norm", bool),
     )
     root.finish()
     return request
@@ -148,6 +156,7 @@ def resolve(
         heads=tuple(range(n_heads)) if request.heads is None else _within(request.heads, n_heads, "heads"),
         rule=rule,
         seed=request.seed or 0,
+        fold_norm=bool(request.fold_norm),
         from_recipe=from_recipe,
     )
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from qkpatch.model import Model
 from qkpatch.spectral.product import QKProduct, effective_rank, energy_share
-from qkpatch.targets import LayerTarget, Model
+from qkpatch.targets import LayerTarget
 from qkpatch.weights import one_thread, open_layer
 
 
@@ -31,6 +32,7 @@ class LayerSpectra:
     """All heads of one layer."""
 
     layer: int
+    attention: str
     heads: tuple[HeadSpectrum, ...]
 
 
@@ -38,14 +40,14 @@ def layer_spectra(
     model: Model, targets: tuple[LayerTarget, ...], heads: tuple[int, ...], modes: int, device: torch.device
 ) -> Iterator[LayerSpectra]:
     """The spectra of each target in turn; ``modes`` is the r of energy share and gap."""
-    layout = model.tower.layout
     for target in targets:
         with one_thread(), open_layer(model, target, device) as weights:
             yield LayerSpectra(
                 target.layer,
+                target.attention,
                 tuple(
-                    _head_spectrum(head, layout.kv_head(head), product, modes)
-                    for head, product in weights.products(heads)
+                    _head_spectrum(of.head, target.layout.kv_head(of.head), of.product, modes)
+                    for of in weights.heads(heads)
                 ),
             )
 

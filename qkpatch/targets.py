@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
-from qkpatch.catalogue import choose_recipe, get_recipe, matching_prefixes, query_like
 from qkpatch.checkpoint.header import TensorRef
-from qkpatch.checkpoint.source import Checkpoint, open_checkpoint
-from qkpatch.errors import AmbiguousError, CheckpointError, UsageError
-from qkpatch.heads import LanguageTower, read_tower
-from qkpatch.locate import Source, locate
-from qkpatch.recipe import Recipe
+from qkpatch.errors import CheckpointError, UnsupportedError
+from qkpatch.heads import HeadLayout
+from qkpatch.recipe import NormNames, NormSpan, TensorNames
 from qkpatch.refusals import (
     EDITABLE_DTYPES,
     KNOWN_NORMS,
@@ -22,8 +19,7 @@ from qkpatch.refusals import (
     suffixes_by_module,
     undeclared_norm,
 )
-from qkpatch.selection import format_ranges
-from qkpatch.settings import EditSettings, Request, resolve
+from qkpatch.tower import LanguageTower
 
 
 @dataclass(frozen=True)
@@ -31,32 +27,47 @@ class LayerTarget:
     """The query and key weights of one layer; they may lie in different shards."""
 
     layer: int
+    attention: str  # the recipe's set of tensors it belongs to
+    layout: HeadLayout
     query: TensorRef
     key: TensorRef  # the same tensor as the query where they are fused
     query_norm: TensorRef | None = None
     key_norm: TensorRef | None = None
+    norms: NormNames | None = None  # of what kind these two are
+    input_norm: TensorRef | None = None  # the gain that is folded into the product
+    input_norm_plus_one: bool = False
     biases: tuple[str, ...] = ()  # not part of the product; they stay as they are
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """Every tensor that is read."""
+        all_of_them = (self.query, self.key, self.query_norm, self.key_norm, self.input_norm)
+        return tuple(ref for ref in all_of_them if ref is not None)
 
 
 @dataclass(frozen=True)
-class Model:
-    """A checkpoint that a recipe understands, and its editable layers."""
+class AttentionSet:
+    """One of the recipe's sets of tensors as a checkpoint stores it."""
 
-    source: Source
-    checkpoint: Checkpoint
-    recipe: Recipe
-    tower: LanguageTower
+    recipe: str  # its name, for messages
+    names: TensorNames
     prefix: str
-    query_layers: tuple[int, ...]  # layers that store a query module, quantised ones included
+    tower: LanguageTower
+    tensors: Mapping[str, TensorRef]  # of the whole checkpoint
+    layers: tuple[int, ...]  # those that store a query module, quantised ones included
 
-    def target(self, layer: int) -> LayerTarget:
+    def has(self, layer: int) -> bool:
+        """Whether ``layer`` is to be edited when asked for; in some families others are skipped."""
+        return self.tower.has_own_keys(layer) and (self.names.every_layer or layer in self.layers)
+
+    def target(self, layer: int, *, fold_norm: bool = False) -> LayerTarget:
         """Query and key of one layer, checked against the config's numbers.
 
         Raises:
-            UnsupportedError: quantised, MLA, no key of its own.
+            UnsupportedError: quantised, MLA, no key of its own; nothing to fold.
             CheckpointError: no such tensor, or a shape that contradicts config.json.
         """
-        names, tensors = self.recipe.tensors, self.checkpoint.tensors
+        names, tensors = self.names, self.tensors
         stem = self.prefix.format(layer=layer)
         query, key = tensors.get(stem + names.query), tensors.get(stem + names.key)
         for weight, name in ((query, names.query), (key, names.key)):
@@ -66,137 +77,108 @@ class Model:
             refuse_known(name for name in tensors if name.startswith(stem))
             raise CheckpointError(
                 f"layer {layer} has no {stem + names.query}",
-                where=f"recipe {self.recipe.name}",
+                where=f"recipe {self.recipe}",
                 fix="leave the layer out of --layers, or download the missing shard",
             )
         if key is None:
             refuse_known(name for name in tensors if name.startswith(stem))
             raise missing_key(layer, query.name, stem + names.key)
-        self._check_shapes(query, key)
-        query_norm, key_norm = self._norms(layer, stem)
-        modules = dict.fromkeys(name.removesuffix(".weight") for name in (query.name, key.name))
-        biases = tuple(f"{module}.bias" for module in modules if f"{module}.bias" in tensors)
-        return LayerTarget(layer, query, key, query_norm, key_norm, biases)
-
-    def _check_shapes(self, query: TensorRef, key: TensorRef) -> None:
-        layout = self.tower.layout
-        for weight, expected, heads in (
-            (query, layout.query_shape, layout.n_heads),
-            (key, layout.key_shape, layout.n_kv_heads),
-        ):
-            if weight.shape != expected:
-                raise CheckpointError(
-                    f"stored as {list(weight.shape)}, but config.json says {list(expected)}: "
-                    f"{heads} heads × head_dim {layout.d_head}, hidden_size {layout.d_model}",
-                    where=f"{weight.name} in {weight.shard}",
-                    fix="config.json belongs to another model, or --recipe does",
-                )
-
-    def _norms(self, layer: int, stem: str) -> tuple[TensorRef | None, TensorRef | None]:
-        """The layer's query and key norms; stored and declared must agree, since they change the product."""
-        norms, tensors = self.recipe.tensors.norms, self.checkpoint.tensors
-        if norms is None:
-            undeclared = [stem + name for name in KNOWN_NORMS if stem + name in tensors]
-            if undeclared:
-                raise undeclared_norm(undeclared[0], self.recipe.name)
-            return None, None
-        found = []
-        for name in (norms.query, norms.key):
-            ref = tensors.get(stem + name)
-            if ref is None:
-                raise CheckpointError(
-                    f"layer {layer} has no {stem + name}", where=f"recipe {self.recipe.name}"
-                )
-            if ref.shape != (self.tower.layout.d_head,) or ref.dtype not in EDITABLE_DTYPES:
-                raise CheckpointError(
-                    f"a norm per head holds head_dim = {self.tower.layout.d_head} numbers, "
-                    f"this is {ref.dtype} {list(ref.shape)}",
-                    where=f"{ref.name} in {ref.shard}",
-                )
-            found.append(ref)
-        return found[0], found[1]
-
-    def settings(self, request: Request) -> EditSettings:
-        """``request`` with the recipe's defaults, checked against this model's size.
-
-        In a family where only some layers have a query-key product, the others are skipped and listed.
-
-        Raises:
-            UsageError: a layer, head or mode that the model does not have, or no layer left to edit.
-        """
-        layout = self.tower.layout
-        settings = resolve(
-            request,
-            self.recipe,
-            n_layers=self.tower.n_layers,
-            n_heads=layout.n_heads,
-            d_head=layout.d_head,
-            d_model=layout.d_model,
+        layout = self.tower.layout_of(layer)
+        _check_shapes(query, key, layout)
+        query_norm, key_norm = self._norms(layer, stem, layout)
+        weights = (ref.name for ref in (query, key, query_norm, key_norm) if ref is not None)
+        modules = dict.fromkeys(name.removesuffix(".weight") for name in weights)
+        return LayerTarget(
+            layer=layer,
+            attention=names.attention,
+            layout=layout,
+            query=query,
+            key=key,
+            query_norm=query_norm,
+            key_norm=key_norm,
+            norms=names.norms if query_norm is not None else None,
+            input_norm=self._input_norm(stem, layout) if fold_norm else None,
+            input_norm_plus_one=names.input_norm is not None and names.input_norm.plus_one,
+            biases=tuple(f"{module}.bias" for module in modules if f"{module}.bias" in tensors),
         )
-        if self.recipe.tensors.every_layer:
-            return settings
-        present = tuple(layer for layer in settings.layers if layer in self.query_layers)
-        if not present:
-            raise UsageError(
-                f"none of layers {format_ranges(settings.layers)} has a query-key product",
-                where="--layers",
-                fix=f"choose from {format_ranges(self.query_layers)}",
+
+    def _norms(self, layer: int, stem: str, layout: HeadLayout) -> tuple[TensorRef | None, TensorRef | None]:
+        """The layer's query and key norms; stored and declared must agree, since they change the product."""
+        norms = self.names.norms
+        if norms is None:
+            around = stem + self.names.query_module.rpartition(".")[0]
+            undeclared = [name for norm in KNOWN_NORMS if (name := f"{around}.{norm}") in self.tensors]
+            if undeclared:
+                raise undeclared_norm(undeclared[0], self.recipe)
+            return None, None
+        if norms.optional and not self._stores_norms:
+            return None, None
+        query = self._gain(layer, stem + norms.query, layout.n_heads, layout.d_head, norms.over)
+        key = self._gain(layer, stem + norms.key, layout.n_kv_heads, layout.d_head, norms.over)
+        return query, key
+
+    @cached_property
+    def _stores_norms(self) -> bool:
+        """Whether any layer has a query or a key norm; then each must have both."""
+        norms = self.names.norms
+        return norms is not None and any(
+            self.prefix.format(layer=layer) + name in self.tensors
+            for layer in self.layers
+            for name in (norms.query, norms.key)
+        )
+
+    def _gain(self, layer: int, name: str, n_heads: int, d_head: int, over: NormSpan) -> TensorRef:
+        ref = self.tensors.get(name)
+        if ref is None:
+            raise CheckpointError(f"layer {layer} has no {name}", where=f"recipe {self.recipe}")
+        shapes = [(d_head,), (n_heads, d_head)] if over is NormSpan.head else [(n_heads * d_head,)]
+        if ref.shape not in shapes or ref.dtype not in EDITABLE_DTYPES:
+            expected = " or ".join(str(list(shape)) for shape in shapes)
+            raise CheckpointError(
+                f"a norm per {over.value} holds {expected} numbers (head_dim {d_head}), "
+                f"this is {ref.dtype} {list(ref.shape)}",
+                where=f"{ref.name} in {ref.shard}",
             )
-        skipped = tuple(layer for layer in settings.layers if layer not in present)
-        return replace(settings, layers=present, skipped_layers=skipped)
+        return ref
+
+    def _input_norm(self, stem: str, layout: HeadLayout) -> TensorRef:
+        norm = self.names.input_norm
+        if norm is None:
+            raise UnsupportedError(
+                f"recipe {self.recipe} declares no RMSNorm before attention, so there is no gain to fold",
+                where="--fold-norm",
+                fix="leave the flag out",
+            )
+        ref = self.tensors.get(stem + norm.weight)
+        if ref is None or ref.shape != (layout.d_model,) or ref.dtype not in EDITABLE_DTYPES:
+            found = "nothing" if ref is None else f"{ref.dtype} {list(ref.shape)}"
+            raise CheckpointError(
+                f"--fold-norm needs the gain before attention, [{layout.d_model}] numbers; there is {found}",
+                where=stem + norm.weight,
+                fix="leave the flag out",
+            )
+        return ref
 
     @cached_property
     def _stored_under(self) -> Mapping[str, Sequence[str]]:
         """What is stored under each query and key module; one pass, since mixtures of experts have many names."""
-        names = self.recipe.tensors
         modules = {
             (self.prefix.format(layer=layer) + name).removesuffix(".weight")
-            for layer in self.query_layers
-            for name in (names.query, names.key)
+            for layer in self.layers
+            for name in (self.names.query, self.names.key)
         }
-        return suffixes_by_module(self.checkpoint.tensors, modules)
+        return suffixes_by_module(self.tensors, modules)
 
 
-def open_model(source: str, recipe_name: str | None = None) -> Model:
-    """Locate SOURCE, read its headers and find the recipe that fits.
-
-    Raises:
-        AmbiguousError: no recipe or several; the recipe's names match nothing, or twice over.
-        QKPatchError: as :func:`locate`, :func:`open_checkpoint` and :func:`read_tower`.
-    """
-    named = get_recipe(recipe_name) if recipe_name is not None else None
-    located = locate(source)
-    checkpoint = open_checkpoint(located.path)
-    recipe = named or located.recipe or choose_recipe(checkpoint.config, checkpoint.tensors)
-    prefixes = matching_prefixes(recipe, checkpoint.tensors)
-    if len(prefixes) != 1:
-        raise _prefix_error(recipe, prefixes, checkpoint)
-    tower = read_tower(recipe, checkpoint.config, insist=named is not None)
-    pattern = recipe.tensors.pattern(prefixes[0], recipe.tensors.query_module + ".")
-    layers = {int(found["layer"]) for name in checkpoint.tensors if (found := pattern.match(name))}
-    # Layers past num_hidden_layers (multi-token prediction heads) are not part of the language model.
-    return Model(
-        located,
-        checkpoint,
-        recipe,
-        tower,
-        prefixes[0],
-        tuple(sorted(n for n in layers if n < tower.n_layers)),
-    )
-
-
-def _prefix_error(recipe: Recipe, prefixes: tuple[str, ...], checkpoint: Checkpoint) -> AmbiguousError:
-    if prefixes:
-        return AmbiguousError(
-            f"query tensors under {len(prefixes)} prefixes: {', '.join(prefixes)}",
-            where=f"recipe {recipe.name}",
-            fix="the checkpoint holds two language models; split it first",
-        )
-    refuse_known(checkpoint.tensors)
-    expected = ", ".join(p + recipe.tensors.query for p in recipe.tensors.prefixes)
-    like = ", ".join(query_like(checkpoint.tensors)) or "nothing like a query projection"
-    return AmbiguousError(
-        f"recipe {recipe.name} matches no tensor: it expects {expected}; the checkpoint has {like}",
-        where=str(checkpoint.root.name),
-        fix="choose another recipe with --recipe",
-    )
+def _check_shapes(query: TensorRef, key: TensorRef, layout: HeadLayout) -> None:
+    for weight, expected, heads in (
+        (query, layout.query_shape, layout.n_heads),
+        (key, layout.key_shape, layout.n_kv_heads),
+    ):
+        if weight.shape != expected:
+            raise CheckpointError(
+                f"stored as {list(weight.shape)}, but config.json says {list(expected)}: "
+                f"{heads} heads × head_dim {layout.d_head}, hidden_size {layout.d_model}",
+                where=f"{weight.name} in {weight.shard}",
+                fix="config.json belongs to another model, or --recipe does",
+            )

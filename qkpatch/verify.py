@@ -42,13 +42,13 @@ class Verification:
         return not self.mismatches
 
 
-def verify(out: Path, source: str, progress: Progress) -> Verification:
+def verify(out: Path, source: str, progress: Progress, recipe: str | None = None) -> Verification:
     """Check OUT against SOURCE and its own manifest.
 
     The recorded edit is planned anew on SOURCE, and the manifest must agree with that plan in all but its
     figures. The same files; every byte equal but the rows of the planned heads; each edited tensor's digest
     before and after as recorded; every shard accepted by the safetensors library too. ``progress`` hears of
-    bytes compared.
+    bytes compared. ``recipe`` says where a recipe of the user's own is.
 
     Raises:
         CheckpointError: OUT has no manifest, or one that cannot be read.
@@ -64,7 +64,7 @@ def verify(out: Path, source: str, progress: Progress) -> Verification:
     found: list[Mismatch] = []
     plan = None
     try:
-        plan = make_plan(source, manifest.request())
+        plan = make_plan(source, replace(manifest.request(), recipe=recipe or manifest.recipe["name"]))
     except (UsageError, AmbiguousError, UnsupportedError, CheckpointError) as error:
         found.append(Mismatch(MANIFEST_NAME, f"its edit cannot be made on SOURCE: {error}"))
     else:
@@ -104,7 +104,7 @@ def _differences(manifest: Manifest, planned: Manifest, plan: EditPlan) -> Itera
     ours, theirs = (json.loads(canonical_json(m.to_json())) for m in (planned, manifest))
     for block, keys in (
         ("edit", ours["edit"].keys() - {"from_recipe"}),  # the flags may have said the same
-        ("recipe", {"name", "prefix", "tensors"}),
+        ("recipe", {"name", "prefix", "config", "tensors", "others"}),
         ("model", ours["model"].keys()),
     ):
         for key in sorted(keys):
@@ -120,9 +120,9 @@ def _differences(manifest: Manifest, planned: Manifest, plan: EditPlan) -> Itera
     for name in files:
         yield Mismatch(name, "is in the manifest only")
     recorded = {edit.tensor: edit for edit in manifest.edits}
-    layout = plan.model.tower.layout
-    heads = [(head, layout.kv_head(head)) for head in plan.settings.heads]
+    layouts = {target.query.name: target.layout for target in plan.edits}
     for edit in planned.edits:
+        heads = [(head, layouts[edit.tensor].kv_head(head)) for head in plan.settings.heads]
         record = recorded.pop(edit.tensor, None)
         if record is None:
             yield Mismatch(edit.tensor, "should be edited, and the manifest has no record of it")
@@ -137,7 +137,7 @@ def _differences(manifest: Manifest, planned: Manifest, plan: EditPlan) -> Itera
 def _planned_rows(plan: EditPlan, shard: str) -> list[tuple[int, int]]:
     """Byte ranges of the planned heads' rows in a shard, ascending; nothing else may differ."""
     return sorted(
-        plan.model.tower.layout.query_range(target.query, head)
+        target.layout.query_range(target.query, head)
         for target in plan.edits_by_shard.get(shard, ())
         for head in plan.settings.heads
     )

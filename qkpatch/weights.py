@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,15 +13,18 @@ from torch import Tensor
 from qkpatch.checkpoint.files import open_read, read_exact
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.errors import NumericalError, UsageError
-from qkpatch.heads import HeadLayout
+from qkpatch.model import Model
+from qkpatch.recipe import NormKind
 from qkpatch.settings import check_device_name
 from qkpatch.spectral.product import Factor, QKProduct
-from qkpatch.targets import LayerTarget, Model
+from qkpatch.targets import LayerTarget
 
 COMPUTE_DTYPE = torch.float64
 
 # Squares of products must neither overflow nor vanish; only float64 weights can be out of this range.
 SMALLEST, LARGEST = 1e-75, 1e75
+# A gain this far below the largest is a channel that is switched off: nothing maps back through it.
+SMALLEST_GAIN = 1e-6
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -60,45 +64,90 @@ def one_thread() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
+class HeadWeights:
+    """One query head: its weight as stored, and its product, in which norms' gains may be folded."""
+
+    head: int
+    W_Q: Tensor  # (d_head, d_model), compute dtype
+    product: QKProduct
+
+
+@dataclass(frozen=True)
 class LayerWeights:
     """Reads heads of one layer, a head at a time, with ``pread``; memory does not grow with the tensor."""
 
     target: LayerTarget
-    layout: HeadLayout
     device: torch.device
     fds: Mapping[str, int]  # open shards, by name
-    norm_plus_one: bool = False
 
-    def query(self, head: int) -> Tensor:
-        """W_Q of a query head, (d_head, d_model), compute dtype."""
-        ref = self.target.query
-        return self._matrix(ref, self.layout.query_range(ref, head), f"query head {head}")
+    @cached_property
+    def input_gain(self) -> Tensor | None:
+        """γ of the RMSNorm before attention, (d_model,), where it is folded into the product.
 
-    def key(self, kv_head: int) -> Factor:
-        """W_K of a key head, factored; under a query-key norm, ``diag(g_q ⊙ g_k) W_K``.
+        Raises:
+            NumericalError: a γ too small to map the edit back through ``diag(1/γ)``.
+        """
+        ref = self.target.input_norm
+        if ref is None:
+            return None
+        gain = self._read(ref, (ref.begin, ref.end), "the norm before attention")
+        gain = gain + float(self.target.input_norm_plus_one)
+        smallest, largest = float(gain.abs().min()), float(gain.abs().max())
+        if smallest <= SMALLEST_GAIN * largest:
+            raise NumericalError(
+                f"--fold-norm divides by the gains before attention, and the smallest is {smallest:.2g} "
+                f"(the largest {largest:.2g})",
+                where=f"{ref.name} in {ref.shard}",
+                fix=f"leave the flag out, or layer {self.target.layer}",
+            )
+        return gain
+
+    def heads(self, heads: tuple[int, ...]) -> Iterator[HeadWeights]:
+        """Each query head with its product; consecutive heads of a group share one key factor where they can."""
+        layout = self.target.layout
+        current: tuple[int, int] | None = None
+        for head in heads:
+            kv_head = layout.kv_head(head)
+            # Query gains of a head's own make the weighted keys that head's own, too.
+            owner = (kv_head, head if self._has_gain_per_head(self.target.query_norm) else -1)
+            if owner != current:
+                current, key = owner, Factor.of(self._folded(self._key(kv_head, head)))
+            W_Q = self._matrix(
+                self.target.query, layout.query_range(self.target.query, head), f"query head {head}"
+            )
+            product = QKProduct(Factor.of(self._folded(W_Q)), key)
+            self._check_magnitude(product, head)
+            yield HeadWeights(head, W_Q, product)
+
+    def _key(self, kv_head: int, head: int) -> Tensor:
+        """W_K of a key head; under query-key norms, with all that is linear in them: ``diag(g_q ⊙ g_k) W_K``.
 
         With the gains on the key side, ``M = W_Qᵀ diag(g_q ⊙ g_k) W_K`` is a product like any other, and the
-        edit, which acts on the query's input side, commutes with them.
+        edit, which acts on the query's input side, commutes with them. LayerNorm subtracts the mean of both,
+        ``C = I − 11ᵀ/d_head``: ``M = W_Qᵀ C diag(g_q ⊙ g_k) C W_K``.
         """
-        ref = self.target.key
-        W_K = self._matrix(ref, self.layout.key_range(ref, kv_head), f"key head {kv_head}")
-        for norm in (self.target.query_norm, self.target.key_norm):
-            if norm is not None:
-                gain = self._read(norm, (norm.begin, norm.end), "a query-key norm")
-                W_K = W_K * (gain + float(self.norm_plus_one))[:, None]
-        return Factor.of(W_K)
+        target, layout = self.target, self.target.layout
+        W_K = self._matrix(target.key, layout.key_range(target.key, kv_head), f"key head {kv_head}")
+        if target.norms is None or target.query_norm is None or target.key_norm is None:
+            return W_K
+        gain = self._gain(target.query_norm, head) * self._gain(target.key_norm, kv_head)
+        if target.norms.kind is NormKind.rms:
+            return gain[:, None] * W_K
+        W_K = gain[:, None] * (W_K - W_K.mean(0))
+        return W_K - W_K.mean(0)
 
-    def products(self, heads: tuple[int, ...]) -> Iterator[tuple[int, QKProduct]]:
-        """Each query head with its product; consecutive heads of a group share one key factor."""
-        current = -1
-        key: Factor | None = None
-        for head in heads:
-            if key is None or self.layout.kv_head(head) != current:
-                current = self.layout.kv_head(head)
-                key = self.key(current)
-            product = QKProduct(Factor.of(self.query(head)), key)
-            self._check_magnitude(product, head)
-            yield head, product
+    def _has_gain_per_head(self, norm: TensorRef | None) -> bool:
+        return norm is not None and norm.shape != (self.target.layout.d_head,)
+
+    def _gain(self, norm: TensorRef, head: int) -> Tensor:
+        values = self._read(norm, (norm.begin, norm.end), "a query-key norm")
+        if self._has_gain_per_head(norm):
+            values = values.view(-1, self.target.layout.d_head)[head]
+        is_stored_less_one = self.target.norms is not None and self.target.norms.plus_one
+        return values + float(is_stored_less_one)
+
+    def _folded(self, W: Tensor) -> Tensor:
+        return W if self.input_gain is None else W * self.input_gain
 
     def _check_magnitude(self, product: QKProduct, head: int) -> None:
         for ref, W in ((self.target.query, product.query.W), (self.target.key, product.key.W)):
@@ -112,7 +161,8 @@ class LayerWeights:
                 )
 
     def _matrix(self, ref: TensorRef, byte_range: tuple[int, int], what: str) -> Tensor:
-        return self._read(ref, byte_range, what).view(self.layout.d_head, self.layout.d_model)
+        layout = self.target.layout
+        return self._read(ref, byte_range, what).view(layout.d_head, layout.d_model)
 
     def _read(self, ref: TensorRef, byte_range: tuple[int, int], what: str) -> Tensor:
         begin, end = byte_range
@@ -131,14 +181,12 @@ class LayerWeights:
 @contextmanager
 def open_layer(model: Model, target: LayerTarget, device: torch.device) -> Iterator[LayerWeights]:
     """Open the shards of a layer's weights for reading; they must be as the plan saw them."""
-    refs = (target.query, target.key, target.query_norm, target.key_norm)
-    norms = model.recipe.tensors.norms
     with ExitStack() as stack:
         fds = {}
-        for shard in dict.fromkeys(ref.shard for ref in refs if ref is not None):
+        for shard in dict.fromkeys(ref.shard for ref in target.refs):
             file = model.checkpoint.files[shard]
             fds[shard] = stack.enter_context(open_read(file.path, file.id))
-        yield LayerWeights(target, model.tower.layout, device, fds, norms is not None and norms.plus_one)
+        yield LayerWeights(target, device, fds)
 
 
 def to_bytes(W: Tensor) -> bytearray:

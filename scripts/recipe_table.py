@@ -34,7 +34,7 @@ def table() -> str:
     """The table, a row per recipe."""
     rows = ["| recipe | models | language models | attention | default repository |", "|---|---|---|---|---|"]
     rows += [
-        f"| `{recipe.name}` | {recipe.title} | {', '.join(recipe.class_defaults)} "
+        f"| `{recipe.name}` | {recipe.title} | {', '.join(recipe.config.class_defaults)} "
         f"| {attention(recipe)} | {recipe.default_repo} |"
         for recipe in shipped_recipes().values()
     ]

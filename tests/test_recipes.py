@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ from conftest import REPO, build_tiny
 
 from qkpatch.catalogue import choose_recipe, get_recipe, load_recipe, shipped_recipes
 from qkpatch.errors import AmbiguousError, CheckpointError, RecipeError, UnsupportedError, UsageError
-from qkpatch.heads import HeadLayout, read_tower
-from qkpatch.recipe import parse_recipe
+from qkpatch.heads import HeadLayout
+from qkpatch.recipe_file import parse_recipe
 from qkpatch.strict import load_yaml
+from qkpatch.tower import read_tower
 
 GOOD = (REPO / "configs" / "llama.yaml").read_text()
 
@@ -216,12 +218,29 @@ def test_recipes_command_lists_shows_and_speaks_json(run) -> None:
     assert run("recipes", "nope").exit_code == 2
 
 
-def test_layers_past_the_config_belong_to_no_language_model(tmp_path: Path, run) -> None:
-    tiny = build_tiny(tmp_path / "mtp", n_layers=3)
-    config = (
-        (tiny.path / "config.json").read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 2')
-    )
-    (tiny.path / "config.json").write_text(config)
-    result = run("apply", tiny.path, "--layers", "0-2", "-o", tmp_path / "out")
-    assert result.exit_code == 2
-    assert "layer 2 is out of range" in result.stderr
+@pytest.mark.parametrize(("counted", "stored"), [(2, 3), (5, 3)])
+def test_a_layer_count_that_the_stored_tensors_contradict_is_refused_with_both_numbers(
+    counted: int, stored: int, tmp_path: Path, run
+) -> None:
+    tiny = build_tiny(tmp_path / "source", n_layers=stored)
+    config = json.loads((tiny.path / "config.json").read_text())
+    (tiny.path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": counted}))
+    result = run("plan", tiny.path, "--layers", 0)
+    assert result.exit_code == 3
+    assert f"{counted} layers, but queries are stored for {stored} (0-{stored - 1})" in result.stderr
+    assert "config.json: num_hidden_layers" in result.stderr
+
+
+def test_a_count_that_a_class_default_gets_wrong_is_refused_too(tmp_path: Path, run) -> None:
+    tiny = build_tiny(tmp_path / "source", n_layers=3)
+    config = json.loads((tiny.path / "config.json").read_text())
+    del config["num_hidden_layers"]
+    (tiny.path / "config.json").write_text(json.dumps(config))
+    assert "32 layers, but queries are stored for 3 (0-2)" in run("plan", tiny.path).stderr
+
+
+def test_one_shard_by_itself_may_hold_any_of_the_layers(tmp_path: Path, run) -> None:
+    tiny = build_tiny(tmp_path / "source", n_layers=3)
+    config = json.loads((tiny.path / "config.json").read_text())
+    (tiny.path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 6}))
+    assert run("plan", tiny.path / "model.safetensors", "--layers", 0).exit_code == 0

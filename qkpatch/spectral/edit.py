@@ -110,21 +110,29 @@ def edit_query(product: QKProduct, rule: EditRule, generator: torch.Generator) -
 
 
 def edit_and_round(
-    product: QKProduct, rule: EditRule, dtype: torch.dtype, generator: torch.Generator
+    product: QKProduct,
+    rule: EditRule,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    input_gain: Tensor | None = None,
 ) -> tuple[Tensor, HeadReport]:
     """Edit one head and round it once to ``dtype``: the values to store, and what they do.
+
+    Where ``input_gain`` γ (d_model,) is folded into the product, ``M̃ = diag(γ) M diag(γ)``, the edited query is
+    mapped back by ``diag(1/γ)`` before it is rounded; the report stays in the folded basis.
 
     Raises:
         NumericalError: the result holds NaN or Inf in ``dtype``; and as :func:`edit_query`.
     """
     edit = edit_query(product, rule, generator)
-    stored = round_once(edit.W_Q, dtype)
+    stored = round_once(edit.W_Q if input_gain is None else edit.W_Q / input_gain, dtype)
     if not bool(torch.isfinite(stored).all()):
         raise NumericalError(
             f"the edited weight does not fit in {str(dtype).removeprefix('torch.')}: NaN or Inf",
             fix="use a larger --alpha or fewer --modes",
         )
-    return stored, measure(product, edit, stored.to(product.query.W.dtype))
+    W_Q_stored = stored.to(product.query.W.dtype)
+    return stored, measure(product, edit, W_Q_stored if input_gain is None else W_Q_stored * input_gain)
 
 
 def measure(product: QKProduct, edit: QueryEdit, W_Q_stored: Tensor) -> HeadReport:

@@ -1,0 +1,171 @@
+"""``Model``: a checkpoint that a recipe understands, its chosen sets of tensors, and what may be asked of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from qkpatch.catalogue import choose_recipe, get_recipe, query_like
+from qkpatch.checkpoint.source import Checkpoint, open_checkpoint
+from qkpatch.errors import AmbiguousError, CheckpointError, UsageError
+from qkpatch.locate import Source, locate
+from qkpatch.recipe import Recipe, TensorNames
+from qkpatch.refusals import refuse_known
+from qkpatch.selection import format_ranges
+from qkpatch.settings import EditSettings, Request, resolve
+from qkpatch.targets import AttentionSet, LayerTarget
+from qkpatch.tower import LanguageTower, read_tower
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint, the recipe that fits it, and the sets of tensors that are chosen."""
+
+    source: Source
+    checkpoint: Checkpoint
+    recipe: Recipe
+    sets: tuple[AttentionSet, ...]  # at least one; all with the same numbers of layers and query heads
+
+    @property
+    def tower(self) -> LanguageTower:
+        """The language model's numbers."""
+        return self.sets[0].tower
+
+    @property
+    def editable_layers(self) -> tuple[int, ...]:
+        """Layers with a query-key product of the chosen kinds."""
+        return tuple(
+            n for n in range(self.tower.n_layers) if any(n in s.layers and s.has(n) for s in self.sets)
+        )
+
+    def targets(self, settings: EditSettings) -> tuple[LayerTarget, ...]:
+        """The tensors of the settings' layers, each checked.
+
+        Raises:
+            QKPatchError: as :meth:`AttentionSet.target`.
+        """
+        return tuple(
+            chosen.target(layer, fold_norm=settings.fold_norm)
+            for layer in settings.layers
+            for chosen in self.sets
+            if chosen.has(layer)
+        )
+
+    def settings(self, request: Request) -> EditSettings:
+        """``request`` with the recipe's defaults, checked against this model's size.
+
+        Layers that have no query-key product by the family's design are skipped and listed.
+
+        Raises:
+            UsageError: a layer, head or mode that the model does not have, or no layer left to edit.
+        """
+        tower = self.tower
+        settings = resolve(
+            request,
+            self.recipe,
+            n_layers=tower.n_layers,
+            n_heads=tower.layout.n_heads,
+            d_head=min(layout.d_head for layout in (tower.layout, *tower.exceptions.values())),
+            d_model=tower.layout.d_model,
+        )
+        present = tuple(layer for layer in settings.layers if any(s.has(layer) for s in self.sets))
+        if not present:
+            raise UsageError(
+                f"none of layers {format_ranges(settings.layers)} has a query-key product of its own",
+                where="--layers",
+                fix=f"choose from {format_ranges(self.editable_layers)}",
+            )
+        return replace(
+            settings,
+            attention=tuple(s.names.attention for s in self.sets),
+            layers=present,
+            skipped_layers=tuple(layer for layer in settings.layers if layer not in present),
+        )
+
+
+def open_model(source: str, recipe_name: str | None = None, attention: str | None = None) -> Model:
+    """Locate SOURCE, read its headers, find the recipe that fits and the sets of tensors named by ``attention``.
+
+    Raises:
+        AmbiguousError: no recipe or several; the recipe's names match nothing, or twice over.
+        CheckpointError: config.json and the stored layers contradict each other.
+        UsageError: no such recipe or attention, or two that cannot be edited together.
+        QKPatchError: as :func:`locate`, :func:`open_checkpoint` and :func:`read_tower`.
+    """
+    named = get_recipe(recipe_name) if recipe_name is not None else None
+    located = locate(source)
+    checkpoint = open_checkpoint(located.path)
+    recipe = named or located.recipe or choose_recipe(checkpoint.config, checkpoint.tensors)
+    wanted = [recipe.tensors.attention] if attention is None else [a.strip() for a in attention.split(",")]
+    sets = tuple(
+        _open_set(recipe, recipe.set_named(name), checkpoint, insist=named is not None)
+        for name in dict.fromkeys(wanted)
+    )
+    _check_together(sets)
+    return Model(located, checkpoint, recipe, sets)
+
+
+def _open_set(recipe: Recipe, names: TensorNames, checkpoint: Checkpoint, *, insist: bool) -> AttentionSet:
+    stored = list(checkpoint.tensors)
+    prefixes = names.matching_prefixes(stored)
+    if len(prefixes) != 1:
+        raise _prefix_error(recipe, names, prefixes, checkpoint)
+    tower = read_tower(recipe, checkpoint.config, names, insist=insist)
+    pattern = names.pattern(prefixes[0], names.query_module + ".")
+    layers = sorted({int(found["layer"]) for name in stored if (found := pattern.match(name))})
+    _check_count(recipe, names, tower, layers, checkpoint)
+    within = tuple(n for n in layers if n < tower.n_layers)
+    return AttentionSet(recipe.name, names, prefixes[0], tower, checkpoint.tensors, within)
+
+
+def _check_count(
+    recipe: Recipe, names: TensorNames, tower: LanguageTower, layers: list[int], checkpoint: Checkpoint
+) -> None:
+    """The layers that are stored must be those that config.json, or the class default, counts."""
+    where = f"config.json: {names.keys.get('num_hidden_layers', 'num_hidden_layers')}"
+    beyond = [layer for layer in layers if layer >= tower.n_layers]
+    if beyond and not names.mtp_layers:
+        raise CheckpointError(
+            f"{tower.n_layers} layers, but queries are stored for {max(layers) + 1} (0-{max(layers)})",
+            where=where,
+            fix=f"config.json belongs to another model, or recipe {recipe.name} does not fit",
+        )
+    # One shard by itself may hold any of the layers.
+    is_cut = not checkpoint.single_file and names.every_layer and max(layers) + 1 < tower.n_layers
+    if is_cut and layers == list(range(len(layers))):
+        raise CheckpointError(
+            f"{tower.n_layers} layers, but queries are stored for {len(layers)} (0-{max(layers)})",
+            where=where,
+            fix="config.json belongs to another model, or the last shards are missing",
+        )
+
+
+def _check_together(sets: tuple[AttentionSet, ...]) -> None:
+    """Sets that are edited in one run must agree on what a layer and a head is, and not share a query tensor."""
+    sizes = {(s.tower.n_layers, s.tower.layout.n_heads) for s in sets}
+    queries = [s.prefix + s.names.query for s in sets]
+    if len(sizes) > 1 or len(set(queries)) < len(queries):
+        reason = "they differ in layers or heads" if len(sizes) > 1 else "they share a query tensor"
+        raise UsageError(
+            f"{' and '.join(s.names.attention for s in sets)} cannot be edited together: {reason}",
+            where="--attention",
+            fix="edit one, then the other on top of it",
+        )
+
+
+def _prefix_error(
+    recipe: Recipe, names: TensorNames, prefixes: tuple[str, ...], checkpoint: Checkpoint
+) -> AmbiguousError:
+    if prefixes:
+        return AmbiguousError(
+            f"query tensors under {len(prefixes)} prefixes: {', '.join(prefixes)}",
+            where=f"recipe {recipe.name}",
+            fix="the checkpoint holds two language models; split it first",
+        )
+    refuse_known(checkpoint.tensors)
+    expected = ", ".join(p + names.query for p in names.prefixes)
+    like = ", ".join(query_like(checkpoint.tensors)) or "nothing like a query projection"
+    return AmbiguousError(
+        f"recipe {recipe.name} matches no tensor: it expects {expected}; the checkpoint has {like}",
+        where=str(checkpoint.root.name),
+        fix="choose another recipe with --recipe",
+    )
