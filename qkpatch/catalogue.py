@@ -13,6 +13,8 @@ from qkpatch.recipe import Recipe
 from qkpatch.recipe_file import parse_recipe
 from qkpatch.refusals import refuse_known
 
+CHECK = "check"  # `qkpatch recipes check SOURCE`; no recipe can be called so
+
 
 @cache
 def shipped_recipes() -> Mapping[str, Recipe]:
@@ -26,6 +28,8 @@ def load_recipe(path: Path) -> Recipe:
     recipe = parse_recipe(read_whole(path, source_file(path, path.name).id), str(path))
     if recipe.name != path.stem:
         raise RecipeError(f"$.name: {recipe.name!r} is not the file's name", where=str(path))
+    if recipe.name == CHECK:
+        raise RecipeError(f"$.name: {CHECK!r} is a word of `qkpatch recipes`", where=str(path))
     return recipe
 
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import errno
-import functools
 import os
-import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from qkpatch import __version__
+from qkpatch.boundary import command
 from qkpatch.console import prepare_streams
-from qkpatch.errors import FileSystemError, QKPatchError
-from qkpatch.interrupts import Terminated, signals_held, unwinding_on_kill
+from qkpatch.errors import FileSystemError
+from qkpatch.interrupts import signals_held
 from qkpatch.options import (
     AlphaOpt,
     AttentionOpt,
@@ -51,42 +49,6 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Command = TypeVar("Command", bound=Callable[..., None])
-
-
-def command(function: Command) -> Command:
-    """Turn qkpatch's errors into a message and an exit code; anything else keeps its traceback."""
-
-    @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> None:
-        from qkpatch.console import note, print_json, show_error
-
-        if kwargs.get("quiet") or kwargs.get("as_json") or not sys.stderr.isatty():
-            # huggingface_hub reads it when it is first imported, which is later.
-            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        try:
-            with unwinding_on_kill():
-                function(*args, **kwargs)
-        except QKPatchError as error:
-            if kwargs.get("debug"):
-                raise
-            if kwargs.get("as_json"):
-                print_json({"error": error.to_json()})
-            show_error(error)
-            raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            note("Interrupted; nothing half done is left behind.")
-            raise typer.Exit(128 + signal.SIGINT) from None
-        except Terminated as error:
-            note("Terminated; nothing half done is left behind.")
-            raise typer.Exit(128 + error.number) from None
-        except BrokenPipeError:
-            # The reader of stdout is gone; the interpreter must not complain when it flushes at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(128 + signal.SIGPIPE) from None
-
-    return wrapper  # type: ignore[return-value]
 
 
 @app.callback(invoke_without_command=True)
@@ -271,21 +233,37 @@ def verify(
 @app.command()
 @command
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="Show this one.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Show this one; or `check`, with a SOURCE.", show_default=False)
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Argument(help="After `check`: the checkpoint to explain.", show_default=False),
+    ] = None,
     as_json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> None:
-    """List the model families qkpatch knows, or show one."""
-    from qkpatch.catalogue import get_recipe, recipe_text, shipped_recipes
-    from qkpatch.console import print_json, print_text, show_recipes
+    """List the model families qkpatch knows, show one, or explain which of them SOURCE is: `recipes check SOURCE`.
 
+    `check` tells what matched and what did not, and prints a draft recipe for a family it does not know.
+    Exit 0 where exactly one recipe fits, else 3.
+    """
+    from qkpatch.catalogue import CHECK, get_recipe, recipe_text, shipped_recipes
+    from qkpatch.console import output_width, print_json, print_text
+    from qkpatch.describe import recipe_table
+    from qkpatch.errors import UsageError
+
+    if name == CHECK and source is not None:
+        _check(source, as_json=as_json)
+    if source is not None or name == CHECK:
+        raise UsageError("SOURCE goes with `check`", fix="qkpatch recipes check SOURCE")
     chosen = [get_recipe(name)] if name else list(shipped_recipes().values())
     if as_json:
         print_json([recipe.to_json() for recipe in chosen])
     elif name:
         print_text(recipe_text(name))
     else:
-        show_recipes(chosen)
+        print_text(recipe_table(chosen, output_width()))
 
 
 def main() -> NoReturn:
@@ -315,6 +293,19 @@ def _decide(source: str, request: Request, out: Path | None, device: str, *, ove
     if out is not None:
         check_apart(out, plan.model.checkpoint)
     return plan
+
+
+def _check(source: str, *, as_json: bool) -> NoReturn:
+    from qkpatch.console import output_width, print_json, print_text
+    from qkpatch.diagnose import diagnose
+    from qkpatch.explain import explanation
+
+    diagnosis = diagnose(source)
+    if as_json:
+        print_json(diagnosis.to_json())
+    else:
+        print_text(explanation(diagnosis, output_width()))
+    raise typer.Exit(diagnosis.exit_code)
 
 
 def _plan(

@@ -29,7 +29,6 @@ from qkpatch.selection import format_ranges
 if TYPE_CHECKING:
     from qkpatch.manifest import Manifest
     from qkpatch.plan import EditPlan
-    from qkpatch.recipe import Recipe
     from qkpatch.spectra import LayerSpectra
     from qkpatch.verify import Verification
 
@@ -197,6 +196,9 @@ def show_applied(plan: EditPlan, manifest: Manifest, source: str, out: Path) -> 
         has_shares = any(head.realised_share is not None for edit in manifest.edits for head in edit.heads)
         if has_shares:
             table.add_column("realised", justify="right")
+        is_coarse = any(edit.scale_tensor is not None for edit in manifest.edits)
+        if is_coarse:
+            table.add_column("requantisation", justify="right")
         for edit in manifest.edits:
             changes = [head.relative_change for head in edit.heads]
             gaps = [head.gap for head in edit.heads if head.gap is not None]
@@ -210,6 +212,7 @@ def show_applied(plan: EditPlan, manifest: Manifest, source: str, out: Path) -> 
                 f"{mean(norms):.4f}" if norms else "-",
                 f"{min(gaps):.2g}" if gaps else "-",
                 *([f"{mean(shares):.3f}" if shares else "-"] if has_shares else []),
+                *([f"{mean(head.rounding_error for head in edit.heads):.3f}"] if is_coarse else []),
             )
         if manifest.edits:
             console.print(table)
@@ -289,13 +292,9 @@ def print_spectra_csv(layers: Sequence[LayerSpectra]) -> None:
         )
 
 
-def show_recipes(recipes: Sequence[Recipe]) -> None:
-    """The shipped recipes."""
-    table = _table("recipe", "default repo", "layers", "modes")
-    for recipe in recipes:
-        table.add_row(recipe.name, recipe.default_repo, recipe.default_layers, str(recipe.default_modes))
-    with _results() as console:
-        console.print(table)
+def output_width() -> int:
+    """Columns of stdout, for text that is wrapped elsewhere."""
+    return _console().width
 
 
 def show_verification(result: Verification, out: Path) -> None:
@@ -316,7 +315,9 @@ def _table(*columns: str) -> Table:
     """Plain columns, no frame: fits 80 characters, survives copying; numbers to the right, names folded, not cut."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        is_text = column.startswith(("recipe", "default repo", "dtype", "shard", "key", "attention"))
+        is_text = column.startswith(
+            ("recipe", "rows", "default", "tested", "dtype", "shard", "key", "attention")
+        )
         table.add_column(column, justify="left" if is_text else "right", overflow="fold")
     return table
 

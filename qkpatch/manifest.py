@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 from qkpatch.checkpoint.tree import load_json
 from qkpatch.errors import CheckpointError, UsageError
@@ -42,8 +42,19 @@ class HeadRecord:
     frobenius_before: float
     frobenius_after: float
     relative_change: float
+    rounding_error: float
     realised_share: float | None
     gains: tuple[float, ...]
+
+
+class Written(NamedTuple):
+    """A tensor that an edit wrote to, and its digests."""
+
+    tensor: str
+    shard: str
+    sha256_before: str | None
+    sha256_after: str | None
+    may_stay: bool  # scales change only where a block overflows
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,10 @@ class EditRecord:
     folded_norm: str | None = None  # the gain before attention, where it is part of the product
     sha256_before: str | None = None
     sha256_after: str | None = None
+    scale_tensor: str | None = None  # of block FP8, edited along
+    scale_shard: str | None = None
+    scale_sha256_before: str | None = None
+    scale_sha256_after: str | None = None
     heads: tuple[HeadRecord, ...] = ()
 
     @classmethod
@@ -87,6 +102,35 @@ class EditRecord:
             norms=tuple(norm.name for norm in (target.query_norm, target.key_norm) if norm is not None),
             biases=target.biases,
             folded_norm=None if target.input_norm is None else target.input_norm.name,
+            scale_tensor=None if target.query_scale is None else target.query_scale.name,
+            scale_shard=None if target.query_scale is None else target.query_scale.shard,
+        )
+
+    @property
+    def written(self) -> tuple[Written, ...]:
+        """The edited tensor, and its scales where it has some."""
+        query = Written(self.tensor, self.shard, self.sha256_before, self.sha256_after, may_stay=False)
+        if self.scale_tensor is None or self.scale_shard is None:
+            return (query,)
+        digests = self.scale_sha256_before, self.scale_sha256_after
+        return query, Written(self.scale_tensor, self.scale_shard, *digests, may_stay=True)
+
+    def done(self, before: Sequence[str], after: Sequence[str], heads: tuple[HeadRecord, ...]) -> EditRecord:
+        """The record with the digests of all it wrote, in the order of :attr:`written`, and the heads' figures."""
+        done = replace(self, sha256_before=before[0], sha256_after=after[0], heads=heads)
+        if self.scale_tensor is None:
+            return done
+        return replace(done, scale_sha256_before=before[1], scale_sha256_after=after[1])
+
+    def without_figures(self) -> EditRecord:
+        """What was known before any weight was read."""
+        return replace(
+            self,
+            sha256_before=None,
+            sha256_after=None,
+            scale_sha256_before=None,
+            scale_sha256_after=None,
+            heads=(),
         )
 
 

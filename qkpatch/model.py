@@ -97,14 +97,21 @@ def open_model(source: str, recipe_name: str | None = None, attention: str | Non
     recipe = named or located.recipe or choose_recipe(checkpoint.config, checkpoint.tensors)
     wanted = [recipe.tensors.attention] if attention is None else [a.strip() for a in attention.split(",")]
     sets = tuple(
-        _open_set(recipe, recipe.set_named(name), checkpoint, insist=named is not None)
+        open_set(recipe, recipe.set_named(name), checkpoint, insist=named is not None)
         for name in dict.fromkeys(wanted)
     )
     _check_together(sets)
     return Model(located, checkpoint, recipe, sets)
 
 
-def _open_set(recipe: Recipe, names: TensorNames, checkpoint: Checkpoint, *, insist: bool) -> AttentionSet:
+def open_set(recipe: Recipe, names: TensorNames, checkpoint: Checkpoint, *, insist: bool) -> AttentionSet:
+    """One set of tensors as the checkpoint stores it; ``insist`` as in :func:`read_tower`.
+
+    Raises:
+        AmbiguousError: the names match nothing, or twice over.
+        CheckpointError: config.json and the stored layers contradict each other.
+        QKPatchError: as :func:`read_tower`.
+    """
     stored = list(checkpoint.tensors)
     prefixes = names.matching_prefixes(stored)
     if len(prefixes) != 1:

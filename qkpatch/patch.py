@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import platform
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import mean
 from typing import Protocol
 
 import torch
@@ -26,9 +29,10 @@ from qkpatch.plan import EditPlan
 from qkpatch.selection import abbreviate
 from qkpatch.spectral.edit import edit_and_round
 from qkpatch.targets import LayerTarget
-from qkpatch.weights import DTYPES, one_thread, open_layer, to_bytes
+from qkpatch.weights import one_thread, open_layer
 
 GAP_WARNING = 1e-3
+ROUNDING_WARNING = 0.1  # FP8 has three bits: a small change drowns in its rounding
 _NAMED = 8  # heads that a warning names
 
 
@@ -64,12 +68,12 @@ def apply_plan(
         for name in checkpoint.directories:
             with os_errors("create a directory", out / name):
                 (staging.path / name).mkdir()
-        means, records = [], {}
-        for name, file in checkpoint.files.items():
-            how, edits = _carry_over(file, staging.path / name, plan, device, observer)
-            means.append(how)
-            records.update({edit.tensor: edit for edit in edits})
-        edits_done = tuple(records[edit.tensor] for edit in planned.edits)
+        means = [
+            _copy(file, staging.path / name, observer, then_edited=name in plan.edits_by_shard)
+            for name, file in checkpoint.files.items()
+        ]
+        with _opened({name: staging.path / name for name in plan.edits_by_shard}) as fds:
+            edits_done = tuple(edit_layer(plan, edit, fds, device, observer) for edit in plan.edits)
         manifest = replace(
             planned,
             tool={**planned.tool, "torch": str(torch.__version__), "python": platform.python_version()},
@@ -87,28 +91,30 @@ def apply_plan(
 
 
 def edit_layer(
-    plan: EditPlan, target: LayerTarget, out_fd: int, device: torch.device, observer: Observer
+    plan: EditPlan, target: LayerTarget, out_fds: Mapping[str, int], device: torch.device, observer: Observer
 ) -> EditRecord:
-    """Edit the planned heads of one layer in the open output shard, which holds the source's bytes so far."""
-    layout, query, settings = target.layout, target.query, plan.settings
+    """Edit the planned heads of one layer in the open output shards, which hold the source's bytes so far."""
+    query, settings = target.query, plan.settings
     heads = []
     with open_layer(plan.model, target, device) as weights:
-        before = sha256_range(weights.fds[query.shard], query.begin, query.end, query.shard)
+        before = _digests(target, weights.fds)
         is_changed = False
         for of in weights.heads(settings.heads):
             generator = head_generator(settings.seed, target, of.head)
             try:
+                store = functools.partial(weights.store, of.head)
                 stored, report = edit_and_round(
-                    of.product, settings.rule, DTYPES[query.dtype], generator, weights.input_gain
+                    of.product, settings.rule, store, generator, weights.input_gain
                 )
             except NumericalError as error:
                 where = f"head {of.head} of {query.name}"
                 raise NumericalError(error.what, where=where, fix=error.fix) from error
             # By value: a −0.0 that became 0.0 is no edit, and stays.
-            if not torch.equal(stored.to(of.W_Q.dtype), of.W_Q):
+            if not torch.equal(stored.values, of.W_Q):
                 is_changed = True
-                write_exact(out_fd, to_bytes(stored), layout.query_range(query, of.head)[0], query.shard)
-            heads.append(HeadRecord(head=of.head, kv_head=layout.kv_head(of.head), **vars(report)))
+                for ref, offset, data in stored.pieces:
+                    write_exact(out_fds[ref.shard], data, offset, ref.shard)
+            heads.append(HeadRecord(head=of.head, kv_head=target.layout.kv_head(of.head), **vars(report)))
             observer.edited(1)
     if not is_changed:
         raise NumericalError(
@@ -116,8 +122,8 @@ def edit_layer(
             where=f"{query.name} in {query.shard}",
             fix=f"use a smaller --alpha, or leave layer {target.layer} out; --alpha 1 is the declared no-op",
         )
-    after = sha256_range(out_fd, query.begin, query.end, query.shard)  # what reached the file
-    return replace(EditRecord.planned(target), sha256_before=before, sha256_after=after, heads=tuple(heads))
+    after = _digests(target, out_fds)  # of what reached the file
+    return EditRecord.planned(target).done(before, after, tuple(heads))
 
 
 def head_generator(seed: int, target: LayerTarget, head: int) -> torch.Generator:
@@ -127,26 +133,40 @@ def head_generator(seed: int, target: LayerTarget, head: int) -> torch.Generator
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def _carry_over(
-    file: SourceFile,
-    target: Path,
-    plan: EditPlan,
-    device: torch.device,
-    observer: Observer,
-) -> tuple[str, list[EditRecord]]:
-    """Copy one file into staging, edit the copy, sync it; returns the means of copying and the edits made."""
+def _digests(target: LayerTarget, fds: Mapping[str, int]) -> list[str]:
+    return [sha256_range(fds[ref.shard], ref.begin, ref.end, ref.shard) for ref in target.written]
+
+
+def _copy(file: SourceFile, target: Path, observer: Observer, *, then_edited: bool) -> str:
+    """Copy one file into staging; it is synced here unless it is edited next. Returns the means of copying."""
     with open_read(file.path, file.id) as source_fd, os_errors("create", target):
         # The owner may always write, so that edits can be made in a copy of a read-only file.
         out_fd = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, file.mode & 0o777 | 0o200)
         try:
             means = copy_content(source_fd, out_fd, file.size, file.path, observer.copied)
-            edits = plan.edits_by_shard.get(file.name, ())
-            records = [edit_layer(plan, edit, out_fd, device, observer) for edit in edits]
-            with os_errors("sync", target):
-                os.fsync(out_fd)
+            if not then_edited:
+                with os_errors("sync", target):
+                    os.fsync(out_fd)
         finally:
             os.close(out_fd)
-    return means, records
+    return means
+
+
+@contextmanager
+def _opened(paths: Mapping[str, Path]) -> Iterator[Mapping[str, int]]:
+    """The copies that are edited, open for reading and writing, and synced in the end."""
+    fds: dict[str, int] = {}
+    try:
+        for name, path in paths.items():
+            with os_errors("open", path):
+                fds[name] = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        yield fds
+        for name, fd in fds.items():
+            with os_errors("sync", paths[name]):
+                os.fsync(fd)
+    finally:
+        for fd in fds.values():
+            os.close(fd)
 
 
 def _numerical_warnings(edits: Iterable[EditRecord], plan: EditPlan) -> list[str]:
@@ -171,7 +191,18 @@ def _numerical_warnings(edits: Iterable[EditRecord], plan: EditPlan) -> list[str
             f"there are fewer than {modes} such modes above rounding, so fewer were edited, "
             f"in {len(short)} head(s) (layer.head): {abbreviate(short, _NAMED)}"
         )
+    coarse = [edit for edit in edits if _mean_rounding(edit) > ROUNDING_WARNING]
+    if coarse:
+        worst = max(_mean_rounding(edit) for edit in coarse)
+        warnings.append(
+            f"rounding to {coarse[0].dtype} adds noise of up to {worst:.0%} of the edit's size (mean over heads), "
+            f"in {len(coarse)} tensor(s); patching the unquantised weights and quantising the result adds less"
+        )
     return warnings
+
+
+def _mean_rounding(edit: EditRecord) -> float:
+    return mean(head.rounding_error for head in edit.heads)
 
 
 def _write_synced(path: Path, data: bytes) -> None:

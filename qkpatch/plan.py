@@ -31,15 +31,27 @@ class EditPlan:
 
     @cached_property
     def edits_by_shard(self) -> dict[str, tuple[LayerTarget, ...]]:
-        """The edits whose query tensor lies in each patched shard, by layer."""
-        shards = dict.fromkeys(edit.query.shard for edit in self.edits)
-        return {shard: tuple(e for e in self.edits if e.query.shard == shard) for shard in shards}
+        """The edits that write to each patched shard, by layer."""
+        shards = dict.fromkeys(ref.shard for edit in self.edits for ref in edit.written)
+        return {
+            shard: tuple(e for e in self.edits if any(ref.shard == shard for ref in e.written))
+            for shard in shards
+        }
+
+    def written_ranges(self, shard: str) -> list[tuple[int, int]]:
+        """Byte ranges of the planned heads in a shard, ascending; nothing else may differ."""
+        return sorted(
+            (begin, end)
+            for edit in self.edits_by_shard.get(shard, ())
+            for head in self.settings.heads
+            for ref, begin, end in edit.written_ranges(head)
+            if ref.shard == shard
+        )
 
     @property
     def edited_bytes(self) -> int:
         """Bytes that will be rewritten."""
-        per_row = ((edit, edit.query.nbytes // edit.query.shape[0]) for edit in self.edits)
-        return sum(row * edit.layout.d_head * len(self.settings.heads) for edit, row in per_row)
+        return sum(end - begin for shard in self.edits_by_shard for begin, end in self.written_ranges(shard))
 
     @property
     def output_bytes(self) -> int:
@@ -125,7 +137,8 @@ def _norm_warnings(model: Model, rule: EditRule, targets: tuple[LayerTarget, ...
     is_l2_normed = bool(model.tower.logits.get("use_qk_norm"))  # Llama 4: a norm without weights
     if rule.select is not Select.shrink or not (norms or is_l2_normed):
         return []
-    if norms is not None and norms.over is NormSpan.projection:
+    is_projection = norms is not None and norms.over is NormSpan.projection
+    if is_projection or (norms and norms.over is NormSpan.stored and _is_over_projection(targets)):
         return ["queries are normalised over all heads, so shrinking W_Q only shifts weight between heads"]
     return ["queries are normalised per head, so shrinking W_Q changes nothing in the model's output"]
 
@@ -133,3 +146,7 @@ def _norm_warnings(model: Model, rule: EditRule, targets: tuple[LayerTarget, ...
 def _has_adapter(model: Model, target: LayerTarget) -> bool:
     module = target.query.name.removesuffix(".weight").removesuffix(".base_layer")
     return any(name.startswith(f"{module}.lora_") for name in model.checkpoint.tensors)
+
+
+def _is_over_projection(targets: tuple[LayerTarget, ...]) -> bool:
+    return any(t.query_norm is not None and t.query_norm.shape[0] > t.layout.d_head for t in targets)

@@ -44,6 +44,7 @@ class NormSpan(str, Enum):
 
     head = "head"
     projection = "projection"  # all heads at once, before the split
+    stored = "stored"  # either, by what is stored: gains of one head are a head's
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class InputNorm:
 
     weight: str
     plus_one: bool
+    unless: str | None  # a config key; where it is true, the norm comes after attention
 
 
 @dataclass(frozen=True)

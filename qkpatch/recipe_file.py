@@ -183,6 +183,7 @@ def _input_norm(fields: Fields) -> InputNorm:
     return InputNorm(
         weight=fields.take("weight", str, default="", required=True),
         plus_one=fields.take("plus_one", bool, default=False),
+        unless=fields.take_optional("unless", str),
     )
 
 

@@ -60,6 +60,15 @@ def refuse_known(names: Iterable[str]) -> None:
             )
 
 
+def query_temperature(name: str) -> UnsupportedError:
+    """The error for logits whose scale depends on the query rows: editing those would do more than M shows."""
+    return UnsupportedError(
+        "queries and values are scaled by a temperature computed from the queries themselves (Moondream 3)",
+        where=name,
+        fix="this family cannot be edited by qkpatch",
+    )
+
+
 def missing_key(layer: int, query: str, key: str) -> UnsupportedError:
     """The error for a layer with queries and no keys of its own."""
     return UnsupportedError(

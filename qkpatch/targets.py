@@ -8,12 +8,14 @@ from functools import cached_property
 
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.errors import CheckpointError, UnsupportedError
+from qkpatch.fp8 import block_scale, scale_range
 from qkpatch.heads import HeadLayout
 from qkpatch.recipe import NormNames, NormSpan, TensorNames
 from qkpatch.refusals import (
     EDITABLE_DTYPES,
     KNOWN_NORMS,
     missing_key,
+    query_temperature,
     refuse_known,
     refuse_quantised,
     suffixes_by_module,
@@ -36,13 +38,29 @@ class LayerTarget:
     norms: NormNames | None = None  # of what kind these two are
     input_norm: TensorRef | None = None  # the gain that is folded into the product
     input_norm_plus_one: bool = False
+    query_scale: TensorRef | None = None  # of block FP8
+    key_scale: TensorRef | None = None
     biases: tuple[str, ...] = ()  # not part of the product; they stay as they are
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
         """Every tensor that is read."""
-        all_of_them = (self.query, self.key, self.query_norm, self.key_norm, self.input_norm)
-        return tuple(ref for ref in all_of_them if ref is not None)
+        norms = (self.query_norm, self.key_norm, self.input_norm)
+        all_of_them = (self.query, self.key, self.query_scale, self.key_scale, *norms)
+        return tuple(dict.fromkeys(ref for ref in all_of_them if ref is not None))
+
+    @property
+    def written(self) -> tuple[TensorRef, ...]:
+        """Every tensor that is edited: the query weight, and its scales where it has some."""
+        return (self.query,) if self.query_scale is None else (self.query, self.query_scale)
+
+    def written_ranges(self, head: int) -> tuple[tuple[TensorRef, int, int], ...]:
+        """The bytes that the edit of a head may change: tensor, begin, end in its shard."""
+        begin, end = self.layout.query_range(self.query, head)
+        ranges = [(self.query, begin, end)]
+        if self.query_scale is not None:
+            ranges.append((self.query_scale, *scale_range(self.query, self.query_scale, begin, end)))
+        return tuple(ranges)
 
 
 @dataclass(frozen=True)
@@ -70,9 +88,13 @@ class AttentionSet:
         names, tensors = self.names, self.tensors
         stem = self.prefix.format(layer=layer)
         query, key = tensors.get(stem + names.query), tensors.get(stem + names.key)
+        layout = self.tower.layout_of(layer)
+        scales = []
         for weight, name in ((query, names.query), (key, names.key)):
             module = (stem + name).removesuffix(".weight")
-            refuse_quantised(module, weight, self._stored_under.get(module, ()))
+            scales.append(block_scale(weight, tensors.get(f"{module}.weight_scale_inv"), layout.d_head))
+            if scales[-1] is None:
+                refuse_quantised(module, weight, self._stored_under.get(module, ()))
         if query is None:
             refuse_known(name for name in tensors if name.startswith(stem))
             raise CheckpointError(
@@ -83,7 +105,8 @@ class AttentionSet:
         if key is None:
             refuse_known(name for name in tensors if name.startswith(stem))
             raise missing_key(layer, query.name, stem + names.key)
-        layout = self.tower.layout_of(layer)
+        if (temperature := f"{self._around(stem)}.tau.wq") in tensors:
+            raise query_temperature(temperature)
         _check_shapes(query, key, layout)
         query_norm, key_norm = self._norms(layer, stem, layout)
         weights = (ref.name for ref in (query, key, query_norm, key_norm) if ref is not None)
@@ -99,6 +122,8 @@ class AttentionSet:
             norms=names.norms if query_norm is not None else None,
             input_norm=self._input_norm(stem, layout) if fold_norm else None,
             input_norm_plus_one=names.input_norm is not None and names.input_norm.plus_one,
+            query_scale=scales[0],
+            key_scale=scales[1],
             biases=tuple(f"{module}.bias" for module in modules if f"{module}.bias" in tensors),
         )
 
@@ -106,7 +131,7 @@ class AttentionSet:
         """The layer's query and key norms; stored and declared must agree, since they change the product."""
         norms = self.names.norms
         if norms is None:
-            around = stem + self.names.query_module.rpartition(".")[0]
+            around = self._around(stem)
             undeclared = [name for norm in KNOWN_NORMS if (name := f"{around}.{norm}") in self.tensors]
             if undeclared:
                 raise undeclared_norm(undeclared[0], self.recipe)
@@ -116,6 +141,10 @@ class AttentionSet:
         query = self._gain(layer, stem + norms.query, layout.n_heads, layout.d_head, norms.over)
         key = self._gain(layer, stem + norms.key, layout.n_kv_heads, layout.d_head, norms.over)
         return query, key
+
+    def _around(self, stem: str) -> str:
+        """The module that holds the query module; the layer itself in families that put it there."""
+        return (stem + self.names.query_module).rpartition(".")[0]
 
     @cached_property
     def _stores_norms(self) -> bool:
@@ -131,11 +160,17 @@ class AttentionSet:
         ref = self.tensors.get(name)
         if ref is None:
             raise CheckpointError(f"layer {layer} has no {name}", where=f"recipe {self.recipe}")
-        shapes = [(d_head,), (n_heads, d_head)] if over is NormSpan.head else [(n_heads * d_head,)]
+        by_head: list[tuple[int, ...]] = [(d_head,), (n_heads, d_head)]
+        by_projection: list[tuple[int, ...]] = [(n_heads * d_head,)]
+        shapes = {
+            NormSpan.head: by_head,
+            NormSpan.projection: by_projection,
+            NormSpan.stored: by_head + by_projection,
+        }[over]
         if ref.shape not in shapes or ref.dtype not in EDITABLE_DTYPES:
             expected = " or ".join(str(list(shape)) for shape in shapes)
             raise CheckpointError(
-                f"a norm per {over.value} holds {expected} numbers (head_dim {d_head}), "
+                f"a norm of queries or keys holds {expected} numbers (head_dim {d_head}), "
                 f"this is {ref.dtype} {list(ref.shape)}",
                 where=f"{ref.name} in {ref.shard}",
             )
@@ -143,9 +178,10 @@ class AttentionSet:
 
     def _input_norm(self, stem: str, layout: HeadLayout) -> TensorRef:
         norm = self.names.input_norm
-        if norm is None:
+        if norm is None or not self.tower.has_input_norm:
+            reason = "this model has it after attention" if norm else f"recipe {self.recipe} declares none"
             raise UnsupportedError(
-                f"recipe {self.recipe} declares no RMSNorm before attention, so there is no gain to fold",
+                f"no RMSNorm before attention, so there is no gain to fold: {reason}",
                 where="--fold-norm",
                 fix="leave the flag out",
             )

@@ -24,6 +24,7 @@ class LanguageTower:
     layout: HeadLayout  # of all layers but those in `exceptions`
     exceptions: Mapping[int, HeadLayout] = field(default_factory=dict)
     first_shared: int | None = None  # layers from here on use an earlier layer's keys
+    has_input_norm: bool = True  # false where config.json puts it after attention
     logits: Mapping[str, ConfigValue] = field(default_factory=dict)  # what rescales or clips logits
 
     def layout_of(self, layer: int) -> HeadLayout:
@@ -82,8 +83,15 @@ def read_tower(
             where=f"config.json: {where}num_attention_heads",
             fix="this model cannot be edited by qkpatch",
         )
+    unless = names.input_norm.unless if names.input_norm is not None else None
     return LanguageTower(
-        text_type, n_layers, layout, exceptions, _first_shared(recipe, section, where, n_layers), logits
+        text_model_type=text_type,
+        n_layers=n_layers,
+        layout=layout,
+        exceptions=exceptions,
+        first_shared=_first_shared(recipe, section, where, n_layers),
+        has_input_norm=unless is None or not section.get(unless),
+        logits=logits,
     )
 
 

@@ -76,7 +76,7 @@ def verify(out: Path, source: str, progress: Progress, recipe: str | None = None
     recorded = {edit.tensor: edit for edit in manifest.edits}
     edited_bytes = 0
     for name in sorted(checkpoint.files.keys() & present.keys()):
-        allowed = [] if plan is None else _planned_rows(plan, name)
+        allowed = [] if plan is None else plan.written_ranges(name)
         edited_bytes += sum(end - begin for begin, end in allowed)
         planned = () if plan is None else plan.edits_by_shard.get(name, ())
         edits = [recorded[target.query.name] for target in planned if target.query.name in recorded]
@@ -126,21 +126,12 @@ def _differences(manifest: Manifest, planned: Manifest, plan: EditPlan) -> Itera
         record = recorded.pop(edit.tensor, None)
         if record is None:
             yield Mismatch(edit.tensor, "should be edited, and the manifest has no record of it")
-        elif replace(record, sha256_before=None, sha256_after=None, heads=()) != edit:
+        elif record.without_figures() != edit:
             yield Mismatch(edit.tensor, "the manifest's record of this tensor is not what SOURCE stores")
         elif [(head.head, head.kv_head) for head in record.heads] != heads:
             yield Mismatch(edit.tensor, "the manifest's heads of this tensor are not the planned ones")
     for name in recorded:
         yield Mismatch(name, "the manifest records an edit that its own settings do not lead to")
-
-
-def _planned_rows(plan: EditPlan, shard: str) -> list[tuple[int, int]]:
-    """Byte ranges of the planned heads' rows in a shard, ascending; nothing else may differ."""
-    return sorted(
-        target.layout.query_range(target.query, head)
-        for target in plan.edits_by_shard.get(shard, ())
-        for head in plan.settings.heads
-    )
 
 
 def _compare(
@@ -166,18 +157,16 @@ def _compare(
                 return
             progress(end - begin)
             position = end
-        for edit in edits:
-            ref = checkpoint.tensors[edit.tensor]
+        for written in (w for edit in edits for w in edit.written if w.shard == source.name):
+            ref = checkpoint.tensors[written.tensor]
             before = sha256_range(a, ref.begin, ref.end, source.name)
             after = sha256_range(b, ref.begin, ref.end, source.name)
-            if before != edit.sha256_before:
-                yield Mismatch(
-                    edit.tensor, "SOURCE does not hold the values that were edited (sha256_before)"
-                )
-            if after != edit.sha256_after:
-                yield Mismatch(edit.tensor, "OUT does not hold the values that were written (sha256_after)")
-            if before == after:
-                yield Mismatch(edit.tensor, "is the same in SOURCE and OUT: the edit is not there")
+            if before != written.sha256_before:
+                yield Mismatch(ref.name, "SOURCE does not hold the values that were edited (sha256_before)")
+            if after != written.sha256_after:
+                yield Mismatch(ref.name, "OUT does not hold the values that were written (sha256_after)")
+            if before == after and not written.may_stay:
+                yield Mismatch(ref.name, "is the same in SOURCE and OUT: the edit is not there")
 
 
 def _first_difference(a: int, b: int, begin: int, end: int, where: str, progress: Progress) -> int | None:

@@ -13,10 +13,13 @@ from torch import Tensor
 from qkpatch.checkpoint.files import open_read, read_exact
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.errors import NumericalError, UsageError
+from qkpatch.fp8 import BLOCK, scale_range
 from qkpatch.model import Model
 from qkpatch.recipe import NormKind
 from qkpatch.settings import check_device_name
+from qkpatch.spectral.fp8 import dequantise, requantise
 from qkpatch.spectral.product import Factor, QKProduct
+from qkpatch.spectral.rounding import round_once
 from qkpatch.targets import LayerTarget
 
 COMPUTE_DTYPE = torch.float64
@@ -26,7 +29,14 @@ SMALLEST, LARGEST = 1e-75, 1e75
 # A gain this far below the largest is a channel that is switched off: nothing maps back through it.
 SMALLEST_GAIN = 1e-6
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+_E8M0_BIAS = 127  # a scale stored as an exponent: 2^(byte − 127)
 
 
 def choose_device(name: str) -> torch.device:
@@ -73,6 +83,14 @@ class HeadWeights:
 
 
 @dataclass(frozen=True)
+class StoredHead:
+    """An edited head, rounded, and the bytes that hold it."""
+
+    values: Tensor  # what a loader reads, (d_head, d_model), compute dtype
+    pieces: tuple[tuple[TensorRef, int, bytearray], ...]  # tensor, offset in its shard, bytes
+
+
+@dataclass(frozen=True)
 class LayerWeights:
     """Reads heads of one layer, a head at a time, with ``pread``; memory does not grow with the tensor."""
 
@@ -112,9 +130,7 @@ class LayerWeights:
             owner = (kv_head, head if self._has_gain_per_head(self.target.query_norm) else -1)
             if owner != current:
                 current, key = owner, Factor.of(self._folded(self._key(kv_head, head)))
-            W_Q = self._matrix(
-                self.target.query, layout.query_range(self.target.query, head), f"query head {head}"
-            )
+            W_Q = self._query(head)
             product = QKProduct(Factor.of(self._folded(W_Q)), key)
             self._check_magnitude(product, head)
             yield HeadWeights(head, W_Q, product)
@@ -127,7 +143,8 @@ class LayerWeights:
         ``C = I − 11ᵀ/d_head``: ``M = W_Qᵀ C diag(g_q ⊙ g_k) C W_K``.
         """
         target, layout = self.target, self.target.layout
-        W_K = self._matrix(target.key, layout.key_range(target.key, kv_head), f"key head {kv_head}")
+        at = layout.key_range(target.key, kv_head)
+        W_K = self._matrix(target.key, target.key_scale, at, f"key head {kv_head}")
         if target.norms is None or target.query_norm is None or target.key_norm is None:
             return W_K
         gain = self._gain(target.query_norm, head) * self._gain(target.key_norm, kv_head)
@@ -160,22 +177,76 @@ class LayerWeights:
                     fix="are these weights what they should be?",
                 )
 
-    def _matrix(self, ref: TensorRef, byte_range: tuple[int, int], what: str) -> Tensor:
+    def store(self, head: int, W: Tensor) -> StoredHead:
+        """``W`` (d_head, d_model) rounded once to what the head's rows are stored as.
+
+        Raises:
+            NumericalError: a scale of block FP8 overflows.
+        """
+        (ref, begin, end), *of_scale = self.target.written_ranges(head)
+        if not of_scale:
+            rounded = round_once(W, DTYPES[ref.dtype])
+            return StoredHead(rounded.to(COMPUTE_DTYPE), ((ref, begin, to_bytes(rounded)),))
+        scale, at, _ = of_scale[0]
+        codes, scales = requantise(W, self._scales(ref, scale, (begin, end)), BLOCK)
+        pieces = ((ref, begin, to_bytes(codes)), (scale, at, self._scale_bytes(scale, scales)))
+        return StoredHead(dequantise(codes, scales, BLOCK), pieces)
+
+    def _query(self, head: int) -> Tensor:
+        ref = self.target.query
+        at = self.target.layout.query_range(ref, head)
+        return self._matrix(ref, self.target.query_scale, at, f"query head {head}")
+
+    def _matrix(self, ref: TensorRef, scale: TensorRef | None, at: tuple[int, int], what: str) -> Tensor:
         layout = self.target.layout
-        return self._read(ref, byte_range, what).view(layout.d_head, layout.d_model)
+        values = self._read(ref, at, what).view(layout.d_head, layout.d_model)
+        return values if scale is None else dequantise(values, self._scales(ref, scale, at), BLOCK)
+
+    def _scales(self, ref: TensorRef, scale: TensorRef, at: tuple[int, int]) -> Tensor:
+        """The scales of whole blocks of rows, (blocks of rows, blocks of columns)."""
+        place = scale_range(ref, scale, *at)
+        if scale.dtype == "F8_E8M0":
+            raw = read_exact(self.fds[scale.shard], place[1] - place[0], place[0], scale.shard)
+            exponents = torch.frombuffer(raw, dtype=torch.uint8).to(self.device, COMPUTE_DTYPE)
+            scales = torch.where(exponents < 255, (exponents - _E8M0_BIAS).exp2(), torch.nan)
+        else:
+            scales = self._read(scale, place, "a scale")
+        if not bool((scales > 0).all()):
+            raise NumericalError(
+                f"a scale of layer {self.target.layer} is not a positive number",
+                where=f"{scale.name} in {scale.shard}",
+                fix="the checkpoint is damaged; download it again",
+            )
+        return scales.view(-1, scale.shape[1])
+
+    def _scale_bytes(self, scale: TensorRef, scales: Tensor) -> bytearray:
+        if scale.dtype == "F8_E8M0":
+            stored, dtype = scales.log2() + _E8M0_BIAS, torch.uint8
+            fits = bool((stored < 255).all())
+        else:
+            stored, dtype = scales, DTYPES[scale.dtype]
+            fits = bool(torch.isfinite(stored.to(dtype)).all())
+        if not fits:
+            raise NumericalError(
+                f"a scale of the edited layer {self.target.layer} does not fit in {scale.dtype}",
+                where=f"{scale.name} in {scale.shard}",
+                fix="use a larger --alpha or fewer --modes",
+            )
+        return to_bytes(stored.to(dtype))
 
     def _read(self, ref: TensorRef, byte_range: tuple[int, int], what: str) -> Tensor:
         begin, end = byte_range
-        values = torch.frombuffer(
+        raw = torch.frombuffer(
             read_exact(self.fds[ref.shard], end - begin, begin, ref.shard), dtype=DTYPES[ref.dtype]
         )
+        values = raw.to(device=self.device, dtype=COMPUTE_DTYPE)
         if not torch.isfinite(values).all():
             raise NumericalError(
                 f"{what} of layer {self.target.layer} holds NaN or Inf",
                 where=f"{ref.name} in {ref.shard}",
                 fix="the checkpoint is damaged; download it again",
             )
-        return values.to(device=self.device, dtype=COMPUTE_DTYPE)
+        return values
 
 
 @contextmanager

@@ -9,36 +9,32 @@ import sys
 from pathlib import Path
 
 from qkpatch.catalogue import shipped_recipes
-from qkpatch.recipe import Recipe
-from qkpatch.rows import RowLayout
+from qkpatch.describe import attention, defaults, layout
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- recipes: make docs -->\n", "<!-- /recipes -->\n"
 
 
-def attention(recipe: Recipe) -> str:
-    """What is special about the family's queries and keys."""
-    facts = []
-    if recipe.tensors.rows is RowLayout.gated:
-        facts.append("gated queries")
-    elif recipe.tensors.rows.is_fused:
-        facts.append(f"fused, `{recipe.tensors.rows.value}`")
-    if recipe.tensors.norms is not None:
-        facts.append("query-key norm")
-    if not recipe.tensors.every_layer:
-        facts.append("some layers only")
-    return ", ".join(facts)
-
-
 def table() -> str:
     """The table, a row per recipe."""
-    rows = ["| recipe | models | language models | attention | default repository |", "|---|---|---|---|---|"]
+    columns = (
+        "recipe", "models", "language models", "layout", "attention", "default repository", "default edit", "tested on",
+    )  # fmt: skip
+    rows = [columns, ("---",) * len(columns)]
     rows += [
-        f"| `{recipe.name}` | {recipe.title} | {', '.join(recipe.config.class_defaults)} "
-        f"| {attention(recipe)} | {recipe.default_repo} |"
+        (
+            f"`{recipe.name}`",
+            recipe.title,
+            ", ".join(recipe.config.class_defaults),
+            layout(recipe),
+            attention(recipe),
+            recipe.default_repo,
+            defaults(recipe),
+            recipe.tested,
+        )
         for recipe in shipped_recipes().values()
     ]
-    return "\n".join(rows) + "\n"
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n" for row in rows)
 
 
 def main() -> int:

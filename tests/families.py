@@ -77,6 +77,10 @@ def qkv(tensors: Tensors, stem: str) -> tuple[torch.Tensor, torch.Tensor]:
     return W_Q.view(H, d_head, -1), W_K.view(K, d_head, -1)
 
 
+def token_ids() -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.arange(4, 12)[None]}
+
+
 @dataclass(frozen=True)
 class Case:
     """A recipe's transformers class, a tiny config of it, and how its weights hold queries and keys."""
@@ -89,6 +93,8 @@ class Case:
     edited: tuple[int, ...] = (1, 2)  # the layers that are asked for: from the first to the last of these
     skipped: tuple[int, ...] = ()  # layers among them that have no query-key product
     kept: Callable[[Tensors, str], torch.Tensor] | None = None  # other rows of the edited tensor
+    inputs: Callable[[], dict[str, torch.Tensor]] = token_ids  # what the class's forward needs
+    original: bool | None = None  # the recipe is for Hub names only (True), for module names only (False)
 
 
 def text(model_class: str, config: Callable[[], Any], heads: Any = separate) -> Case:

@@ -96,5 +96,3 @@ CASES: dict[str, Case] = {
         "Qwen3_5ForConditionalGeneration", qwen3_5, gated, edited=(1, 3), skipped=(2,), kept=gates
     ),
 }
-# Remote code that transformers cannot build: their layouts are tested in test_remote_layouts.py.
-REMOTE: set[str] = {"phi3-v", "internvl-internlm2", "minicpm-v"}

@@ -15,15 +15,16 @@ PACKAGE = Path(__file__).resolve().parent.parent / "qkpatch"
 FLOORS = [
     ["errors", "interrupts"],
     ["spectral", "checkpoint", "selection", "strict", "rows"],
-    ["recipe", "refusals"],
-    ["recipe_file", "heads", "settings"],
+    ["recipe", "refusals", "fp8"],
+    ["recipe_file", "heads", "settings", "describe"],
     ["catalogue", "tower"],
-    ["locate", "targets"],
-    ["model"],
-    ["plan", "weights"],
-    ["manifest", "spectra"],
-    ["patch", "verify"],
+    ["locate", "targets", "survey"],
+    ["model", "guesses"],
+    ["plan", "weights", "candidate", "draft"],
+    ["manifest", "spectra", "diagnose"],
+    ["patch", "verify", "explain"],
     ["console", "options"],
+    ["boundary"],
     ["cli"],
     ["__main__"],
 ]
@@ -31,13 +32,13 @@ ROOMS = ("spectral", "checkpoint")
 
 # Each of these is used in one place only.
 ONLY_IN = {
-    "typer": {"cli", "options"},
+    "typer": {"cli", "options", "boundary"},
     "rich": {"console"},
     "yaml": {"strict"},
     "huggingface_hub": {"checkpoint.hub"},
     "safetensors": {"verify"},
     "torch": {
-        "weights", "spectra", "patch", "spectral.product", "spectral.edit", "spectral.rounding",
+        "weights", "spectra", "patch", "spectral.product", "spectral.edit", "spectral.rounding", "spectral.fp8",
     },
     "click": set(),  # Typer vendors its own
 }  # fmt: skip
@@ -121,7 +122,7 @@ def test_a_module_can_be_read_in_one_sitting(module: str) -> None:
     "code",
     [
         "import qkpatch.cli",
-        "import qkpatch.plan, qkpatch.manifest, qkpatch.console",
+        "import qkpatch.plan, qkpatch.manifest, qkpatch.console, qkpatch.explain",
         "from qkpatch.catalogue import shipped_recipes; shipped_recipes()",
     ],
 )

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import families
 import families_more
+import families_older
+import families_recent
 import families_special
 import numpy as np
 import oracle
 import pytest
+import remote_families
 import torch
 import transformers
 from safetensors.torch import load_file
 
-CASES = {**families.CASES, **families_special.CASES, **families_more.CASES}
-REMOTE = families.REMOTE | families_special.REMOTE
+CASES = {
+    **families.CASES,
+    **families_special.CASES,
+    **families_more.CASES,
+    **families_recent.CASES,
+    **families_older.CASES,
+}
+REMOTE = families.REMOTE | families_recent.REMOTE | families_older.REMOTE | remote_families.REMOTE
 
 
 @pytest.mark.parametrize("original", [True, False], ids=["Hub names", "module names"])
@@ -25,6 +35,8 @@ def test_the_language_tower_and_nothing_else_is_edited_and_the_model_loads(
     name: str, original: bool, run, tmp_path: Path
 ) -> None:
     case, recipe = CASES[name], recipe_of(name)
+    if case.original is not None and case.original != original:
+        pytest.skip("another recipe is for these names")
     model_class = getattr(transformers, case.model_class)
     torch.manual_seed(0)
     model = model_class(case.config())
@@ -45,11 +57,15 @@ def test_the_language_tower_and_nothing_else_is_edited_and_the_model_loads(
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     stems = [name.rsplit(".", 2)[0] for name in changed]
     assert [int(stem.split(".")[-2]) for stem in stems] == list(case.edited)
-    assert len({stem.split(".layers.")[0] for stem in stems}) == 1
+    assert len({re.split(r"\.\d+\.", stem)[0] for stem in stems}) == 1
     assert "visi" not in stems[0]
     assert "visual" not in stems[0]
     if case.has_vision:
-        decoys = [name for name in before if ("q_proj" in name or "qkv" in name) and case.decoy in name]
+        decoys = [
+            name
+            for name in before
+            if any(q in name for q in ("q_proj", "qkv", ".wq.")) and case.decoy in name
+        ]
         assert decoys, "the vision tower must hold a decoy"
         assert case.decoy not in stems[0]
 
@@ -72,10 +88,9 @@ def test_the_language_tower_and_nothing_else_is_edited_and_the_model_loads(
     loaded, report = model_class.from_pretrained(out, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
-    ids = torch.arange(4, 12)[None]
     with torch.no_grad():
-        original_logits = model_class.from_pretrained(source).float()(input_ids=ids).logits
-        edited_logits = loaded.float()(input_ids=ids).logits
+        original_logits = model_class.from_pretrained(source).float()(**case.inputs()).logits
+        edited_logits = loaded.float()(**case.inputs()).logits
     assert not torch.allclose(original_logits, edited_logits)
 
 

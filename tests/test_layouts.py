@@ -113,7 +113,7 @@ def test_a_norm_that_the_recipe_does_not_declare_is_refused(run, tmp_path: Path,
         ({"q_norm": None}, "has no model.layers.1.self_attn.q_norm.weight"),
         (
             {"q_norm": torch.ones(32)},
-            "a norm per head holds [8] or [4, 8] numbers (head_dim 8), this is F32 [32]",
+            "a norm of queries or keys holds [8] or [4, 8] numbers (head_dim 8), this is F32 [32]",
         ),
         ({"k_norm": torch.full((8,), float("nan"))}, "a query-key norm of layer 1 holds NaN or Inf"),
     ],

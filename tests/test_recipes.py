@@ -32,7 +32,7 @@ def test_every_shipped_recipe_reads_and_finds_its_own_tensors_under_each_prefix(
 
 def test_no_two_shipped_recipes_claim_the_same_model() -> None:
     claims = [
-        (model_type, architecture, prefix)
+        (model_type, architecture, prefix + recipe.tensors.query)
         for recipe in shipped_recipes().values()
         for model_type in recipe.model_types
         for architecture in recipe.architectures
@@ -127,8 +127,12 @@ def test_a_known_model_type_with_strange_tensor_names_is_ambiguous_and_shows_can
 
 def test_an_architecture_decides_where_the_model_type_is_shared() -> None:
     names = ["model.layers.0.self_attn.q_proj.weight"]
+    original = {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"]}
+    assert choose_recipe(original, names).name == "llava-original"
+    with pytest.raises(AmbiguousError, match="is known, but no query tensor has the expected name"):
+        choose_recipe({**original, "architectures": ["LlavaForConditionalGeneration"]}, names)
     with pytest.raises(AmbiguousError, match="no recipe is made for model_type 'llava'"):
-        choose_recipe({"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"]}, names)
+        choose_recipe({**original, "architectures": ["LlavaMptForCausalLM"]}, names)
 
 
 def test_a_decoy_whose_name_only_contains_the_prefix_does_not_match() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import families_special
@@ -13,148 +11,250 @@ import oracle
 import pytest
 import torch
 import transformers
+from remote_families import CASES, COUNTS, D_HEAD, FUSED_ROWS, PUBLISHED, REMOTE, WIDE, H, K, Remote, Tensors
 from safetensors.torch import load_file, save_file
 
+from qkpatch.catalogue import get_recipe, shipped_recipes
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.heads import HeadLayout
 from qkpatch.rows import RowLayout
+from qkpatch.tower import read_tower
 
-H, K, G, D_HEAD, D_MODEL, LAYERS = 6, 2, 3, 8, 24, 3
-NUMBERS = {
-    "num_hidden_layers": LAYERS,
-    "hidden_size": D_MODEL,
-    "num_attention_heads": H,
-    "num_key_value_heads": K,
-    "head_dim": D_HEAD,
-}
-Tensors = dict[str, torch.Tensor]
+LAYER = 1  # the one that is edited
 
 
-@dataclass(frozen=True)
-class Remote:
-    """A remote family: its config, its names, and the modelling code's own split of a layer."""
-
-    config: dict[str, object]
-    stem: str
-    query: str
-    shapes: dict[str, tuple[int, int]]
-    split: Callable[[Tensors, str], tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
-    decoys: tuple[str, ...]
+def recipe_of(name: str) -> str:
+    return name.partition(":")[0]
 
 
-def separate(tensors: Tensors, stem: str) -> tuple[torch.Tensor, torch.Tensor, None]:
-    queries = tensors[stem + "q_proj.weight"].view(H, D_HEAD, D_MODEL)
-    return queries, tensors[stem + "k_proj.weight"].view(K, D_HEAD, D_MODEL), None
+def build(case: Remote) -> Tensors:
+    """Random weights; gains that matter, since all ones would hide a wrong or forgotten one."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        case.stem.format(i) + name: shape
+        for i in range(COUNTS["num_hidden_layers"])
+        for name, shape in case.shapes.items()
+    }
+    shapes |= dict.fromkeys(case.decoys, (H * D_HEAD, 24))
+    return {
+        name: (
+            torch.rand(shape, generator=generator) + 0.5
+            if "norm" in name and name not in case.decoys
+            else torch.randn(shape, generator=generator)
+        ).to(torch.bfloat16)
+        for name, shape in shapes.items()
+    }
 
 
-def qkv(tensors: Tensors, stem: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Phi3Attention: ``query_pos = H d``, then K d rows of keys, then values."""
-    W = tensors[stem + "qkv_proj.weight"]
-    queries, keys, values = W.split([H * D_HEAD, K * D_HEAD, K * D_HEAD])
-    return queries.view(H, D_HEAD, D_MODEL), keys.view(K, D_HEAD, D_MODEL), values
-
-
-def grouped_qkv(tensors: Tensors, stem: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """InternLM2Attention: ``b q (h gs d) -> b q h gs d``, queries ``[:g]``, key ``[-2]``, value ``[-1]``."""
-    W = tensors[stem + "wqkv.weight"].view(K, G + 2, D_HEAD, D_MODEL)
-    return W[:, :G].reshape(H, D_HEAD, D_MODEL), W[:, -2], W[:, -1]
-
-
-Q_ROWS, KV_ROWS, FUSED_ROWS = H * D_HEAD, K * D_HEAD, (H + 2 * K) * D_HEAD
-CASES = {
-    "phi3-v": Remote(
-        {"model_type": "phi3_v", "architectures": ["Phi3VForCausalLM"], **NUMBERS},
-        "model.layers.{}.self_attn.",
-        "qkv_proj.weight",
-        {"qkv_proj.weight": (FUSED_ROWS, D_MODEL)},
-        qkv,
-        ("model.vision_embed_tokens.img_processor.vision_model.encoder.layers.1.self_attn.q_proj.weight",),
-    ),
-    "internvl-internlm2": Remote(
-        {
-            "model_type": "internvl_chat",
-            "architectures": ["InternVLChatModel"],
-            "llm_config": {"model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"], **NUMBERS},
-        },
-        "language_model.model.layers.{}.attention.",
-        "wqkv.weight",
-        {"wqkv.weight": (FUSED_ROWS, D_MODEL)},
-        grouped_qkv,
-        ("vision_model.encoder.layers.1.attn.qkv.weight",),
-    ),
-    "minicpm-v": Remote(
-        {"model_type": "minicpmv", "architectures": ["MiniCPMV"], **NUMBERS},
-        "llm.model.layers.{}.self_attn.",
-        "q_proj.weight",
-        {"q_proj.weight": (Q_ROWS, D_MODEL), "k_proj.weight": (KV_ROWS, D_MODEL)},
-        separate,
-        ("vpm.encoder.layers.1.self_attn.q_proj.weight", "resampler.kv_proj.weight"),
-    ),
-}
-
-
-def write(path: Path, config: dict[str, object], tensors: Tensors) -> Path:
+def write(path: Path, config: dict[str, object], tensors: Tensors, *, shards: int = 1) -> Path:
+    """A checkpoint whose tensors are dealt out to the shards in turn."""
     path.mkdir()
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
     (path / "config.json").write_text(json.dumps(config))
+    if shards == 1:
+        save_file(tensors, path / "model.safetensors", {"format": "pt"})
+        return path
+    names = list(tensors)
+    weight_map = {}
+    for i in range(shards):
+        shard = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        save_file({name: tensors[name] for name in names[i::shards]}, path / shard, {"format": "pt"})
+        weight_map |= dict.fromkeys(names[i::shards], shard)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
     return path
 
 
-def build(path: Path, case: Remote) -> tuple[Path, Tensors]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = {case.stem.format(i) + n: shape for i in range(LAYERS) for n, shape in case.shapes.items()}
-    shapes |= dict.fromkeys(case.decoys, (Q_ROWS, D_MODEL))
-    tensors = {n: torch.randn(shape, generator=generator).to(torch.bfloat16) for n, shape in shapes.items()}
-    return write(path, case.config, tensors), tensors
+def read_all(path: Path) -> Tensors:
+    return {n: t for file in sorted(path.glob("*.safetensors")) for n, t in load_file(file).items()}
 
 
-def test_every_remote_family_has_a_case() -> None:
-    assert set(CASES) == families_special.REMOTE
+def test_every_remote_family_has_a_case_and_says_what_it_is_tested_on() -> None:
+    assert {recipe_of(name) for name in CASES} == REMOTE
+    assert {shipped_recipes()[name].tested for name in REMOTE} == {"documented layout"}
 
 
-@pytest.mark.parametrize("recipe", CASES)
-def test_a_remote_family_is_edited_in_its_query_rows_and_nowhere_else(
-    recipe: str, run, tmp_path: Path
-) -> None:
-    case = CASES[recipe]
-    source, before = build(tmp_path / "source", case)
-    out = tmp_path / "out"
-    result = run("apply", source, "--layers", 1, "--modes", 2, "--alpha", 0, "-o", out)
+@pytest.mark.parametrize("name", CASES)
+def test_a_remote_family_is_edited_in_its_query_rows_and_nowhere_else(name: str, run, tmp_path: Path) -> None:
+    case, before = CASES[name], build(CASES[name])
+    source, out = write(tmp_path / "source", case.config, before, shards=3), tmp_path / "out"
+    chosen = [] if case.attention is None else ["--attention", case.attention]
+    result = run("apply", source, "--layers", LAYER, "--modes", 2, "--alpha", 0, "-o", out, *chosen)
     assert result.exit_code == 0, result.output
-    assert f"recipe {recipe}," in result.stdout
+    assert f"recipe {recipe_of(name)}," in result.stdout
     assert run("verify", out, "--source", source).exit_code == 0
 
-    after, stem = load_file(out / "model.safetensors"), case.stem.format(1)
+    after, stem = read_all(out), case.stem.format(LAYER)
     assert set(after) == set(before)
     assert [n for n in before if not torch.equal(before[n], after[n])] == [stem + case.query]
-    (old, keys, rest), (new, keys_after, rest_after) = case.split(before, stem), case.split(after, stem)
-    assert torch.equal(keys, keys_after)
-    assert rest is None or torch.equal(rest, rest_after)
+    old, new = case.split(before, stem), case.split(after, stem)
+    assert len(old.queries) == len(old.keys) == H
+    assert torch.equal(old.keys, new.keys)
+    assert old.rest is None or torch.equal(old.rest, new.rest)
     for h in range(H):
-        W_Q, W_K = old[h].double().numpy(), keys[h // G].double().numpy()
-        edited = new[h].double().numpy()
+        W_Q, W_K = old.queries[h].double().numpy(), old.keys[h].double().numpy()
+        edited = new.queries[h].double().numpy()
         expected = oracle.edit(W_Q, W_K, "full", (0, 1), 0.0, oracle.decompose(W_Q, W_K, "full")).W_Q
         assert oracle.ulps(edited, oracle.round_to(expected, "BF16"), "BF16") <= 1
-        wrong = oracle.edit(W_Q, keys[1 - h // G].double().numpy(), "full", (0, 1), 0.0).W_Q
+        others = old.keys[(h + H // 2) % H].double().numpy()  # of another group
+        wrong = oracle.edit(W_Q, others, "full", (0, 1), 0.0).W_Q
         assert not np.allclose(edited, wrong, rtol=0.05)
 
 
-def test_internvl_with_another_language_model_is_refused(run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", [n for n in CASES if get_recipe(recipe_of(n)).tensors.input_norm is not None]
+)
+def test_the_norm_before_attention_is_where_the_recipe_says(name: str, run, tmp_path: Path) -> None:
+    case, chosen = CASES[name], ["--layers", LAYER, "--modes", 2, "--alpha", 0, "--fold-norm"]
+    source = write(tmp_path / "source", case.config, build(case))
+    result = run("apply", source, *chosen, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    manifest = json.loads((tmp_path / "out" / "qkpatch.json").read_text())
+    assert manifest["edit"]["fold_norm"] is True
+
+
+@pytest.mark.parametrize(("recipe", "config", "numbers"), PUBLISHED)
+def test_published_configs_and_class_defaults_come_to_the_models_numbers(
+    recipe: str, config: dict[str, object], numbers: tuple[int, ...]
+) -> None:
+    tower = read_tower(get_recipe(recipe), config)
+    layout = tower.layout
+    found = (tower.n_layers, layout.n_heads, layout.n_kv_heads, layout.d_head, layout.d_model)
+    assert found == numbers
+
+
+def test_gemma_2s_logit_cap_is_recorded_with_ovis() -> None:
+    case = CASES["ovis:1.6"]
+    tower = read_tower(get_recipe("ovis"), case.config)
+    assert tower.logits["attn_logit_softcapping"] == 50.0
+    assert "attn_logit_softcapping" not in read_tower(get_recipe("ovis"), CASES["ovis:2"].config).logits
+
+
+def test_internvl_whose_config_names_another_language_model_is_refused(run, tmp_path: Path) -> None:
     case = CASES["internvl-internlm2"]
-    _, tensors = build(tmp_path / "internlm2", case)
-    config = {**case.config, "llm_config": {"model_type": "qwen2", **NUMBERS}}
-    result = run("plan", write(tmp_path / "qwen2", config, tensors))
+    llm_config = case.config["llm_config"]
+    assert isinstance(llm_config, dict)
+    config = {**case.config, "llm_config": {**llm_config, "model_type": "qwen2"}}
+    result = run("plan", write(tmp_path / "qwen2", config, build(case)))
     assert result.exit_code == 3
     assert "knows the language models internlm2, not 'qwen2'" in result.stderr
 
 
-def test_minicpm_v_with_a_query_key_norm_is_refused(run, tmp_path: Path) -> None:
-    case = CASES["minicpm-v"]
-    _, tensors = build(tmp_path / "2.6", case)
-    norms = {case.stem.format(1) + f"{which}_norm.weight": torch.ones(D_HEAD) for which in "qk"}
-    result = run("plan", write(tmp_path / "4.5", case.config, {**tensors, **norms}), "--layers", 1)
+@pytest.mark.parametrize("name", ["minicpm-v:2.6", "internvl-chat:qwen2", "molmo:7B-D"])
+def test_optional_norms_are_stored_in_all_layers_or_in_none(name: str, run, tmp_path: Path) -> None:
+    case, norms = CASES[name], get_recipe(recipe_of(name)).tensors.norms
+    assert norms is not None
+    shapes = {norms.query: D_HEAD, norms.key: D_HEAD}
+    if name.startswith("molmo"):
+        shapes = {norms.query: H * D_HEAD, norms.key: K * D_HEAD}
+    stray = {case.stem.format(0) + norm: torch.ones(size) for norm, size in shapes.items()}
+    source = write(tmp_path / "some", case.config, {**build(case), **stray})
+    result = run("plan", source, "--layers", LAYER)
     assert result.exit_code == 3
-    assert "which recipe minicpm-v does not declare" in result.stderr
+    assert f"layer 1 has no {case.stem.format(LAYER)}{norms.query}" in result.stderr
+
+
+def test_both_experts_of_cogvlm2_are_edited_when_asked_for(run, tmp_path: Path) -> None:
+    case, before = CASES["cogvlm2"], build(CASES["cogvlm2"])
+    source, out = write(tmp_path / "source", case.config, before), tmp_path / "out"
+    both = ["--attention", "language,vision"]
+    result = run("apply", source, "--layers", LAYER, "--modes", 2, "--alpha", 0, "-o", out, *both)
+    assert result.exit_code == 0, result.output
+    after = read_all(out)
+    stem = case.stem.format(LAYER) + "self_attn."
+    assert {n for n in before if not torch.equal(before[n], after[n])} == {
+        f"{stem}{expert}_expert_query_key_value.weight" for expert in ("language", "vision")
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [
+        # CogVLM 1 stores as many key heads as query heads and has no key that says so.
+        ("cogvlm2", {"num_multi_query_heads": None}, [FUSED_ROWS, 3 * WIDE]),
+        # Without multi_query_attention ChatGLM stores [query, key, value] per head, and no number of groups.
+        (
+            "glm-4v-9b",
+            {"multi_query_attention": False, "multi_query_group_num": 1},
+            [FUSED_ROWS, (H + 2) * D_HEAD],
+        ),
+    ],
+)
+def test_fused_rows_that_config_json_contradicts_are_refused(
+    name: str, changes: dict[str, object], expected: list[int], run, tmp_path: Path
+) -> None:
+    case = CASES[name]
+    source = write(tmp_path / "source", {**case.config, **changes}, build(case))
+    result = run("plan", source, "--layers", LAYER)
+    assert result.exit_code == 3
+    stored, said = expected
+    assert f"stored as [{stored}, " in result.stderr
+    assert f"config.json says [{said}, " in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture", "section", "stem", "query"),
+    [
+        (
+            "deepseek_vl_v2",
+            "DeepseekVLV2ForCausalLM",
+            "language_config",
+            "language.model.layers.{}.",
+            "q_proj",
+        ),
+        (
+            "deepseek_vl_v2",
+            "DeepseekVLV2ForCausalLM",
+            "language_config",
+            "language.model.layers.{}.",
+            "q_b_proj",
+        ),
+        (
+            "kimi_vl",
+            "KimiVLForConditionalGeneration",
+            "text_config",
+            "language_model.model.layers.{}.",
+            "q_proj",
+        ),
+    ],
+)
+def test_multi_head_latent_attention_is_refused(
+    model_type: str, architecture: str, section: str, stem: str, query: str, run, tmp_path: Path
+) -> None:
+    counts = {**COUNTS, "hidden_size": 48, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4}
+    config = {"model_type": model_type, "architectures": [architecture], section: counts}
+    tensors = {
+        f"{stem.format(i)}self_attn.{name}.weight": torch.randn(shape)
+        for i in range(COUNTS["num_hidden_layers"])
+        for name, shape in {
+            query: (H * 12, 48), "kv_a_proj_with_mqa": (20, 48), "kv_b_proj": (H * 16, 16)
+        }.items()
+    }  # fmt: skip
+    result = run("plan", write(tmp_path / "mla", config, tensors), "--layers", LAYER)
+    assert result.exit_code == 3
+    assert "multi-head latent attention (MLA)" in result.stderr
+
+
+def test_moondream_3_is_refused(run, tmp_path: Path) -> None:
+    """Its config.json is Moondream 2's; its temperature depends on the very rows that would be edited."""
+    case = CASES["moondream2"]
+    tau = {
+        f"{case.stem.format(i)}attn.tau.{which}": torch.randn(H, FUSED_ROWS)
+        for i in range(COUNTS["num_hidden_layers"])
+        for which in ("wq", "wv")
+    }
+    source = write(tmp_path / "moondream3", case.config, {**build(case), **tau})
+    result = run("plan", source, "--layers", LAYER)
+    assert result.exit_code == 3
+    assert "attn.tau" in result.stderr
+
+
+def test_original_llava_as_pickles_is_refused_with_the_way_out(run, tmp_path: Path) -> None:
+    source = write(tmp_path / "llava", CASES["llava-original:1.5"].config, build(CASES["llava-original:1.5"]))
+    (source / "model.safetensors").rename(source / "pytorch_model-00001-of-00002.bin")
+    result = run("plan", source)
+    assert result.exit_code != 0
+    assert "only pickled weights: pytorch_model-00001-of-00002.bin" in result.stderr
+    assert "save_pretrained" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from typer.testing import Result
 from qkpatch.errors import NumericalError, UsageError
 from qkpatch.spectral.edit import QueryEdit, edit_and_round, edit_query, measure, select_modes
 from qkpatch.spectral.product import Modes, QKProduct, effective_rank, energy_share
+from qkpatch.spectral.rounding import Rounded, round_once
 from qkpatch.spectral.rule import Channel, EditRule, Select
 
 HALVES = (Channel.symmetric, Channel.antisymmetric)
@@ -192,6 +193,10 @@ def test_every_rope_offset_is_edited_by_the_same_projection(offset: int) -> None
 # All rules.
 
 
+def store(dtype: torch.dtype) -> Callable[[torch.Tensor], Rounded]:
+    return lambda W: Rounded(round_once(W, dtype))
+
+
 @every_rule
 def test_alpha_one_is_the_identity_bit_for_bit(channel: Channel, select: Select) -> None:
     W = head()
@@ -204,7 +209,7 @@ def test_keys_and_the_original_queries_stay_as_they_were(channel: Channel, selec
     W_Q, W_K = head()
     copies = W_Q.clone(), W_K.clone()
     edit_and_round(
-        QKProduct.of(W_Q, W_K), EditRule(channel, select, 2, 0.5), torch.bfloat16, torch.Generator()
+        QKProduct.of(W_Q, W_K), EditRule(channel, select, 2, 0.5), store(torch.bfloat16), torch.Generator()
     )
     assert torch.equal(W_Q, copies[0])
     assert torch.equal(W_K, copies[1])
@@ -603,7 +608,8 @@ def test_without_rounding_the_gain_of_every_edited_mode_is_alpha() -> None:
 def test_rounding_adds_at_most_half_an_ulp_to_the_reported_gains(dtype: torch.dtype) -> None:
     W = tuple(w.to(dtype).double() for w in head(8, 32))
     rule = EditRule(Channel.full, Select.dominant, 3, 0.0)
-    stored, report = edit_and_round(QKProduct.of(*W), rule, dtype, torch.Generator())
+    rounded, report = edit_and_round(QKProduct.of(*W), rule, store(dtype), torch.Generator())
+    stored = rounded.W
     assert stored.dtype == dtype
     gains = torch.tensor(report.gains)
     assert 0 < gains.abs().max() < torch.finfo(dtype).eps

@@ -19,15 +19,27 @@ is reached is reported as ``realised_share``. Controls (ours, not the paper's):
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from qkpatch.errors import NumericalError, UsageError
 from qkpatch.spectral.product import Factor, Modes, QKProduct, Spectrum
-from qkpatch.spectral.rounding import round_once
 from qkpatch.spectral.rule import Channel, EditRule, Select
+
+
+class Stored(Protocol):
+    """An edited weight as it is stored."""
+
+    @property
+    def values(self) -> Tensor:
+        """What a loader reads, (d_head, d_model), compute dtype."""
+
+
+S = TypeVar("S", bound=Stored)
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,7 @@ class HeadReport:
     frobenius_before: float
     frobenius_after: float
     relative_change: float  # ‖ΔW_Q‖ / ‖W_Q‖
+    rounding_error: float  # ‖stored W_Q − edited W_Q‖ / ‖ΔW_Q‖
     realised_share: float | None
     gains: tuple[float, ...]  # after / before per edited mode; α if nothing were rounded (full channel)
 
@@ -112,27 +125,26 @@ def edit_query(product: QKProduct, rule: EditRule, generator: torch.Generator) -
 def edit_and_round(
     product: QKProduct,
     rule: EditRule,
-    dtype: torch.dtype,
+    store: Callable[[Tensor], S],
     generator: torch.Generator,
     input_gain: Tensor | None = None,
-) -> tuple[Tensor, HeadReport]:
-    """Edit one head and round it once to ``dtype``: the values to store, and what they do.
+) -> tuple[S, HeadReport]:
+    """Edit one head and round it once, by ``store``: what is stored, and what it does.
 
     Where ``input_gain`` γ (d_model,) is folded into the product, ``M̃ = diag(γ) M diag(γ)``, the edited query is
     mapped back by ``diag(1/γ)`` before it is rounded; the report stays in the folded basis.
 
     Raises:
-        NumericalError: the result holds NaN or Inf in ``dtype``; and as :func:`edit_query`.
+        NumericalError: the stored result holds NaN or Inf; and as :func:`edit_query`.
     """
     edit = edit_query(product, rule, generator)
-    stored = round_once(edit.W_Q if input_gain is None else edit.W_Q / input_gain, dtype)
-    if not bool(torch.isfinite(stored).all()):
+    stored = store(edit.W_Q if input_gain is None else edit.W_Q / input_gain)
+    if not bool(torch.isfinite(stored.values).all()):
         raise NumericalError(
-            f"the edited weight does not fit in {str(dtype).removeprefix('torch.')}: NaN or Inf",
+            "the edited weight does not fit in the stored dtype: NaN or Inf",
             fix="use a larger --alpha or fewer --modes",
         )
-    W_Q_stored = stored.to(product.query.W.dtype)
-    return stored, measure(product, edit, W_Q_stored if input_gain is None else W_Q_stored * input_gain)
+    return stored, measure(product, edit, stored.values if input_gain is None else stored.values * input_gain)
 
 
 def measure(product: QKProduct, edit: QueryEdit, W_Q_stored: Tensor) -> HeadReport:
@@ -149,6 +161,9 @@ def measure(product: QKProduct, edit: QueryEdit, W_Q_stored: Tensor) -> HeadRepo
         frobenius_before=product.frobenius,
         frobenius_after=after.frobenius,
         relative_change=_ratio(torch.linalg.matrix_norm(W_Q_stored - W_Q), torch.linalg.matrix_norm(W_Q)),
+        rounding_error=_ratio(
+            torch.linalg.matrix_norm(W_Q_stored - edit.W_Q), torch.linalg.matrix_norm(edit.W_Q - W_Q)
+        ),
         realised_share=edit.realised_share,
         gains=_gains(product, edit, W_Q_stored),
     )

@@ -1,0 +1,134 @@
+"""A diagnosis as plain text, wrapped to a width."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from qkpatch.candidate import Candidate, Finding, Reason
+from qkpatch.diagnose import Diagnosis
+from qkpatch.draft import NAME
+from qkpatch.selection import abbreviate, format_ranges
+from qkpatch.survey import QueryGroup
+
+_ANSWER = {True: "yes", False: "no ", None: " ? "}
+_MOST_GROUPS = 12
+
+
+def explanation(diagnosis: Diagnosis, width: int) -> str:
+    """What matched and what did not, and the draft as the last block, each of its lines as it is."""
+    lines = _heading(diagnosis)
+    fitting = diagnosis.fitting
+    for candidate in fitting or diagnosis.candidates:
+        lines += ["", *_candidate(candidate)]
+    if diagnosis.n_more and not fitting:
+        lines.append(f"{diagnosis.n_more} more recipe(s) have the same tensor names or model type.")
+    if len(fitting) != 1:
+        lines += ["", *_groups(diagnosis.groups)]
+    lines += ["", *_conclusion(diagnosis)]
+    text = "\n".join(_wrapped(line, width) for line in lines) + "\n"
+    return text + (f"\n{diagnosis.draft.text}" if diagnosis.draft is not None else "")
+
+
+def _heading(diagnosis: Diagnosis) -> list[str]:
+    text_type = diagnosis.text_model_type
+    return [
+        f"{diagnosis.source}: {diagnosis.n_tensors} tensors in {diagnosis.n_shards} file(s)",
+        f"config.json: model_type {_value(diagnosis.model_type)}, architectures {_value(diagnosis.architectures)}, "
+        f"text model type {_value(text_type) if text_type else 'none'}",
+    ]
+
+
+def _candidate(candidate: Candidate) -> list[str]:
+    recipe = candidate.recipe
+    lines = [f"Recipe {recipe.name}, {recipe.title}: {'fits' if candidate.fits else 'does not fit'}"]
+    for finding in candidate.findings:
+        lines += _finding(finding)
+    if candidate.tensors is not None:
+        lines.append(f"  Layers that can be edited: {format_ranges(candidate.editable) or 'none'}")
+        if candidate.skipped:
+            lines.append(f"  Skipped, without a product of their own: {format_ranges(candidate.skipped)}")
+    shown = {finding.reason for finding in candidate.findings}
+    for refusal in candidate.refused:
+        if refusal.reason in shown and len(candidate.refused) == 1:
+            lines.append(f"  Refused for that reason: layers {format_ranges(refusal.layers)}")
+        else:
+            lines.append(f"  Refused: layers {format_ranges(refusal.layers)}")
+            lines += _reason(refusal.reason)
+    return lines
+
+
+def _finding(finding: Finding) -> list[str]:
+    lines = [f"  {_ANSWER[finding.fits]} {finding.about + ':':<18} {finding.found}"]
+    return lines if finding.reason is None else lines + _reason(finding.reason)
+
+
+def _reason(reason: Reason) -> list[str]:
+    facts = (("", reason.what), ("where: ", reason.where), ("try: ", reason.fix))
+    return [f"      {label}{fact}" for label, fact in facts if fact]
+
+
+def _groups(groups: Sequence[QueryGroup]) -> list[str]:
+    if not groups:
+        return ["No tensor is named like a query projection."]
+    lines = ["Tensors named like query projections; what each is for is a guess:"]
+    for group in groups[:_MOST_GROUPS]:
+        shapes = abbreviate([str(list(shape)) for shape in group.shapes], 2) or "no weight"
+        lines.append(f"  {group.template}")
+        lines.append(
+            f"      {len(group.layers)} layer(s) {_short(format_ranges(group.layers))}, {shapes} "
+            f"{abbreviate(group.dtypes, 2)}, stored as {abbreviate(group.suffixes, 6)}: {group.role}"
+        )
+    if len(groups) > _MOST_GROUPS:
+        lines.append(f"  and {len(groups) - _MOST_GROUPS} more names")
+    return lines
+
+
+def _conclusion(diagnosis: Diagnosis) -> list[str]:
+    fitting = [candidate.recipe.name for candidate in diagnosis.fitting]
+    if len(fitting) == 1:
+        return [f"Recipe {fitting[0]} fits; next: qkpatch plan SOURCE"]
+    if fitting:
+        return [f"{len(fitting)} recipes fit: choose one with --recipe: {', '.join(fitting)}"]
+    near = [c.recipe.name for c in diagnosis.candidates if c.fits_but_for_identity]
+    lines = ["No recipe fits."]
+    if near:
+        lines.append(
+            "Tensors and numbers agree with a recipe for another model. If the attention is the same "
+            f"(RoPE, norms, the order of rows), name it: --recipe {' or --recipe '.join(near)}"
+        )
+    if diagnosis.no_draft is not None:
+        return [*lines, "No draft of a recipe:", *_reason(diagnosis.no_draft)]
+    if diagnosis.draft is not None:
+        checked = diagnosis.draft.candidate
+        lines.append(
+            f"A draft of a recipe is below. Save it as {NAME}.yaml, compare it with the model's code, then:"
+        )
+        lines.append(f"  qkpatch plan SOURCE --recipe ./{NAME}.yaml")
+        lines.append("The draft as it stands:")
+        for finding in checked.findings[3:]:
+            lines += _finding(finding)
+        if checked.tensors is not None:
+            lines.append(f"  Layers that can be edited: {format_ranges(checked.editable) or 'none'}")
+    return lines
+
+
+def _value(value: Any) -> str:
+    return _short(repr(value))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 120 else f"{text[:120]}…"
+
+
+def _wrapped(line: str, width: int) -> str:
+    """Neither control characters out of a file nor the terminal's own wrapping spoil a line."""
+    plain = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    indent = " " * (len(plain) - len(plain.lstrip()))
+    return "\n".join(
+        textwrap.wrap(
+            plain.lstrip(), max(width, 40), initial_indent=indent, subsequent_indent=indent + "    ",
+            break_long_words=False, break_on_hyphens=False,
+        )
+    )  # fmt: skip
