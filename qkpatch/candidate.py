@@ -68,6 +68,11 @@ class Candidate:
         return all(finding.fits for finding in self.findings)
 
     @property
+    def is_named(self) -> bool:
+        """Whether config.json names the recipe's model type or architecture."""
+        return any(f.fits for f in self.findings if f.about in NAMED[:2])
+
+    @property
     def fits_but_for_identity(self) -> bool:
         """Whether ``--recipe`` would do: tensors and numbers fit, config.json names another family."""
         return all(f.fits for f in self.findings if f.about not in _IDENTITY)
@@ -159,7 +164,7 @@ def _identity(recipe: Recipe, config: Mapping[str, Any]) -> tuple[Finding, Findi
     known = ", ".join(t or "none" for t in recipe.model_types)
     of_type = Finding("model_type", is_type, f"{_quoted(model_type)}{'' if is_type else f' is not {known}'}")
     if not isinstance(named, list) or not named:
-        of_class = Finding("architectures", True, "none, so model_type decides")
+        of_class = Finding("architectures", is_type, "none, so model_type decides")
     else:
         shared = [a for a in named if a in recipe.architectures]
         expected = f"{_short(named)} is not {', '.join(recipe.architectures)}"

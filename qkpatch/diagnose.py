@@ -10,10 +10,11 @@ from qkpatch.candidate import NAMED, Candidate, Reason, examine
 from qkpatch.catalogue import shipped_recipes
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.source import Checkpoint, open_checkpoint
+from qkpatch.describe import attention
 from qkpatch.draft import NAME, draft_recipe
 from qkpatch.errors import UnsupportedError
 from qkpatch.locate import Source, locate
-from qkpatch.recipe import Recipe
+from qkpatch.recipe import TOP_LEVEL, Recipe
 from qkpatch.recipe_file import parse_recipe
 from qkpatch.survey import QueryGroup, query_groups, text_numbers
 
@@ -158,8 +159,16 @@ def _repo(located: Source) -> str | None:
     return located.name if located.kind == "hub" and located.name.count("/") == 1 else None
 
 
-def _rank(candidate: Candidate) -> tuple[bool, bool, int, int, str]:
-    known = sum(finding.fits is True for finding in candidate.findings)
-    unknown = sum(finding.fits is None for finding in candidate.findings)
-    is_named = all(f.fits for f in candidate.findings if f.about in NAMED[:2])
-    return not candidate.fits, not is_named, -known, -unknown, candidate.recipe.name
+def _rank(candidate: Candidate) -> tuple[bool, int, int, int, int, bool, bool, str]:
+    """The best first; among equals the plainest, since of a special one more than shapes would have to agree."""
+    recipe, findings = candidate.recipe, candidate.findings
+    return (
+        not candidate.fits,
+        -sum(finding.fits is True for finding in findings if finding.about in NAMED[:2]),
+        -sum(finding.fits is True for finding in findings),
+        -sum(finding.fits is None for finding in findings),
+        len(attention(recipe)),
+        recipe.tested != "real weights",
+        recipe.config.sections != (TOP_LEVEL,),
+        recipe.name,
+    )

@@ -15,7 +15,7 @@ from qkpatch.survey import LANGUAGE, QueryGroup, TextNumbers
 NAME = "draft"
 MODES = 4
 _LIMIT = 200  # characters of a value out of config.json; more is no name of anything
-_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_.{}-]*", re.ASCII)
+_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./{}-]*", re.ASCII)
 _NOT_TEXT = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
 _KEY_WORDS = {"q": "k", "query": "key", "queries": "keys"}
 _QUERY_WORD = re.compile(r"query|queries|(?<![a-z])q|(?<=w)q(?![a-z])", re.IGNORECASE)

@@ -20,10 +20,13 @@ def explanation(diagnosis: Diagnosis, width: int) -> str:
     """What matched and what did not, and the draft as the last block, each of its lines as it is."""
     lines = _heading(diagnosis)
     fitting = diagnosis.fitting
-    for candidate in fitting or diagnosis.candidates:
+    # Where config.json names a family, what others have in common with it is of no use.
+    shown = fitting or tuple(c for c in diagnosis.candidates if c.is_named) or diagnosis.candidates
+    for candidate in shown:
         lines += ["", *_candidate(candidate)]
-    if diagnosis.n_more and not fitting:
-        lines.append(f"{diagnosis.n_more} more recipe(s) have the same tensor names or model type.")
+    n_more = len(diagnosis.candidates) + diagnosis.n_more - len(shown)
+    if n_more and not fitting:
+        lines += ["", f"{n_more} more recipe(s) have the same tensor names."]
     if len(fitting) != 1:
         lines += ["", *_groups(diagnosis.groups)]
     lines += ["", *_conclusion(diagnosis)]

@@ -107,7 +107,7 @@ def edit_layer(
                     of.product, settings.rule, store, generator, weights.input_gain
                 )
             except NumericalError as error:
-                where = f"head {of.head} of {query.name}"
+                where = f"head {of.head} of {query.name}, {query.dtype}"
                 raise NumericalError(error.what, where=where, fix=error.fix) from error
             # By value: a −0.0 that became 0.0 is no edit, and stays.
             if not torch.equal(stored.values, of.W_Q):

@@ -139,8 +139,8 @@ def _exceptions(
     """Layers whose counts differ from the others', by number."""
     # What transformers writes itself for such models takes the place of the family's own keys.
     per_layer = section.get("per_layer_config")
-    if isinstance(per_layer, dict) and per_layer:
-        if not all(
+    if per_layer is not None:
+        if not isinstance(per_layer, dict) or not all(
             isinstance(k, str) and k.isdecimal() and isinstance(v, dict) for k, v in per_layer.items()
         ):
             raise CheckpointError(

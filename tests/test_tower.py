@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy as np
-import oracle
 import pytest
 import torch
-from conftest import build_tiny
-from safetensors.torch import load_file
-from typer.testing import Result
+from probe import CROSS, D_MODEL, NUMBERS, H, K, apply, ask, build, check_edit, document
 
 from qkpatch.errors import CheckpointError, QKPatchError, RecipeError, UnsupportedError
 from qkpatch.heads import HeadLayout
@@ -20,26 +16,7 @@ from qkpatch.recipe import Recipe
 from qkpatch.recipe_file import parse_recipe
 from qkpatch.tower import LanguageTower, read_tower
 
-H, K, D_HEAD, D_MODEL = 4, 2, 8, 24
-NUMBERS = {
-    "num_hidden_layers": 3, "hidden_size": D_MODEL, "num_attention_heads": H, "num_key_value_heads": K,
-    "head_dim": D_HEAD,
-}  # fmt: skip
-FULL = HeadLayout(H, K, D_HEAD, D_MODEL)
-SELF = {"query": "self_attn.q_proj.weight", "key": "self_attn.k_proj.weight"}
-CROSS = {"query": "cross.q_proj.weight", "key": "cross.k_proj.weight"}
 WIDE = {"head_dim": {"key": "wide_dim", "default": 16}, "num_key_value_heads": {"key": "wide_kv"}}
-
-
-def document(config: dict[str, Any] | None = None, **tensors: Any) -> str:
-    """A recipe called ``probe``, as YAML; what is not said is plain."""
-    reading = {"sections": ["."], "class_defaults": {"probe": {}}, **(config or {})}
-    names = {"prefixes": ["model.layers.{layer}."], "orientation": "out_in", **SELF, **tensors}
-    return json.dumps({
-        "name": "probe", "title": "Probe", "default_repo": "nobody/probe", "tested": "documented layout",
-        "match": {"model_types": ["probe"], "architectures": ["ProbeForCausalLM"]},
-        "config": reading, "tensors": names, "defaults": {"layers": "middle-third", "modes": 2},
-    })  # fmt: skip
 
 
 def recipe(config: dict[str, Any] | None = None, **tensors: Any) -> Recipe:
@@ -58,7 +35,7 @@ def widths(of: LanguageTower) -> list[int]:
 class TestSections:
     """Where the language model's numbers are."""
 
-    sections = ["thinker.text", "text_config", "."]
+    sections: ClassVar = ["thinker.text", "text_config", "."]
 
     @pytest.mark.parametrize(
         ("config", "heads"),
@@ -88,16 +65,18 @@ class TestSections:
 class TestKeys:
     """Other names of the five numbers, class defaults, null."""
 
-    keys = {"num_hidden_layers": "layers", "hidden_size": "embed_dim", "num_attention_heads": "heads"}
-    defaults = {
+    keys: ClassVar = {
+        "num_hidden_layers": "layers",
+        "hidden_size": "embed_dim",
+        "num_attention_heads": "heads",
+    }
+    defaults: ClassVar = {
         "probe": {"num_hidden_layers": 24, "hidden_size": 64, "num_attention_heads": 8, "head_dim": 4}
     }
 
     def test_the_familys_names_are_read_and_transformers_own_are_not(self) -> None:
         reading = {"keys": self.keys, "class_defaults": self.defaults}
-        found = read_tower(
-            recipe(reading), {"layers": 3, "embed_dim": 32, "hidden_size": 99, "heads": None or 2}
-        )
+        found = read_tower(recipe(reading), {"layers": 3, "embed_dim": 32, "hidden_size": 99, "heads": 2})
         assert (found.n_layers, found.layout) == (3, HeadLayout(2, 2, 4, 32))
         silent = read_tower(recipe(reading), {"num_hidden_layers": 99, "hidden_size": 99})
         assert (silent.n_layers, silent.layout) == (24, HeadLayout(8, 8, 4, 64))
@@ -139,7 +118,7 @@ class TestKeys:
 class TestLayerTypes:
     """Layers whose heads have another geometry."""
 
-    reading = {"layer_types": {"wide": {"every": 2, **WIDE}}}
+    reading: ClassVar = {"layer_types": {"wide": {"every": 2, **WIDE}}}
 
     @pytest.mark.parametrize(
         ("config", "expected"),
@@ -180,8 +159,10 @@ class TestLayerTypes:
         with pytest.raises(CheckpointError, match="positive integer"):
             tower(self.reading, wide_dim=value)
 
-    @pytest.mark.parametrize("fields", [{"every": 0}, {"every": -2}], ids=str)
-    def test_a_recipe_with_a_period_that_is_none_is_refused(self, fields: dict[str, int]) -> None:
+    @pytest.mark.parametrize(
+        "fields", [{"every": 0}, {"every": -2}, {"head_dim": {"key": "wide_dim", "default": 0}}], ids=str
+    )
+    def test_a_recipe_whose_own_numbers_are_none_is_refused(self, fields: dict[str, Any]) -> None:
         with pytest.raises(RecipeError, match=r"layer_types\.wide"):
             recipe({"layer_types": {"wide": {**WIDE, **fields}}})
 
@@ -241,7 +222,7 @@ class TestSharedKeys:
 class TestLogits:
     """What rescales or clips logits is recorded as it is."""
 
-    defaults = {"class_defaults": {"probe": {"attn_logit_softcapping": 50.0, "use_qk_norm": True}}}
+    defaults: ClassVar = {"class_defaults": {"probe": {"attn_logit_softcapping": 50.0, "use_qk_norm": True}}}
 
     def test_the_config_wins_over_the_class_and_null_is_nothing(self) -> None:
         assert tower(self.defaults).logits == {"attn_logit_softcapping": 50.0, "use_qk_norm": True}
@@ -266,46 +247,8 @@ class TestLogits:
         assert result.exit_code in (0, 3)
 
 
-def build(folder: Path, text: str, extra: dict[str, torch.Tensor] | None = None, **config: Any) -> Path:
-    """A checkpoint ``source`` of three layers of :data:`FULL`, and its recipe beside it."""
-    (folder / "probe.yaml").write_text(text)
-    whole = {"model_type": "probe", "architectures": ["ProbeForCausalLM"], **NUMBERS, **config}
-    return build_tiny(folder / "source", config=whole, extra=extra).path
-
-
-def ask(run, command: str, source: Path, *flags: object) -> Result:
-    return run(command, source, "--recipe", source.parent / "probe.yaml", *flags)
-
-
-def apply(run, source: Path, *flags: object, out: str = "out") -> dict[str, Any]:
-    """Edit, prove, return the manifest."""
-    result = ask(run, "apply", source, *flags, "-o", source.parent / out)
-    assert result.exit_code == 0, result.output
-    proof = run("verify", source.parent / out, "--source", source, "--recipe", source.parent / "probe.yaml")
-    assert proof.exit_code == 0, proof.output
-    manifest: dict[str, Any] = json.loads((source.parent / out / "qkpatch.json").read_text())
-    return manifest
-
-
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.2).to(torch.bfloat16)
-
-
-def check_edit(source: Path, out: Path, edit: dict[str, Any], modes: int = 2, alpha: float = 0.5) -> None:
-    """Each head of one edited tensor against the dense oracle."""
-    before, after = (load_file(path / "model.safetensors") for path in (source, out))
-    d, n_kv = edit["head_dim"], edit["num_key_value_heads"]
-    old, new, keys = (
-        t[edit[k]].double().view(-1, d, D_MODEL).numpy()
-        for t, k in ((before, "tensor"), (after, "tensor"), (before, "key_tensor"))
-    )
-    assert (len(old), len(keys)) == (H, n_kv)
-    for head in range(H):
-        W_K = keys[head * n_kv // H]
-        assert edit["heads"][head]["kv_head"] == head * n_kv // H
-        expected = oracle.edit(old[head], W_K, "full", range(modes), alpha).W_Q
-        assert oracle.ulps(new[head], oracle.round_to(expected, "BF16"), "BF16") <= 1
-        assert not np.allclose(new[head], old[head], rtol=0.05)
 
 
 @pytest.mark.parametrize("by", ["layer_types", "per_layer_config"])
@@ -347,125 +290,3 @@ def test_a_contradicted_layer_count_is_named_with_its_section(run, tmp_path: Pat
     result = ask(run, "plan", source, "--layers", 0)
     assert result.exit_code == 3
     assert "config.json: text.depth" in result.stderr
-
-
-BOTH = ("self", "cross")
-
-
-def two_sets(folder: Path, layers: tuple[int, ...] = (0, 1, 2), text: str = "", **config: Any) -> Path:
-    """Beside the first set, ``cross`` in ``layers``, with the very same weights."""
-    every = len(layers) == 3
-    source = build(folder, text or document(others={"cross": {**CROSS, "every_layer": every}}), **config)
-    stored = load_file(source / "model.safetensors")
-    cross = {
-        name.replace("self_attn", "cross"): tensor.clone()
-        for name, tensor in stored.items()
-        if any(f"layers.{layer}.self_attn" in name for layer in layers)
-    }
-    return build_over(source, {**stored, **cross})
-
-
-def build_over(source: Path, tensors: dict[str, torch.Tensor]) -> Path:
-    from safetensors.torch import save_file
-
-    save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    return source
-
-
-@pytest.mark.parametrize(
-    ("attention", "expected"),
-    [
-        (None, ["self"]),
-        ("self", ["self"]),
-        ("cross", ["cross"]),
-        ("self,cross", [*BOTH]),
-        ("cross, self", [*BOTH]),
-    ],
-)
-def test_the_sets_that_are_named_are_edited_and_no_other(
-    attention: str | None, expected: list[str], run, tmp_path: Path
-) -> None:
-    source = two_sets(tmp_path)
-    flags = () if attention is None else ("--attention", attention)
-    manifest = apply(run, source, "--layers", "0-1", *flags)
-    assert sorted(manifest["edit"]["attention"], reverse=True) == expected
-    assert set(manifest["recipe"]["prefix"]) == set(expected)
-    assert sorted((e["layer"], e["attention"]) for e in manifest["edits"]) == sorted(
-        (layer, name) for layer in (0, 1) for name in expected
-    )
-    for edit in manifest["edits"]:
-        module = "cross" if edit["attention"] == "cross" else "self_attn"
-        assert edit["tensor"] == f"model.layers.{edit['layer']}.{module}.q_proj.weight"
-        assert edit["key_tensor"] == f"model.layers.{edit['layer']}.{module}.k_proj.weight"
-        check_edit(source, tmp_path / "out", edit)
-    before, after = (load_file(path / "model.safetensors") for path in (source, tmp_path / "out"))
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {edit["tensor"] for edit in manifest["edits"]}
-    found = json.loads(ask(run, "inspect", source, "--json", "--layers", 1, *flags).stdout)["layers"]
-    assert sorted((layer["attention"] for layer in found), reverse=True) == expected
-
-
-def test_a_settings_file_may_name_the_sets_and_a_name_twice_is_one(run, tmp_path: Path) -> None:
-    source = two_sets(tmp_path)
-    (tmp_path / "edit.yaml").write_text("attention: self,cross\nlayers: 1\n")
-    assert len(apply(run, source, "--config", tmp_path / "edit.yaml")["edits"]) == 2
-    twice = apply(run, source, "--layers", 1, "--attention", "self,self", out="twice")
-    assert (twice["edit"]["attention"], len(twice["edits"])) == (["self"], 1)
-
-
-@pytest.mark.parametrize("attention", ["Self", "none", "", "self,", "self;cross"])
-def test_an_unknown_set_is_refused_with_the_known_ones(attention: str, run, tmp_path: Path) -> None:
-    result = ask(run, "plan", two_sets(tmp_path), "--attention", attention)
-    assert result.exit_code == 2
-    assert "choose from: self, cross" in " ".join(result.stderr.split())
-
-
-@pytest.mark.parametrize("select", ["random", "subspace"])
-def test_random_draws_differ_between_sets_of_equal_weights(select: str, run, tmp_path: Path) -> None:
-    source = two_sets(tmp_path)
-    apply(run, source, "--layers", 1, "--attention", "self,cross", "--select", select)
-    after = load_file(tmp_path / "out" / "model.safetensors")
-    q, other = (after[f"model.layers.1.{module}.q_proj.weight"] for module in ("self_attn", "cross"))
-    assert not torch.equal(q, other)
-    apply(run, source, "--layers", 1, "--select", select, out="alone")
-    alone = load_file(tmp_path / "alone" / "model.safetensors")
-    assert torch.equal(alone["model.layers.1.self_attn.q_proj.weight"], q)
-
-
-def test_a_layer_is_skipped_where_no_chosen_set_has_it(run, tmp_path: Path) -> None:
-    source = two_sets(tmp_path, layers=(1,))
-    manifest = apply(run, source, "--layers", "0-1", "--attention", "cross")
-    assert (manifest["edit"]["layers"], manifest["edit"]["skipped_layers"]) == ([1], [0])
-    assert any("layers 0 have no query-key product of this kind" in w for w in manifest["warnings"])
-    both = apply(run, source, "--layers", "0-1", "--attention", "self,cross", out="both")
-    assert (both["edit"]["layers"], len(both["edits"])) == ([0, 1], 3)
-
-
-@pytest.mark.parametrize(
-    ("cross", "config", "reason"),
-    [
-        ({"query": SELF["query"], "key": CROSS["key"]}, {}, "they share a query tensor"),
-        ({"keys": {"num_attention_heads": "n"}}, {"n": 2}, "they differ in layers or heads"),
-        ({"keys": {"num_hidden_layers": "n"}}, {"n": 4}, "they differ in layers or heads"),
-    ],
-)
-def test_sets_that_cannot_go_together_are_refused(
-    cross: dict[str, Any], config: dict[str, int], reason: str, run, tmp_path: Path
-) -> None:
-    text = document(others={"cross": {**CROSS, "every_layer": False, **cross}})
-    source = two_sets(tmp_path, text=text, **config)
-    result = ask(run, "plan", source, "--layers", 1, "--attention", "self,cross")
-    assert result.exit_code == 2
-    assert reason in " ".join(result.stderr.split())
-    assert ask(run, "plan", source, "--layers", 1).exit_code == 0
-
-
-def test_the_smaller_heads_of_a_second_set_limit_the_modes(run, tmp_path: Path) -> None:
-    text = document(others={"cross": {**CROSS, "keys": {"head_dim": "small"}}})
-    source = two_sets(tmp_path, text=text, small=4)
-    stored = load_file(source / "model.safetensors")
-    halved = {n: t[: len(t) // 2].clone() if "cross" in n else t for n, t in stored.items()}
-    build_over(source, halved)
-    for attention, code in (("self", 0), ("cross", 2), ("cross,self", 2), ("self,cross", 2)):
-        result = ask(run, "plan", source, "--layers", 1, "--modes", 6, "--attention", attention)
-        assert result.exit_code == code, attention

@@ -140,8 +140,10 @@ def _find_shards(root: Path, files: Mapping[str, SourceFile]) -> tuple[list[str]
                 fix="download the missing shards",
             )
         if PREFERRED_SINGLE in singles and PREFERRED_SINGLE not in shards:
+            # No twin to be listed and left: transformers looks for this name before it looks for an index.
             raise AmbiguousError(
-                f"both {PREFERRED_SINGLE} and {index.name} with other shards: loaders take the former",
+                f"{PREFERRED_SINGLE} beside {index.name}, which does not name it: transformers loads it instead of "
+                "the shards, so an edit of the shards would do nothing there",
                 where=str(root),
                 fix="remove the stale one, or point qkpatch at a single file",
             )
