@@ -196,7 +196,7 @@ def _numerical_warnings(edits: Iterable[EditRecord], plan: EditPlan) -> list[str
         worst = max(_mean_rounding(edit) for edit in coarse)
         warnings.append(
             f"rounding to {coarse[0].dtype} adds noise of up to {worst:.0%} of the edit's size (mean over heads), "
-            f"in {len(coarse)} tensor(s); patching the unquantised weights and quantising the result adds less"
+            f"in {len(coarse)} tensor(s)"
         )
     return warnings
 

@@ -12,6 +12,7 @@ import oracle
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import FineGrainedFP8Config, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 
 from qkpatch.spectral.fp8 import dequantise, requantise
@@ -292,6 +293,43 @@ def test_a_small_edit_that_drowns_in_rounding_is_a_warning(run: Callable[..., An
     result = run("apply", source, "--layers", "0-1", "--modes", 1, "--alpha", 0.95, "-o", tmp_path / "out")
     assert "rounding to F8_E4M3 adds noise" in result.stderr
     assert "in 1 tensor(s)" in result.stderr
+
+
+def test_transformers_loads_the_values_that_were_stored(run: Callable[..., Any], tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    d_model = 256  # whole blocks only: its loader takes a cut block for a narrow one
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=d_model, num_hidden_layers=2, num_attention_heads=H, num_key_value_heads=K, head_dim=D_HEAD,
+        intermediate_size=256, vocab_size=64,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(source)
+    held = {}
+    for name, W in load_file(source / "model.safetensors").items():
+        is_linear = name.endswith("_proj.weight")
+        held |= (
+            dict(zip([name, f"{name}_scale_inv"], quantise(W.float()), strict=True))
+            if is_linear
+            else {name: W}
+        )
+    save_file(held, source / "model.safetensors", {"format": "pt"})
+    document = json.loads((source / "config.json").read_text())
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    (source / "config.json").write_text(json.dumps({**document, "quantization_config": fp8}))
+    assert run("apply", source, "--layers", 1, "--modes", 2, "-o", out).exit_code == 0
+    loaded, report = LlamaForCausalLM.from_pretrained(
+        out, quantization_config=FineGrainedFP8Config(dequantize=True), output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    W_Q = loaded.model.layers[1].self_attn.q_proj.weight.detach().double().numpy()
+    stored, before = (load_file(path / "model.safetensors") for path in (out, source))
+    name = STEM.format(1, "q") + "weight"
+    values, old = (
+        dequantise(t[name], t[name + "_scale_inv"].double(), BLOCK).numpy() for t in (stored, before)
+    )
+    assert oracle.ulps(W_Q, oracle.round_to(values, "BF16"), "BF16") <= 1
+    assert not np.allclose(values, old)
 
 
 def test_queries_alone_may_be_quantised(run: Callable[..., Any], tmp_path: Path) -> None:
