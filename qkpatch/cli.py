@@ -297,8 +297,8 @@ def _decide(source: str, request: Request, out: Path | None, device: str, *, ove
 
 def _check(source: str, *, as_json: bool) -> NoReturn:
     from qkpatch.console import output_width, print_json, print_text
-    from qkpatch.diagnose import diagnose
-    from qkpatch.explain import explanation
+    from qkpatch.diagnosis.diagnose import diagnose
+    from qkpatch.diagnosis.explain import explanation
 
     diagnosis = diagnose(source)
     if as_json:

@@ -74,7 +74,7 @@ def _config_reading(fields: Fields) -> ConfigReading:
         layer_types=MappingProxyType(
             {kind: _layer_type(types.take_mapping(kind)) for kind in types.string_keys()}
         ),
-        shared_kv=_override(fields.take_mapping("shared_kv")) if "shared_kv" in fields else None,
+        shared_kv=_key_or_default(fields.take_mapping("shared_kv")) if "shared_kv" in fields else None,
     )
 
 
@@ -107,15 +107,17 @@ def _class_defaults(fields: Fields) -> Mapping[str, Mapping[str, ConfigValue]]:
 
 
 def _layer_type(fields: Fields) -> LayerType:
-    counts = {key: _override(fields.take_mapping(key)) for key in COUNT_KEYS if key in fields}
+    counts = {}
+    for key in COUNT_KEYS:
+        if key in fields:
+            entry = fields.take_mapping(key)
+            counts[key] = replace(_key_or_default(entry), condition=entry.take_optional("if", str))
     return LayerType(MappingProxyType(counts), fields.take_optional("every", int))
 
 
-def _override(fields: Fields) -> KeyOverride:
+def _key_or_default(fields: Fields) -> KeyOverride:
     return KeyOverride(
-        key=fields.take("key", str, default="", required=True),
-        default=fields.take_optional("default", int),
-        condition=fields.take_optional("if", str),
+        key=fields.take("key", str, default="", required=True), default=fields.take_optional("default", int)
     )
 
 
@@ -144,8 +146,10 @@ def _tensor_names(
             f"rows {names.rows.value} {'need' if names.rows.is_fused else 'exclude'} query = key", "rows"
         )
     for i, prefix in enumerate(names.prefixes):
-        if prefix.count("{layer}") != 1:
-            fields.fault(f"must hold {{layer}} exactly once, got {prefix!r}", f"prefixes[{i}]")
+        if prefix.count("{layer}") != 1 or set(prefix.replace("{layer}", "")) & set("{}"):
+            fields.fault(
+                f"must hold {{layer}} exactly once and no other brace, got {prefix!r}", f"prefixes[{i}]"
+            )
     if names.orientation != "out_in":
         fields.fault(f"only out_in is supported, got {names.orientation!r}", "orientation")
     if base is not None:

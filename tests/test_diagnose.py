@@ -15,16 +15,17 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from typer.testing import Result
 
-from qkpatch import catalogue, diagnose
+from qkpatch import catalogue
+from qkpatch.diagnosis import diagnose
 from qkpatch.catalogue import load_recipe, shipped_recipes
 from qkpatch.checkpoint.header import TensorRef
-from qkpatch.diagnose import Diagnosis
-from qkpatch.draft import draft_recipe
+from qkpatch.diagnosis.diagnose import Diagnosis
+from qkpatch.diagnosis.draft import draft_recipe
+from qkpatch.diagnosis.survey import query_groups, text_numbers
 from qkpatch.errors import RecipeError, UnsupportedError
 from qkpatch.recipe import NormKind, NormSpan
 from qkpatch.recipe_file import parse_recipe
 from qkpatch.rows import RowLayout
-from qkpatch.survey import query_groups, text_numbers
 
 NUMBERS = {
     "num_hidden_layers": 3, "hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
@@ -484,7 +485,7 @@ class TestCommand:
         )
 
     def test_a_narrow_terminal_gets_no_line_longer_than_it_but_names(self, tmp_path: Path) -> None:
-        from qkpatch.explain import explanation
+        from qkpatch.diagnosis.explain import explanation
 
         tiny = build_tiny(tmp_path / "tiny", config={**LLAMA, "num_attention_heads": 8})
         diagnosis = diagnose.diagnose(str(tiny.path))

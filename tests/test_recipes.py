@@ -72,6 +72,7 @@ def test_all_faults_of_a_recipe_are_told_together_with_their_paths() -> None:
         (("hidden_size: 4096", "hidden_size: 0"), "must be at least 1"),
         (("hidden_size: 4096", "hiden_size: 4096"), "$.config.class_defaults.llama.hiden_size: unknown key"),
         (("layers.{layer}.", "layers."), "must hold {layer} exactly once"),
+        (("layers.{layer}.", "layers{0}.{layer}."), "and no other brace"),
         (("middle-third", "18-10"), "$.defaults.layers: range 18-10 is reversed"),
         (("modes: 4", "modes: 0"), "$.defaults.modes: must be at least 1"),
     ],

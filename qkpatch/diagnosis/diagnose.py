@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qkpatch.candidate import NAMED, Candidate, Reason, examine
 from qkpatch.catalogue import shipped_recipes
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.source import Checkpoint, open_checkpoint
 from qkpatch.describe import attention
-from qkpatch.draft import NAME, draft_recipe
+from qkpatch.diagnosis.candidate import NAMED, Candidate, Reason, examine
+from qkpatch.diagnosis.draft import NAME, draft_recipe
+from qkpatch.diagnosis.survey import QueryGroup, query_groups, text_numbers
 from qkpatch.errors import UnsupportedError
 from qkpatch.locate import Source, locate
 from qkpatch.recipe import TOP_LEVEL, Recipe
 from qkpatch.recipe_file import parse_recipe
-from qkpatch.survey import QueryGroup, query_groups, text_numbers
 
 MOST_CANDIDATES = 5
 EXIT_UNKNOWN = 3  # as for any unsupported or ambiguous checkpoint
@@ -96,7 +96,9 @@ def diagnose(source: str) -> Diagnosis:
     config, tensors = checkpoint.config, checkpoint.tensors
     numbers = text_numbers(config)
     groups = query_groups(tensors, numbers)
-    near = sorted((examine(r, checkpoint) for r in _near(config, tensors)), key=_rank)
+    named, others = _near(config, tensors)
+    # Where config.json names a family, what others have in common with it is of no use.
+    near = sorted((examine(recipe, checkpoint) for recipe in named or others), key=_rank)
     draft, no_draft = None, None
     if not any(candidate.fits for candidate in near):
         try:
@@ -111,26 +113,27 @@ def diagnose(source: str) -> Diagnosis:
         n_tensors=len(tensors),
         n_shards=len(checkpoint.headers),
         candidates=tuple(near[:MOST_CANDIDATES]),
-        n_more=len(near[MOST_CANDIDATES:]),
+        n_more=len(near[MOST_CANDIDATES:]) + (len(others) if named else 0),
         groups=groups,
         draft=draft,
         no_draft=no_draft,
     )
 
 
-def _near(config: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> list[Recipe]:
-    """The shipped recipes of which anything fits: model type, an architecture, or the tensors' names."""
+def _near(config: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> tuple[list[Recipe], list[Recipe]]:
+    """Shipped recipes whose model type or architecture config.json names, and others whose tensor names fit."""
     recipes = shipped_recipes().values()
+    model_type, architectures = config.get("model_type") or "", config.get("architectures")
+    classes = architectures if isinstance(architectures, list) else []
+    named = [r for r in recipes if model_type in r.model_types or any(a in r.architectures for a in classes)]
     modules = {recipe.tensors.query_module + "." for recipe in recipes}
-    named = {module: [name for name in tensors if module in name] for module in modules}
-    architectures = config.get("architectures")
-    return [
+    alike = {module: [name for name in tensors if module in name] for module in modules}
+    others = [
         recipe
         for recipe in recipes
-        if (config.get("model_type") or "") in recipe.model_types
-        or any(a in recipe.architectures for a in (architectures if isinstance(architectures, list) else ()))
-        or recipe.tensors.matching_prefixes(named[recipe.tensors.query_module + "."])
+        if recipe not in named and recipe.tensors.matching_prefixes(alike[recipe.tensors.query_module + "."])
     ]
+    return named, others
 
 
 def _checked(text: str, checkpoint: Checkpoint, near: list[Candidate]) -> Draft:

@@ -6,11 +6,11 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from qkpatch.candidate import Candidate, Finding, Reason
-from qkpatch.diagnose import Diagnosis
-from qkpatch.draft import NAME
+from qkpatch.diagnosis.candidate import Candidate, Finding, Reason
+from qkpatch.diagnosis.diagnose import Diagnosis
+from qkpatch.diagnosis.draft import NAME
+from qkpatch.diagnosis.survey import QueryGroup
 from qkpatch.selection import abbreviate, format_ranges
-from qkpatch.survey import QueryGroup
 
 _ANSWER = {True: "yes", False: "no ", None: " ? "}
 _MOST_GROUPS = 12
@@ -20,13 +20,10 @@ def explanation(diagnosis: Diagnosis, width: int) -> str:
     """What matched and what did not, and the draft as the last block, each of its lines as it is."""
     lines = _heading(diagnosis)
     fitting = diagnosis.fitting
-    # Where config.json names a family, what others have in common with it is of no use.
-    shown = fitting or tuple(c for c in diagnosis.candidates if c.is_named) or diagnosis.candidates
-    for candidate in shown:
+    for candidate in fitting or diagnosis.candidates:
         lines += ["", *_candidate(candidate)]
-    n_more = len(diagnosis.candidates) + diagnosis.n_more - len(shown)
-    if n_more and not fitting:
-        lines += ["", f"{n_more} more recipe(s) have the same tensor names."]
+    if diagnosis.n_more and not fitting:
+        lines += ["", f"{diagnosis.n_more} more recipe(s) have the same tensor names or model type."]
     if len(fitting) != 1:
         lines += ["", *_groups(diagnosis.groups)]
     lines += ["", *_conclusion(diagnosis)]

@@ -7,14 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from qkpatch.checkpoint.header import TensorRef
+from qkpatch.diagnosis.guesses import Heads, guess_heads
+from qkpatch.diagnosis.survey import LANGUAGE, QueryGroup, TextNumbers
 from qkpatch.errors import UnsupportedError
-from qkpatch.guesses import Heads, guess_heads
+from qkpatch.recipe import TOP_LEVEL
 from qkpatch.refusals import refuse_known
-from qkpatch.survey import LANGUAGE, QueryGroup, TextNumbers
 
 NAME = "draft"
 MODES = 4
 _LIMIT = 200  # characters of a value out of config.json; more is no name of anything
+_KEY_LIMIT = 90  # of a key: YAML's own is 1024, after escapes
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./{}-]*", re.ASCII)
 _NOT_TEXT = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
 _KEY_WORDS = {"q": "k", "query": "key", "queries": "keys"}
@@ -111,7 +113,7 @@ def _config(numbers: TextNumbers, group: QueryGroup, heads: Heads) -> str:
     defaults = dict(heads.defaults)
     if "num_hidden_layers" not in numbers.keys:
         defaults = {"num_hidden_layers": group.layers[-1] + 1, **defaults}
-    text_type = _yaml(numbers.model_type[:_LIMIT] or "text")
+    text_type = _yaml(numbers.model_type if 0 < len(numbers.model_type) <= _KEY_LIMIT else "text")
     lines.append("  class_defaults:   # what config.json leaves out")
     if not defaults:
         lines.append(f"    {text_type}: {{}}   # nothing; add its class's defaults if other checkpoints do")
@@ -213,9 +215,14 @@ def _texts(value: object) -> list[str]:
 
 
 def _yaml(text: str, *, flow: bool = False) -> str:
-    """``text`` as a YAML scalar on one line of plain ASCII, plain where that is unambiguous."""
+    """``text`` as a YAML scalar on one line, plain where that is unambiguous."""
     if _PLAIN.fullmatch(text) and text.lower() not in _NOT_TEXT and not (flow and re.search("[{}]", text)):
         return text
-    if text == ".":
+    if text == TOP_LEVEL:
         return text
-    return '"' + "".join(c if " " <= c <= "~" and c not in '"\\' else f"\\U{ord(c):08x}" for c in text) + '"'
+    return '"' + "".join(c if c.isprintable() and c not in '"\\' else _escaped(c) for c in text) + '"'
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

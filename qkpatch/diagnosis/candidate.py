@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from qkpatch.checkpoint.source import Checkpoint
+from qkpatch.diagnosis.survey import layered
 from qkpatch.errors import QKPatchError, UnsupportedError
 from qkpatch.model import open_set
 from qkpatch.recipe import Recipe
-from qkpatch.survey import layered
 from qkpatch.targets import AttentionSet
 from qkpatch.tower import read_tower
 
@@ -66,11 +66,6 @@ class Candidate:
     def fits(self) -> bool:
         """Whether the recipe can be used as it is; some layers may still be refused."""
         return all(finding.fits for finding in self.findings)
-
-    @property
-    def is_named(self) -> bool:
-        """Whether config.json names the recipe's model type or architecture."""
-        return any(f.fits for f in self.findings if f.about in NAMED[:2])
 
     @property
     def fits_but_for_identity(self) -> bool:

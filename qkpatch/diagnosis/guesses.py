@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from qkpatch.checkpoint.header import TensorRef
+from qkpatch.diagnosis.survey import QueryGroup, TextNumbers
 from qkpatch.errors import UnsupportedError
 from qkpatch.rows import RowLayout
-from qkpatch.survey import QueryGroup, TextNumbers
 
 
 @dataclass
