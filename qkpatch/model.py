@@ -11,7 +11,7 @@ from qkpatch.locate import Source, locate
 from qkpatch.recipe import Recipe, TensorNames
 from qkpatch.refusals import refuse_known
 from qkpatch.selection import format_ranges
-from qkpatch.settings import EditSettings, Request, resolve
+from qkpatch.settings import EditSettings, Request, check_modes, resolve
 from qkpatch.targets import AttentionSet, LayerTarget
 from qkpatch.tower import LanguageTower, read_tower
 
@@ -64,8 +64,6 @@ class Model:
             self.recipe,
             n_layers=tower.n_layers,
             n_heads=tower.layout.n_heads,
-            d_head=min(layout.d_head for layout in (tower.layout, *tower.exceptions.values())),
-            d_model=tower.layout.d_model,
         )
         present = tuple(layer for layer in settings.layers if any(s.has(layer) for s in self.sets))
         if not present:
@@ -74,6 +72,8 @@ class Model:
                 where="--layers",
                 fix=f"choose from {format_ranges(self.editable_layers)}",
             )
+        for layout in {s.tower.layout_of(layer) for s in self.sets for layer in present if s.has(layer)}:
+            check_modes(settings.rule, layout.d_head, layout.d_model)
         return replace(
             settings,
             attention=tuple(s.names.attention for s in self.sets),
@@ -128,7 +128,7 @@ def _check_count(
     recipe: Recipe, names: TensorNames, tower: LanguageTower, layers: list[int], checkpoint: Checkpoint
 ) -> None:
     """The layers that are stored must be those that config.json, or the class default, counts."""
-    where = f"config.json: {names.keys.get('num_hidden_layers', 'num_hidden_layers')}"
+    where = f"config.json: {tower.section}{names.keys.get('num_hidden_layers', 'num_hidden_layers')}"
     beyond = [layer for layer in layers if layer >= tower.n_layers]
     if beyond and not names.mtp_layers:
         raise CheckpointError(
@@ -149,8 +149,13 @@ def _check_count(
 def _check_together(sets: tuple[AttentionSet, ...]) -> None:
     """Sets that are edited in one run must agree on what a layer and a head is, and not share a query tensor."""
     sizes = {(s.tower.n_layers, s.tower.layout.n_heads) for s in sets}
-    queries = [s.prefix + s.names.query for s in sets]
-    if len(sizes) > 1 or len(set(queries)) < len(queries):
+    is_shared = any(
+        a.prefix + a.names.query in (b.prefix + b.names.query, b.prefix + b.names.key)
+        for a in sets
+        for b in sets
+        if a is not b
+    )
+    if len(sizes) > 1 or is_shared:
         reason = "they differ in layers or heads" if len(sizes) > 1 else "they share a query tensor"
         raise UsageError(
             f"{' and '.join(s.names.attention for s in sets)} cannot be edited together: {reason}",

@@ -27,7 +27,7 @@ from qkpatch.errors import NumericalError
 from qkpatch.manifest import EditRecord, HeadRecord, Manifest, planned_manifest
 from qkpatch.plan import EditPlan
 from qkpatch.selection import abbreviate
-from qkpatch.spectral.edit import edit_and_round
+from qkpatch.spectral.edit import Folding, edit_and_round
 from qkpatch.targets import LayerTarget
 from qkpatch.weights import one_thread, open_layer
 
@@ -98,14 +98,13 @@ def edit_layer(
     heads = []
     with open_layer(plan.model, target, device) as weights:
         before = _digests(target, weights.fds)
-        is_changed = False
+        gain, is_changed = weights.invertible_gain(), False
         for of in weights.heads(settings.heads):
             generator = head_generator(settings.seed, target, of.head)
             try:
                 store = functools.partial(weights.store, of.head)
-                stored, report = edit_and_round(
-                    of.product, settings.rule, store, generator, weights.input_gain
-                )
+                folding = None if gain is None else Folding(of.W_Q, gain)
+                stored, report = edit_and_round(of.product, settings.rule, store, generator, folding)
             except NumericalError as error:
                 where = f"head {of.head} of {query.name}, {query.dtype}"
                 raise NumericalError(error.what, where=where, fix=error.fix) from error

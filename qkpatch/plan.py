@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from qkpatch.model import Model, open_model
-from qkpatch.recipe import NormSpan
 from qkpatch.selection import abbreviate, format_ranges
 from qkpatch.settings import EditSettings, Request, check_request
 from qkpatch.spectral.rule import EditRule, Select
@@ -133,13 +132,16 @@ def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, 
 
 
 def _norm_warnings(model: Model, rule: EditRule, targets: tuple[LayerTarget, ...]) -> list[str]:
-    norms = next((target.norms for target in targets if target.norms is not None), None)
-    is_l2_normed = bool(model.tower.logits.get("use_qk_norm"))  # Llama 4: a norm without weights
-    if rule.select is not Select.shrink or not (norms or is_l2_normed):
+    if rule.select is not Select.shrink:
         return []
-    is_projection = norms is not None and norms.over is NormSpan.projection
-    if is_projection or (norms and norms.over is NormSpan.stored and _is_over_projection(targets)):
+    normed = [target for target in targets if target.norms is not None]
+    is_l2_normed = bool(model.tower.logits.get("use_qk_norm"))  # Llama 4: a norm without weights
+    if not normed and not is_l2_normed:
+        return []
+    if any(_is_over_projection(target) for target in normed):
         return ["queries are normalised over all heads, so shrinking W_Q only shifts weight between heads"]
+    if any(target.query.name.removesuffix("weight") + "bias" in target.biases for target in targets):
+        return ["queries are normalised per head, so shrinking W_Q only gives their bias more weight"]
     return ["queries are normalised per head, so shrinking W_Q changes nothing in the model's output"]
 
 
@@ -148,5 +150,6 @@ def _has_adapter(model: Model, target: LayerTarget) -> bool:
     return any(name.startswith(f"{module}.lora_") for name in model.checkpoint.tensors)
 
 
-def _is_over_projection(targets: tuple[LayerTarget, ...]) -> bool:
-    return any(t.query_norm is not None and t.query_norm.shape[0] > t.layout.d_head for t in targets)
+def _is_over_projection(target: LayerTarget) -> bool:
+    norm, layout = target.query_norm, target.layout
+    return norm is not None and layout.n_heads > 1 and norm.shape == (layout.n_heads * layout.d_head,)

@@ -74,7 +74,7 @@ def _config_reading(fields: Fields) -> ConfigReading:
         layer_types=MappingProxyType(
             {kind: _layer_type(types.take_mapping(kind)) for kind in types.string_keys()}
         ),
-        shared_kv=_key_or_default(fields.take_mapping("shared_kv")) if "shared_kv" in fields else None,
+        shared_kv=_key_or_default(fields.take_mapping("shared_kv"), 0) if "shared_kv" in fields else None,
     )
 
 
@@ -111,20 +111,27 @@ def _layer_type(fields: Fields) -> LayerType:
     for key in COUNT_KEYS:
         if key in fields:
             entry = fields.take_mapping(key)
-            counts[key] = replace(_key_or_default(entry), condition=entry.take_optional("if", str))
-    return LayerType(MappingProxyType(counts), fields.take_optional("every", int))
+            counts[key] = replace(_key_or_default(entry, 1), condition=entry.take_optional("if", str))
+    return LayerType(MappingProxyType(counts), _at_least(fields, "every", 1))
 
 
-def _key_or_default(fields: Fields) -> KeyOverride:
+def _key_or_default(fields: Fields, least: int) -> KeyOverride:
     return KeyOverride(
-        key=fields.take("key", str, default="", required=True), default=fields.take_optional("default", int)
+        key=fields.take("key", str, default="", required=True), default=_at_least(fields, "default", least)
     )
+
+
+def _at_least(fields: Fields, key: str, least: int) -> int | None:
+    value = fields.take_optional(key, int)
+    if value is not None and value < least and fields.is_a(key, int):
+        fields.fault(f"must be at least {least}", key)
+    return value
 
 
 def _tensor_names(
     fields: Fields, base: TensorNames | None, attention: str, keys: Mapping[str, str]
 ) -> TensorNames:
-    """One set of names; what a further set does not say is as in ``base``, but for the norms."""
+    """One set of names; what a further set does not say is as in ``base``, but for all norms."""
     is_first = base is None
     if not _NAME.fullmatch(attention):
         fields.fault(f"{attention!r} is not a name of small letters, digits, dot, dash", "attention")
@@ -153,11 +160,7 @@ def _tensor_names(
     if names.orientation != "out_in":
         fields.fault(f"only out_in is supported, got {names.orientation!r}", "orientation")
     if base is not None:
-        names = replace(
-            names,
-            prefixes=names.prefixes or base.prefixes,
-            input_norm=names.input_norm or base.input_norm,
-        )
+        names = replace(names, prefixes=names.prefixes or base.prefixes)
     return names
 
 
@@ -173,11 +176,15 @@ def _other_sets(fields: Fields, first: TensorNames) -> tuple[TensorNames, ...]:
 
 
 def _norms(fields: Fields) -> NormNames:
+    kind, over = _choice(fields, "kind", NormKind.rms), _choice(fields, "over", NormSpan.head)
+    if kind is NormKind.layer and over is not NormSpan.head:
+        # Its mean would be that of all heads, so that editing one head moved the others.
+        fields.fault("LayerNorm is supported per head only", "over")
     return NormNames(
         query=fields.take("query", str, default="", required=True),
         key=fields.take("key", str, default="", required=True),
-        kind=_choice(fields, "kind", NormKind.rms),
-        over=_choice(fields, "over", NormSpan.head),
+        kind=kind,
+        over=over,
         plus_one=fields.take("plus_one", bool, default=False),
         optional=fields.take("optional", bool, default=False),
     )

@@ -10,7 +10,9 @@ from qkpatch.errors import UnsupportedError
 EDITABLE_DTYPES = ("F64", "F32", "F16", "BF16")
 
 # Spellings of query and key norms under a layer's attention.
-KNOWN_NORMS = tuple(f"{which}_{norm}.weight" for norm in ("norm", "layernorm") for which in "qk")
+KNOWN_NORMS = tuple(
+    f"{which}_{norm}.weight" for norm in ("norm", "layernorm", "layer_norm") for which in "qk"
+)
 
 # What stands beside, or in place of, `q_proj.weight` when a method has quantised it; first match names it.
 _COMPANIONS: tuple[tuple[frozenset[str], str], ...] = (

@@ -131,13 +131,11 @@ def check_device_name(name: str) -> None:
         raise UsageError(f"{name!r} is not a device", where="--device", fix="use auto, cpu, cuda or cuda:0")
 
 
-def resolve(
-    request: Request, recipe: Recipe, *, n_layers: int, n_heads: int, d_head: int, d_model: int
-) -> EditSettings:
-    """Fill in defaults and check everything against the model's size; no weight is read.
+def resolve(request: Request, recipe: Recipe, *, n_layers: int, n_heads: int) -> EditSettings:
+    """Fill in defaults and check them against the model's size; no weight is read.
 
     Raises:
-        UsageError: a layer or head that the model does not have, more modes than the channel has.
+        UsageError: a layer or head that the model does not have.
     """
     check_request(request)
     from_recipe = tuple(name for name in ("layers", "modes") if getattr(request, name) is None)
@@ -147,7 +145,6 @@ def resolve(
         modes=recipe.default_modes if request.modes is None else request.modes,
         alpha=DEFAULT_ALPHA if request.alpha is None else request.alpha,
     )
-    _check_modes(rule, d_head, d_model)
     layer_text = recipe.default_layers if request.layers is None else request.layers
     return EditSettings(
         layers=middle_third(n_layers)
@@ -171,7 +168,12 @@ def _within(text: str, count: int, what: str) -> tuple[int, ...]:
     return numbers
 
 
-def _check_modes(rule: EditRule, d_head: int, d_model: int) -> None:
+def check_modes(rule: EditRule, d_head: int, d_model: int) -> None:
+    """Refuse more modes than a head of this size has.
+
+    Raises:
+        UsageError: more modes than the channel has, or than random selection leaves.
+    """
     most = rule.channel.max_modes(d_head, d_model)
     if rule.paired_modes > most:
         raise UsageError(

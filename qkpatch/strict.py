@@ -17,29 +17,39 @@ from qkpatch.errors import RecipeError
 T = TypeVar("T")
 
 _PLAIN_TYPES = {"null", "bool", "int", "float", "str"}
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # what neither a file's name nor UTF-8 can hold; an escape can write it
 
 MAX_BYTES = 1 << 20  # settings are written by hand; more than 1 MiB is a mistake or an attack
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """``SafeLoader`` that refuses duplicate keys, aliases (so no alias bombs), tags and octal or hex integers."""
+    """``SafeLoader`` without duplicate keys, aliases (so no alias bombs), tags, and numbers that are not decimal."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.constructor.ConstructorError(
                 None, None, "aliases (*name) are not allowed", parent.start_mark if parent else None
             )
+        # A tag may ask for a type that the value is not, and PyYAML's constructors trust it: `!!map [a]`, `!!bool x`.
+        event = self.peek_event()
+        if getattr(event, "tag", None) is not None:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a value is tagged as {event.tag}; leave the tag out", event.start_mark
+            )
         node = super().compose_node(parent, index)
         if isinstance(node, yaml.ScalarNode):
-            if (
-                not node.tag.startswith("tag:yaml.org,2002:")
-                or node.tag.rsplit(":", 1)[1] not in _PLAIN_TYPES
-            ):
+            if node.tag.rpartition(":")[2] not in _PLAIN_TYPES:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{node.value!r} is tagged as {node.tag}; quote it", node.start_mark
                 )
-            # YAML 1.1 reads 010 as eight and 1:30 as ninety.
-            if node.tag.endswith(":int") and not re.fullmatch(r"-?(0|[1-9][0-9]*)", node.value, re.ASCII):
+            if found := _NO_TEXT.search(node.value):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"a text holds the character {found[0]!r}", node.start_mark
+                )
+            # YAML 1.1 reads 010 as eight, 1:30 and 1:30.0 as ninety, and 1_0.5 as ten and a half.
+            if (
+                node.tag.endswith(":int") and not re.fullmatch(r"-?(0|[1-9][0-9]*)", node.value, re.ASCII)
+            ) or (node.tag.endswith(":float") and set(node.value) & set(":_")):
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{node.value!r} is not a plain decimal number", node.start_mark
                 )
@@ -73,7 +83,7 @@ def load_yaml(text: bytes, where: str) -> Any:
         mark = error.problem_mark
         place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
         raise RecipeError(f"not valid YAML: {error.problem or error.context}", where=place) from error
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # "\\Uffffffff" is a character past any number
         raise RecipeError(f"not valid YAML: {error}", where=where) from error
 
 
@@ -119,7 +129,7 @@ class Fields:
                 self.fault("missing", key)
             return default
         value = self._data[key]
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) < 2**1023:
             value = float(value)
         if type(value) is not kind:
             self.fault(f"expected {kind.__name__}, got {_show(value)}", key)

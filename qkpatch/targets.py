@@ -130,13 +130,11 @@ class AttentionSet:
     def _norms(self, layer: int, stem: str, layout: HeadLayout) -> tuple[TensorRef | None, TensorRef | None]:
         """The layer's query and key norms; stored and declared must agree, since they change the product."""
         norms = self.names.norms
-        if norms is None:
+        if norms is None or (norms.optional and not self._stores_norms):
             around = self._around(stem)
             undeclared = [name for norm in KNOWN_NORMS if (name := f"{around}.{norm}") in self.tensors]
             if undeclared:
                 raise undeclared_norm(undeclared[0], self.recipe)
-            return None, None
-        if norms.optional and not self._stores_norms:
             return None, None
         query = self._gain(layer, stem + norms.query, layout.n_heads, layout.d_head, norms.over)
         key = self._gain(layer, stem + norms.key, layout.n_kv_heads, layout.d_head, norms.over)
@@ -148,13 +146,25 @@ class AttentionSet:
 
     @cached_property
     def _stores_norms(self) -> bool:
-        """Whether any layer has a query or a key norm; then each must have both."""
+        """Whether the layers have norms of queries and keys: all of them, or none.
+
+        Raises:
+            CheckpointError: only some.
+        """
         norms = self.names.norms
-        return norms is not None and any(
-            self.prefix.format(layer=layer) + name in self.tensors
-            for layer in self.layers
-            for name in (norms.query, norms.key)
-        )
+        if norms is None:
+            return False
+        wanted = [
+            self.prefix.format(layer=n) + name for n in self.layers for name in (norms.query, norms.key)
+        ]
+        missing = [name for name in wanted if name not in self.tensors]
+        if missing and len(missing) < len(wanted):
+            raise CheckpointError(
+                f"{len(wanted) - len(missing)} norms of queries and keys, and {len(missing)} are missing",
+                where=missing[0],
+                fix="download the missing shard",
+            )
+        return not missing
 
     def _gain(self, layer: int, name: str, n_heads: int, d_head: int, over: NormSpan) -> TensorRef:
         ref = self.tensors.get(name)

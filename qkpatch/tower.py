@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,8 @@ from qkpatch.rows import RowLayout
 
 # Far above any real model; a config.json beyond it is broken or hostile.
 MAX_COUNT = 1 << 20
+MAX_LOGIT = 1e30  # of what is recorded only; also keeps NaN out
+_LAYER = re.compile("[0-9]{1,7}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class LanguageTower:
     """The language model's numbers, from config.json and the recipe's class defaults."""
 
     text_model_type: str
+    section: str  # where config.json has these numbers, as a prefix of its keys: "text_config."
     n_layers: int
     layout: HeadLayout  # of all layers but those in `exceptions`
     exceptions: Mapping[int, HeadLayout] = field(default_factory=dict)
@@ -70,7 +74,7 @@ def read_tower(
     logits = {
         key: value
         for key in LOGIT_KEYS
-        if isinstance(value := section.get(key, defaults.get(key)), int | float)
+        if isinstance(value := section.get(key, defaults.get(key)), int | float) and abs(value) < MAX_LOGIT
     }
     exceptions = {
         layer: _Counts({**numbers, **changes}, where, names).layout()
@@ -86,11 +90,12 @@ def read_tower(
     unless = names.input_norm.unless if names.input_norm is not None else None
     return LanguageTower(
         text_model_type=text_type,
+        section=where,
         n_layers=n_layers,
         layout=layout,
         exceptions=exceptions,
         first_shared=_first_shared(recipe, section, where, n_layers),
-        has_input_norm=unless is None or not section.get(unless),
+        has_input_norm=unless is None or section.get(unless) is not True,
         logits=logits,
     )
 
@@ -141,7 +146,7 @@ def _exceptions(
     per_layer = section.get("per_layer_config")
     if per_layer is not None:
         if not isinstance(per_layer, dict) or not all(
-            isinstance(k, str) and k.isdecimal() and isinstance(v, dict) for k, v in per_layer.items()
+            _LAYER.fullmatch(k) and isinstance(v, dict) for k, v in per_layer.items()
         ):
             raise CheckpointError(
                 "not a mapping by layer number", where=f"config.json: {where}per_layer_config"
@@ -178,7 +183,7 @@ def _layer_types(recipe: Recipe, section: Mapping[str, Any], where: str, n_layer
 def _first_shared(recipe: Recipe, section: Mapping[str, Any], where: str, n_layers: int) -> int | None:
     source = recipe.config.shared_kv
     n_shared = None if source is None else _overridden(source, section)
-    if source is None or not n_shared:
+    if source is None or n_shared is None or (type(n_shared) is int and n_shared == 0):
         return None
     n_shared = _positive(n_shared, f"config.json: {where}{source.key}")
     if n_shared >= n_layers:
@@ -189,7 +194,7 @@ def _first_shared(recipe: Recipe, section: Mapping[str, Any], where: str, n_laye
 
 
 def _overridden(source: KeyOverride, section: Mapping[str, Any]) -> Any:
-    if source.condition is not None and not section.get(source.condition):
+    if source.condition is not None and section.get(source.condition) is not True:
         return None
     return section.get(source.key, source.default)
 

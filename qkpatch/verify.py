@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from qkpatch.catalogue import shipped_recipes
 from qkpatch.checkpoint.files import READ_CHUNK, Progress, open_read, read_exact, sha256_range
 from qkpatch.checkpoint.source import MANIFEST_NAME, Checkpoint, open_checkpoint
 from qkpatch.checkpoint.tree import SourceFile, read_whole, walk_files
@@ -61,10 +62,17 @@ def verify(out: Path, source: str, progress: Progress, recipe: str | None = None
             fix="is this the directory that qkpatch apply wrote?",
         )
     manifest = Manifest.loads(read_whole(out / MANIFEST_NAME), f"{out.name}/{MANIFEST_NAME}")
+    request = replace(manifest.request(), recipe=recipe or manifest.recipe["name"])
+    if recipe is None and request.recipe not in shipped_recipes():
+        raise CheckpointError(
+            f"it was made with a recipe of its own, {request.recipe!r}",
+            where=f"{out.name}/{MANIFEST_NAME}",
+            fix="say where that is: --recipe FILE.yaml",
+        )
     found: list[Mismatch] = []
     plan = None
     try:
-        plan = make_plan(source, replace(manifest.request(), recipe=recipe or manifest.recipe["name"]))
+        plan = make_plan(source, request)
     except (UsageError, AmbiguousError, UnsupportedError, CheckpointError) as error:
         found.append(Mismatch(MANIFEST_NAME, f"its edit cannot be made on SOURCE: {error}"))
     else:

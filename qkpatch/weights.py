@@ -100,16 +100,22 @@ class LayerWeights:
 
     @cached_property
     def input_gain(self) -> Tensor | None:
-        """γ of the RMSNorm before attention, (d_model,), where it is folded into the product.
-
-        Raises:
-            NumericalError: a γ too small to map the edit back through ``diag(1/γ)``.
-        """
+        """γ of the RMSNorm before attention, (d_model,), where it is folded into the product."""
         ref = self.target.input_norm
         if ref is None:
             return None
         gain = self._read(ref, (ref.begin, ref.end), "the norm before attention")
-        gain = gain + float(self.target.input_norm_plus_one)
+        return gain + float(self.target.input_norm_plus_one)
+
+    def invertible_gain(self) -> Tensor | None:
+        """:attr:`input_gain`, through whose inverse an edit can be mapped back.
+
+        Raises:
+            NumericalError: a γ is too small.
+        """
+        ref, gain = self.target.input_norm, self.input_gain
+        if ref is None or gain is None:
+            return None
         smallest, largest = float(gain.abs().min()), float(gain.abs().max())
         if smallest <= SMALLEST_GAIN * largest:
             raise NumericalError(

@@ -109,6 +109,13 @@ def test_cross_attention_is_edited_with_its_norms_when_asked_for(
     assert not torch.allclose(*logits)
 
 
+def test_the_norm_of_text_is_not_folded_where_keys_come_from_the_image(llama_vision: Path, run) -> None:
+    assert run("plan", llama_vision, "--layers", "0-4", "--fold-norm").exit_code == 0
+    result = run("plan", llama_vision, "--layers", "0-4", "--attention", "cross", "--fold-norm")
+    assert result.exit_code == 3
+    assert "no RMSNorm before attention, so there is no gain to fold" in result.stderr
+
+
 def test_self_and_cross_attention_together_edit_every_layer(llama_vision: Path, run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ["--attention", "self,cross", "--layers", "0-4", "--modes", 2, "--alpha", 0]

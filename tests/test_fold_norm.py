@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import build_tiny
+from conftest import REPO, build_tiny
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import rms_norm
@@ -322,8 +322,20 @@ def test_a_recipe_without_a_gain_before_attention_refuses_the_flag(run, tmp_path
     )
     for command in ("apply", "plan"):
         result = refused(run, source, command)
-        assert "declares no RMSNorm before attention" in " ".join(result.stderr.split())
+        assert "no RMSNorm before attention" in " ".join(result.stderr.split())
     assert run("plan", source, "--layers", 1).exit_code == 0
+
+
+def test_a_model_that_has_its_norm_after_attention_refuses_the_flag(run, tmp_path: Path) -> None:
+    source = build(tmp_path / "source")
+    text = (REPO / "configs" / "llama.yaml").read_text().replace("name: llama", "name: late")
+    recipe = tmp_path / "source" / "late.yaml"
+    recipe.write_text(text.replace("input_layernorm.weight}", "input_layernorm.weight, unless: is_late}"))
+    config = json.loads((source / "config.json").read_text())
+    for is_late, code in ((False, 0), (None, 0), (True, 3)):
+        (source / "config.json").write_text(json.dumps({**config, "is_late": is_late}))
+        result = run("plan", source, "--recipe", recipe, "--fold-norm")
+        assert result.exit_code == code, result.stderr
 
 
 def test_an_edit_that_selects_nothing_is_none_in_float64_too(run, tmp_path: Path) -> None:

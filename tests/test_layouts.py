@@ -149,7 +149,7 @@ def test_the_manifest_names_norms_and_biases(run, tmp_path: Path, tiny) -> None:
     result = run(
         "apply", tiny.path, "--layers", 1, "--modes", 2, "--select", "shrink", "-o", tmp_path / "out"
     )
-    assert "normalised per head, so shrinking W_Q changes nothing" in result.stderr
+    assert "normalised per head, so shrinking W_Q only gives their bias more weight" in result.stderr
     edit = json.loads((tmp_path / "out" / "qkpatch.json").read_text())["edits"][0]
     assert edit["norms"] == list(extra)
     assert edit["biases"] == [f"{stem}q_proj.bias"]

@@ -61,6 +61,8 @@ CASES = {
     "rms, key gains of each head": Case(key="n d"),
     "rms of the projection": Case(over="projection", query="nd", key="nd"),
     "rms of the projection, plus one": Case(over="projection", query="nd", key="nd", plus_one=True),
+    "rms as stored, of the projection": Case(over="stored", query="nd", key="nd"),
+    "rms as stored, of each head": Case(over="stored", query="n d"),
     "layer": Case("layer"),
     "layer, plus one": Case("layer", plus_one=True),
     "layer, gains of each head": Case("layer", query="n d", key="n d"),
@@ -123,7 +125,7 @@ class Attention:
 
     def project(self, x: Tensor, which: str) -> Tensor:
         y = x @ self.tensors[f"{which}_proj.weight"].T + self.tensors.get(f"{which}_proj.bias", 0)
-        return y if self.case.over == "projection" else y.view(len(x), -1, D_HEAD)
+        return y if self.case.query == "nd" else y.view(len(x), -1, D_HEAD)
 
     def normed(self, x: Tensor, which: str, eps: float = 1e-9) -> Tensor:
         """(tokens, heads, d_head)."""
@@ -248,7 +250,7 @@ def test_the_layers_own_queries_no_longer_see_what_was_removed(case: Case, run, 
         """How far q̂ moves when the input moves along ``directions``."""
         step = torch.randn(len(x), 2, generator=generator, dtype=torch.float64) * 3
         q, shifted = (attention.normed(y, "q")[:, head] for y in (x, x + step @ directions.T))
-        if case.over == "projection":  # other heads move the common size: directions alone can stay
+        if case.query == "nd":  # other heads move the common size: directions alone can stay
             q, shifted = (y / y.norm(dim=-1, keepdim=True) for y in (q, shifted))
         return float((q - shifted).abs().max())
 
@@ -281,12 +283,10 @@ def test_norms_of_another_shard_are_read_there_and_biases_are_named(run, tmp_pat
 NOTHING, SHIFTS = "shrinking W_Q changes nothing", "only shifts weight between heads"
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [("rms", NOTHING), ("layer", NOTHING), ("rms of the projection", SHIFTS), ("rms, biases", "")],
-)
-def test_shrinking_normed_queries_does_what_is_said(name: str, said: str, run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [*CASES, "rms, biases"])
+def test_shrinking_normed_queries_does_what_is_said(name: str, run, tmp_path: Path) -> None:
     case, biases = CASES[name.removesuffix(", biases")], name.endswith("biases")
+    said = "" if biases else SHIFTS if case.query == "nd" else NOTHING
     source = build(tmp_path / "source", case, biases=biases, dtype=torch.float32)
     out, result = apply(run, source, "--select", "shrink", "--alpha", 0)
     x = torch.randn(5, D_MODEL, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -332,11 +332,11 @@ def test_undeclared_norms_are_refused_however_the_names_are_cut(module: str, run
 @pytest.mark.parametrize(
     ("over", "which", "shape", "expected"),
     [
-        ("head", "q", (H * D_HEAD,), "a norm per head holds [8] or [4, 8] numbers"),
-        ("head", "q", (K, D_HEAD), "a norm per head holds [8] or [4, 8] numbers"),
-        ("head", "k", (H, D_HEAD), "a norm per head holds [8] or [2, 8] numbers"),
-        ("projection", "q", (D_HEAD,), "a norm per projection holds [32] numbers"),
-        ("projection", "k", (H * D_HEAD,), "a norm per projection holds [16] numbers"),
+        ("head", "q", (H * D_HEAD,), " holds [8] or [4, 8] numbers"),
+        ("head", "q", (K, D_HEAD), " holds [8] or [4, 8] numbers"),
+        ("head", "k", (H, D_HEAD), " holds [8] or [2, 8] numbers"),
+        ("projection", "q", (D_HEAD,), " holds [32] numbers"),
+        ("projection", "k", (H * D_HEAD,), " holds [16] numbers"),
     ],
 )
 def test_gains_of_another_shape_are_refused(

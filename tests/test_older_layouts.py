@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import families_older
 import oracle
@@ -11,6 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers.masking_utils import eager_mask
 
 Tensors = dict[str, torch.Tensor]
 H, K, D_HEAD, D_MODEL, LAYERS = 6, 2, 8, 24, 3
@@ -169,58 +172,106 @@ def test_phi4mm_is_edited_in_its_base_weights_and_its_adapters_stay(run, tmp_pat
         assert oracle.ulps(new[rows].double().numpy(), oracle.round_to(expected, "BF16"), "BF16") <= 1
 
 
-NORMED = {
-    # case: its attention module, the norms' prefix, whether LayerNorm, whether over all heads at once
-    "persimmon": ("model.layers.1.self_attn", "layernorm", True, False),
-    "chameleon": ("model.layers.1.self_attn", "norm", True, False),
-    "cohere": ("model.layers.1.self_attn", "norm", True, False),
-    "olmo2": ("model.layers.1.self_attn", "norm", False, True),
-    "molmo2-hf": ("model.language_model.layers.1.self_attn", "norm", False, False),
-    "molmo2-hf:olmo": ("model.language_model.layers.1.self_attn", "norm", False, True),
-}
+def remember(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: object,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The eager attention of the family's own module, with what it is given remembered."""
+    module.met = query[0] * options["scaling"], key[0]
+    return sys.modules[type(module).__module__].eager_attention_forward(
+        module, query, key, value, mask, **options
+    )
 
 
-@pytest.mark.parametrize("name", NORMED)
-def test_queries_and_keys_as_the_norm_leaves_them_meet_in_this_product(name: str) -> None:
-    """What the class's own forward hands to RoPE, times the norms' denominators, is xᵀ M y without biases."""
-    stem, norm, is_layer_norm, is_over_all = NORMED[name]
-    case = families_older.CASES[name]
+transformers.AttentionInterface.register("remembering", remember)
+transformers.AttentionMaskInterface.register("remembering", eager_mask)
+
+
+def no_rotation(_module: torch.nn.Module, _args: object, output: Any) -> Any:
+    """RoPE with cosine 1 and sine 0."""
+    return (torch.ones_like(output[0]), torch.zeros_like(output[1])) if isinstance(output, tuple) else output
+
+
+def text_attention(model: torch.nn.Module) -> tuple[str, torch.nn.Module]:
+    """The self-attention of the language model's second layer."""
+    towers = ("vision", "encoder", "embed_tokens_extend")
+    (found,) = (
+        (name, module)
+        for name, module in model.named_modules()
+        if name.endswith("layers.1.self_attn") and not any(tower in name for tower in towers)
+    )
+    return found
+
+
+def denominator(raw: torch.Tensor, kind: str | None, eps: float) -> torch.Tensor:
+    """What the norm divides (n, heads, d_head) by."""
+    if kind is None:
+        return torch.ones_like(raw[..., :1])
+    if kind == "projection":
+        return (raw.flatten(1).pow(2).mean(-1) + eps).sqrt()[:, None, None]
+    if kind == "layer":
+        raw = raw - raw.mean(-1, keepdim=True)
+    return (raw.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+
+
+def raw_projections(attention: torch.nn.Module, x: torch.Tensor, d_head: int) -> list[torch.Tensor]:
+    """Queries and keys before their norm, (n, heads, d_head)."""
+    if hasattr(attention, "query_key_value"):
+        rows = attention.query_key_value(x[None])
+        return [rows[0] for rows in attention._split_heads(rows)[:2]]
+    if hasattr(attention, "qkv_proj"):  # no norm, so that any rows do
+        return [attention.qkv_proj(x).view(len(x), -1, d_head)] * 2
+    return [getattr(attention, f"{which}_proj")(x).view(len(x), -1, d_head) for which in "qk"]
+
+
+# Which norm queries and keys have; the rest have none.
+NORMS = {
+    "fuyu": "layer", "persimmon": "layer", "chameleon": "layer", "chameleon:swin": "layer", "cohere": "layer",
+    "olmo2": "projection", "olmo2:olmo3": "projection", "molmo2-hf": "head", "molmo2-hf:olmo": "projection",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name, case in families_older.CASES.items() if not case.original])
+def test_what_attention_is_given_is_the_product_that_is_edited(name: str) -> None:
+    """What the class's own forward hands to attention, times the norms' denominators, is xᵀ M x without biases."""
+    case, kind = families_older.CASES[name], NORMS.get(name)
     torch.manual_seed(0)
-    model = getattr(transformers, case.model_class)(case.config()).double().eval()
-    attention = model.get_submodule(stem)
+    model = getattr(transformers, case.model_class)(case.config()).eval().requires_grad_(False)
+    stem, attention = text_attention(model)
     for parameter_name, parameter in attention.named_parameters():
         if parameter_name.endswith("bias"):
             parameter.data.zero_()
         elif "norm" in parameter_name:
             parameter.data.uniform_(0.5, 1.5)
+    norms = [module for name, module in attention.named_modules() if name.startswith("q_") and "norm" in name]
+    assert bool(norms) == (kind is not None)
+    eps = float(next((value for n in norms for k, value in vars(n).items() if "eps" in k), 0))
     seen: Tensors = {}
-    fused = getattr(attention, "query_key_value", None)
-    (fused or attention.q_proj).register_forward_hook(lambda _, inputs, __: seen.update(x=inputs[0][0]))
-    for which in "qk":
-        getattr(attention, f"{which}_{norm}").register_forward_hook(
-            lambda _, inputs, output, which=which: seen.update({f"raw {which}": inputs[0], which: output})
-        )
-    with torch.no_grad():
-        model(input_ids=torch.arange(4, 12)[None])
-    x = seen["x"]
-    length = len(x)
-    a_norm = getattr(attention, f"q_{norm}")
-    eps = a_norm.variance_epsilon if hasattr(a_norm, "variance_epsilon") else a_norm.eps
+    attention.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.update(x=(args[0] if args else kwargs["hidden_states"])[0]),
+        with_kwargs=True,
+    )
+    for module in model.modules():
+        if "RotaryEmbedding" in type(module).__name__:
+            module.register_forward_hook(no_rotation)
+    attention.config._attn_implementation = "remembering"
+    model(**case.inputs())
+    (q, k), x = (t.double() for t in attention.met), seen["x"].double()
 
-    def by_head(values: torch.Tensor) -> torch.Tensor:
-        return values.reshape(length, -1, queries.shape[1])
-
-    def denominator(raw: torch.Tensor) -> torch.Tensor:
-        if is_over_all:
-            raw = raw.reshape(length, 1, -1)
-        centred = raw - raw.mean(-1, keepdim=True) if is_layer_norm else raw
-        return (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt()
-
-    tensors = {f"{stem}.{n}": t for n, t in attention.state_dict().items()}
-    queries, keys = case.heads(tensors, stem)
-    q = by_head(seen["q"]) * denominator(by_head(seen["raw q"]))
-    k = by_head(seen["k"]) * denominator(by_head(seen["raw k"]))
-    for h in range(len(queries)):
-        product = queries[h].T @ keys[h * len(keys) // len(queries)]
-        meeting = q[:, h] @ k[:, h * k.shape[1] // len(queries)].T
-        assert torch.allclose(x @ product @ x.T, meeting, rtol=0, atol=1e-5 * float(meeting.abs().max()))
+    queries, keys = case.heads({f"{stem}.{n}": t for n, t in attention.double().state_dict().items()}, stem)
+    n_heads, d_head, _ = queries.shape
+    raw = raw_projections(attention, x, d_head)
+    below_q, below_k = (denominator(each, kind, eps).transpose(0, 1) for each in raw)
+    assert q.shape[0] == n_heads
+    for h in range(n_heads):
+        j = h * len(k) // n_heads
+        product = queries[h].T @ keys[h * len(keys) // n_heads] * d_head**-0.5
+        met = (q[h] * below_q[h % len(below_q)]) @ (k[j] * below_k[j % len(below_k)]).T
+        another = queries[(h + 1) % n_heads].T @ keys[h * len(keys) // n_heads] * d_head**-0.5
+        small = 1e-5 * float(met.abs().max())
+        assert torch.allclose(x @ product @ x.T, met, rtol=0, atol=small)
+        assert not torch.allclose(x @ another @ x.T, met, rtol=0, atol=100 * small)

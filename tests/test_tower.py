@@ -1,4 +1,4 @@
-"""config.json's numbers under every kind of recipe, layers of two geometries, and several sets of tensors."""
+"""config.json's numbers under every kind of recipe, and layers of two geometries."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ class TestLayerTypes:
 
     def test_an_empty_per_layer_config_says_that_all_layers_are_alike(self) -> None:
         assert widths(tower(self.reading, per_layer_config={})) == [8, 8, 8]
-        assert widths(tower(self.reading, per_layer_config=None)) == [8, 8, 16]
+        assert widths(tower(self.reading, per_layer_config=None)) == [8, 16, 16]
 
     @pytest.mark.parametrize(
         "value",

@@ -71,6 +71,14 @@ class HeadReport:
     gains: tuple[float, ...]  # after / before per edited mode; α if nothing were rounded (full channel)
 
 
+@dataclass(frozen=True)
+class Folding:
+    """What a product with the gain of the norm before attention was made from."""
+
+    W_Q: Tensor  # (d_head, d_model), without the gain
+    gain: Tensor  # γ (d_model,), no element near zero
+
+
 def select_modes(spectrum: Spectrum, rule: EditRule, generator: torch.Generator) -> tuple[int, ...]:
     """Indices of the modes that ``rule`` edits, ascending; at most the numerical rank of the head.
 
@@ -127,24 +135,24 @@ def edit_and_round(
     rule: EditRule,
     store: Callable[[Tensor], S],
     generator: torch.Generator,
-    input_gain: Tensor | None = None,
+    folding: Folding | None = None,
 ) -> tuple[S, HeadReport]:
     """Edit one head and round it once, by ``store``: what is stored, and what it does.
 
-    Where ``input_gain`` γ (d_model,) is folded into the product, ``M̃ = diag(γ) M diag(γ)``, the edited query is
-    mapped back by ``diag(1/γ)`` before it is rounded; the report stays in the folded basis.
+    Where a gain is folded into the product, ``M̃ = diag(γ) M diag(γ)``, the change is mapped back by ``diag(1/γ)``
+    before it is rounded; the report stays in the folded basis.
 
     Raises:
         NumericalError: the stored result holds NaN or Inf; and as :func:`edit_query`.
     """
     edit = edit_query(product, rule, generator)
-    stored = store(edit.W_Q if input_gain is None else edit.W_Q / input_gain)
+    stored = store(edit.W_Q if folding is None else folding.W_Q + (edit.W_Q - product.query.W) / folding.gain)
     if not bool(torch.isfinite(stored.values).all()):
         raise NumericalError(
             "the edited weight does not fit in the stored dtype: NaN or Inf",
             fix="use a larger --alpha or fewer --modes",
         )
-    return stored, measure(product, edit, stored.values if input_gain is None else stored.values * input_gain)
+    return stored, measure(product, edit, stored.values if folding is None else stored.values * folding.gain)
 
 
 def measure(product: QKProduct, edit: QueryEdit, W_Q_stored: Tensor) -> HeadReport:
