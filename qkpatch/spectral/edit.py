@@ -183,7 +183,7 @@ def _delta(product: QKProduct, modes: Modes, rule: EditRule) -> tuple[Tensor, fl
     if rule.channel is Channel.full:
         return -scale * (product.query.W @ modes.U) @ modes.U.mT, None
     # (W_K⁺)ᵀ v_j = R_k⁺ Q_kᵀ v_j, shape (d_head, r)
-    mapped = product.key.pinv_core @ (product.key.Q.mT @ modes.V)
+    mapped = product.key.pinv_core @ product.key.basis.coordinates(modes.V)
     reached = torch.linalg.vector_norm(product.key.W.mT @ mapped, dim=0)  # |P_K v_j|
     # u_j are orthonormal, so ‖ΔM‖² and its reached part are sums over modes.
     weight = modes.S.square()

@@ -21,18 +21,43 @@ def resolve_rcond(d_model: int, dtype: torch.dtype) -> float:
 
 
 @dataclass(frozen=True)
+class Basis:
+    """Orthonormal columns ``Q`` (d_model, k) of a QR, kept as Householder reflectors: applied, never formed."""
+
+    reflectors: Tensor  # (d_model, n), n ≥ k
+    tau: Tensor  # (k,)
+
+    @classmethod
+    def of(cls, A: Tensor) -> tuple[Basis, Tensor]:
+        """``A = Q R``: ``A`` (d_model, n), ``R`` (k, n), ``k = min(d_model, n)``. Equivalent to ``numpy.linalg.qr``."""
+        reflectors, tau = torch.geqrf(A)
+        return cls(reflectors, tau), reflectors[: len(tau)].triu()
+
+    def lift(self, core: Tensor) -> Tensor:
+        """``Q core``, for ``core`` (k, r)."""
+        padded = core.new_zeros(len(self.reflectors), core.shape[1])
+        padded[: len(core)] = core
+        lifted: Tensor = torch.ormqr(self.reflectors, self.tau, padded)
+        return lifted
+
+    def coordinates(self, vectors: Tensor) -> Tensor:
+        """``Qᵀ vectors``, for ``vectors`` (d_model, r)."""
+        turned: Tensor = torch.ormqr(self.reflectors, self.tau, vectors, transpose=True)
+        return turned[: len(self.tau)]
+
+
+@dataclass(frozen=True)
 class Factor:
     """Thin QR of one head's weight, ``Wᵀ = Q R``, computed once and shared by all query heads of a key head."""
 
     W: Tensor  # (d_head, d_model)
-    Q: Tensor  # (d_model, k), k = min(d_head, d_model)
+    basis: Basis  # Q (d_model, k), k = min(d_head, d_model)
     R: Tensor  # (k, d_head)
 
     @classmethod
     def of(cls, W: Tensor) -> Factor:
-        """Factor ``W`` of shape (d_head, d_model). Equivalent to ``numpy.linalg.qr(W.T)``."""
-        Q, R = torch.linalg.qr(W.mT)
-        return cls(W, Q, R)
+        """Factor ``W`` of shape (d_head, d_model)."""
+        return cls(W, *Basis.of(W.mT))
 
     @cached_property
     def pinv_core(self) -> Tensor:
@@ -46,8 +71,7 @@ class Factor:
         U, S, _ = torch.linalg.svd(self.R, full_matrices=False)
         # Strictly greater: a zero matrix has rank 0, not full rank.
         rank = int((S > resolve_rcond(self.W.shape[-1], self.W.dtype) * S.max()).sum())
-        basis: Tensor = self.Q @ U[:, :rank]
-        return basis
+        return self.basis.lift(U[:, :rank])
 
 
 @dataclass(frozen=True)
@@ -71,14 +95,14 @@ class Spectrum:
     channel: Channel
     S: Tensor  # (n_modes,)
     rank: int
-    _left: tuple[Tensor, Tensor]  # (d_model, k), (k, n_modes)
-    _right: tuple[Tensor, Tensor]
+    _left: tuple[Basis, Tensor]  # (d_model, k), (k, n_modes)
+    _right: tuple[Basis, Tensor]
 
     def modes(self, indices: Sequence[int]) -> Modes:
         """The vectors and values of the modes at ``indices``."""
         at = torch.as_tensor(list(indices), dtype=torch.long, device=self.S.device)
         (B_u, U), (B_v, V) = self._left, self._right
-        return Modes(B_u @ U[:, at], self.S[at], B_v @ V[:, at])
+        return Modes(B_u.lift(U[:, at]), self.S[at], B_v.lift(V[:, at]))
 
     def gap(self, selected: Sequence[int]) -> float | None:
         """Smallest relative gap ``(|s_j| - |s_j+1|) / |s_j|`` between a selected mode and an unselected neighbour.
@@ -134,45 +158,55 @@ class QKProduct:
         return S
 
     def values(self, channel: Channel) -> Tensor:
-        """The ``S`` of :meth:`spectrum`."""
-        return self.singular_values() if channel is Channel.full else self.spectrum(channel).S
+        """The ``S`` of :meth:`spectrum`, without vectors."""
+        if channel is Channel.full:
+            return self.singular_values()
+        _, C = self._joint_core()
+        if channel is Channel.symmetric:
+            values = torch.linalg.eigvalsh((C + C.mT) / 2)
+            return values[values.abs().argsort(descending=True, stable=True)]
+        return _pairs(torch.linalg.eigvalsh(1j * (C - C.mT) / 2))
 
     def spectrum(self, channel: Channel) -> Spectrum:
         """Decompose one channel; O(d_model d_head²).
 
         full           SVD of the core ``R_q R_kᵀ``; ``U = Q_q U_c``, ``V = Q_k V_c``
-        symmetric      eigendecomposition of ``(C + Cᵀ)/2``, ``C = Bᵀ M B``, ``B = orth([Q_q, Q_k])``
+        symmetric      eigendecomposition of ``(C + Cᵀ)/2``, ``C = Bᵀ M B``, ``B = orth([W_Qᵀ, W_Kᵀ])``
         antisymmetric  Hermitian eigendecomposition of ``i (C - Cᵀ)/2``: an eigenvector ``x + i y`` of
                        ``+s`` gives the exact pair ``A x = s y``, ``A y = -s x``
         """
         if channel is Channel.full:
             U, S, Vh = torch.linalg.svd(self.query.R @ self.key.R.mT, full_matrices=False)
-            return self._spectrum(channel, S, (self.query.Q, U), (self.key.Q, Vh.mT))
+            return self._spectrum(channel, S, (self.query.basis, U), (self.key.basis, Vh.mT))
         B, C = self._joint_core()
         if channel is Channel.symmetric:
             values, E = torch.linalg.eigh((C + C.mT) / 2)
             order = values.abs().argsort(descending=True, stable=True)
             return self._spectrum(channel, values[order], (B, E[:, order]), (B, E[:, order]))
         values, W = torch.linalg.eigh(1j * (C - C.mT) / 2)
-        n_pairs = C.shape[-1] // 2
-        S = values.flip(0)[:n_pairs].clamp_min(0.0)  # the +s half, strongest first
-        W = W.flip(1)[:, :n_pairs] * 2**0.5
+        S = _pairs(values)
+        W = W.flip(1)[:, : len(S) // 2] * 2**0.5
         U = torch.stack([W.imag, -W.real], dim=-1).flatten(-2)  # y_1, -x_1, y_2, -x_2, ...
         V = torch.stack([W.real, W.imag], dim=-1).flatten(-2)  # x_1,  y_1, x_2,  y_2, ...
-        return self._spectrum(channel, S.repeat_interleave(2), (B, U), (B, V))
+        return self._spectrum(channel, S, (B, U), (B, V))
 
-    def _joint_core(self) -> tuple[Tensor, Tensor]:
-        """``B`` (d_model, b), an orthonormal basis holding both row spaces, and ``C = Bᵀ M B`` (b, b)."""
-        B, R = torch.linalg.qr(torch.cat([self.query.Q, self.key.Q], dim=-1))
-        k = self.query.Q.shape[-1]
-        return B, (R[:, :k] @ self.query.R) @ (R[:, k:] @ self.key.R).mT
+    def _joint_core(self) -> tuple[Basis, Tensor]:
+        """``B`` (d_model, b), an orthonormal basis that holds both row spaces, and ``C = Bᵀ M B`` (b, b)."""
+        B, R = Basis.of(torch.cat([self.query.W.mT, self.key.W.mT], dim=-1))
+        d_head = self.query.W.shape[0]
+        return B, R[:, :d_head] @ R[:, d_head:].mT
 
     def _spectrum(
-        self, channel: Channel, S: Tensor, left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]
+        self, channel: Channel, S: Tensor, left: tuple[Basis, Tensor], right: tuple[Basis, Tensor]
     ) -> Spectrum:
         # Zero compared with M, not with its own largest value: a half that M does not have is all rounding.
         tolerance = resolve_rcond(self.query.W.shape[-1], S.dtype) * self.frobenius
         return Spectrum(channel, S, int((S.abs() > tolerance).sum()), left, right)
+
+
+def _pairs(values: Tensor) -> Tensor:
+    """The positive half of a Hermitian spectrum that is symmetric about zero, strongest first, each twice."""
+    return values.flip(0)[: len(values) // 2].clamp_min(0.0).repeat_interleave(2)
 
 
 def energy_share(S: Tensor, r: int) -> float:
