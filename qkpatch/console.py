@@ -166,7 +166,7 @@ def bars(total_bytes: int, total_heads: int, *, quiet: bool, verb: str = "copy")
         yield Bars(progress, total_bytes, total_heads, verb)
 
 
-def show_plan(plan: EditPlan, free_disk: int) -> None:
+def show_plan(plan: EditPlan, free_disk: int, memory: int, threads: int) -> None:
     """The plan as a person reads it: what, where, and what it costs."""
     with _results() as console:
         _heading(console, plan)
@@ -184,7 +184,7 @@ def show_plan(plan: EditPlan, free_disk: int) -> None:
         )
         console.print(
             f"OUT {_size(plan.output_bytes)}, free disk {_size(free_disk)}, "
-            f"expected peak memory {_size(plan.peak_memory)}"
+            f"expected peak memory {_size(memory)} ({threads} thread(s))"
         )
 
 

@@ -53,6 +53,10 @@ ConfigOpt = Annotated[
     Path | None, typer.Option(help="The same settings as a YAML file; flags win.", metavar="EDIT.yaml")
 ]
 DeviceOpt = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:i.")]
+ThreadsOpt = Annotated[
+    int | None,
+    typer.Option(help="Heads that are computed side by side.", show_default="processors, within 450 MiB"),
+]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 DebugOpt = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", envvar="QKPATCH_DEBUG")]

@@ -1,55 +1,51 @@
-"""The one loop: carry every file over, edit the planned rows in place, publish. Success is the last act."""
+"""The engine: files are copied while heads are edited, and OUT is published last. Success is the last act."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import platform
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from itertools import groupby
 from pathlib import Path
 from statistics import mean
-from typing import Protocol
 
 import torch
 
-from qkpatch.checkpoint.files import copy_content, open_read, os_errors, sha256_range, write_exact
+from qkpatch.checkpoint.files import sha256_range, write_exact
 from qkpatch.checkpoint.source import MANIFEST_NAME
 from qkpatch.checkpoint.space import check_space
 from qkpatch.checkpoint.staging import Staging
 from qkpatch.checkpoint.target import check_apart, check_out
-from qkpatch.checkpoint.tree import SourceFile
+from qkpatch.copier import Copier, Observer
+from qkpatch.crew import Crew
 from qkpatch.errors import NumericalError
 from qkpatch.manifest import EditRecord, HeadRecord, Manifest, planned_manifest
 from qkpatch.plan import EditPlan
 from qkpatch.selection import abbreviate
 from qkpatch.spectral.edit import Folding, edit_and_round
 from qkpatch.targets import LayerTarget
-from qkpatch.weights import one_thread, open_layer
+from qkpatch.weights import LayerWeights, open_layer
 
 GAP_WARNING = 1e-3
 ROUNDING_WARNING = 0.1  # FP8 has three bits: a small change drowns in its rounding
 _NAMED = 8  # heads that a warning names
-
-
-class Observer(Protocol):
-    """Hears of progress; the surface draws it."""
-
-    def copied(self, n_bytes: int) -> None:
-        """``n_bytes`` more were copied."""
-
-    def edited(self, n_heads: int) -> None:
-        """``n_heads`` more were edited."""
+_HEADS_AT_A_TIME = 4  # of one tensor, by one thread: enough to share keys and open files
 
 
 def apply_plan(
-    plan: EditPlan, out: Path, *, device: torch.device, observer: Observer, overwrite: bool = False
+    plan: EditPlan,
+    out: Path,
+    *,
+    device: torch.device,
+    observer: Observer,
+    threads: int = 1,
+    overwrite: bool = False,
 ) -> Manifest:
-    """Write the edited checkpoint to ``out`` and return its manifest.
+    """Write the edited checkpoint to ``out`` and return its manifest; the same bytes whatever ``threads``.
 
     SOURCE is only read. OUT appears whole, by one rename, or not at all.
 
@@ -64,65 +60,101 @@ def apply_plan(
     check_space(out, plan.output_bytes, checkpoint.files.values())
     planned = planned_manifest(plan, str(device))
     started = _now()
-    with one_thread(), Staging(out) as staging:
-        for name in checkpoint.directories:
-            with os_errors("create a directory", out / name):
-                (staging.path / name).mkdir()
-        means = [
-            _copy(file, staging.path / name, observer, then_edited=name in plan.edits_by_shard)
-            for name, file in checkpoint.files.items()
-        ]
-        with _opened({name: staging.path / name for name in plan.edits_by_shard}) as fds:
-            edits_done = tuple(edit_layer(plan, edit, fds, device, observer) for edit in plan.edits)
+    with Staging(out) as staging, Copier(plan, staging.path, observer) as copier, Crew(threads) as crew:
+        copying = crew.start(functools.partial(copier.copy_all, crew))
+        edits = dict(_edited(plan, crew, copier, device, observer))
+        means = copying.result()
+        digests = dict(
+            zip(plan.edits, crew.map(functools.partial(_digests, copier), plan.edits), strict=True)
+        )
+        copier.sync_edited()
+        done = tuple(
+            EditRecord.planned(target).done(*digests[target], edits[target]) for target in plan.edits
+        )
         manifest = replace(
             planned,
             tool={**planned.tool, "torch": str(torch.__version__), "python": platform.python_version()},
-            edits=edits_done,
-            warnings=(*planned.warnings, *_numerical_warnings(edits_done, plan)),
+            edits=done,
+            warnings=(*planned.warnings, *_numerical_warnings(done, plan)),
             run={
                 "started": started,
                 "finished": _now(),
                 "copied_by": dict(Counter(means)),
             },
         )
-        _write_synced(staging.path / MANIFEST_NAME, manifest.dumps().encode())
+        copier.write_new(MANIFEST_NAME, manifest.dumps().encode())
         staging.publish(checkpoint.directories, overwrite=overwrite)
     return manifest
 
 
-def edit_layer(
-    plan: EditPlan, target: LayerTarget, out_fds: Mapping[str, int], device: torch.device, observer: Observer
-) -> EditRecord:
-    """Edit the planned heads of one layer in the open output shards, which hold the source's bytes so far."""
-    query, settings = target.query, plan.settings
-    heads = []
-    with open_layer(plan.model, target, device) as weights:
-        before = _digests(target, weights.fds)
-        gain, is_changed = weights.invertible_gain(), False
-        for of in weights.heads(settings.heads):
-            generator = head_generator(settings.seed, target, of.head)
-            try:
-                store = functools.partial(weights.store, of.head)
-                folding = None if gain is None else Folding(of.W_Q, gain)
-                stored, report = edit_and_round(of.product, settings.rule, store, generator, folding)
-            except NumericalError as error:
-                where = f"head {of.head} of {query.name}, {query.dtype}"
-                raise NumericalError(error.what, where=where, fix=error.fix) from error
-            # By value: a −0.0 that became 0.0 is no edit, and stays.
-            if not torch.equal(stored.values, of.W_Q):
-                is_changed = True
-                for ref, offset, data in stored.pieces:
-                    write_exact(out_fds[ref.shard], data, offset, ref.shard)
-            heads.append(HeadRecord(head=of.head, kv_head=target.layout.kv_head(of.head), **vars(report)))
-            observer.edited(1)
-    if not is_changed:
-        raise NumericalError(
-            f"the edit leaves every value as it is: it rounds away in {query.dtype}, or the product is zero",
-            where=f"{query.name} in {query.shard}",
-            fix=f"use a smaller --alpha, or leave layer {target.layer} out; --alpha 1 is the declared no-op",
-        )
-    after = _digests(target, out_fds)  # of what reached the file
-    return EditRecord.planned(target).done(before, after, tuple(heads))
+@dataclass(frozen=True)
+class _Chunk:
+    """A few heads of one tensor, edited by one thread."""
+
+    target: LayerTarget
+    heads: tuple[int, ...]
+
+
+def _chunks(plan: EditPlan) -> Iterator[_Chunk]:
+    """All heads to edit; those that share a key head stay together."""
+    for target in plan.edits:
+        chunk: list[int] = []
+        for _, group in groupby(plan.settings.heads, target.layout.kv_head):
+            chunk += group
+            if len(chunk) >= _HEADS_AT_A_TIME:
+                yield _Chunk(target, tuple(chunk))
+                chunk = []
+        if chunk:
+            yield _Chunk(target, tuple(chunk))
+
+
+def _edited(
+    plan: EditPlan, crew: Crew, copier: Copier, device: torch.device, observer: Observer
+) -> Iterator[tuple[LayerTarget, tuple[HeadRecord, ...]]]:
+    """Edit all planned heads; each target with its heads' records when it is done."""
+
+    def edit(chunk: _Chunk) -> tuple[LayerTarget, list[tuple[HeadRecord, bool]]]:
+        with open_layer(plan.model, chunk.target, device) as weights:
+            done = []
+            for record in _edit_heads(plan, chunk, weights, copier):
+                crew.check()
+                observer.edited(1)
+                done.append(record)
+        return chunk.target, done
+
+    results = crew.map(edit, _chunks(plan))
+    for target, parts in groupby(results, lambda result: result[0]):
+        heads = [head for _, part in parts for head in part]
+        if not any(is_changed for _, is_changed in heads):
+            query = target.query
+            raise NumericalError(
+                f"the edit leaves every value as it is: it rounds away in {query.dtype}, or the product is zero",
+                where=f"{query.name} in {query.shard}",
+                fix=f"use a smaller --alpha, or leave layer {target.layer} out; --alpha 1 is the declared no-op",
+            )
+        yield target, tuple(record for record, _ in heads)
+
+
+def _edit_heads(
+    plan: EditPlan, chunk: _Chunk, weights: LayerWeights, copier: Copier
+) -> Iterator[tuple[HeadRecord, bool]]:
+    """Edit and write a few heads; each one's record, and whether any value changed."""
+    target, settings, gain = chunk.target, plan.settings, weights.invertible_gain()
+    for of in weights.heads(chunk.heads):
+        generator = head_generator(settings.seed, target, of.head)
+        folding = None if gain is None else Folding(of.W_Q, gain)
+        try:
+            store = functools.partial(weights.store, of.head)
+            stored, report = edit_and_round(of.product, settings.rule, store, generator, folding)
+        except NumericalError as error:
+            where = f"head {of.head} of {target.query.name}, {target.query.dtype}"
+            raise NumericalError(error.what, where=where, fix=error.fix) from error
+        # By value: a −0.0 that became 0.0 is no edit, and stays.
+        is_changed = not torch.equal(stored.values, of.W_Q)
+        for ref, begin, end in target.written_ranges(of.head):
+            data = stored.bytes_of(ref) if is_changed else weights.raw(ref, begin, end)
+            write_exact(copier.fds[ref.shard], data, begin, ref.shard)
+        yield HeadRecord(head=of.head, kv_head=target.layout.kv_head(of.head), **vars(report)), is_changed
 
 
 def head_generator(seed: int, target: LayerTarget, head: int) -> torch.Generator:
@@ -132,43 +164,16 @@ def head_generator(seed: int, target: LayerTarget, head: int) -> torch.Generator
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def _digests(target: LayerTarget, fds: Mapping[str, int]) -> list[str]:
-    return [sha256_range(fds[ref.shard], ref.begin, ref.end, ref.shard) for ref in target.written]
+def _digests(copier: Copier, target: LayerTarget) -> tuple[list[str], list[str]]:
+    """SHA-256 of each written tensor in SOURCE, and of what reached the file in OUT."""
+    before, after = [], []
+    for ref in target.written:
+        before.append(copier.source_digest(ref))
+        after.append(sha256_range(copier.fds[ref.shard], ref.begin, ref.end, ref.shard))
+    return before, after
 
 
-def _copy(file: SourceFile, target: Path, observer: Observer, *, then_edited: bool) -> str:
-    """Copy one file into staging; it is synced here unless it is edited next. Returns the means of copying."""
-    with open_read(file.path, file.id) as source_fd, os_errors("create", target):
-        # The owner may always write, so that edits can be made in a copy of a read-only file.
-        out_fd = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, file.mode & 0o777 | 0o200)
-        try:
-            means = copy_content(source_fd, out_fd, file.size, file.path, observer.copied)
-            if not then_edited:
-                with os_errors("sync", target):
-                    os.fsync(out_fd)
-        finally:
-            os.close(out_fd)
-    return means
-
-
-@contextmanager
-def _opened(paths: Mapping[str, Path]) -> Iterator[Mapping[str, int]]:
-    """The copies that are edited, open for reading and writing, and synced in the end."""
-    fds: dict[str, int] = {}
-    try:
-        for name, path in paths.items():
-            with os_errors("open", path):
-                fds[name] = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        yield fds
-        for name, fd in fds.items():
-            with os_errors("sync", paths[name]):
-                os.fsync(fd)
-    finally:
-        for fd in fds.values():
-            os.close(fd)
-
-
-def _numerical_warnings(edits: Iterable[EditRecord], plan: EditPlan) -> list[str]:
+def _numerical_warnings(edits: Sequence[EditRecord], plan: EditPlan) -> list[str]:
     """What a user should know about the spectra that were met."""
     modes = plan.settings.rule.paired_modes
     narrow, short = [], []
@@ -202,13 +207,6 @@ def _numerical_warnings(edits: Iterable[EditRecord], plan: EditPlan) -> list[str
 
 def _mean_rounding(edit: EditRecord) -> float:
     return mean(head.rounding_error for head in edit.heads)
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with os_errors("write", path), open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _now() -> str:

@@ -5,18 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from qkpatch.budget import head_memory
 from qkpatch.model import Model, open_model
 from qkpatch.selection import abbreviate, format_ranges
 from qkpatch.settings import EditSettings, Request, check_request
 from qkpatch.spectral.rule import EditRule, Select
 from qkpatch.targets import LayerTarget
-
-# Measured: 250 to 270 MiB for the smallest checkpoint, nearly all of it `import torch` (CPU build of 2.13), and about
-# 20 arrays of d_head × d_model float64 on top, in the most demanding channel, while one head is edited.
-BASE_MEMORY = 270 << 20
-WORK_ARRAYS = 20
-# Of a parsed header; a mixture of experts can have 10^5 tensors.
-BYTES_PER_TENSOR = 600
 
 
 @dataclass(frozen=True)
@@ -58,11 +52,9 @@ class EditPlan:
         return self.model.checkpoint.total_bytes
 
     @property
-    def peak_memory(self) -> int:
-        """Expected peak resident bytes: torch, the arrays of one head, the headers. No shard or model size in it."""
-        largest = max((edit.layout.d_head * edit.layout.d_model for edit in self.edits), default=0)
-        work = WORK_ARRAYS * 8 * largest
-        return BASE_MEMORY + work + BYTES_PER_TENSOR * len(self.model.checkpoint.tensors)
+    def head_memory(self) -> int:
+        """Bytes that a thread takes while it edits one head."""
+        return head_memory(edit.layout for edit in self.edits)
 
     @property
     def action(self) -> str:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from qkpatch.crew import Crew
 from qkpatch.model import Model
 from qkpatch.spectral.product import QKProduct, effective_rank, energy_share
 from qkpatch.targets import LayerTarget
-from qkpatch.weights import one_thread, open_layer
+from qkpatch.weights import open_layer
 
 
 @dataclass(frozen=True)
@@ -37,19 +38,25 @@ class LayerSpectra:
 
 
 def layer_spectra(
-    model: Model, targets: tuple[LayerTarget, ...], heads: tuple[int, ...], modes: int, device: torch.device
+    model: Model,
+    targets: tuple[LayerTarget, ...],
+    heads: tuple[int, ...],
+    modes: int,
+    device: torch.device,
+    threads: int = 1,
 ) -> Iterator[LayerSpectra]:
     """The spectra of each target in turn; ``modes`` is the r of energy share and gap."""
-    for target in targets:
-        with one_thread(), open_layer(model, target, device) as weights:
-            yield LayerSpectra(
-                target.layer,
-                target.attention,
-                tuple(
-                    _head_spectrum(of.head, target.layout.kv_head(of.head), of.product, modes)
-                    for of in weights.heads(heads)
-                ),
-            )
+
+    def of_target(target: LayerTarget) -> LayerSpectra:
+        found = []
+        with open_layer(model, target, device) as weights:
+            for of in weights.heads(heads):
+                crew.check()
+                found.append(_head_spectrum(of.head, target.layout.kv_head(of.head), of.product, modes))
+        return LayerSpectra(target.layer, target.attention, tuple(found))
+
+    with Crew(threads) as crew:
+        yield from crew.map(of_target, targets)
 
 
 def _head_spectrum(head: int, kv_head: int, product: QKProduct, modes: int) -> HeadSpectrum:

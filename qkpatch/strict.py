@@ -17,7 +17,8 @@ from qkpatch.errors import RecipeError
 T = TypeVar("T")
 
 _PLAIN_TYPES = {"null", "bool", "int", "float", "str"}
-_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # what neither a file's name nor UTF-8 can hold; an escape can write it
+# What no file's name, or no UTF-8, can hold; escapes can write it.
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 MAX_BYTES = 1 << 20  # settings are written by hand; more than 1 MiB is a mistake or an attack
 
@@ -31,7 +32,7 @@ class _StrictLoader(yaml.SafeLoader):
                 None, None, "aliases (*name) are not allowed", parent.start_mark if parent else None
             )
         # A tag may ask for a type that the value is not, and PyYAML's constructors trust it: `!!map [a]`, `!!bool x`.
-        event = self.peek_event()
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         if getattr(event, "tag", None) is not None:
             raise yaml.constructor.ConstructorError(
                 None, None, f"a value is tagged as {event.tag}; leave the tag out", event.start_mark
@@ -83,7 +84,8 @@ def load_yaml(text: bytes, where: str) -> Any:
         mark = error.problem_mark
         place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
         raise RecipeError(f"not valid YAML: {error.problem or error.context}", where=place) from error
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # "\\Uffffffff" is a character past any number
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        # OverflowError is PyYAML's for "\Uffffffff", a character beyond all.
         raise RecipeError(f"not valid YAML: {error}", where=where) from error
 
 

@@ -58,21 +58,6 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run torch on one thread, for the same bits whatever the machine, and for speed.
-
-    One head's factorisations are too small to share. QR of 4096 × 128 on two cores: 15 ms with one thread; with
-    two, 10 to 14 ms when nothing else runs and 117 ms when something does.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @dataclass(frozen=True)
 class HeadWeights:
     """One query head: its weight as stored, and its product, in which norms' gains may be folded."""
@@ -87,7 +72,11 @@ class StoredHead:
     """An edited head, rounded, and the bytes that hold it."""
 
     values: Tensor  # what a loader reads, (d_head, d_model), compute dtype
-    pieces: tuple[tuple[TensorRef, int, bytearray], ...]  # tensor, offset in its shard, bytes
+    pieces: tuple[tuple[TensorRef, bytearray], ...]  # per written tensor, the bytes of the head
+
+    def bytes_of(self, ref: TensorRef) -> bytearray:
+        """What the head's range of a written tensor is to hold."""
+        return dict(self.pieces)[ref]
 
 
 @dataclass(frozen=True)
@@ -189,14 +178,18 @@ class LayerWeights:
         Raises:
             NumericalError: a scale of block FP8 overflows.
         """
-        (ref, begin, end), *of_scale = self.target.written_ranges(head)
-        if not of_scale:
+        (ref, begin, end), *_ = self.target.written_ranges(head)
+        scale = self.target.query_scale
+        if scale is None:
             rounded = round_once(W, DTYPES[ref.dtype])
-            return StoredHead(rounded.to(COMPUTE_DTYPE), ((ref, begin, to_bytes(rounded)),))
-        scale, at, _ = of_scale[0]
+            return StoredHead(rounded.to(COMPUTE_DTYPE), ((ref, to_bytes(rounded)),))
         codes, scales = requantise(W, self._scales(ref, scale, (begin, end)), BLOCK)
-        pieces = ((ref, begin, to_bytes(codes)), (scale, at, self._scale_bytes(scale, scales)))
+        pieces = ((ref, to_bytes(codes)), (scale, self._scale_bytes(scale, scales)))
         return StoredHead(dequantise(codes, scales, BLOCK), pieces)
+
+    def raw(self, ref: TensorRef, begin: int, end: int) -> bytearray:
+        """Bytes of a tensor as they are stored."""
+        return read_exact(self.fds[ref.shard], end - begin, begin, ref.shard)
 
     def _query(self, head: int) -> Tensor:
         ref = self.target.query
@@ -212,7 +205,7 @@ class LayerWeights:
         """The scales of whole blocks of rows, (blocks of rows, blocks of columns)."""
         place = scale_range(ref, scale, *at)
         if scale.dtype == "F8_E8M0":
-            raw = read_exact(self.fds[scale.shard], place[1] - place[0], place[0], scale.shard)
+            raw = self.raw(scale, *place)
             exponents = torch.frombuffer(raw, dtype=torch.uint8).to(self.device, COMPUTE_DTYPE)
             scales = torch.where(exponents < 255, (exponents - _E8M0_BIAS).exp2(), torch.nan)
         else:
@@ -242,9 +235,7 @@ class LayerWeights:
 
     def _read(self, ref: TensorRef, byte_range: tuple[int, int], what: str) -> Tensor:
         begin, end = byte_range
-        raw = torch.frombuffer(
-            read_exact(self.fds[ref.shard], end - begin, begin, ref.shard), dtype=DTYPES[ref.dtype]
-        )
+        raw = torch.frombuffer(self.raw(ref, begin, end), dtype=DTYPES[ref.dtype])
         values = raw.to(device=self.device, dtype=COMPUTE_DTYPE)
         if not torch.isfinite(values).all():
             raise NumericalError(

@@ -13,32 +13,39 @@ PACKAGE = Path(__file__).resolve().parent.parent / "qkpatch"
 
 # From the ground up: a module may import only from floors below its own, or beside it in its own room.
 FLOORS = [
-    ["errors", "interrupts"],
+    ["errors", "interrupts", "crew"],
     ["spectral", "checkpoint", "selection", "strict", "rows"],
-    ["recipe", "refusals", "fp8"],
-    ["recipe_file", "heads", "settings", "describe"],
-    ["catalogue", "tower"],
+    ["recipe", "refusals", "fp8", "difference"],
+    ["recipe_file", "heads", "settings", "describe", "diff", "diff_text"],
+    ["catalogue", "tower", "budget"],
     ["locate", "targets"],
     ["model"],
     ["plan", "weights", "diagnosis"],
     ["manifest", "spectra"],
+    ["copier"],
     ["patch", "verify"],
     ["console", "options"],
     ["boundary"],
+    ["diff_command"],
+    ["commands"],
     ["cli"],
     ["__main__"],
 ]
-ROOMS = ("spectral", "checkpoint", "diagnosis")
+ROOMS = ("spectral", "checkpoint", "diagnosis", "commands")
 
 # Each of these is used in one place only.
 ONLY_IN = {
-    "typer": {"cli", "options", "boundary"},
+    "typer": {
+        "cli", "options", "boundary", "diff_command",
+        "commands.edit", "commands.inspect", "commands.verify", "commands.recipes",
+    },
     "rich": {"console"},
     "yaml": {"strict"},
     "huggingface_hub": {"checkpoint.hub"},
     "safetensors": {"verify"},
     "torch": {
-        "weights", "spectra", "patch", "spectral.product", "spectral.edit", "spectral.rounding", "spectral.fp8",
+        "weights", "spectra", "patch", "crew", "spectral.product", "spectral.edit", "spectral.rounding", "spectral.fp8",
+        "spectral.change",
     },
     "click": set(),  # Typer vendors its own
 }  # fmt: skip

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from typer.testing import Result
 
 from qkpatch.checkpoint import files
-from qkpatch.checkpoint.files import copy_content, open_read, read_exact, write_exact
+from qkpatch.checkpoint.files import copy_range, open_read, read_exact, write_exact
 from qkpatch.errors import FileSystemError
 
 DECLINES = ["EXDEV", "EOPNOTSUPP", "ENOSYS", "EINVAL", "EPERM", "nothing copied"]
@@ -38,7 +38,7 @@ def copy(tmp_path: Path, data: bytes, size: int | None = None) -> tuple[str, byt
     told: list[int] = []
     with open(tmp_path / "source", "rb") as source, open(tmp_path / "target", "w+b") as target:
         size = len(data) if size is None else size
-        means = copy_content(source.fileno(), target.fileno(), size, "source", told.append)
+        means = copy_range(source.fileno(), target.fileno(), 0, size, "source", told.append)
     return means, (tmp_path / "target").read_bytes(), told
 
 
@@ -65,7 +65,7 @@ def giving_up_after(calls: int, function: Callable[..., int]) -> Callable[..., i
     return step
 
 
-# -------- copy_content
+# -------- copy_range
 
 
 def test_copying_gives_the_same_bytes(tmp_path: Path, data: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from qkpatch.errors import FileSystemError
 # One system call copies at most this much, so that progress moves and Ctrl-C is heard.
 COPY_CHUNK = 64 << 20
 READ_CHUNK = 4 << 20
+
+_FICLONE = 0x40049409  # ioctl of linux/fs.h
 
 # copy_file_range and sendfile decline with these where the file systems cannot do it; other errnos are real.
 _DECLINED = {
@@ -101,8 +104,14 @@ def read_exact(fd: int, size: int, offset: int, where: str | Path) -> bytearray:
         FileSystemError: on a read error, or when the file ends before.
     """
     buffer = bytearray(size)
+    read_into(fd, buffer, offset, where)
+    return buffer
+
+
+def read_into(fd: int, buffer: bytearray, offset: int, where: str | Path) -> None:
+    """Fill ``buffer`` from ``offset`` on; otherwise as :func:`read_exact`."""
     view = memoryview(buffer)
-    done = 0
+    size, done = len(buffer), 0
     with os_errors("read", where):
         while done < size:
             n = os.preadv(fd, [view[done:]], offset + done)
@@ -113,7 +122,6 @@ def read_exact(fd: int, size: int, offset: int, where: str | Path) -> bytearray:
                     fix="is it being written to?",
                 )
             done += n
-    return buffer
 
 
 def write_exact(fd: int, data: bytes | bytearray | memoryview, offset: int, where: str | Path) -> None:
@@ -133,13 +141,22 @@ def sha256_range(fd: int, begin: int, end: int, where: str | Path) -> str:
     return digest.hexdigest()
 
 
-def copy_content(source: int, target: int, size: int, where: str | Path, progress: Progress) -> str:
-    """Copy ``size`` bytes between open files with the best means the kernel offers; returns its name.
+def clone(source: int, target: int) -> bool:
+    """Let ``target`` share all blocks of ``source`` where the file system can (btrfs, xfs); False where it cannot."""
+    try:
+        fcntl.ioctl(target, _FICLONE, source)
+    except OSError:
+        return False  # whatever it is, copying will meet it again, or not
+    return True
 
-    ``copy_file_range`` shares blocks where the file system can (btrfs, xfs), ``sendfile`` crosses file
-    systems, read and write always work. Each continues where the one before declined.
+
+def copy_range(source: int, target: int, begin: int, end: int, where: str | Path, progress: Progress) -> str:
+    """Copy the bytes ``begin:end`` between open files with the best means the kernel offers; returns its name.
+
+    ``copy_file_range`` stays in the kernel, ``sendfile`` crosses file systems, read and write always work. Each
+    continues where the one before declined. ``progress`` may raise to stop it.
     """
-    done = 0
+    done = begin
     used = "none"
     with os_errors("copy", where):
         for name, step in (
@@ -147,9 +164,9 @@ def copy_content(source: int, target: int, size: int, where: str | Path, progres
             ("sendfile", _sendfile),
             ("read_write", _read_write),
         ):
-            while done < size:
+            while done < end:
                 try:
-                    n = step(source, target, done, min(COPY_CHUNK, size - done))
+                    n = step(source, target, done, min(COPY_CHUNK, end - done))
                 except OSError as error:
                     if error.errno not in _DECLINED or name == "read_write":
                         raise
@@ -159,9 +176,9 @@ def copy_content(source: int, target: int, size: int, where: str | Path, progres
                 used = name
                 done += n
                 progress(n)
-            if done == size:
+            if done == end:
                 return used
-    raise FileSystemError(f"the source ends {size - done} bytes early", where=str(where))
+    raise FileSystemError(f"the source ends {end - done} bytes early", where=str(where))
 
 
 def _copy_file_range(source: int, target: int, offset: int, count: int) -> int:

@@ -1,10 +1,10 @@
-"""``Checkpoint``: what SOURCE holds, known from headers, index and config alone. Nothing is opened for writing."""
+"""``Stored`` and ``Checkpoint``: what SOURCE holds, known from headers, index and config alone, and only read."""
 
 from __future__ import annotations
 
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,12 +27,12 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A local checkpoint: a directory, or one ``.safetensors`` file taken by itself."""
+class Stored:
+    """Tensors and other files of a directory, or one ``.safetensors`` file by itself; of what model is not asked."""
 
     root: Path
     single_file: bool
-    config: Mapping[str, Any]
+    index: str | None  # the file that says which shard holds which tensor
     headers: Mapping[str, Header]  # weight shards, by file name
     files: Mapping[str, SourceFile]  # all files to carry over, shards included, sorted by name
     directories: tuple[str, ...]
@@ -50,13 +50,32 @@ class Checkpoint:
         return sum(file.size for file in self.files.values())
 
 
+@dataclass(frozen=True)
+class Checkpoint(Stored):
+    """A local checkpoint with what ``config.json`` says of its model; beside a single file, too."""
+
+    config: Mapping[str, Any]
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
+    """As :func:`open_stored`, and ``config.json``.
+
+    Raises:
+        CheckpointError: also, no config.json, or one that is not an object.
+        QKPatchError: as :func:`open_stored`.
+    """
+    stored = open_stored(path)
+    config = _read_config(stored.root / "config.json")
+    return Checkpoint(**{field.name: getattr(stored, field.name) for field in fields(stored)}, config=config)
+
+
+def open_stored(path: Path) -> Stored:
     """Read all headers under ``path`` and check them against index and file sizes.
 
     Raises:
         UnsupportedError: no safetensors weights, such as pickles only.
         AmbiguousError: more than one set of weights.
-        CheckpointError: index and headers disagree, a path leaves the directory, no config.json.
+        CheckpointError: index and headers disagree, or a path leaves the directory.
         HeaderError: a shard breaks the format.
         FileSystemError: something cannot be read.
     """
@@ -79,10 +98,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     _check_homes(headers)
     if index is not None:
         _check_index(headers, index)
-    return Checkpoint(
+    return Stored(
         root=path,
         single_file=False,
-        config=_read_config(path / "config.json"),
+        index=None if index is None else index.name,
         headers=headers,
         files=files,
         directories=directories,
@@ -91,7 +110,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def _open_single(path: Path) -> Checkpoint:
+def _open_single(path: Path) -> Stored:
     if not path.name.endswith(".safetensors"):
         raise UnsupportedError(
             "not a .safetensors file",
@@ -100,10 +119,10 @@ def _open_single(path: Path) -> Checkpoint:
         )
     file = source_file(path, path.name)
     header = _header(file)
-    return Checkpoint(
+    return Stored(
         root=path.parent,
         single_file=True,
-        config=_read_config(path.parent / "config.json"),
+        index=None,
         headers={file.name: header},
         files={file.name: file},
         directories=(),

@@ -181,7 +181,7 @@ def _delta(product: QKProduct, modes: Modes, rule: EditRule) -> tuple[Tensor, fl
     """``ΔW_Q`` (d_head, d_model) for the selected modes, and the share of ΔM that it realises."""
     scale = 1 - rule.alpha
     if rule.channel is Channel.full:
-        return -scale * (product.query.W @ modes.U) @ modes.U.mT, None
+        return (-scale * (product.query.W @ modes.U)) @ modes.U.mT, None
     # (W_K⁺)ᵀ v_j = R_k⁺ Q_kᵀ v_j, shape (d_head, r)
     mapped = product.key.pinv_core @ product.key.basis.coordinates(modes.V)
     reached = torch.linalg.vector_norm(product.key.W.mT @ mapped, dim=0)  # |P_K v_j|

@@ -163,7 +163,7 @@ class QKProduct:
             return self.singular_values()
         _, C = self._joint_core()
         if channel is Channel.symmetric:
-            values = torch.linalg.eigvalsh((C + C.mT) / 2)
+            values: Tensor = torch.linalg.eigvalsh((C + C.mT) / 2)
             return values[values.abs().argsort(descending=True, stable=True)]
         return _pairs(torch.linalg.eigvalsh(1j * (C - C.mT) / 2))
 

@@ -30,9 +30,8 @@ def round_once(x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dtype is not torch.float64 or dtype not in (torch.bfloat16, torch.float16, torch.float8_e4m3fn):
         return x.to(dtype)
     near = x.to(torch.float32)
-    wide = near.to(torch.float64)
+    error = x - near.to(torch.float64)  # exact
     bits = near.view(torch.int32)
-    away = torch.where(x.abs() > wide.abs(), bits + 1, bits - 1)  # the float32 on the other side of x
-    is_inexact = (wide != x) & torch.isfinite(near)
-    odd = torch.where(is_inexact & (bits % 2 == 0), away, bits)
-    return odd.view(torch.float32).to(dtype)
+    away = ((error > 0) == (x > 0)).to(torch.int32) * 2 - 1  # towards the float32 on the other side of x
+    is_even_and_inexact = (error.abs() > 0) & (bits % 2 == 0)  # not for infinities, whose error is NaN
+    return (bits + away * is_even_and_inexact).view(torch.float32).to(dtype)

@@ -1,0 +1,182 @@
+"""``qkpatch apply`` and ``qkpatch plan``: the same decisions, carried out or only shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qkpatch.boundary import command
+from qkpatch.interrupts import signals_held
+from qkpatch.options import (
+    AlphaOpt,
+    AttentionOpt,
+    ChannelOpt,
+    ConfigOpt,
+    DebugOpt,
+    DeviceOpt,
+    FoldOpt,
+    HeadsOpt,
+    JsonOpt,
+    LayersOpt,
+    ModesOpt,
+    QuietOpt,
+    RecipeOpt,
+    SeedOpt,
+    SelectOpt,
+    SourceArg,
+    ThreadsOpt,
+    edit_request,
+    expanded,
+)
+from qkpatch.settings import Request, check_device_name
+
+if TYPE_CHECKING:
+    from qkpatch.plan import EditPlan
+
+
+@command
+def apply(
+    source: SourceArg,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Directory to write.", show_default=False, callback=expanded)
+    ],
+    layers: LayersOpt = None,
+    modes: ModesOpt = None,
+    alpha: AlphaOpt = None,
+    channel: ChannelOpt = None,
+    select: SelectOpt = None,
+    seed: SeedOpt = None,
+    heads: HeadsOpt = None,
+    recipe: RecipeOpt = None,
+    attention: AttentionOpt = None,
+    fold_norm: FoldOpt = False,
+    config: ConfigOpt = None,
+    device: DeviceOpt = "auto",
+    threads: ThreadsOpt = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Plan only; the same as `qkpatch plan`.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier output of qkpatch.")
+    ] = False,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    debug: DebugOpt = False,
+) -> None:
+    """Write an edited copy of SOURCE to OUT, with a manifest of what was changed."""
+    from qkpatch.budget import choose_threads
+    from qkpatch.console import bars, print_text, show_applied, show_warnings
+
+    request = edit_request(
+        layers, modes, alpha, channel, select, seed, heads, recipe, attention, fold_norm, config
+    )
+    if dry_run:
+        _preview(source, request, out, device, threads, as_json=as_json, quiet=quiet, overwrite=overwrite)
+        return
+    plan = decide(source, request, out, device, overwrite=overwrite)
+    n_threads = choose_threads(threads, plan.head_memory, len(plan.model.checkpoint.tensors))
+
+    with signals_held():  # torch's imports swallow what is raised in their midst
+        from qkpatch.patch import apply_plan  # torch, from here on
+        from qkpatch.weights import choose_device
+
+    n_heads = len(plan.edits) * len(plan.settings.heads)
+    with bars(plan.output_bytes, n_heads, quiet=quiet or as_json) as observer:
+        manifest = apply_plan(
+            plan,
+            out,
+            device=choose_device(device),
+            threads=n_threads,
+            observer=observer,
+            overwrite=overwrite,
+        )
+    if not quiet:
+        show_warnings(manifest.warnings)
+    if as_json:
+        print_text(manifest.dumps())
+    elif not quiet:
+        show_applied(plan, manifest, source, out)
+
+
+@command
+def plan(
+    source: SourceArg,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where OUT would be.", callback=expanded)
+    ] = None,
+    layers: LayersOpt = None,
+    modes: ModesOpt = None,
+    alpha: AlphaOpt = None,
+    channel: ChannelOpt = None,
+    select: SelectOpt = None,
+    seed: SeedOpt = None,
+    heads: HeadsOpt = None,
+    recipe: RecipeOpt = None,
+    attention: AttentionOpt = None,
+    fold_norm: FoldOpt = False,
+    config: ConfigOpt = None,
+    device: DeviceOpt = "auto",
+    threads: ThreadsOpt = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="OUT may be an earlier output.")] = False,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    debug: DebugOpt = False,
+) -> None:
+    """Show what `apply` would do, from headers alone: tensors, heads, bytes, disk and memory."""
+    request = edit_request(
+        layers, modes, alpha, channel, select, seed, heads, recipe, attention, fold_norm, config
+    )
+    _preview(source, request, out, device, threads, as_json=as_json, quiet=quiet, overwrite=overwrite)
+
+
+def decide(source: str, request: Request, out: Path | None, device: str, *, overwrite: bool) -> EditPlan:
+    """The plan, with everything refused that can be; what is wrong already does not wait for a download."""
+    from qkpatch.checkpoint.target import check_apart, check_out
+    from qkpatch.locate import local_path
+    from qkpatch.plan import make_plan
+
+    check_device_name(device)
+    if out is not None:
+        check_out(out, local_path(source), overwrite=overwrite)
+    plan = make_plan(source, request)
+    if out is not None:
+        check_apart(out, plan.model.checkpoint)
+    return plan
+
+
+def _preview(
+    source: str,
+    request: Request,
+    out: Path | None,
+    device: str,
+    threads: int | None,
+    *,
+    as_json: bool,
+    quiet: bool,
+    overwrite: bool,
+) -> None:
+    from qkpatch.budget import choose_threads, peak_memory
+    from qkpatch.checkpoint.space import free_bytes
+    from qkpatch.console import print_text, show_plan, show_warnings
+    from qkpatch.manifest import canonical_json, planned_manifest
+
+    plan = decide(source, request, out, device, overwrite=overwrite)
+    n_tensors = len(plan.model.checkpoint.tensors)
+    n_threads = choose_threads(threads, plan.head_memory, n_tensors)
+    memory = peak_memory(n_threads, plan.head_memory, n_tensors)
+    free_disk = free_bytes(out if out is not None else Path("out"))
+    if not quiet:
+        show_warnings(plan.warnings)
+    if as_json:
+        costs = {
+            "output_bytes": plan.output_bytes,
+            "edited_bytes": plan.edited_bytes,
+            "free_disk_bytes": free_disk,
+            "expected_peak_memory_bytes": memory,
+            "threads": n_threads,
+        }
+        print_text(canonical_json({**planned_manifest(plan, device).to_json(), "costs": costs}))
+    elif not quiet:
+        show_plan(plan, free_disk, memory, n_threads)

@@ -1,0 +1,44 @@
+"""``qkpatch verify``: OUT against SOURCE and its own manifest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qkpatch.boundary import command
+from qkpatch.errors import FileSystemError
+from qkpatch.options import (
+    DebugOpt,
+    JsonOpt,
+    QuietOpt,
+)
+
+
+@command
+def verify(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="What `apply` wrote.", show_default=False)],
+    source: Annotated[str, typer.Option("--source", help="What it was made from.", show_default=False)],
+    recipe: Annotated[
+        str | None, typer.Option(help="The YAML file, where it was made by one of yours.", metavar="FILE")
+    ] = None,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    debug: DebugOpt = False,
+) -> None:
+    """Prove that OUT is SOURCE with only the planned rows changed, as its manifest says. Exit 1 if not."""
+    from qkpatch.console import bars, print_json, show_verification
+    from qkpatch.verify import verify as run
+
+    if not out.is_dir():
+        raise FileSystemError("no such directory", where=str(out), fix="check the path")
+    total = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    with bars(total, 0, quiet=quiet or as_json, verb="compare") as observer:
+        result = run(out, source, observer.copied, recipe)
+    if as_json:
+        print_json({**vars(result), "ok": result.ok, "mismatches": [vars(m) for m in result.mismatches]})
+    elif not quiet:
+        show_verification(result, out)
+    if not result.ok:
+        raise typer.Exit(1)

@@ -1,0 +1,91 @@
+"""Threads that work through tasks side by side; the first failure, or an interrupt, stops all of them."""
+
+from __future__ import annotations
+
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from threading import Event
+from types import TracebackType
+from typing import TypeVar
+
+import torch
+
+A = TypeVar("A")
+R = TypeVar("R")
+
+_ALONGSIDE = 2  # threads for what is not computing: copying, and waiting for the disk
+
+
+class Stopped(BaseException):
+    """The crew is stopping; raised inside tasks that are still running. What stopped it is raised by the crew."""
+
+
+class Crew:
+    """``threads`` threads that compute, each with one BLAS thread, and a few that wait for files.
+
+    One head's factorisations are too small to share: QR of 4096 × 128 on two cores takes 15 ms with one BLAS thread;
+    with two, 10 to 14 ms when nothing else runs and 117 ms when something does. One thread each also gives the same
+    bits whatever the machine.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._stop = Event()
+        self._failure: BaseException | None = None
+        self._before = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(threads + _ALONGSIDE, "qkpatch", initializer=_prepare_thread)
+
+    def __enter__(self) -> Crew:
+        torch.set_num_threads(1)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(self._before)
+        if isinstance(error, Stopped) and self._failure is not None:
+            raise self._failure
+
+    def check(self) -> None:
+        """To be called now and then by a long task.
+
+        Raises:
+            Stopped: another task failed, or the user interrupted.
+        """
+        if self._stop.is_set():
+            raise Stopped
+
+    def start(self, task: Callable[[], R]) -> Future[R]:
+        """Run one task alongside; ``result()`` raises what it raised."""
+        return self._pool.submit(self._run, task)
+
+    def map(self, task: Callable[[A], R], items: Iterable[A]) -> Iterator[R]:
+        """``task`` of each item, in order; no more than ``threads`` at a time, and none far ahead of the reader."""
+        running: deque[Future[R]] = deque()
+        for item in items:
+            if len(running) == self.threads:
+                yield running.popleft().result()
+            running.append(self._pool.submit(self._run, partial(task, item)))
+        while running:
+            yield running.popleft().result()
+
+    def _run(self, task: Callable[[], R]) -> R:
+        self.check()
+        try:
+            return task()
+        except BaseException as error:
+            if not self._stop.is_set():  # of two that fail at once either may be told
+                self._failure = error
+                self._stop.set()
+            raise
+
+
+def _prepare_thread() -> None:
+    # Signals are for the main thread, which knows when they must wait.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    torch.set_num_threads(1)

@@ -1,0 +1,269 @@
+"""How far two stored versions of the same numbers are apart: counted exactly, measured in float64 and in ULPs.
+
+The figures of a tensor are the sum (``+``) of those of its chunks, so that none has to be held whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Buffer = bytearray
+
+
+class _Float(NamedTuple):
+    """A floating point format; its bits, as an integer without the sign, grow with the number."""
+
+    stored: torch.dtype
+    bits: torch.dtype  # the signed integer of the same size
+    fraction: int  # explicit bits of the significand: 2^fraction ULPs are a factor of two
+
+
+FLOATS = {
+    "F64": _Float(torch.float64, torch.int64, 52),
+    "F32": _Float(torch.float32, torch.int32, 23),
+    "F16": _Float(torch.float16, torch.int16, 10),
+    "BF16": _Float(torch.bfloat16, torch.int16, 7),
+    "F8_E4M3": _Float(torch.float8_e4m3fn, torch.int8, 3),
+    "F8_E5M2": _Float(torch.float8_e5m2, torch.int8, 2),
+    "F8_E4M3FNUZ": _Float(torch.float8_e4m3fnuz, torch.int8, 3),
+    "F8_E5M2FNUZ": _Float(torch.float8_e5m2fnuz, torch.int8, 2),
+}
+# Numbers without a value of their own, being indices, flags or packed codes: they are equal or not.
+_ELEMENTS = {
+    "BOOL": torch.int8, "U8": torch.int8, "I8": torch.int8, "U16": torch.int16, "I16": torch.int16,
+    "U32": torch.int32, "I32": torch.int32, "U64": torch.int64, "I64": torch.int64, "C64": torch.int64,
+    "F8_E8M0": torch.int8,
+}  # fmt: skip
+_MOST = 2**63 - 1
+# Numbers at a time: what is computed on the way stays in the cache, and torch does not share out so few among
+# threads, so that the bits are the same whatever the machine.
+_PIECE = 1 << 15
+_COUNTABLE = 10  # bits of a significand up to which distances are counted one by one
+_FEW_DIGITS = 1e-140  # the square of what is smaller has lost some
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """How many numbers moved by ``first`` to ``last`` ULPs; ``last`` is None where there is no upper end."""
+
+    first: int
+    last: int | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Values:
+    """Floating point numbers that differ; figures are over pairs of finite numbers, ``norm`` over all such of A."""
+
+    values: int = 0  # pairs of finite numbers of different value
+    zero_signs: int = 0  # +0 here and -0 there
+    infinite: int = 0  # at least one of the two, and neither is NaN
+    nan_only_in_a: int = 0
+    nan_only_in_b: int = 0
+    nan_payloads: int = 0  # NaN on both sides, of different bits
+    largest: float = 0.0  # max |B − A|
+    distance: float = 0.0  # ‖B − A‖_F
+    norm: float = 0.0  # ‖A‖_F
+    most_ulps: int = 0
+    ulps: tuple[int, ...] | None = None  # by bucket; None where the dtypes differ
+
+    def __add__(self, other: Values) -> Values:
+        return Values(
+            values=self.values + other.values,
+            zero_signs=self.zero_signs + other.zero_signs,
+            infinite=self.infinite + other.infinite,
+            nan_only_in_a=self.nan_only_in_a + other.nan_only_in_a,
+            nan_only_in_b=self.nan_only_in_b + other.nan_only_in_b,
+            nan_payloads=self.nan_payloads + other.nan_payloads,
+            largest=max(self.largest, other.largest),
+            distance=math.hypot(self.distance, other.distance),
+            norm=math.hypot(self.norm, other.norm),
+            most_ulps=max(self.most_ulps, other.most_ulps),
+            ulps=None
+            if self.ulps is None or other.ulps is None
+            else tuple(map(int.__add__, self.ulps, other.ulps)),
+        )
+
+    @property
+    def relative(self) -> float | None:
+        """``‖B − A‖_F / ‖A‖_F``; None where A is zero."""
+        return self.distance / self.norm if self.norm else None
+
+    @property
+    def median_bucket(self) -> Bucket | None:
+        """The bucket that half of the numbers are in or below; None where no number moved."""
+        reached, buckets = 0, self.buckets or ()
+        for bucket in buckets:
+            reached += bucket.count
+            if 2 * reached >= self.values:
+                return bucket
+        return None
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...] | None:
+        """1, 2, 3-4, 5-8, ... ULPs up to a factor of two, and what is beyond; those that are empty left out."""
+        if self.ulps is None:
+            return None
+        edges = [0, *(2**k for k in range(len(self.ulps) - 1)), None]
+        return tuple(
+            Bucket((edges[k] or 0) + 1, edges[k + 1], count) for k, count in enumerate(self.ulps) if count
+        )
+
+
+@dataclass(frozen=True)
+class Change:
+    """What differs between two runs of bytes."""
+
+    n_bytes: int | None  # that differ; None where the dtypes do
+    elements: int | None  # that differ in their bits; None where an element is no whole number of bytes
+    values: Values | None  # None where the dtype is no floating point format
+
+    def __add__(self, other: Change) -> Change:
+        return Change(
+            None if self.n_bytes is None or other.n_bytes is None else self.n_bytes + other.n_bytes,
+            None if self.elements is None or other.elements is None else self.elements + other.elements,
+            None if self.values is None or other.values is None else self.values + other.values,
+        )
+
+
+def unchanged(a: Buffer, dtype: str) -> Change:
+    """The share in a tensor's figures of a chunk that is equal on both sides."""
+    if dtype not in FLOATS:
+        return Change(0, 0 if dtype in _ELEMENTS else None, None)
+    norm = math.hypot(*(_norm(_values(bits, dtype)) for bits in _pieces(a, FLOATS[dtype].bits)))
+    return Change(0, 0, Values(norm=norm, ulps=(0,) * (FLOATS[dtype].fraction + 2)))
+
+
+def changed(a: Buffer, b: Buffer, dtype: str) -> Change:
+    """What differs between two chunks of one dtype, of the same length."""
+    n_bytes = _differing(a, b, torch.int8)
+    if dtype in _ELEMENTS:
+        return Change(n_bytes, _differing(a, b, _ELEMENTS[dtype]), None)
+    if dtype not in FLOATS:
+        return Change(n_bytes, None, None)
+    bits = FLOATS[dtype].bits
+    pairs = zip(_pieces(a, bits), _pieces(b, bits), strict=True)
+    return Change(n_bytes, *_total([_changed(x, y, dtype) for x, y in pairs]))
+
+
+def recast(a: Buffer, b: Buffer, dtype_a: str, dtype_b: str) -> Change:
+    """What differs in value between two chunks of as many numbers in two formats; NaN is NaN in any of them."""
+    parts = []
+    for bits_a, bits_b in zip(
+        _pieces(a, FLOATS[dtype_a].bits), _pieces(b, FLOATS[dtype_b].bits), strict=True
+    ):
+        x, y = _values(bits_a, dtype_a), _values(bits_b, dtype_b)
+        differs = (x != y) | (torch.signbit(x) != torch.signbit(y))
+        parts.append(_compared(x, y, differs & ~(torch.isnan(x) & torch.isnan(y))))
+    return Change(None, *_total(parts))
+
+
+def _differing(a: Buffer, b: Buffer, dtype: torch.dtype) -> int:
+    return sum(_count(x != y) for x, y in zip(_pieces(a, dtype), _pieces(b, dtype), strict=True))
+
+
+def _total(parts: Sequence[tuple[int, Values]]) -> tuple[int, Values]:
+    return sum(n for n, _ in parts), reduce(Values.__add__, (values for _, values in parts))
+
+
+def _changed(bits_a: Tensor, bits_b: Tensor, dtype: str) -> tuple[int, Values]:
+    elements, values = _compared(_values(bits_a, dtype), _values(bits_b, dtype), bits_a != bits_b)
+    if elements != values.values:  # only pairs of finite numbers have a distance, and ±0 have none
+        moved = _moved(_values(bits_a, dtype), _values(bits_b, dtype))
+        bits_a, bits_b = bits_a[moved], bits_b[moved]
+    apart = _steps(bits_a, bits_b)
+    most = int(apart.max()) if len(apart) else 0
+    return elements, replace(values, most_ulps=most, ulps=_histogram(apart, FLOATS[dtype].fraction))
+
+
+def _compared(x: Tensor, y: Tensor, differs: Tensor) -> tuple[int, Values]:
+    """How many pairs differ, and their figures."""
+    elements, norm = _count(differs), _norm(x)
+    delta = y - x
+    distance = float(torch.linalg.vector_norm(delta))
+    if math.isfinite(distance):  # all numbers are
+        moved = _count(delta)
+        plain = Values(moved, elements - moved, largest=_largest(delta), distance=_norm(delta), norm=norm)
+        return elements, plain
+    x, y, delta = x[differs], y[differs], delta[_moved(x, y)]
+    nan_x, nan_y = torch.isnan(x), torch.isnan(y)
+    return elements, Values(
+        values=len(delta),
+        zero_signs=_count(x == y),  # of different bits, and equal: no other numbers are
+        infinite=_count((torch.isinf(x) | torch.isinf(y)) & ~nan_x & ~nan_y),
+        nan_only_in_a=_count(nan_x & ~nan_y),
+        nan_only_in_b=_count(nan_y & ~nan_x),
+        nan_payloads=_count(nan_x & nan_y),
+        largest=_largest(delta),
+        distance=_norm(delta, finite=True),
+        norm=norm,
+    )
+
+
+def _moved(x: Tensor, y: Tensor) -> Tensor:
+    return (x != y) & torch.isfinite(x) & torch.isfinite(y)
+
+
+def _steps(a: Tensor, b: Tensor) -> Tensor:
+    """Steps between numbers of one format, counted on the line of all its numbers, where ±0 are one."""
+    size = torch.iinfo(a.dtype).max  # all bits but the sign
+    wide = torch.int32 if a.element_size() < 4 else torch.int64
+    a, b = a.to(wide), b.to(wide)
+    same_sign = (a ^ b) >= 0
+    a, b = a & size, b & size
+    apart = torch.where(same_sign, (a - b).abs_(), a + b)
+    # float64 alone has more numbers than can be counted
+    return torch.where(apart < 0, torch.iinfo(wide).max, apart) if size == _MOST else apart
+
+
+def _histogram(apart: Tensor, fraction: int) -> tuple[int, ...]:
+    """Counts of distances by the length in bits of the distance less one; zeros are left out."""
+    capped = apart.clamp(max=2**fraction + 1)
+    if fraction <= _COUNTABLE:
+        counts = torch.bincount(capped, minlength=2**fraction + 2).tolist()
+        return (
+            *(sum(counts[(2**k >> 1) + 1 : 2**k + 1]) for k in range(fraction + 1)),
+            counts[-1],
+        )
+    exponent = torch.frexp((capped - 1).to(torch.float64)).exponent  # exact up to here, and 1 for -1
+    by_length = torch.bincount(exponent, minlength=fraction + 2).tolist()
+    by_length[1] -= len(apart) - _count(apart)
+    return tuple(by_length)
+
+
+def _norm(x: Tensor, *, finite: bool = False) -> float:
+    """Frobenius norm of the finite numbers; also where their squares are too large or too small for float64."""
+    norm = float(torch.linalg.vector_norm(x))
+    if _FEW_DIGITS < norm < math.inf:
+        return norm
+    if not math.isfinite(norm) and not finite:
+        x = x[torch.isfinite(x)]
+    largest = _largest(x)
+    if largest in (0.0, math.inf):
+        return largest
+    return largest * float(torch.linalg.vector_norm(x / largest))
+
+
+def _largest(x: Tensor) -> float:
+    return max(-float(x.min()), float(x.max())) if len(x) else 0.0
+
+
+def _values(bits: Tensor, dtype: str) -> Tensor:
+    return bits.view(FLOATS[dtype].stored).to(torch.float64)
+
+
+def _pieces(data: Buffer, dtype: torch.dtype) -> Iterator[Tensor]:
+    whole = torch.frombuffer(data, dtype=dtype)
+    for begin in range(0, len(whole), _PIECE):
+        yield whole[begin : begin + _PIECE]
+
+
+def _count(where: Tensor) -> int:
+    return int(torch.count_nonzero(where))

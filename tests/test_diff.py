@@ -1,0 +1,820 @@
+"""`diff` finds every difference between two checkpoints, none that is not there, and measures them right."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import oracle
+import pytest
+import torch
+from conftest import REPO, Tiny, build_tiny
+from safetensors.torch import load_file, save_file
+from typer.testing import Result
+
+from qkpatch import diff as diff_module
+from qkpatch.checkpoint.header import DTYPE_BITS
+from qkpatch.checkpoint.side_by_side import CHUNK
+from qkpatch.difference import natural
+from qkpatch.spectral import change
+
+SCHEMA = json.loads((resources.files("qkpatch") / "diff.schema.json").read_text())
+Entry = tuple[str, Sequence[int], bytes]
+Diff = Callable[..., dict[str, Any]]
+
+
+def write(path: Path, tensors: Mapping[str, Entry], metadata: dict[str, str] | None = None) -> Path:
+    """A safetensors file of raw bytes, in the order given, of any dtype."""
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    position = 0
+    for name, (dtype, shape, data) in tensors.items():
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [position, position + len(data)],
+        }
+        position += len(data)
+    text = json.dumps(header).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(data for _, _, data in tensors.values()))
+    return path
+
+
+@pytest.fixture
+def diff(run: Callable[..., Result]) -> Diff:
+    """Run ``diff --json``, hold it against the schema and its exit code, and the text against the verdict."""
+
+    def call(a: Path, b: Path) -> dict[str, Any]:
+        result = run("diff", a, b, "--json")
+        document: dict[str, Any] = json.loads(result.stdout)
+        jsonschema.Draft202012Validator(SCHEMA).validate(document)
+        assert result.exit_code == (0 if document["equal"] else 1), result.output
+        text = run("diff", a, b)
+        assert text.exit_code == result.exit_code
+        assert ("Equal:" if document["equal"] else "Different:") in text.stdout
+        for kind in ("changed", "retyped", "only_in_a", "only_in_b"):
+            for tensor in document["tensors"][kind][:20]:
+                assert tensor["name"] in text.stdout
+        return document
+
+    return call
+
+
+@pytest.fixture
+def compare(diff: Diff, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Diff two versions of one tensor, and return what is said of it."""
+
+    def call(
+        dtype: str, a: bytes, b: bytes, shape: Sequence[int], other: str | None = None
+    ) -> dict[str, Any]:
+        document = diff(
+            write(tmp_path / "a.safetensors", {"x": (dtype, shape, a)}),
+            write(tmp_path / "b.safetensors", {"x": (other or dtype, shape, b)}),
+        )
+        found = document["tensors"]["retyped" if other else "changed"]
+        assert len(found) == 1
+        assert document["tensors"]["equal"] == 0
+        return dict(found[0])
+
+    return call
+
+
+def flipped(data: bytes, place: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+# -------- equal
+
+EQUAL_PARTS = ("changed", "retyped", "only_in_a", "only_in_b")
+
+
+def is_nothing(document: dict[str, Any]) -> bool:
+    return (
+        document["equal"]
+        and not any(document["tensors"][part] for part in EQUAL_PARTS)
+        and not document["metadata"]
+    )
+
+
+def test_a_checkpoint_equals_itself_and_its_copy(tiny: Tiny, tmp_path: Path, diff: Diff, run) -> None:
+    shutil.copytree(tiny.path, tmp_path / "copy")
+    for other in (tiny.path, tmp_path / "copy"):
+        document = diff(tiny.path, other)
+        assert is_nothing(document)
+        assert document["tensors"]["equal"] == 10
+        assert document["files"] == {"equal": 2, "changed": [], "only_in_a": [], "only_in_b": []}
+        assert document["layout"] == {"equal": True, "shards_a": 1, "shards_b": 1, "rewritten": []}
+    sizes = {path.name: path.stat().st_size for path in tiny.path.iterdir()}
+    raw = (tiny.path / "model.safetensors").read_bytes()
+    assert document["compared_bytes"] == sum(sizes.values()) - 8 - struct.unpack("<Q", raw[:8])[0]
+    assert run("diff", tiny.path, tiny.path, "--quiet").output == ""
+
+
+def test_equal_checkpoints_need_no_torch(tiny: Tiny) -> None:
+    code = (
+        "import sys\nfrom qkpatch.cli import app\n"
+        "try: app(sys.argv[1:])\nexcept SystemExit as stop: assert not stop.code\n"
+        "assert not {'torch', 'numpy', 'huggingface_hub'} & set(sys.modules)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, "diff", tiny.path, tiny.path], check=True, capture_output=True
+    )
+
+
+@pytest.mark.parametrize("division", [[["layers.1."], [""]], [["k_proj"], ["q_proj", "v_proj"], [""]]])
+def test_another_division_into_shards_is_equal(tmp_path: Path, diff: Diff, division) -> None:
+    one = build_tiny(tmp_path / "one")
+    other = build_tiny(tmp_path / "other", shards=division)
+    for a, b in ((one, other), (other, one)):
+        document = diff(a.path, b.path)
+        assert is_nothing(document)
+        assert document["tensors"]["equal"] == 10
+        assert not document["layout"]["equal"]
+        assert {u["name"] for u in document["uncompared"]} == {"model.safetensors.index.json"}
+
+
+def test_another_division_with_one_change_shows_that_alone(tmp_path: Path, diff: Diff) -> None:
+    one = build_tiny(tmp_path / "one")
+    other = build_tiny(tmp_path / "other", shards=[["k_proj"], ["layers.1."], [""]])
+    file = other.path / "model-00002-of-00003.safetensors"
+    tensors = load_file(file)
+    tensors[one.name(1, "q")][3, 5] += 1
+    save_file(tensors, file, {"format": "pt"})
+    found = diff(one.path, other.path)["tensors"]
+    assert [d["name"] for d in found["changed"]] == [one.name(1, "q")]
+    assert found["changed"][0]["differing_elements"] == 1
+    assert found["equal"] == 9
+
+
+def test_another_order_in_the_file_is_equal(tmp_path: Path, diff: Diff) -> None:
+    tensors = {f"layers.{i}": ("F32", [5], os.urandom(20)) for i in range(12)}
+    a = write(tmp_path / "a.safetensors", tensors)
+    b = write(tmp_path / "b.safetensors", dict(reversed(tensors.items())))
+    document = diff(a, b)
+    assert is_nothing(document)
+    assert document["files"] is None
+    assert not document["layout"]["equal"]
+
+
+def test_a_header_in_other_words_is_equal_and_told(tmp_path: Path, diff: Diff) -> None:
+    a = write(tmp_path / "a" / "m.safetensors", {"x": ("U8", [2], b"ab"), "y": ("U8", [1], b"c")})
+    text = (
+        b'{"y":{"dtype":"U8","shape":[1],"data_offsets":[2,3]},'
+        b'"x":{"shape":[2],"dtype":"U8","data_offsets":[0,2]}}'
+    )
+    length = struct.unpack("<Q", a.read_bytes()[:8])[0]
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "m.safetensors").write_bytes(struct.pack("<Q", length) + text.ljust(length) + b"abc")
+    document = diff(a.parent, tmp_path / "b")
+    assert document["equal"]
+    assert document["layout"] == {"equal": True, "shards_a": 1, "shards_b": 1, "rewritten": ["m.safetensors"]}
+
+
+def test_no_config_and_no_recipe_are_needed(tmp_path: Path, diff: Diff) -> None:
+    for side in "ab":
+        write(tmp_path / side / "model.safetensors", {"anything": ("I32", [1], b"1234")})
+    assert diff(tmp_path / "a", tmp_path / "b")["equal"]
+
+
+@pytest.mark.parametrize("dtype", [*DTYPE_BITS, "F2_FUTURE"])
+@pytest.mark.parametrize("shape", [[], [0], [3, 0, 2], [8]])
+def test_equal_tensors_of_any_dtype_and_shape_are_equal(
+    tmp_path: Path, diff: Diff, dtype: str, shape: list[int]
+) -> None:
+    bits = DTYPE_BITS.get(dtype, 2) * int(np.prod(shape))
+    if bits % 8:
+        pytest.skip("no whole number of bytes")
+    data = b"\xff" * (bits // 8)  # NaN in all float formats: equal bits are equal
+    a = write(tmp_path / "a.safetensors", {"x": (dtype, shape, data)})
+    b = write(tmp_path / "b.safetensors", {"before": ("U8", [1], b"."), "x": (dtype, shape, data)})
+    document = diff(a, b)
+    assert document["tensors"]["equal"] == 1
+    assert [ref["name"] for ref in document["tensors"]["only_in_b"]] == ["before"]
+
+
+# -------- figures, by numpy and by the oracle's ordinals
+
+INTEGER = {
+    "F64": np.int64,
+    "F32": np.int32,
+    "F16": np.int16,
+    "BF16": np.int16,
+    "F8_E4M3": np.int8,
+    "F8_E5M2": np.int8,
+}
+FRACTION = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7, "F8_E4M3": 3, "F8_E5M2": 2}
+
+
+def numbers(data: bytes, dtype: str) -> oracle.Matrix:
+    """What the bytes mean, without torch."""
+    raw = np.frombuffer(data, INTEGER[dtype])
+    if dtype == "BF16":
+        with np.errstate(invalid="ignore"):
+            return (raw.astype(np.int64) << 16).astype(np.int32).view(np.float32).astype(np.float64)
+    if dtype in ("F8_E5M2", "F8_E4M3"):
+        return np.array([small(int(code) & 255, dtype) for code in raw])
+    with np.errstate(invalid="ignore"):
+        return raw.view({"F64": np.float64, "F32": np.float32, "F16": np.float16}[dtype]).astype(np.float64)
+
+
+def small(code: int, dtype: str) -> float:
+    """One FP8 number, by the definition of its format."""
+    fraction, bias = (2, 15) if dtype == "F8_E5M2" else (3, 7)
+    sign, exponent, rest = (-1) ** (code >> 7), (code & 127) >> fraction, code & (2**fraction - 1)
+    if dtype == "F8_E5M2" and exponent == 31:
+        return sign * float("inf") if rest == 0 else float("nan")
+    if dtype == "F8_E4M3" and code & 127 == 127:
+        return float("nan")
+    if exponent == 0:
+        return sign * rest * 2.0 ** (1 - bias - fraction)
+    return float(sign * (1 + rest / 2**fraction) * 2.0 ** (exponent - bias))
+
+
+def ordinals(data: bytes, dtype: str) -> list[int]:
+    """Positions among all the numbers of a format."""
+    if dtype in oracle.FORMATS:
+        return [int(n) for n in oracle.ordinal(numbers(data, dtype), dtype)]
+    if dtype == "F64":
+        raw = [int(n) for n in np.frombuffer(data, np.int64)]
+        return [n if n >= 0 else -(n + 2**63) for n in raw]
+    line = sorted({x for x in (small(code, dtype) for code in range(256)) if np.isfinite(x)})
+    return [line.index(x) if x in line else 0 for x in numbers(data, dtype)]
+
+
+def expected(a: bytes, b: bytes, dtype: str) -> dict[str, Any]:
+    """The figures again."""
+    x, y = numbers(a, dtype), numbers(b, dtype)
+    raw_a, raw_b = (np.frombuffer(data, INTEGER[dtype]) for data in (a, b))
+    differs = raw_a != raw_b
+    finite = np.isfinite(x) & np.isfinite(y)
+    moved = differs & finite & (x != y)
+    with np.errstate(over="ignore", invalid="ignore"):
+        delta = (y - x)[moved]
+    distances = [
+        abs(p - q) for p, q, m in zip(ordinals(a, dtype), ordinals(b, dtype), moved, strict=True) if m
+    ]
+    buckets: dict[tuple[int, int | None], int] = {}
+    for distance in distances:
+        first, last = 1, 1
+        while last < distance and last <= 2 ** FRACTION[dtype]:
+            first, last = last + 1, last * 2
+        key = (first, last if last <= 2 ** FRACTION[dtype] else None)
+        buckets[key] = buckets.get(key, 0) + 1
+    norm_a = np.linalg.norm(x[np.isfinite(x)])
+    return {
+        "elements": len(x),
+        "differing_elements": int(differs.sum()),
+        "differing_bytes": sum(p != q for p, q in zip(a, b, strict=True)),
+        "differing": int(moved.sum()),
+        "zero_signs": int((differs & (x == 0) & (y == 0)).sum()),
+        "infinite": int((differs & ~np.isnan(x) & ~np.isnan(y) & ~finite).sum()),
+        "nan_only_in_a": int((np.isnan(x) & ~np.isnan(y)).sum()),
+        "nan_only_in_b": int((np.isnan(y) & ~np.isnan(x)).sum()),
+        "nan_payloads": int((differs & np.isnan(y) & np.isnan(x)).sum()),
+        "max_abs": float(np.abs(delta).max(initial=0)),
+        "frobenius": float(np.linalg.norm(delta)),
+        "frobenius_a": float(norm_a),
+        "relative": float(np.linalg.norm(delta) / norm_a),
+        "max_ulps": min(max(distances, default=0), 2**63 - 1),
+        "ulps": [
+            {"first": f, "last": t, "count": n}
+            for (f, t), n in sorted(buckets.items(), key=lambda i: i[0][0])
+        ],
+    }
+
+
+def check(found: dict[str, Any], want: dict[str, Any]) -> None:
+    got = {**found, **found["values"]}
+    for key, value in want.items():
+        if isinstance(value, float):
+            assert got[key] == pytest.approx(value, rel=1e-12), key
+        else:
+            assert got[key] == value, key
+
+
+@pytest.mark.parametrize("dtype", INTEGER)
+def test_the_figures_of_arbitrary_bits_are_the_oracles(dtype: str, compare) -> None:
+    rng = np.random.default_rng(7)
+    n = 3000
+    raw_a = rng.integers(
+        np.iinfo(INTEGER[dtype]).min, np.iinfo(INTEGER[dtype]).max, n, INTEGER[dtype], endpoint=True
+    )
+    if dtype == "F64":  # not so large that differences overflow; that is another test
+        raw_a = (rng.standard_normal(n) * 10.0 ** rng.integers(-20, 20, n)).view(np.int64)
+        raw_a[:3] = np.array([np.nan, np.inf, -np.inf]).view(np.int64)
+    raw_b = raw_a.copy()
+    near = rng.random(n) < 0.6
+    steps = rng.integers(-40 if INTEGER[dtype] is not np.int8 else -6, 7, n)
+    with np.errstate(over="ignore"):
+        raw_b[near] = (raw_a + steps.astype(INTEGER[dtype]))[near]
+    raw_b[~near & (rng.random(n) < 0.5)] = rng.permutation(raw_a)[:1]
+    raw_a[-4:-2], raw_b[-4:-2] = 0, np.iinfo(INTEGER[dtype]).min  # +0 and -0
+    a, b = raw_a.tobytes(), raw_b.tobytes()
+    want = expected(a, b, dtype)
+    assert want["zero_signs"] >= 2
+    assert want["differing"] > 500
+    check(compare(dtype, a, b, [30, 100]), want)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+def test_the_figures_of_a_tensor_of_several_chunks_are_the_oracles(dtype: str, compare) -> None:
+    """Chunks that are equal, before and after those that differ, count towards the norm of A."""
+    rng = np.random.default_rng(3)
+    x = (rng.standard_normal(5 * CHUNK // 4 + 77) * 0.1).astype(np.float32)
+    raw_a = x.view(np.int32) if dtype == "F32" else (x.view(np.int32) >> 16).astype(np.int16)
+    raw_b = raw_a.copy()
+    per_chunk = CHUNK // raw_a.itemsize
+    raw_b[per_chunk + 5 : per_chunk + 2005 : 3] += 1
+    raw_b[-2] ^= np.iinfo(raw_a.dtype).min
+    a, b = raw_a.tobytes(), raw_b.tobytes()
+    check(compare(dtype, a, b, [len(x)]), expected(a, b, dtype))
+
+
+def test_ulps_are_counted_between_all_pairs_of_bfloat16_steps(compare) -> None:
+    """From 1.0 up by every power of two, and one beside it."""
+    steps = [d for k in range(1, 9) for d in (2**k - 1, 2**k, 2**k + 1)]
+    a = np.full(len(steps), 0x3F80, np.int16)
+    b = (a + np.array(steps)).astype(np.int16)
+    found = compare("BF16", a.tobytes(), b.tobytes(), [len(steps)])
+    check(found, expected(a.tobytes(), b.tobytes(), "BF16"))
+    assert found["values"]["max_ulps"] == 257
+    assert found["values"]["ulps"][-1]["first"] == 129
+    assert found["values"]["ulps"][-1]["last"] is None
+
+
+def test_float64_beyond_its_own_range_is_said_without_a_number(compare) -> None:
+    a, b = np.array([1.7e308, 1e-320, 3.0]), np.array([-1.7e308, 1e-320, 3.0])
+    values = compare("F64", a.tobytes(), b.tobytes(), [3])["values"]
+    assert values["max_abs"] is None
+    assert values["frobenius"] is None
+    assert values["frobenius_a"] == pytest.approx(1.7e308)
+    assert values["max_ulps"] == 2**63 - 1  # as far as can be counted
+    assert values["ulps"] == [{"first": 2**52 + 1, "last": None, "count": 1}]
+
+
+def test_squares_of_tiny_and_huge_float64_do_not_vanish(compare) -> None:
+    for scale in (1e-200, 1e200):
+        a = np.array([3.0, 4.0, 0.0]) * scale
+        b = np.array([3.0, 4.5, 0.0]) * scale
+        values = compare("F64", a.tobytes(), b.tobytes(), [3])["values"]
+        assert values["frobenius_a"] == pytest.approx(5 * scale, rel=1e-14)
+        assert values["relative"] == pytest.approx(0.1, rel=1e-12)
+
+
+def test_a_tensor_of_zeros_has_no_relative_change(compare, run, tmp_path: Path) -> None:
+    values = compare("F32", bytes(8), np.array([0, 2], np.float32).tobytes(), [2])["values"]
+    assert (values["frobenius"], values["frobenius_a"], values["relative"]) == (2, 0, None)
+
+
+def test_a_scalar(compare) -> None:
+    a, b = (np.float32(x).tobytes() for x in (1.0, -1.0))
+    found = compare("F32", a, b, [])
+    assert (found["elements"], found["differing_elements"]) == (1, 1)
+    assert found["values"]["max_ulps"] == 2 * 0x3F800000
+    assert found["values"]["relative"] == 2
+
+
+# -------- what is no plain number
+
+
+def f32(*bits: int) -> bytes:
+    return np.array(bits, np.uint32).tobytes()
+
+
+NAN, OTHER_NAN, INF, ONE, MINUS = 0x7FC00000, 0xFFC00001, 0x7F800000, 0x3F800000, 0x80000000
+
+
+def test_nans_are_counted_apart_and_leave_the_figures_alone(compare) -> None:
+    found = compare("F32", f32(NAN, NAN, ONE, ONE, NAN), f32(OTHER_NAN, ONE, NAN, ONE + 1, NAN), [5])
+    values = found["values"]
+    assert found["differing_elements"] == 4
+    assert (values["nan_payloads"], values["nan_only_in_a"], values["nan_only_in_b"]) == (1, 1, 1)
+    assert (values["differing"], values["max_ulps"]) == (1, 1)
+    assert values["frobenius"] == values["max_abs"] == 2**-23
+    assert values["frobenius_a"] == pytest.approx(2**0.5)
+
+
+def test_signs_of_zero_differ_in_bits_and_not_in_value(compare, run, tmp_path: Path) -> None:
+    found = compare("F32", f32(0, MINUS, ONE), f32(MINUS, 0, ONE), [3])
+    assert (found["differing_elements"], found["values"]["zero_signs"]) == (2, 2)
+    assert (found["values"]["differing"], found["values"]["frobenius"], found["values"]["ulps"]) == (0, 0, [])
+    text = run("diff", tmp_path / "a.safetensors", tmp_path / "b.safetensors").stdout
+    assert "2 ±0 (equal in value)" in text
+
+
+def test_infinities_are_counted_apart(compare) -> None:
+    values = compare("F32", f32(INF, ONE, INF, INF), f32(ONE, INF, INF | MINUS, INF), [4])["values"]
+    assert (values["infinite"], values["differing"], values["frobenius"], values["frobenius_a"]) == (
+        3,
+        0,
+        0,
+        1,
+    )
+
+
+def test_smallest_numbers_around_zero_are_two_steps_apart(compare) -> None:
+    assert compare("F32", f32(1), f32(MINUS | 1), [1])["values"]["max_ulps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "elements"),
+    [("U8", 2), ("I8", 2), ("BOOL", 2), ("F8_E8M0", 2), ("U16", 1), ("I16", 1), ("U32", 1), ("I32", 1), ("I64", 1),
+     ("U64", 1), ("C64", 1), ("F4", None), ("F6_E2M3", None), ("F6_E3M2", None), ("F2_FUTURE", None)],
+)  # fmt: skip
+def test_what_has_no_ulps_is_counted_by_elements_and_bytes(dtype: str, elements: int | None, compare) -> None:
+    data = bytes(48)
+    n = 48 * 8 // DTYPE_BITS.get(dtype, 2)
+    found = compare(dtype, data, flipped(flipped(data, 9), 8), [n])
+    assert (found["differing_bytes"], found["differing_elements"]) == (2, elements)
+    assert found["values"] is None
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3FNUZ", "F8_E5M2FNUZ"])
+def test_all_pairs_of_neighbours_in_fp8_without_negative_zero_are_one_step_apart(dtype: str, compare) -> None:
+    codes = bytes(range(127)), bytes(range(1, 128))
+    values = compare(dtype, *codes, [127])["values"]
+    assert values["ulps"] == [{"first": 1, "last": 1, "count": 127}]
+    assert compare(dtype, b"\x80\x81", b"\x01\x01", [2])["values"]["nan_only_in_a"] == 1
+
+
+# -------- which tensors
+
+
+def test_one_flipped_byte_is_one_changed_element(tiny: Tiny, tmp_path: Path, diff: Diff) -> None:
+    shutil.copytree(tiny.path, tmp_path / "b")
+    file = tmp_path / "b" / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(flipped(data, len(data) - 10))
+    document = diff(tiny.path, tmp_path / "b")
+    (found,) = document["tensors"]["changed"]
+    assert (found["differing_elements"], found["differing_bytes"], found["values"]["max_ulps"]) == (1, 1, 1)
+    assert document["tensors"]["equal"] == 9
+
+
+def test_every_byte_of_every_tensor_is_compared(tmp_path: Path, diff: Diff) -> None:
+    tensors: dict[str, Entry] = {
+        "a": ("U8", [3], b"abc"),
+        "b": ("BF16", [2], b"1234"),
+        "c": ("F4", [4], b"xy"),
+    }
+    a = write(tmp_path / "a.safetensors", tensors)
+    raw = a.read_bytes()
+    b = tmp_path / "b.safetensors"
+    owners = "aaabbbbcc"
+    for place, owner in enumerate(owners, len(raw) - len(owners)):
+        b.write_bytes(flipped(raw, place))
+        assert [d["name"] for d in diff(a, b)["tensors"]["changed"]] == [owner]
+
+
+def test_the_last_byte_of_a_tensor_of_several_chunks_is_compared(tmp_path: Path, diff: Diff) -> None:
+    data = bytes(2 * CHUNK + 6)
+    a = write(tmp_path / "a.safetensors", {"x": ("BF16", [CHUNK + 3], data)})
+    for place in (0, CHUNK - 1, CHUNK, 2 * CHUNK - 1, 2 * CHUNK, len(data) - 2):
+        b = write(tmp_path / "b.safetensors", {"x": ("BF16", [CHUNK + 3], flipped(data, place))})
+        (found,) = diff(a, b)["tensors"]["changed"]
+        assert (found["differing_elements"], found["differing_bytes"]) == (1, 1)
+
+
+def test_missing_tensors_are_named_on_their_side(tmp_path: Path, diff: Diff) -> None:
+    x: Entry = ("F32", [1], b"....")
+    a = write(tmp_path / "a.safetensors", {f"l.{i}": x for i in (10, 9, 2, 1)})
+    b = write(tmp_path / "b.safetensors", {f"l.{i}": x for i in (1, 11, 100)})
+    found = diff(a, b)["tensors"]
+    assert found["equal"] == 1
+    assert [ref["name"] for ref in found["only_in_a"]] == ["l.2", "l.9", "l.10"]
+    assert [ref["name"] for ref in found["only_in_b"]] == ["l.11", "l.100"]
+
+
+@pytest.mark.parametrize("wide", ["F32", "F64"])
+@pytest.mark.parametrize("narrow", ["BF16", "F16", "F8_E4M3", "F8_E5M2"])
+def test_another_float_dtype_is_compared_by_value(narrow: str, wide: str, compare) -> None:
+    rng = np.random.default_rng(1)
+    codes = rng.integers(0, np.iinfo(INTEGER[narrow]).max * 3 // 4, 500, INTEGER[narrow])
+    x = numbers(codes.tobytes(), narrow)
+    y = x.copy()
+    kind = {"F32": np.float32, "F64": np.float64}[wide]
+    same = compare(narrow, codes.tobytes(), y.astype(kind).tobytes(), [500], wide)
+    assert (same["differing_elements"], same["differing_bytes"], same["values"]["frobenius"]) == (0, None, 0)
+    y[::7] *= 1.5
+    y[3] = np.nan
+    found = compare(narrow, codes.tobytes(), y.astype(kind).tobytes(), [500], wide)
+    moved = (x != y) & ~np.isnan(y)
+    values = found["values"]
+    assert values["differing"] == moved.sum()
+    assert values["nan_only_in_b"] == 1
+    assert values["frobenius"] == pytest.approx(np.linalg.norm((y - x)[moved]))
+    assert values["frobenius_a"] == pytest.approx(np.linalg.norm(x))
+    assert (values["ulps"], values["max_ulps"]) == (None, None)
+
+
+def test_another_float_dtype_over_several_chunks(compare) -> None:
+    x = np.random.default_rng(0).standard_normal(CHUNK // 3).astype(np.float32)
+    y = x.astype(np.float64)
+    y[-1] += 1
+    found = compare("F32", x.tobytes(), y.tobytes(), [len(x)], "F64")
+    assert found["differing_elements"] == 1
+    assert found["values"]["max_abs"] == pytest.approx(1)
+    assert found["values"]["frobenius_a"] == pytest.approx(np.linalg.norm(x.astype(np.float64)), rel=1e-12)
+
+
+def test_nan_is_nan_and_signs_of_zero_count_in_any_dtype(compare) -> None:
+    a = np.array([np.nan, 0.0, 1.0], np.float32).tobytes()
+    b = np.array([np.nan, -0.0, 1.0], np.float64).tobytes()
+    found = compare("F32", a, b, [3], "F64")
+    assert (found["differing_elements"], found["values"]["zero_signs"]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (("F32", [4], bytes(16)), ("F32", [2, 2], bytes(16))),
+        (("F32", [4], bytes(16)), ("I32", [4], bytes(16))),
+        (("U8", [4], bytes(4)), ("I8", [4], bytes(4))),
+        (("F32", [2, 2], bytes(16)), ("F64", [4], bytes(32))),
+        (("F2_FUTURE", [4], bytes(16)), ("F2_FUTURE", [4], bytes(12))),
+        (("F32", [0], b""), ("F64", [0], b"")),
+    ],
+)
+def test_another_shape_or_kind_is_told_and_not_compared(
+    a: Entry, b: Entry, tmp_path: Path, diff: Diff
+) -> None:
+    document = diff(write(tmp_path / "a.safetensors", {"x": a}), write(tmp_path / "b.safetensors", {"x": b}))
+    (found,) = document["tensors"]["retyped"]
+    assert not found["compared"]
+    assert (found["a"]["dtype"], found["a"]["shape"]) == (a[0], a[1])
+    assert (found["b"]["dtype"], found["b"]["shape"]) == (b[0], b[1])
+    assert found["values"] is None
+
+
+# -------- against `apply` and its manifest
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_an_edit_shows_as_its_manifest_says(dtype: torch.dtype, tmp_path: Path, run, diff: Diff) -> None:
+    tiny = build_tiny(tmp_path / "tiny", n_layers=12, dtype=dtype, shards=[["layers.1"], [""]])
+    out = tmp_path / "out"
+    assert run("apply", tiny.path, "-o", out, "--layers", "1,2,10", "--heads", "1-2").exit_code == 0
+    document = diff(tiny.path, out)
+    edits = {edit["tensor"]: edit for edit in json.loads((out / "qkpatch.json").read_text())["edits"]}
+    changed = document["tensors"]["changed"]
+    assert [d["name"] for d in changed] == [tiny.name(layer, "q") for layer in (1, 2, 10)]
+    assert edits.keys() == {d["name"] for d in changed}
+    assert document["tensors"]["equal"] == 37 - 3
+    assert document["layout"]["equal"]
+    assert document["files"]["equal"] == 2
+    weights = {k: v for file in tiny.path.glob("*.safetensors") for k, v in load_file(file).items()}
+    for found in changed:
+        W = weights[found["name"]].double().numpy().reshape(tiny.n_heads, tiny.d_head, -1)
+        square = sum(
+            (head["relative_change"] * np.linalg.norm(W[head["head"]])) ** 2
+            for head in edits[found["name"]]["heads"]
+        )
+        assert found["values"]["frobenius"] == pytest.approx(square**0.5, rel=1e-7)
+        assert found["values"]["frobenius_a"] == pytest.approx(np.linalg.norm(W), rel=1e-12)
+        assert 0 < found["differing_elements"] <= 2 * tiny.d_head * tiny.d_model
+    assert [u["name"] for u in document["uncompared"]] == ["qkpatch.json", "model.safetensors.index.json"]
+    assert document["uncompared"][0]["in_b"]
+    assert not document["uncompared"][0]["in_a"]
+
+
+# -------- files and metadata
+
+
+def test_files_beside_the_weights(tiny: Tiny, tmp_path: Path, diff: Diff) -> None:
+    b = tmp_path / "b"
+    shutil.copytree(tiny.path, b)
+    for root, names in ((tiny.path, ("same/x", "gone.txt", "longer")), (b, ("same/x", "new.txt", "longer"))):
+        for name in names:
+            (root / name).parent.mkdir(exist_ok=True)
+            (root / name).write_bytes(b"content")
+    (b / "longer").write_bytes(b"content and more")
+    (b / "tokenizer.json").write_text("[]")
+    (b / "pytorch_model.bin").write_bytes(b"twin")
+    (b / ".git").mkdir()
+    document = diff(tiny.path, b)
+    assert not document["equal"]
+    assert document["files"] == {
+        "equal": 2,
+        "changed": [
+            {"name": "longer", "size_a": 7, "size_b": 16, "first": 7},
+            {"name": "tokenizer.json", "size_a": 2, "size_b": 2, "first": 0},
+        ],
+        "only_in_a": ["gone.txt"],
+        "only_in_b": ["new.txt", "pytorch_model.bin"],
+    }
+    assert document["uncompared"] == [{"name": ".git", "in_a": False, "in_b": True, "why": "bookkeeping"}]
+
+
+def test_a_large_file_differs_late(tiny: Tiny, tmp_path: Path, diff: Diff) -> None:
+    (tiny.path / "blob").write_bytes(bytes(2 * CHUNK + 9))
+    shutil.copytree(tiny.path, tmp_path / "b")
+    (tmp_path / "b" / "blob").write_bytes(flipped(bytes(2 * CHUNK + 9), 2 * CHUNK + 3))
+    (found,) = diff(tiny.path, tmp_path / "b")["files"]["changed"]
+    assert found["first"] == 2 * CHUNK + 3
+
+
+def test_metadata_differs_by_key(tmp_path: Path, diff: Diff) -> None:
+    x: dict[str, Entry] = {"x": ("U8", [1], b".")}
+    a = write(tmp_path / "a.safetensors", x, {"format": "pt", "note": "old", "same": "1"})
+    b = write(tmp_path / "b.safetensors", x, {"note": "new", "same": "1"})
+    document = diff(a, b)
+    assert not document["equal"]
+    assert document["metadata"] == [
+        {"key": "format", "a": ["pt"], "b": [None]},
+        {"key": "note", "a": ["old"], "b": ["new"]},
+    ]
+
+
+def test_no_metadata_and_empty_metadata_are_equal(tmp_path: Path, diff: Diff) -> None:
+    x: dict[str, Entry] = {"x": ("U8", [1], b".")}
+    assert diff(write(tmp_path / "a.safetensors", x), write(tmp_path / "b.safetensors", x, {}))["equal"]
+
+
+def test_a_single_file_is_compared_with_a_directory_by_tensors(
+    tiny: Tiny, tmp_path: Path, diff: Diff
+) -> None:
+    alone = shutil.copy(tiny.path / "model.safetensors", tmp_path / "alone.safetensors")
+    document = diff(tiny.path, Path(alone))
+    assert document["equal"]
+    assert document["files"] is None
+    assert (document["a"]["kind"], document["b"]["kind"]) == ("directory", "file")
+
+
+# -------- the command
+
+
+@pytest.mark.parametrize(
+    ("make", "code"),
+    [
+        (lambda p: p / "nowhere", 2),
+        (lambda p: (p / "empty").mkdir() or p / "empty", 3),
+        (lambda p: (p / "x.bin").write_bytes(b"") * 0 or p / "x.bin", 3),
+        (lambda p: (p / "x.safetensors").write_bytes(b"12345678") * 0 or p / "x.safetensors", 3),
+    ],
+)
+def test_what_cannot_be_compared_is_an_error_and_no_difference(
+    make, code: int, tiny: Tiny, tmp_path: Path, run
+) -> None:
+    other = make(tmp_path)
+    for arguments in ((tiny.path, other), (other, tiny.path)):
+        result = run("diff", *arguments, "--json")
+        assert result.exit_code == code
+        assert json.loads(result.stdout)["error"]["exit_code"] == code
+
+
+def test_bytes_that_no_tensor_owns_are_refused(tmp_path: Path, run) -> None:
+    a = write(tmp_path / "a.safetensors", {"x": ("U8", [1], b".")})
+    b = tmp_path / "b.safetensors"
+    b.write_bytes(a.read_bytes() + b"hidden")
+    assert run("diff", a, b).exit_code == 3
+
+
+def test_a_file_that_cannot_be_read_is_an_io_error(tiny: Tiny, tmp_path: Path, run, monkeypatch) -> None:
+    shutil.copytree(tiny.path, tmp_path / "b")
+    before = os.preadv
+
+    def short(fd: int, buffers: list[memoryview], offset: int) -> int:
+        return before(fd, buffers, offset) if offset < 2000 else 0
+
+    monkeypatch.setattr(os, "preadv", short)
+    result = run("diff", tiny.path, tmp_path / "b")
+    assert result.exit_code == 4
+    assert "ends" in result.stderr
+
+
+def test_quiet_says_nothing_and_differs_by_exit_code(tmp_path: Path, run) -> None:
+    a = write(tmp_path / "a.safetensors", {"x": ("U8", [1], b"a")})
+    b = write(tmp_path / "b.safetensors", {"x": ("U8", [1], b"b")})
+    result = run("diff", a, b, "-q")
+    assert (result.exit_code, result.output) == (1, "")
+
+
+def test_the_help_tells_the_exit_codes(run) -> None:
+    text = " ".join(run("diff", "--help").stdout.split())
+    assert "0 all tensors" in text
+    assert "1 something differs" in text
+    assert "Compare two checkpoints" in text
+
+
+def test_long_lists_are_cut_with_a_count_and_changes_come_first(tmp_path: Path, run, diff: Diff) -> None:
+    tensors: dict[str, Entry] = {f"layers.{i}.w": ("F32", [2], bytes(8)) for i in range(60)}
+    a = write(tmp_path / "a.safetensors", {**tensors, "gone": ("F32", [0], b"")})
+    b = write(tmp_path / "b.safetensors", {n: (d, s, bytes([1] * 8)) for n, (d, s, _) in tensors.items()})
+    text = run("diff", a, b).stdout
+    assert "and 40 more; --json lists all" in text
+    assert text.index("layers.2.w") < text.index("layers.10.w") < text.index("Only in A")
+    assert "layers.20.w" not in text
+    names = [d["name"] for d in json.loads(run("diff", a, b, "--json").stdout)["tensors"]["changed"]]
+    assert names == [f"layers.{i}.w" for i in range(60)]
+
+
+@pytest.mark.parametrize("length", [10, 60, 300])
+def test_the_table_fits_a_terminal_of_80_columns(length: int, tmp_path: Path) -> None:
+    from qkpatch.checkpoint.source import open_stored
+    from qkpatch.diff_text import text
+
+    name = "model." + "n" * length
+    big = np.random.default_rng(0).standard_normal((300, 500)).astype(np.float32)
+    a = write(
+        tmp_path / "a.safetensors", {name: ("F32", big.shape, big.tobytes()), "z\x1b[31m": ("U8", [1], b"a")}
+    )
+    b = write(
+        tmp_path / "b.safetensors",
+        {name: ("F32", big.shape, (-big).tobytes()), "z\x1b[31m": ("U8", [1], b"b")},
+    )
+    result = diff_module.difference(open_stored(a), open_stored(b), lambda _: None)
+    lines = text(result, "a", "b", 80).splitlines()
+    assert all(len(line) <= 80 for line in lines if name not in line)
+    assert "\x1b" not in "".join(lines)
+    assert any("‖Δ‖/‖A‖" in line for line in lines)
+    assert any("moved by ULPs" in line for line in lines)
+
+
+def test_a_reader_who_leaves_early_is_no_difference(tmp_path: Path) -> None:
+    tensors: dict[str, Entry] = {f"layers.{i}.w": ("F32", [2], bytes(8)) for i in range(3000)}
+    a = write(tmp_path / "a.safetensors", tensors)
+    b = write(tmp_path / "b.safetensors", {n: (d, s, bytes([1] * 8)) for n, (d, s, _) in tensors.items()})
+    # Unbuffered, Python itself loses what is left of a write that was cut short, without an error.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = f"{sys.executable} -m qkpatch diff {a} {b} --json | head -c 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=REPO, env=environment)
+    assert done.returncode == 141
+    assert done.stderr == ""
+
+
+# VmHWM of a fresh process that runs the command line.
+MEASURE = """
+import re, sys
+from qkpatch.cli import app
+try:
+    app(sys.argv[2:])
+except SystemExit as stop:
+    assert (stop.code or 0) == int(sys.argv[1])
+print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1], file=sys.stderr)
+"""
+
+
+def hole(path: Path, dtype: str, n_bytes: int, flips: Sequence[int] = ()) -> Path:
+    """A file with one tensor of zeros that take no disk, but for single bytes of it."""
+    elements = n_bytes * 8 // DTYPE_BITS[dtype]
+    text = json.dumps({"x": {"dtype": dtype, "shape": [elements], "data_offsets": [0, n_bytes]}}).encode()
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + n_bytes)
+        for place in flips:
+            file.seek(8 + len(text) + place)
+            file.write(b"\x01")
+    return path
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="VmHWM is a Linux figure")
+@pytest.mark.parametrize(
+    ("kind", "dtype", "large"), [("equal", "F32", 1 << 30), ("changed", "BF16", 1 << 28)]
+)
+def test_memory_does_not_follow_the_size_of_a_tensor(
+    kind: str, dtype: str, large: int, tmp_path: Path
+) -> None:
+    peaks = []
+    for size in (4 << 20, large):
+        flips = [size // 2, size - 1] if kind == "changed" else []
+        a = hole(tmp_path / f"a{size}.safetensors", dtype, size)
+        b = hole(tmp_path / f"b{size}.safetensors", dtype, size, flips)
+        code = str(len(flips) and 1)
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURE, code, "diff", a, b, "--json"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        peaks.append(int(done.stderr.split()[-1]))
+        assert len(json.loads(done.stdout)["tensors"]["changed"]) == len(flips) // 2
+    assert peaks[1] - peaks[0] < 16 << 10
+
+
+# -------- parts
+
+
+def test_the_formats_that_have_values_are_those_that_can_be_decoded() -> None:
+    assert set(diff_module.FLOATS) == change.FLOATS.keys()
+    assert change.FLOATS.keys() < DTYPE_BITS.keys()
+    for dtype, form in change.FLOATS.items():
+        assert form.stored.itemsize == form.bits.itemsize == DTYPE_BITS[dtype] // 8
+
+
+def test_names_are_in_natural_order_whatever_they_are() -> None:
+    names = ["", "1", "01", "a", "a1", "a01", "a2", "a10", "a1b2", "a1b10", "9" * 5000, "é²", "٣"]
+    ordered = sorted(names, key=natural)
+    assert ordered.index("a2") < ordered.index("a10")
+    assert ordered.index("a1b2") < ordered.index("a1b10")
+    names.reverse()
+    assert sorted(names, key=natural) == ordered
