@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: all check docs format test fixtures demo smoke clean
+.PHONY: all check docs format test fixtures demo smoke fuzz clean
 all: check test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -36,6 +36,25 @@ demo: $(STAMP) fixtures  ## the main job on real weights
 
 smoke: $(STAMP)  ## the built wheel alone, with runtime dependencies only
 	bash scripts/smoke.sh $(PYTHON)
+
+# atheris is a fuzzer, with wheels for Python 3.11 to 3.13; it has an environment of its own.
+FUZZ_VENV    := .cache/fuzz-venv
+FUZZ_TARGETS := header recipe settings manifest index config
+RUNS    ?= 1000000
+SECONDS ?= 0
+SEED    ?= 1
+
+$(FUZZ_VENV)/.installed: pyproject.toml
+	test -d $(FUZZ_VENV) || $(PYTHON) -m venv $(FUZZ_VENV)
+	$(FUZZ_VENV)/bin/python -m pip install --quiet 'atheris==3.0.0' 'safetensors>=0.8' numpy pyyaml
+	$(FUZZ_VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+fuzz: $(FUZZ_VENV)/.installed  ## readers of foreign files, RUNS times and at most SECONDS each; 0 is no limit
+	for target in $(FUZZ_TARGETS); do \
+	    $(FUZZ_VENV)/bin/python scripts/fuzz.py --target $$target --runs $(RUNS) --seconds $(SECONDS) --seed $(SEED) \
+	        || failed="$$failed $$target"; \
+	done; test -z "$$failed" || { echo "findings in$$failed: see .cache/fuzz/*-findings"; exit 1; }
 
 clean:
 	rm -rf $(VENV) .cache dist build out

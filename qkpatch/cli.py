@@ -10,12 +10,12 @@ from typing import Annotated, NoReturn
 import typer
 
 from qkpatch import __version__
+from qkpatch.commands.diff import diff
 from qkpatch.commands.edit import apply, plan
 from qkpatch.commands.inspect import inspect
 from qkpatch.commands.recipes import recipes
 from qkpatch.commands.verify import verify
 from qkpatch.console import prepare_streams
-from qkpatch.diff_command import diff
 from qkpatch.errors import FileSystemError
 
 app = typer.Typer(

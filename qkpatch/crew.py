@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
-from threading import Event
+from threading import Barrier, Event
 from types import TracebackType
 from typing import TypeVar
 
 import torch
+
+from qkpatch.interrupts import signals_held
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -36,17 +37,25 @@ class Crew:
         self._stop = Event()
         self._failure: BaseException | None = None
         self._before = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(threads + _ALONGSIDE, "qkpatch", initializer=_prepare_thread)
+        self._pool = ThreadPoolExecutor(
+            threads + _ALONGSIDE, "qkpatch", initializer=torch.set_num_threads, initargs=(1,)
+        )
 
     def __enter__(self) -> Crew:
         torch.set_num_threads(1)
+        # All threads start here, where no signal can come between a thread's start and its being known. They inherit
+        # the mask: signals are for the main thread, which knows when they must wait.
+        with signals_held():
+            together = Barrier(self.threads + _ALONGSIDE)
+            wait([self._pool.submit(together.wait) for _ in range(together.parties)])
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        with signals_held():  # files are closed next: nobody may still be writing to them
+            self._pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(self._before)
         if isinstance(error, Stopped) and self._failure is not None:
             raise self._failure
@@ -83,9 +92,3 @@ class Crew:
                 self._failure = error
                 self._stop.set()
             raise
-
-
-def _prepare_thread() -> None:
-    # Signals are for the main thread, which knows when they must wait.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
-    torch.set_num_threads(1)

@@ -183,15 +183,23 @@ def _metadata(a: Iterable[Header], b: Iterable[Header]) -> Iterator[MetadataDiff
 
 
 def _layout(reader: Reader, a: Stored, b: Stored) -> Layout:
-    same = [name for name, header in a.headers.items() if b.headers.get(name) == header]
+    pairs = [(name, name) for name in a.headers if name in b.headers]
+    if len(a.headers) == len(b.headers) == 1:
+        pairs = list(zip(a.headers, b.headers, strict=True))  # whatever they are called
+    same = [(x, y) for x, y in pairs if _contents(a.headers[x]) == _contents(b.headers[y])]
+    rewritten = [x for x, y in same if _is_rewritten(reader, a.files[x], b.files[y], a.headers[x])]
     equal = len(same) == len(a.headers) == len(b.headers)
-    rewritten = [
-        name
-        for name in same
-        if _first_difference(reader, a.files[name], b.files[name], lambda _: None, a.headers[name].data_start)
-        is not None
-    ]
     return Layout(equal, len(a.headers), len(b.headers), tuple(sorted(rewritten, key=natural)))
+
+
+def _contents(header: Header) -> tuple[object, ...]:
+    """All that a header says, but for the name of its file."""
+    tensors = {name: (ref.dtype, ref.shape, ref.begin, ref.end) for name, ref in header.tensors.items()}
+    return header.data_start, header.metadata, tensors
+
+
+def _is_rewritten(reader: Reader, a: SourceFile, b: SourceFile, header: Header) -> bool:
+    return _first_difference(reader, a, b, lambda _: None, header.data_start) is not None
 
 
 def _uncompared(a: Stored, b: Stored) -> Iterator[Uncompared]:

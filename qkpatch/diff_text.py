@@ -147,8 +147,11 @@ def _histograms(changed: Iterable[TensorDifference]) -> list[str]:
         counts: dict[str, int] = {}
         for bucket in sorted(buckets, key=lambda bucket: bucket.first):
             counts[_range(bucket)] = counts.get(_range(bucket), 0) + bucket.count
-        shares = (f"{ulps}: {_share(count, total)}" for ulps, count in counts.items())
-        lines.append(f"  {dtype} moved by ULPs  {', '.join(shares)}")
+        shares = [
+            f"{ulps}: {_share(count, total)}" for ulps, count in counts.items() if count >= total / 1000
+        ]
+        few = ["others <0.1% each"] if len(shares) < len(counts) else []
+        lines.append(f"  {dtype} moved by ULPs  {', '.join(shares + few)}")
     return lines
 
 

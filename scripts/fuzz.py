@@ -111,7 +111,8 @@ def main() -> None:
     if options.corpus is None and corpus.exists():
         shutil.rmtree(corpus)
     corpus.mkdir(parents=True, exist_ok=True)
-    for number, seed in enumerate(target.seeds()):
+    seeds = target.seeds()
+    for number, seed in enumerate(seeds):
         (corpus / f"seed-{number}").write_bytes(seed)
     session = Session(
         target.check, corpus.parent / f"{options.target}-findings", options.runs, options.seconds
@@ -121,6 +122,10 @@ def main() -> None:
         rng = random.Random(seed)
         if rng.random() < 0.1:
             return bytes(atheris.Mutate(data, max_size))
+        if (
+            rng.random() < 0.3
+        ):  # most of what is new to the coverage is broken early; changes of it get no further
+            data = rng.choice(seeds)
         return target.mutate(data, rng)[:max_size]
 
     flags = [

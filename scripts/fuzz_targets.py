@@ -22,8 +22,7 @@ import safetensors
 
 from qkpatch.catalogue import shipped_recipes
 from qkpatch.checkpoint.header import DTYPE_BITS, MAX_HEADER_SIZE, Header, read_header
-from qkpatch.checkpoint.source import open_checkpoint
-from qkpatch.checkpoint.tree import load_json
+from qkpatch.checkpoint.source import _read_config, open_checkpoint
 from qkpatch.errors import (
     CheckpointError,
     HeaderError,
@@ -633,7 +632,8 @@ SHARDS = {"model-00001-of-00002.safetensors": ("a", "b"), "model-00002-of-00002.
 def _sharded() -> Path:
     folder = tempfile.TemporaryDirectory(prefix="fuzz")
     _kept.append(folder)
-    root = Path(folder.name)
+    root = Path(folder.name) / "sharded"
+    root.mkdir()
     for shard, names in SHARDS.items():
         (root / shard).write_bytes(_tensor_file(names))
     (root / "config.json").write_text("{}")
@@ -683,11 +683,11 @@ CONFIG_RECIPES = ("llama", "gemma4", "gemma3n", "mllama")
 
 def check_config(content: bytes) -> None:
     """The language model's numbers, which can be written down, or a typed error."""
+    path = _sharded().parent / f"{_sharded().name}.json"
+    path.write_bytes(content)
     try:
-        config = load_json(content, "config.json")
+        config = _read_config(path)
     except CheckpointError:
-        return
-    if not isinstance(config, dict):
         return
     for name in CONFIG_RECIPES:
         recipe = shipped_recipes()[name]
@@ -698,8 +698,9 @@ def check_config(content: bytes) -> None:
             continue
         if min(tower.layout.n_heads, tower.layout.d_head, tower.layout.d_model, tower.n_layers) < 1:
             raise FindingError(f"a count below one: {tower}")
-        written = {"text_model_type": tower.text_model_type, "logits": tower.logits}
-        canonical_json(written).encode()
+        # What the manifest takes from config.json.
+        recorded = {"a": config.get("model_type"), "b": tower.text_model_type, "c": tower.logits}
+        canonical_json(recorded).encode()
 
 
 TARGETS = {

@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "qkpatch"
 
 # From the ground up: a module may import only from floors below its own, or beside it in its own room.
 FLOORS = [
-    ["errors", "interrupts", "crew"],
-    ["spectral", "checkpoint", "selection", "strict", "rows"],
+    ["errors", "interrupts"],
+    ["spectral", "checkpoint", "selection", "strict", "rows", "crew"],
     ["recipe", "refusals", "fp8", "difference"],
     ["recipe_file", "heads", "settings", "describe", "diff", "diff_text"],
     ["catalogue", "tower", "budget"],
@@ -26,7 +26,6 @@ FLOORS = [
     ["patch", "verify"],
     ["console", "options"],
     ["boundary"],
-    ["diff_command"],
     ["commands"],
     ["cli"],
     ["__main__"],
@@ -36,8 +35,8 @@ ROOMS = ("spectral", "checkpoint", "diagnosis", "commands")
 # Each of these is used in one place only.
 ONLY_IN = {
     "typer": {
-        "cli", "options", "boundary", "diff_command",
-        "commands.edit", "commands.inspect", "commands.verify", "commands.recipes",
+        "cli", "options", "boundary",
+        "commands.diff", "commands.edit", "commands.inspect", "commands.verify", "commands.recipes",
     },
     "rich": {"console"},
     "yaml": {"strict"},

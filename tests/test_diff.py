@@ -331,11 +331,12 @@ def test_the_figures_of_a_tensor_of_several_chunks_are_the_oracles(dtype: str, c
     """Chunks that are equal, before and after those that differ, count towards the norm of A."""
     rng = np.random.default_rng(3)
     x = (rng.standard_normal(5 * CHUNK // 4 + 77) * 0.1).astype(np.float32)
+    x[600_000] = 5  # whose change is the largest, not the last
     raw_a = x.view(np.int32) if dtype == "F32" else (x.view(np.int32) >> 16).astype(np.int16)
     raw_b = raw_a.copy()
     per_chunk = CHUNK // raw_a.itemsize
     raw_b[per_chunk + 5 : per_chunk + 2005 : 3] += 1
-    raw_b[-2] ^= np.iinfo(raw_a.dtype).min
+    raw_b[[600_000, -2]] ^= np.iinfo(raw_a.dtype).min
     a, b = raw_a.tobytes(), raw_b.tobytes()
     check(compare(dtype, a, b, [len(x)]), expected(a, b, dtype))
 
@@ -640,6 +641,12 @@ def test_no_metadata_and_empty_metadata_are_equal(tmp_path: Path, diff: Diff) ->
     assert diff(write(tmp_path / "a.safetensors", x), write(tmp_path / "b.safetensors", x, {}))["equal"]
 
 
+def test_the_name_of_a_single_file_does_not_matter(tmp_path: Path, diff: Diff) -> None:
+    x: dict[str, Entry] = {"x": ("U8", [1], b".")}
+    document = diff(write(tmp_path / "one.safetensors", x), write(tmp_path / "other.safetensors", x))
+    assert document["layout"] == {"equal": True, "shards_a": 1, "shards_b": 1, "rewritten": []}
+
+
 def test_a_single_file_is_compared_with_a_directory_by_tensors(
     tiny: Tiny, tmp_path: Path, diff: Diff
 ) -> None:
@@ -818,3 +825,21 @@ def test_names_are_in_natural_order_whatever_they_are() -> None:
     assert ordered.index("a1b2") < ordered.index("a1b10")
     names.reverse()
     assert sorted(names, key=natural) == ordered
+
+
+def test_the_figures_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, CHUNK)).astype(np.float32)
+    a = write(tmp_path / "a.safetensors", {"x": ("F32", [CHUNK], x[0].tobytes())})
+    b = write(tmp_path / "b.safetensors", {"x": ("F32", [CHUNK], x[1].tobytes())})
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-m", "qkpatch", "diff", a, b, "--json"],
+            capture_output=True,
+            cwd=REPO,
+            env={**os.environ, "OMP_NUM_THREADS": threads},
+        ).stdout
+        for threads in ("1", "3")
+    }
+    assert len(outputs) == 1
+    assert b'"differing"' in outputs.pop()

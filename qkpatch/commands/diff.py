@@ -1,4 +1,4 @@
-"""The command ``qkpatch diff``: parse, call, render."""
+"""``qkpatch diff``: two checkpoints, tensor by tensor and file by file."""
 
 from __future__ import annotations
 
