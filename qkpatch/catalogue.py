@@ -41,7 +41,7 @@ def get_recipe(name: str) -> Recipe:
         FileSystemError: the file cannot be read.
         RecipeError: the file is no recipe.
     """
-    if name.endswith((".yaml", ".yml")):
+    if is_recipe_file(name):
         return load_recipe(Path(name))
     try:
         return shipped_recipes()[name]
@@ -50,6 +50,11 @@ def get_recipe(name: str) -> Recipe:
             f"no recipe is called {name!r}",
             fix=f"name a file, ./{name}.yaml, or choose one of: {', '.join(shipped_recipes())}",
         ) from None
+
+
+def is_recipe_file(name: str) -> bool:
+    """Whether a recipe is named by its file, not by its name."""
+    return name.endswith((".yaml", ".yml"))
 
 
 def recipe_text(name: str) -> str:

@@ -221,21 +221,30 @@ def show_applied(plan: EditPlan, manifest: Manifest, source: str, out: Path) -> 
             f"Wrote {safe(str(out))}: {len(manifest.edits)} tensor(s) edited in {patched} file(s), "
             f"{len(manifest.files) - patched} file(s) copied, {_size(plan.output_bytes)}"
         )
-        command = shlex.join(["qkpatch", "verify", str(out), "--source", source])
+        own = ["--recipe", plan.model.recipe_file] if plan.model.recipe_file else []
+        command = shlex.join(["qkpatch", "verify", str(out), "--source", source, *own])
         console.print(f"Prove it with: {safe(command)}", soft_wrap=True)
 
 
 def _heading(console: Console, plan: EditPlan) -> None:
     model, layout, settings = plan.model, plan.model.tower.layout, plan.settings
+    own = f" ({safe(model.recipe_file)})" if model.recipe_file else ""
     chosen = f" (recipe's default: {', '.join(settings.from_recipe)})" if settings.from_recipe else ""
     console.print(
-        f"[bold]{safe(model.source.name)}[/]: recipe {model.recipe.name}, {model.tower.n_layers} layers, "
+        f"[bold]{safe(model.source.name)}[/]: recipe {safe(model.recipe.name)}{own}, {model.tower.n_layers} layers, "
         f"{layout.n_heads} query / {layout.n_kv_heads} key heads of {layout.d_head}, hidden {layout.d_model}"
     )
+    for other in sorted(set(model.tower.exceptions.values()) - {layout}, key=lambda other: other.d_head):
+        where = format_ranges([n for n, of in model.tower.exceptions.items() if of == other])
+        console.print(
+            f"Layers {where}: {other.n_heads} / {other.n_kv_heads} heads of {other.d_head}", soft_wrap=True
+        )
     for one in model.sets:
         names = one.names
         which = f" ({names.attention})" if model.recipe.others else ""
-        console.print(f"Tensors{which}: {one.prefix}{names.query} by {names.key}", soft_wrap=True)
+        console.print(
+            f"Tensors{which}: {safe(one.prefix + names.query)} by {safe(names.key)}", soft_wrap=True
+        )
     console.print(
         f"Edit: {plan.action}; layers {format_ranges(settings.layers)}, heads {format_ranges(settings.heads)}{chosen}"
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from qkpatch.catalogue import choose_recipe, get_recipe, query_like
+from qkpatch.catalogue import choose_recipe, get_recipe, is_recipe_file, query_like
 from qkpatch.checkpoint.source import Checkpoint, open_checkpoint
 from qkpatch.errors import AmbiguousError, CheckpointError, UsageError
 from qkpatch.locate import Source, locate
@@ -24,6 +25,7 @@ class Model:
     checkpoint: Checkpoint
     recipe: Recipe
     sets: tuple[AttentionSet, ...]  # at least one; all with the same numbers of layers and query heads
+    recipe_file: str | None = None  # where the recipe is one of the user's own
 
     @property
     def tower(self) -> LanguageTower:
@@ -72,6 +74,7 @@ class Model:
                 where="--layers",
                 fix=f"choose from {format_ranges(self.editable_layers)}",
             )
+        self._check_skipped(layer for layer in settings.layers if layer not in present)
         for layout in {s.tower.layout_of(layer) for s in self.sets for layer in present if s.has(layer)}:
             check_modes(settings.rule, layout.d_head, layout.d_model)
         return replace(
@@ -80,6 +83,19 @@ class Model:
             layers=present,
             skipped_layers=tuple(layer for layer in settings.layers if layer not in present),
         )
+
+    def _check_skipped(self, layers: Iterable[int]) -> None:
+        """A layer that is skipped must be there in another form; one of which nothing is stored is a lost shard."""
+        for layer in layers:
+            stems = tuple(s.prefix.format(layer=layer) for s in self.sets)
+            if not self.checkpoint.single_file and not any(
+                n.startswith(stems) for n in self.checkpoint.tensors
+            ):
+                raise CheckpointError(
+                    f"nothing is stored of layer {layer}",
+                    where=stems[0],
+                    fix="download the missing shard, or leave the layer out of --layers",
+                )
 
 
 def open_model(source: str, recipe_name: str | None = None, attention: str | None = None) -> Model:
@@ -101,7 +117,8 @@ def open_model(source: str, recipe_name: str | None = None, attention: str | Non
         for name in dict.fromkeys(wanted)
     )
     _check_together(sets)
-    return Model(located, checkpoint, recipe, sets)
+    recipe_file = recipe_name if recipe_name is not None and is_recipe_file(recipe_name) else None
+    return Model(located, checkpoint, recipe, sets, recipe_file)
 
 
 def open_set(recipe: Recipe, names: TensorNames, checkpoint: Checkpoint, *, insist: bool) -> AttentionSet:
@@ -121,7 +138,9 @@ def open_set(recipe: Recipe, names: TensorNames, checkpoint: Checkpoint, *, insi
     layers = sorted({int(found["layer"]) for name in stored if (found := pattern.match(name))})
     _check_count(recipe, names, tower, layers, checkpoint)
     within = tuple(n for n in layers if n < tower.n_layers)
-    return AttentionSet(recipe.name, names, prefixes[0], tower, checkpoint.tensors, within)
+    norms = (s.norms for s in (recipe.tensors, *recipe.others))
+    declared = tuple(name for norm in norms if norm is not None for name in (norm.query, norm.key))
+    return AttentionSet(recipe.name, names, prefixes[0], tower, checkpoint.tensors, within, declared)
 
 
 def _check_count(

@@ -7,6 +7,7 @@ from functools import cached_property
 
 from qkpatch.budget import head_memory
 from qkpatch.model import Model, open_model
+from qkpatch.recipe_file import UNTESTED
 from qkpatch.selection import abbreviate, format_ranges
 from qkpatch.settings import EditSettings, Request, check_request
 from qkpatch.spectral.rule import EditRule, Select
@@ -66,7 +67,8 @@ class EditPlan:
             Select.shrink: f"W_Q shrunk by as much as {rule.paired_modes} dominant modes would move it",
             Select.subspace: f"a random {rule.modes}-dimensional subspace of each query × {rule.alpha:g}",
         }.get(rule.select, f"{rule.paired_modes} {rule.select.value} modes × {rule.alpha:g}")
-        return f"{what}, {rule.channel.value} channel"
+        folded = ", gain before attention folded" if self.settings.fold_norm else ""
+        return f"{what}, {rule.channel.value} channel{folded}"
 
 
 def make_plan(source: str, request: Request) -> EditPlan:
@@ -111,6 +113,10 @@ def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, 
         warnings.append(
             f"adapters (lora) add to the queries of {len(adapted)} layer(s), such as {adapted[0].query.name}; "
             "the edit acts on the base weight alone"
+        )
+    if model.recipe.tested == UNTESTED:
+        warnings.append(
+            f"recipe {model.recipe.name} says that it is untested: compare it with the model's own code"
         )
     if checkpoint.twins:
         warnings.append(

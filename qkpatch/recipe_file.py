@@ -29,7 +29,8 @@ from qkpatch.rows import RowLayout
 from qkpatch.selection import MIDDLE_THIRD, parse_ranges
 from qkpatch.strict import Fields, load_yaml
 
-TESTED = ("transformers class", "documented layout", "real weights")
+UNTESTED = "untested"
+TESTED = ("transformers class", "documented layout", "real weights", UNTESTED)
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 E = TypeVar("E", bound=Enum)

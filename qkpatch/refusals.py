@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 
 from qkpatch.checkpoint.header import TensorRef
@@ -9,9 +10,11 @@ from qkpatch.errors import UnsupportedError
 
 EDITABLE_DTYPES = ("F64", "F32", "F16", "BF16")
 
-# Spellings of query and key norms under a layer's attention.
-KNOWN_NORMS = tuple(
-    f"{which}_{norm}.weight" for norm in ("norm", "layernorm", "layer_norm") for which in "qk"
+# Whatever a family calls a norm of its queries or keys: q_norm, query_layernorm, qk_layer_norm, norm_k, qnorm, q_ln.
+_QK_NORM = re.compile(
+    r"(?:^|[._])(?:q|k|qk|query|key)_?(?:layer_?|rms_?)?(?:norms?|ln)(?:[._]|$)"
+    r"|(?:^|[._])(?:layer_?|rms_?)?(?:norms?|ln)_?(?:q|k|qk|query|key)(?:[._]|$)",
+    re.IGNORECASE,
 )
 
 # What stands beside, or in place of, `q_proj.weight` when a method has quantised it; first match names it.
@@ -77,6 +80,20 @@ def missing_key(layer: int, query: str, key: str) -> UnsupportedError:
         f"layer {layer} has a query weight and no key weight {key}",
         where=query,
         fix="if it shares another layer's keys, leave it out of --layers",
+    )
+
+
+def is_qk_norm(name: str) -> bool:
+    """Whether a tensor's name is that of a norm of queries or keys."""
+    return _QK_NORM.search(name) is not None
+
+
+def unknown_form(module: str, suffixes: Iterable[str]) -> UnsupportedError:
+    """The error for a module whose weight is stored in a way that qkpatch has no name for."""
+    return UnsupportedError(
+        f"stored as {', '.join(sorted(suffixes))}, a form that qkpatch does not know",
+        where=module,
+        fix="patch the unquantised checkpoint, or merge what stands beside the weight into it",
     )
 
 

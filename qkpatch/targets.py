@@ -8,18 +8,19 @@ from functools import cached_property
 
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.errors import CheckpointError, UnsupportedError
-from qkpatch.fp8 import block_scale, scale_range
+from qkpatch.fp8 import BLOCK, block_scale, scale_range
 from qkpatch.heads import HeadLayout
 from qkpatch.recipe import NormNames, NormSpan, TensorNames
 from qkpatch.refusals import (
     EDITABLE_DTYPES,
-    KNOWN_NORMS,
+    is_qk_norm,
     missing_key,
     query_temperature,
     refuse_known,
     refuse_quantised,
     suffixes_by_module,
     undeclared_norm,
+    unknown_form,
 )
 from qkpatch.tower import LanguageTower
 
@@ -73,6 +74,7 @@ class AttentionSet:
     tower: LanguageTower
     tensors: Mapping[str, TensorRef]  # of the whole checkpoint
     layers: tuple[int, ...]  # those that store a query module, quantised ones included
+    declared_norms: tuple[str, ...]  # of all sets of the recipe, relative to a layer
 
     def has(self, layer: int) -> bool:
         """Whether ``layer`` is to be edited when asked for; in some families others are skipped."""
@@ -92,11 +94,14 @@ class AttentionSet:
         scales = []
         for weight, name in ((query, names.query), (key, names.key)):
             module = (stem + name).removesuffix(".weight")
-            scales.append(block_scale(weight, tensors.get(f"{module}.weight_scale_inv"), layout.d_head))
+            scale = tensors.get(f"{module}.weight_scale_inv") if self.tower.fp8_block == BLOCK else None
+            scales.append(block_scale(weight, scale, layout.d_head))
             if scales[-1] is None:
                 refuse_quantised(module, weight, self._stored_under.get(module, ()))
         if query is None:
             refuse_known(name for name in tensors if name.startswith(stem))
+            if suffixes := self._stored_under.get(stem + names.query_module):
+                raise unknown_form(stem + names.query_module, suffixes)
             raise CheckpointError(
                 f"layer {layer} has no {stem + names.query}",
                 where=f"recipe {self.recipe}",
@@ -129,12 +134,11 @@ class AttentionSet:
 
     def _norms(self, layer: int, stem: str, layout: HeadLayout) -> tuple[TensorRef | None, TensorRef | None]:
         """The layer's query and key norms; stored and declared must agree, since they change the product."""
+        undeclared = [name for name in self._undeclared_norms if name.startswith(stem)]
+        if undeclared:
+            raise undeclared_norm(undeclared[0], self.recipe)
         norms = self.names.norms
         if norms is None or (norms.optional and not self._stores_norms):
-            around = self._around(stem)
-            undeclared = [name for norm in KNOWN_NORMS if (name := f"{around}.{norm}") in self.tensors]
-            if undeclared:
-                raise undeclared_norm(undeclared[0], self.recipe)
             return None, None
         query = self._gain(layer, stem + norms.query, layout.n_heads, layout.d_head, norms.over)
         key = self._gain(layer, stem + norms.key, layout.n_kv_heads, layout.d_head, norms.over)
@@ -143,6 +147,21 @@ class AttentionSet:
     def _around(self, stem: str) -> str:
         """The module that holds the query module; the layer itself in families that put it there."""
         return (stem + self.names.query_module).rpartition(".")[0]
+
+    @cached_property
+    def _undeclared_norms(self) -> tuple[str, ...]:
+        """Tensors in layers that look like norms of queries or keys and belong to none of the recipe's sets."""
+        modules = tuple(name.removesuffix("weight") for name in self.declared_norms)
+        head, tail = self.prefix.split("{layer}")
+        found = []
+        for name in self.tensors:
+            if name.startswith(head) and is_qk_norm(name):
+                relative = (
+                    name[len(head) :].partition(tail)[2] if tail else name[len(head) :].lstrip("0123456789")
+                )
+                if not relative.startswith(modules):
+                    found.append(name)
+        return tuple(found)
 
     @cached_property
     def _stores_norms(self) -> bool:

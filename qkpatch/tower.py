@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qkpatch.errors import CheckpointError, UnsupportedError
+from qkpatch.fp8 import BLOCK
 from qkpatch.heads import HeadLayout
 from qkpatch.recipe import COUNT_KEYS, LOGIT_KEYS, TOP_LEVEL, ConfigValue, KeyOverride, Recipe, TensorNames
 from qkpatch.rows import RowLayout
@@ -28,6 +29,7 @@ class LanguageTower:
     layout: HeadLayout  # of all layers but those in `exceptions`
     exceptions: Mapping[int, HeadLayout] = field(default_factory=dict)
     first_shared: int | None = None  # layers from here on use an earlier layer's keys
+    fp8_block: tuple[int, ...] = BLOCK  # rows and columns of a scale, by config.json or the usual
     has_input_norm: bool = True  # false where config.json puts it after attention
     logits: Mapping[str, ConfigValue] = field(default_factory=dict)  # what rescales or clips logits
 
@@ -95,6 +97,7 @@ def read_tower(
         layout=layout,
         exceptions=exceptions,
         first_shared=_first_shared(recipe, section, where, n_layers),
+        fp8_block=_fp8_block(config),
         has_input_norm=unless is None or section.get(unless) is not True,
         logits=logits,
     )
@@ -191,6 +194,12 @@ def _first_shared(recipe: Recipe, section: Mapping[str, Any], where: str, n_laye
             f"{n_shared} of {n_layers} layers share keys", where=f"config.json: {where}{source.key}"
         )
     return n_layers - n_shared
+
+
+def _fp8_block(config: Mapping[str, Any]) -> tuple[int, ...]:
+    quantization = config.get("quantization_config")
+    block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
+    return tuple(block) if isinstance(block, list) else BLOCK
 
 
 def _overridden(source: KeyOverride, section: Mapping[str, Any]) -> Any:

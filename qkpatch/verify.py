@@ -18,6 +18,9 @@ from qkpatch.locate import locate
 from qkpatch.manifest import EditRecord, Manifest, canonical_json, planned_manifest
 from qkpatch.plan import EditPlan, make_plan
 
+# What of a recipe decides an edit; the rest is for people, and may change from version to version.
+_RECIPE_KEYS = ("name", "prefix", "config", "tensors", "others")
+
 
 @dataclass(frozen=True)
 class Mismatch:
@@ -110,9 +113,15 @@ def _file_sets(checkpoint: Checkpoint, present: dict[str, SourceFile]) -> Iterat
 def _differences(manifest: Manifest, planned: Manifest, plan: EditPlan) -> Iterator[Mismatch]:
     """Where the manifest is not the plan that its own edit leads to; figures and digests aside."""
     ours, theirs = (json.loads(canonical_json(m.to_json())) for m in (planned, manifest))
+    other = [key for key in _RECIPE_KEYS if theirs["recipe"].get(key) != ours["recipe"][key]]
+    if other:
+        yield Mismatch(
+            MANIFEST_NAME,
+            f"it was made with another recipe called {ours['recipe']['name']} ({', '.join(other)} differ); "
+            "if that is a file of yours, say --recipe FILE.yaml",
+        )
     for block, keys in (
         ("edit", ours["edit"].keys() - {"from_recipe"}),  # the flags may have said the same
-        ("recipe", {"name", "prefix", "config", "tensors", "others"}),
         ("model", ours["model"].keys()),
     ):
         for key in sorted(keys):

@@ -140,7 +140,7 @@ ESCAPES = [
 
 
 def _nested(rng: random.Random) -> Raw:
-    depth = rng.choice((2, 60, 123, 124, 125, 126, 127, 128, 129, 200, 400, 900, 1100, 20_000))
+    depth = rng.choice((2, 60, 122, 123, 124, 125, 125, 126, 126, 127, 128, 400, 900, 3000))
     opening, inner, closing = rng.choice((("[", "", "]"), ('{"y":', "1", "}"), ('[{"y":', "0", "}]")))
     return Raw(opening * depth + inner + closing * (depth - (rng.random() < 0.05)))
 
@@ -155,7 +155,7 @@ def _any_value(rng: random.Random) -> Any:
         return rng.choice(STRINGS)
     if kind < 0.9:
         return Raw('"' + rng.choice(("", "a", "U8")) + rng.choice(ESCAPES) + '"')
-    if kind < 0.93:
+    if kind < 0.95:
         return _nested(rng)
     return rng.choice(([Raw("0"), Raw("2")], Pairs([["U8", Raw("null")]]), Pairs(), [], [Raw("2")], ["U8"]))
 
@@ -295,6 +295,7 @@ def header_seeds() -> list[bytes]:
     one = entry("U8", "[2]", "[0,2]")
     undefined = entry("U8", "[2]", "[0,2]", ',"x":[1,-2.5e3,{"y":[true,null]}]')
     return [
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
         framed("{}"),
         framed(f'{{"a":{one}}}', b"xy"),
         framed(f'{{"__metadata__":{{"format":"pt","k":""}},"a":{one}}}   ', b"xy"),
@@ -658,7 +659,7 @@ def check_index(content: bytes) -> None:
     except CheckpointError:
         return
     stored = {ref.name: ref.shard for ref in checkpoint.tensors.values()}
-    if json.loads(content)["weight_map"] != stored or len(stored) != 4:
+    if json.loads(content)["weight_map"] != stored:
         raise FindingError("an index that disagrees with the shards was taken")
 
 

@@ -613,7 +613,8 @@ ABSURD = [
     ["x"],
 ]
 FIELDS = [
-    "recipe.name", "edit.attention", "edit.layers", "edit.heads", "edit.skipped_layers", "edit.modes", pytest.param("edit.alpha", marks=still_open),
+    "recipe.name", "edit.attention", "edit.layers", "edit.heads", "edit.skipped_layers", "edit.modes",
+    pytest.param("edit.alpha", marks=still_open),
     "edit.channel", "edit.select", "edit.seed", "edit.fold_norm", "edit.from_recipe", "model.num_attention_heads",
     "model.head_dim", "model.rows", "model.logits", "edits", "edits.0", "edits.0.tensor", "edits.0.shard",
     "edits.0.dtype",

@@ -56,7 +56,7 @@ def walk_files(
             with os_errors("read (is it a dangling link?)", entry.path):
                 is_dir = stat.S_ISDIR(entry.stat().st_mode)
             if not is_dir:
-                files[name] = source_file(Path(entry.path), name)
+                files[name] = source_file(Path(entry.path), name, fix="move it out of SOURCE")
             else:
                 directories.append(name)
                 visit(Path(entry.path), f"{name}/", (*ancestors, real))
@@ -65,14 +65,12 @@ def walk_files(
     return dict(sorted(files.items())), tuple(directories)
 
 
-def source_file(path: Path, name: str) -> SourceFile:
+def source_file(path: Path, name: str, fix: str | None = None) -> SourceFile:
     """The regular file at ``path``, links followed; anything else is a :class:`FileSystemError`."""
     with os_errors("read", path):
         status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise FileSystemError(
-            "neither a regular file nor a directory", where=str(path), fix="move it out of SOURCE"
-        )
+        raise FileSystemError("not a regular file", where=str(path), fix=fix)
     return SourceFile(name, path, FileId.of(status), stat.S_IMODE(status.st_mode))
 
 
