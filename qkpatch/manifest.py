@@ -115,7 +115,9 @@ class EditRecord:
         digests = self.scale_sha256_before, self.scale_sha256_after
         return query, Written(self.scale_tensor, self.scale_shard, *digests, may_stay=True)
 
-    def done(self, before: Sequence[str], after: Sequence[str], heads: tuple[HeadRecord, ...]) -> EditRecord:
+    def done(
+        self, before: Sequence[str | None], after: Sequence[str | None], heads: tuple[HeadRecord, ...]
+    ) -> EditRecord:
         """The record with the digests of all it wrote, in the order of :attr:`written`, and the heads' figures."""
         done = replace(self, sha256_before=before[0], sha256_after=after[0], heads=heads)
         if self.scale_tensor is None:
@@ -141,6 +143,7 @@ class FileRecord:
     name: str
     size: int
     action: str  # "copied" or "patched"
+    sha256: str | None = None  # where digests of files are wanted
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import hashlib
 import platform
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from itertools import groupby
@@ -15,20 +16,23 @@ from statistics import mean
 
 import torch
 
-from qkpatch.checkpoint.files import sha256_range, write_exact
-from qkpatch.checkpoint.source import MANIFEST_NAME
+from qkpatch.checkpoint.files import write_exact
+from qkpatch.checkpoint.journal import Journal
+from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME
 from qkpatch.checkpoint.space import check_space
 from qkpatch.checkpoint.staging import Staging
 from qkpatch.checkpoint.target import check_apart, check_out
-from qkpatch.copier import Copier, Observer
+from qkpatch.copier import Copier, Observer, space_needed
 from qkpatch.crew import Crew
 from qkpatch.errors import NumericalError
-from qkpatch.manifest import EditRecord, HeadRecord, Manifest, planned_manifest
+from qkpatch.manifest import EditRecord, HeadRecord, Manifest, canonical_json, planned_manifest
 from qkpatch.plan import EditPlan
 from qkpatch.selection import abbreviate
 from qkpatch.spectral.edit import Folding, edit_and_round
+from qkpatch.sums import refuse_own_sums, sums_text
 from qkpatch.targets import LayerTarget
 from qkpatch.weights import LayerWeights, open_layer
+from qkpatch.writing import PLAIN, Digest, Writing
 
 GAP_WARNING = 1e-3
 ROUNDING_WARNING = 0.1  # FP8 has three bits: a small change drowns in its rounding
@@ -43,7 +47,7 @@ def apply_plan(
     device: torch.device,
     observer: Observer,
     threads: int = 1,
-    overwrite: bool = False,
+    writing: Writing = PLAIN,
 ) -> Manifest:
     """Write the edited checkpoint to ``out`` and return its manifest; the same bytes whatever ``threads``.
 
@@ -55,35 +59,47 @@ def apply_plan(
         NumericalError: NaN or Inf, or a tensor that the edit would leave as it was.
     """
     checkpoint = plan.model.checkpoint
-    check_out(out, plan.model.source.path, overwrite=overwrite)
+    check_out(out, plan.model.source.path, overwrite=writing.overwrite)
     check_apart(out, checkpoint)
-    check_space(out, plan.output_bytes, checkpoint.files.values())
+    if writing.digest is Digest.files:
+        refuse_own_sums(checkpoint)
     planned = planned_manifest(plan, str(device))
+    fingerprint = _fingerprint(planned, plan)
     started = _now()
-    with Staging(out) as staging, Copier(plan, staging.path, observer) as copier, Crew(threads) as crew:
+    with ExitStack() as stack:
+        staging = stack.enter_context(Staging(out, fingerprint if writing.resume else None))
+        journal = stack.enter_context(Journal(staging.path, fingerprint))
+        check_space(out, space_needed(plan, staging.path, journal, writing), checkpoint.files.values())
+        copier = stack.enter_context(Copier(plan, staging.path, journal, writing, observer))
+        crew = stack.enter_context(Crew(threads))
         copying = crew.start(functools.partial(copier.copy_all, crew))
         edits = dict(_edited(plan, crew, copier, device, observer))
-        means = copying.result()
-        digests = dict(
-            zip(plan.edits, crew.map(functools.partial(_digests, copier), plan.edits), strict=True)
-        )
-        copier.sync_edited()
+        carried = copying.result()
+        tensor_sums = crew.map(functools.partial(_digests, copier, writing), plan.edits)
         done = tuple(
-            EditRecord.planned(target).done(*digests[target], edits[target]) for target in plan.edits
+            EditRecord.planned(target).done(before, after, edits[target])
+            for target, (before, after) in zip(plan.edits, tensor_sums, strict=True)
         )
+        sums = {**{name: how.sha256 for name, how in carried.items()}, **copier.edited_sums(crew)}
+        copier.sync_edited()
         manifest = replace(
             planned,
             tool={**planned.tool, "torch": str(torch.__version__), "python": platform.python_version()},
             edits=done,
+            files=tuple(replace(file, sha256=sums[file.name]) for file in planned.files),
             warnings=(*planned.warnings, *_numerical_warnings(done, plan)),
             run={
                 "started": started,
                 "finished": _now(),
-                "copied_by": dict(Counter(means)),
+                "copied_by": dict(Counter(how.means for how in carried.values())),
             },
         )
-        copier.write_new(MANIFEST_NAME, manifest.dumps().encode())
-        staging.publish(checkpoint.directories, overwrite=overwrite)
+        record = manifest.dumps().encode()
+        if writing.digest is Digest.files:
+            copier.write_new(SUMS_NAME, sums_text(manifest, record).encode())
+        copier.write_new(MANIFEST_NAME, record)
+        journal.remove()
+        staging.publish(checkpoint.directories, overwrite=writing.overwrite)
     return manifest
 
 
@@ -164,12 +180,20 @@ def head_generator(seed: int, target: LayerTarget, head: int) -> torch.Generator
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def _digests(copier: Copier, target: LayerTarget) -> tuple[list[str], list[str]]:
+def _fingerprint(planned: Manifest, plan: EditPlan) -> str:
+    """What a run must have in common with one that it resumes: the plan, the stack, and the very files of SOURCE."""
+    files = {name: str(file.id) for name, file in plan.model.checkpoint.files.items()}
+    return hashlib.sha256(canonical_json({**planned.to_json(), "source_files": files}).encode()).hexdigest()
+
+
+def _digests(
+    copier: Copier, writing: Writing, target: LayerTarget
+) -> tuple[list[str | None], list[str | None]]:
     """SHA-256 of each written tensor in SOURCE, and of what reached the file in OUT."""
-    before, after = [], []
-    for ref in target.written:
-        before.append(copier.source_digest(ref))
-        after.append(sha256_range(copier.fds[ref.shard], ref.begin, ref.end, ref.shard))
+    if writing.digest is Digest.none:
+        return [None] * len(target.written), [None] * len(target.written)
+    before: list[str | None] = [copier.source_sum(ref) for ref in target.written]
+    after: list[str | None] = [copier.staged_sum(ref) for ref in target.written]
     return before, after
 
 

@@ -11,12 +11,13 @@ from safetensors import SafetensorError, safe_open
 
 from qkpatch.catalogue import shipped_recipes
 from qkpatch.checkpoint.files import READ_CHUNK, Progress, open_read, read_exact, sha256_range
-from qkpatch.checkpoint.source import MANIFEST_NAME, Checkpoint, open_checkpoint
+from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME, Checkpoint, open_checkpoint
 from qkpatch.checkpoint.tree import SourceFile, read_whole, walk_files
 from qkpatch.errors import AmbiguousError, CheckpointError, UnsupportedError, UsageError
 from qkpatch.locate import locate
 from qkpatch.manifest import EditRecord, Manifest, canonical_json, planned_manifest
 from qkpatch.plan import EditPlan, make_plan
+from qkpatch.sums import sums_text
 
 # What of a recipe decides an edit; the rest is for people, and may change from version to version.
 _RECIPE_KEYS = ("name", "prefix", "config", "tensors", "others")
@@ -83,7 +84,9 @@ def verify(out: Path, source: str, progress: Progress, recipe: str | None = None
     checkpoint = open_checkpoint(locate(source).path) if plan is None else plan.model.checkpoint
     present, _ = walk_files(out, skip=())
     present.pop(MANIFEST_NAME, None)
+    sums = present.pop(SUMS_NAME, None) if SUMS_NAME not in checkpoint.files else None
     found += _file_sets(checkpoint, present)
+    found += _check_sums(manifest, out, sums, present)
     recorded = {edit.tensor: edit for edit in manifest.edits}
     edited_bytes = 0
     for name in sorted(checkpoint.files.keys() & present.keys()):
@@ -101,6 +104,26 @@ def verify(out: Path, source: str, progress: Progress, recipe: str | None = None
         edited_bytes=edited_bytes,
         mismatches=tuple(found),
     )
+
+
+def _check_sums(
+    manifest: Manifest, out: Path, sums: SourceFile | None, present: dict[str, SourceFile]
+) -> Iterator[Mismatch]:
+    """Digests of whole files, where the manifest has them: they, SHA256SUMS and the files must agree."""
+    wanted = [file for file in manifest.files if file.sha256 is not None]
+    if not wanted and sums is None:
+        return
+    record = read_whole(out / MANIFEST_NAME)
+    if sums is None or len(wanted) < len(manifest.files):
+        yield Mismatch(SUMS_NAME, "is there for some files only, or not at all")
+    elif read_whole(sums.path, sums.id) != sums_text(manifest, record).encode():
+        yield Mismatch(SUMS_NAME, "does not say what the manifest says")
+    for file in wanted:
+        found = present.get(file.name)
+        if found is not None:
+            with open_read(found.path, found.id) as fd:
+                if sha256_range(fd, 0, found.size, found.path) != file.sha256:
+                    yield Mismatch(file.name, "does not have the recorded digest (sha256)")
 
 
 def _file_sets(checkpoint: Checkpoint, present: dict[str, SourceFile]) -> Iterator[Mismatch]:
@@ -132,7 +155,8 @@ def _differences(manifest: Manifest, planned: Manifest, plan: EditPlan) -> Itera
                 )
     files = {file.name: file for file in manifest.files}
     for file in planned.files:
-        if files.pop(file.name, None) != file:
+        noted = files.pop(file.name, None)
+        if noted is None or replace(noted, sha256=None) != file:
             yield Mismatch(file.name, "the manifest's record of this file is not what it should be")
     for name in files:
         yield Mismatch(name, "is in the manifest only")
@@ -178,9 +202,9 @@ def _compare(
             ref = checkpoint.tensors[written.tensor]
             before = sha256_range(a, ref.begin, ref.end, source.name)
             after = sha256_range(b, ref.begin, ref.end, source.name)
-            if before != written.sha256_before:
+            if written.sha256_before is not None and before != written.sha256_before:
                 yield Mismatch(ref.name, "SOURCE does not hold the values that were edited (sha256_before)")
-            if after != written.sha256_after:
+            if written.sha256_after is not None and after != written.sha256_after:
                 yield Mismatch(ref.name, "OUT does not hold the values that were written (sha256_after)")
             if before == after and not written.may_stay:
                 yield Mismatch(ref.name, "is the same in SOURCE and OUT: the edit is not there")

@@ -293,6 +293,7 @@ def header_seeds() -> list[bytes]:
         every.append(f'"{dtype}":{entry(dtype, "[2,4]", f"[{at},{at + bits}]")}')
         at += bits
     one = entry("U8", "[2]", "[0,2]")
+    deep = [entry("U8", "[2]", "[0,2]", f',"x":{"[" * depth}{"]" * depth}') for depth in (125, 126)]
     undefined = entry("U8", "[2]", "[0,2]", ',"x":[1,-2.5e3,{"y":[true,null]}]')
     return [
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
@@ -310,6 +311,7 @@ def header_seeds() -> list[bytes]:
         ),
         framed(rf'{{"\ud83d\ude00\n\u0000":{entry("U8", f"[0,{U64 - 1}]", "[0,0]")}}}'),
         framed(f'{{"a":{undefined}}}', b"xy"),
+        *(framed(f'{{"a":{nested}}}', b"xy") for nested in deep),  # the library reads the first
         framed(f'{{"a":{one},"\\u0061":{one}}}', b"xy"),
         framed(f'{{"a":["U8",[2],[0,2]],"b":{entry("NF4", "[5]", "[0,2]")}}}', b"xy"),
         framed("{" + ",".join(every) + "}", bytes(at)),

@@ -68,10 +68,10 @@ def test_the_same_seed_makes_the_same_inputs(name: str) -> None:
 
 def test_the_mutator_reaches_valid_files_and_every_kind_of_refusal() -> None:
     kinds: Counter[str] = Counter()
-    for content in fuzz_targets.generate(fuzz_targets.TARGETS["header"], 2, 20_000):
+    for content in fuzz_targets.generate(fuzz_targets.TARGETS["header"], 2, 12_000):
         verdict = fuzz_targets.our_verdict(content)
         kinds["valid" if isinstance(verdict, Header) else verdict.what] += 1
-    assert kinds["valid"] > 1000
+    assert kinds["valid"] > 600
     for words in (
         "no safetensors file", "the file is truncated: its header takes", "does not begin with", "is not valid JSON",
         "surrogate pair", "is no finite number", "appears twice", "is not a JSON object", "is not a string",
@@ -107,6 +107,11 @@ def test_what_is_documented_as_stricter(content: bytes, documented: bool) -> Non
     assert fuzz_targets.is_documented(content) is documented
 
 
+@pytest.fixture(scope="module")
+def inputs() -> list[bytes]:
+    return fuzz_targets.generate(fuzz_targets.TARGETS["header"], 3, 20_000)
+
+
 def nothing(*_: object, **__: object) -> None:
     """A check that lets all pass."""
 
@@ -128,17 +133,17 @@ def nothing(*_: object, **__: object) -> None:
     ],
 )
 def test_a_parser_that_checks_less_or_other_things_is_found_out(
-    part: str, weaker: object, monkeypatch: pytest.MonkeyPatch
+    part: str, weaker: object, inputs: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(f"qkpatch.checkpoint.header.{part}", weaker)
-    inputs = fuzz_targets.generate(fuzz_targets.TARGETS["header"], 3, 20_000)
     assert any(fuzz_targets.run_one("header", content) for content in inputs)
 
 
 @needs_recent
-def test_a_parser_that_knows_a_dtype_wrongly_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_parser_that_knows_a_dtype_wrongly_is_found_out(
+    inputs: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(fuzz_targets.DTYPE_BITS, "F8_E8M0", 16)
-    inputs = fuzz_targets.generate(fuzz_targets.TARGETS["header"], 3, 2_000)
     assert any(fuzz_targets.run_one("header", content) for content in inputs)
 
 

@@ -15,6 +15,7 @@ from qkpatch.checkpoint.tree import SourceFile, load_json, read_whole, source_fi
 from qkpatch.errors import AmbiguousError, CheckpointError, FileSystemError, UnsupportedError
 
 MANIFEST_NAME = "qkpatch.json"
+SUMS_NAME = "SHA256SUMS"
 INDEX_SUFFIX = ".safetensors.index.json"
 PREFERRED_INDEX = "model.safetensors.index.json"
 PREFERRED_SINGLE = "model.safetensors"
@@ -87,6 +88,8 @@ def open_stored(path: Path) -> Stored:
         raise FileSystemError("neither a directory nor a file", where=str(path))
     files, directories = walk_files(path)
     previous = files.pop(MANIFEST_NAME, None)
+    if previous is not None:
+        files.pop(SUMS_NAME, None)  # of that edit, and untrue of the next
     if MANIFEST_NAME in directories:
         raise CheckpointError(
             f"{MANIFEST_NAME} is a directory, and OUT's manifest bears that name",

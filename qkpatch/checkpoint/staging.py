@@ -14,11 +14,13 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from qkpatch.checkpoint.files import os_errors
+from qkpatch.checkpoint.journal import is_of
 from qkpatch.checkpoint.target import refuse_foreign_files, target_path
 from qkpatch.errors import FileSystemError, UsageError
 from qkpatch.interrupts import signals_held
@@ -32,30 +34,39 @@ _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 class Staging:
     """A locked staging directory for ``out``; gone on leaving the ``with`` block unless published."""
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, resume: str | None = None) -> None:
+        """``resume`` is the fingerprint of the run whose leftovers are taken over, where there are any."""
         self.out = target_path(out)
         self.path = self.out.with_name(f".{out.name}.qkpatch-{secrets.token_hex(4)}")
+        self._resume = resume
         self._lock = -1
 
     def __enter__(self) -> Staging:
         with os_errors("look for stale staging directories", self.out.parent):
-            remove_stale(self.out)
+            for path, lock in _stale(self.out):
+                if self._resume is not None and self._lock < 0 and is_of(path, self._resume):
+                    self.path, self._lock = path, lock
+                else:
+                    _remove(path, lock)
         try:
             with os_errors("create the staging directory", self.path):
-                while not self._create_locked():
-                    pass
+                while self._lock < 0 or not self._is_locked():
+                    self._create_locked()
         except BaseException:
             self._clean()
             raise
         return self
 
-    def _create_locked(self) -> bool:
-        """Make the directory and lock it; False where another run took it for stale between the two."""
+    def _create_locked(self) -> None:
         self._unlock()
         self.path.mkdir(exist_ok=True)
-        try:
+        with suppress(FileNotFoundError):
             self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def _is_locked(self) -> bool:
+        """False where another run took the directory for stale between its creation and its lock."""
+        try:
             return os.path.samestat(os.fstat(self._lock), self.path.stat())
         except FileNotFoundError:
             return False
@@ -139,7 +150,11 @@ class Staging:
 
 def remove_stale(out: Path) -> list[Path]:
     """Remove staging directories for ``out`` whose owner is dead; returns them."""
-    removed = []
+    return [_remove(path, lock) for path, lock in _stale(out)]
+
+
+def _stale(out: Path) -> Iterator[tuple[Path, int]]:
+    """Staging directories for ``out`` whose owner is dead, each locked by us from here on."""
     pattern = re.compile(rf"\.{re.escape(out.name)}\.qkpatch-[0-9a-f]{{8}}")
     for path in [p for p in out.parent.iterdir() if pattern.fullmatch(p.name)]:
         try:
@@ -149,13 +164,17 @@ def remove_stale(out: Path) -> list[Path]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            continue  # its owner lives, or the file system cannot tell
+            os.close(fd)  # its owner lives, or the file system cannot tell
         else:
-            shutil.rmtree(path, ignore_errors=True)
-            removed.append(path)
-        finally:
-            os.close(fd)
-    return removed
+            yield path, fd
+
+
+def _remove(path: Path, lock: int) -> Path:
+    try:
+        shutil.rmtree(path, ignore_errors=True)
+    finally:
+        os.close(lock)
+    return path
 
 
 def _renameat2(old: Path, new: Path, flags: int) -> None:

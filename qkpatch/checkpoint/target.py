@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from qkpatch.checkpoint.source import MANIFEST_NAME, Checkpoint
+from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME, Checkpoint
 from qkpatch.checkpoint.tree import load_json
 from qkpatch.errors import FileSystemError, QKPatchError, UsageError
 
@@ -107,7 +107,7 @@ def refuse_foreign_files(out: Path) -> None:
         if path.is_dir() and not path.is_symlink():
             continue
         status = path.lstat()
-        if name == MANIFEST_NAME and known:
+        if name in (MANIFEST_NAME, SUMS_NAME) and known and status.st_ctime_ns <= written:
             continue
         if name not in known:
             reason = "which qkpatch did not write"

@@ -31,6 +31,7 @@ from qkpatch.options import (
     expanded,
 )
 from qkpatch.settings import Request, check_device_name
+from qkpatch.writing import Digest, Writing
 
 if TYPE_CHECKING:
     from qkpatch.plan import EditPlan
@@ -61,6 +62,19 @@ def apply(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier output of qkpatch.")
     ] = False,
+    digest: Annotated[
+        Digest,
+        typer.Option(help="SHA-256 of the edited tensors; of all files, as SHA256SUMS; or of nothing."),
+    ] = Digest.edited,
+    link: Annotated[
+        bool, typer.Option("--link", help="Hard links to files of SOURCE that are not edited.")
+    ] = False,
+    link_cache: Annotated[
+        bool, typer.Option("--link-cache", help="The same, even to files in the Hub cache.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Take over what a killed run of the same edit had done.")
+    ] = False,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
     debug: DebugOpt = False,
@@ -77,6 +91,7 @@ def apply(
         return
     plan = decide(source, request, out, device, overwrite=overwrite)
     n_threads = choose_threads(threads, plan.head_memory, len(plan.model.checkpoint.tensors))
+    writing = Writing(digest, link or link_cache, link_cache, resume, overwrite)
 
     with signals_held():  # torch's imports swallow what is raised in their midst
         from qkpatch.patch import apply_plan  # torch, from here on
@@ -90,7 +105,7 @@ def apply(
             device=choose_device(device),
             threads=n_threads,
             observer=observer,
-            overwrite=overwrite,
+            writing=writing,
         )
     if not quiet:
         show_warnings(manifest.warnings)

@@ -94,10 +94,12 @@ class _Watch(threading.Thread):
         self._status = Path(f"/proc/{pid}/status")
 
     def run(self) -> None:
-        while not self.stopped.wait(SAMPLE_SECONDS):
+        while True:
             kib = _numbers(self._status)
             self.peak_rss = max(self.peak_rss, kib.get("VmHWM", 0) << 10)
             self.peak_anonymous = max(self.peak_anonymous, kib.get("RssAnon", 0) << 10)
+            if self.stopped.wait(SAMPLE_SECONDS):
+                return
 
 
 def _numbers(path: Path) -> dict[str, int]:
