@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: all check docs format test fixtures demo smoke fuzz clean
+.PHONY: all check docs format test fixtures demo smoke fuzz bench clean
 all: check test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -55,6 +55,12 @@ fuzz: $(FUZZ_VENV)/.installed  ## readers of foreign files, RUNS times and at mo
 	    $(FUZZ_VENV)/bin/python scripts/fuzz.py --target $$target --runs $(RUNS) --seconds $(SECONDS) --seed $(SEED) \
 	        || failed="$$failed $$target"; \
 	done; test -z "$$failed" || { echo "findings in$$failed: see .cache/fuzz/*-findings"; exit 1; }
+
+SCALE ?= small
+BENCH ?=
+
+bench: $(STAMP)  ## time and memory beside a copy and other tools; SCALE=full takes 45 GB of disk and hours
+	$(BIN)/python -m scripts.bench --scale $(SCALE) $(BENCH)
 
 clean:
 	rm -rf $(VENV) .cache dist build out

@@ -12,7 +12,7 @@ from qkpatch.heads import HeadLayout
 # 20 arrays of d_head × d_model float64 on top, in the most demanding channel, while one head is edited.
 BASE = 270 << 20
 WORK_ARRAYS = 20
-BYTES_PER_TENSOR = 600  # of a parsed header; a mixture of experts can have 10^5 tensors
+BYTES_PER_TENSOR = 1100  # of a parsed header; a mixture of experts can have 10^5 tensors
 TARGET = 450 << 20  # what threads are chosen to stay within, where nothing is asked for
 MAX_THREADS = 256
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from qkpatch.spectra import LayerSpectra
     from qkpatch.verify import Verification
 
+_LONGEST = 8000  # characters of a message
 _PIPED_WIDTH = 140  # rich assumes 80 where there is no terminal, which cuts tensor names
 
 
@@ -101,11 +102,16 @@ def show_error(error: QKPatchError) -> None:
 
 
 def _show_error(console: Console, error: QKPatchError) -> None:
-    console.print(f"[bold red]Error:[/] {safe(error.what)}", soft_wrap=True)
+    console.print(f"[bold red]Error:[/] {safe(_cut(error.what))}", soft_wrap=True)
     if error.where:
-        console.print(f"  [dim]where[/]  {safe(error.where)}", soft_wrap=True)
+        console.print(f"  [dim]where[/]  {safe(_cut(error.where))}", soft_wrap=True)
     if error.fix:
-        console.print(f"  [dim]try[/]    {safe(error.fix)}", soft_wrap=True)
+        console.print(f"  [dim]try[/]    {safe(_cut(error.fix))}", soft_wrap=True)
+
+
+def _cut(text: str) -> str:
+    """What files put into a message may be of any length."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text):,} characters)"
 
 
 def show_warnings(warnings: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ from qkpatch.targets import LayerTarget
 
 SCHEMA = "qkpatch/1"
 SIGNIFICANT_DIGITS = 9
+MAX_DEPTH = 64
 
 Json = Any
 
@@ -208,7 +209,7 @@ class Manifest:
             )
             manifest._check()
             manifest.dumps().encode()  # finite numbers, text that is text
-        except (AttributeError, KeyError, TypeError, ValueError, UsageError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError, UsageError) as error:
             raise CheckpointError(f"malformed manifest: {error!r}", where=where) from error
         return manifest
 
@@ -323,6 +324,8 @@ def canonical_json(value: Json) -> str:
 
 def _canonical(value: Json, indent: str) -> str:
     inner = indent + "  "
+    if len(inner) > 2 * MAX_DEPTH:
+        raise ValueError("nested too deeply")
     if isinstance(value, Mapping):
         if not value:
             return "{}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from qkpatch.budget import head_memory
 from qkpatch.model import Model, open_model
@@ -118,6 +119,12 @@ def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, 
         warnings.append(
             f"recipe {model.recipe.name} says that it is untested: compare it with the model's own code"
         )
+    strays = [name for name, file in checkpoint.files.items() if _leads_out(file.path, checkpoint.root)]
+    if strays:
+        warnings.append(
+            f"{len(strays)} file(s) are links that lead out of SOURCE, and what they lead to is copied: "
+            f"{abbreviate(strays, 5)}"
+        )
     if checkpoint.twins:
         warnings.append(
             f"{len(checkpoint.twins)} other weight file(s) stay unpatched: {abbreviate(checkpoint.twins, 5)}"
@@ -141,6 +148,12 @@ def _norm_warnings(model: Model, rule: EditRule, targets: tuple[LayerTarget, ...
     if any(target.query.name.removesuffix("weight") + "bias" in target.biases for target in targets):
         return ["queries are normalised per head, so shrinking W_Q only gives their bias more weight"]
     return ["queries are normalised per head, so shrinking W_Q changes nothing in the model's output"]
+
+
+def _leads_out(path: Path, root: Path) -> bool:
+    """Whether a file of SOURCE is a link to elsewhere, other than the Hub cache's own blobs."""
+    real = path.resolve()
+    return root.resolve() not in real.parents and real.parent.name != "blobs"
 
 
 def _has_adapter(model: Model, target: LayerTarget) -> bool:

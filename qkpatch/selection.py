@@ -10,6 +10,7 @@ from qkpatch.errors import UsageError
 
 MIDDLE_THIRD = "middle-third"
 
+_MOST = 10**6  # there are no more numbers of six digits; a short text could name them over and over
 _ITEM = re.compile(r"\s*([0-9]{1,6})\s*(?:-\s*([0-9]{1,6})\s*)?", re.ASCII)
 
 
@@ -35,6 +36,8 @@ def parse_ranges(text: str, what: str) -> tuple[int, ...]:
                 f"range {first}-{last} is reversed", where=f"{what} {text!r}", fix=f"write {last}-{first}"
             )
         numbers.extend(range(first, last + 1))
+        if len(numbers) > _MOST:
+            raise UsageError("some numbers are named twice", where=f"{what} {text!r:.80}")
     repeated = sorted(n for n, times in Counter(numbers).items() if times > 1)
     if repeated:
         raise UsageError(f"{format_ranges(repeated)} named twice", where=f"{what} {text!r}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, fields, replace
 from enum import Enum
@@ -103,7 +102,7 @@ def check_request(request: Request) -> None:
         text = getattr(request, what)
         if text is not None:
             parse_ranges(text, f"--{what}")
-    if request.alpha is not None and not (math.isfinite(request.alpha) and 0.0 <= request.alpha <= 1.0):
+    if request.alpha is not None and not 0.0 <= request.alpha <= 1.0:
         raise UsageError(
             f"{request.alpha} is not between 0 and 1",
             where="--alpha",

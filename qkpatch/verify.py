@@ -199,7 +199,10 @@ def _compare(
             progress(end - begin)
             position = end
         for written in (w for edit in edits for w in edit.written if w.shard == source.name):
-            ref = checkpoint.tensors[written.tensor]
+            ref = checkpoint.tensors.get(written.tensor)
+            if ref is None:
+                yield Mismatch(written.tensor, "is recorded as edited, and SOURCE does not store it")
+                continue
             before = sha256_range(a, ref.begin, ref.end, source.name)
             after = sha256_range(b, ref.begin, ref.end, source.name)
             if written.sha256_before is not None and before != written.sha256_before:

@@ -178,3 +178,17 @@ def test_a_block_size_that_config_json_states_otherwise_is_refused(tmp_path: Pat
     result = run("plan", source, "--layers", 1)
     assert result.exit_code == 3
     assert "quantised with block FP8" in result.stderr
+
+
+def test_a_link_that_leads_out_of_the_source_is_followed_and_told(
+    tiny: Tiny, run: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "secret.txt").write_text("mine")
+    (tiny.path / "extra.json").symlink_to(tmp_path / "secret.txt")
+    (tiny.path / "inside.json").symlink_to("config.json")
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "1").write_text("cached")
+    (tiny.path / "cached.json").symlink_to(tmp_path / "blobs" / "1")
+    result = run("plan", tiny.path)
+    assert "1 file(s) are links that lead out of SOURCE" in result.stderr
+    assert "extra.json" in result.stderr

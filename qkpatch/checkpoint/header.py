@@ -144,11 +144,16 @@ def _load(raw: bytes, shard: str) -> object:
         value: object = json.loads(
             text, object_pairs_hook=_unique, parse_int=_integer, parse_float=_real, parse_constant=_real
         )
-        if half := next((escape for escape in _ESCAPE.finditer(text) if escape[1]), None):
-            raise ValueError(f"half a surrogate pair (char {half.start()})")
+        if (half := half_surrogate(text)) is not None:
+            raise ValueError(f"half a surrogate pair (char {half})")
     except (ValueError, RecursionError) as error:
         raise _fault(f"the header is not valid JSON in UTF-8: {error}", shard) from None
     return value
+
+
+def half_surrogate(text: str) -> int | None:
+    """Where valid JSON escapes half a surrogate pair without the other, which no UTF-8 can hold."""
+    return next((escape.start() for escape in _ESCAPE.finditer(text) if escape[1]), None)
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object] | tuple[str]:

@@ -11,7 +11,14 @@ from typing import Any
 
 from qkpatch.checkpoint.files import open_read, os_errors
 from qkpatch.checkpoint.header import Header, TensorRef, read_header
-from qkpatch.checkpoint.tree import SourceFile, load_json, read_whole, source_file, walk_files
+from qkpatch.checkpoint.tree import (
+    MAX_CONFIG_BYTES,
+    SourceFile,
+    load_json,
+    read_whole,
+    source_file,
+    walk_files,
+)
 from qkpatch.errors import AmbiguousError, CheckpointError, FileSystemError, UnsupportedError
 
 MANIFEST_NAME = "qkpatch.json"
@@ -264,9 +271,11 @@ def _read_config(path: Path) -> Mapping[str, Any]:
             where=str(path.parent),
             fix="put the model's config.json beside the weights",
         )
-    config = load_json(read_whole(path, source_file(path, path.name).id), path.name)
+    config = load_json(read_whole(path, source_file(path, path.name).id, MAX_CONFIG_BYTES), path.name)
     if not isinstance(config, dict):
         raise CheckpointError("not a JSON object", where=path.name)
+    if not isinstance(config.get("model_type"), str | None):
+        raise CheckpointError("not a text", where=f"{path.name}: model_type")
     return config
 
 

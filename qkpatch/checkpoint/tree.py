@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from qkpatch.checkpoint.files import FileId, open_read, os_errors, read_exact
+from qkpatch.checkpoint.header import half_surrogate
 from qkpatch.errors import CheckpointError, FileSystemError
 
 BOOKKEEPING = (".git", ".cache/huggingface")  # of git and huggingface_hub, not the model's
 MAX_JSON_BYTES = 256 << 20  # an index of 10^6 tensors is about 100 MB
+MAX_CONFIG_BYTES = (
+    16 << 20
+)  # parsed, JSON takes up to 25 times its size; the largest real ones are below 1 MB
 
 
 @dataclass(frozen=True)
@@ -74,11 +78,11 @@ def source_file(path: Path, name: str, fix: str | None = None) -> SourceFile:
     return SourceFile(name, path, FileId.of(status), stat.S_IMODE(status.st_mode))
 
 
-def read_whole(path: Path, expected: FileId | None = None) -> bytes:
+def read_whole(path: Path, expected: FileId | None = None, limit: int = MAX_JSON_BYTES) -> bytes:
     """A small file's bytes."""
     with open_read(path, expected) as fd:
         size = os.fstat(fd).st_size
-        if size > MAX_JSON_BYTES:
+        if size > limit:
             raise CheckpointError(f"{size} bytes, more than any real file of this kind", where=str(path))
         return bytes(read_exact(fd, size, 0, path))
 
@@ -97,6 +101,10 @@ def load_json(raw: bytes, where: str, *, unique: bool = False) -> Any:
 
     try:
         constant = refuse if unique else float  # transformers writes Infinity into some config.json
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+        text = raw.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+        if (half := half_surrogate(text)) is not None:
+            raise ValueError(f"half a surrogate pair (char {half})")
+        return value
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"not valid JSON: {error}", where=where) from error

@@ -31,7 +31,7 @@ _QUERY = re.compile(
     r"(?:^|_)w?_?(?:q(?:kv)?|query|queries)(?:_|proj|$)|^(?:w?_?qkv|c_attn|in_proj)$", re.IGNORECASE
 )
 _NO_QUERY = re.compile(r"norm|(?:^|_)ln(?:_|$)|token|embed|position", re.IGNORECASE)
-_PERCEPTION = re.compile(
+PERCEPTION_WORDS = re.compile(
     r"vision|visual|image|audio|speech|whisper|siglip|clip|qformer|perceiver|resampler|projector|connector|"
     r"merger|pixel|talker|token2wav|code2wav|(?:^|[._])(?:vit|vpm|apm|sam|img|dit|eva|dino|davit)[0-9]*[._]",
     re.IGNORECASE,
@@ -150,7 +150,7 @@ def _templates(module: str) -> Iterable[tuple[str, int]]:
 def _group(template: str, layers: Mapping[int, Mapping[str, TensorRef]]) -> QueryGroup:
     weights = {n: layers[n]["weight"] for n in sorted(layers) if "weight" in layers[n]}
     first = next(iter(weights), None)
-    role = PERCEPTION if _PERCEPTION.search(template) else CROSS if _CROSS.search(template) else OTHER
+    role = PERCEPTION if PERCEPTION_WORDS.search(template) else CROSS if _CROSS.search(template) else OTHER
     return QueryGroup(
         template=template,
         layers=tuple(sorted(layers)),

@@ -14,13 +14,25 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from .contest import APPLY, COPY, INSPECT, LOOP, REAL_COPY, Contestant, Place, Run, check_output, contest, mergekit
-from .measure import BenchError, PageCache, measure
+from .contest import (
+    APPLY,
+    COPY,
+    INSPECT,
+    LOOP,
+    REAL_COPY,
+    Contestant,
+    Place,
+    Run,
+    check_output,
+    contest,
+    mergekit,
+)
+from .measure import BenchError, PageCache, Usage, measure
 from .places import check_free, free_memory, kind_of, reflink_place
 from .report import REFLINK, document, machine, markdown, rows, verdicts
 from .shapes import ALL, LLAMA_7B, ONE_5G, SCALES, TINY, Shape, build, is_built
@@ -48,6 +60,16 @@ class Session:
     def tell(self, line: str) -> None:
         """Progress, on stderr."""
         print(line, file=sys.stderr, flush=True)
+
+    def join(self, files: Sequence[Path]) -> float | None:
+        """Take over what earlier calls have found; seconds of a dense SVD, where one did."""
+        dense: float | None = None
+        for file in files:
+            found = json.loads(file.read_text())
+            self.runs += [Run(**{**run, "usage": Usage(**run["usage"])}) for run in found["runs"]]
+            self.notes += found["notes"]
+            dense = found["dense_svd_seconds"] or dense
+        return dense
 
     @contextmanager
     def optional(self) -> Iterator[None]:
@@ -82,7 +104,9 @@ class Session:
         shape = self._movable()
         needed = 2 * shape.n_bytes + 1.2 * shape.n_bytes  # source, output, and what the loop holds
         if needed > free_memory():
-            raise BenchError(f"tmpfs: {needed / 1e9:.1f} GB of memory are needed, {free_memory() / 1e9:.1f} are free")
+            raise BenchError(
+                f"tmpfs: {needed / 1e9:.1f} GB of memory are needed, {free_memory() / 1e9:.1f} are free"
+            )
         if not MEMORY.is_dir():
             raise BenchError(f"tmpfs: there is no {MEMORY}")
         check_free(MEMORY, 2 * shape.n_bytes)
@@ -124,7 +148,9 @@ class Session:
 def main() -> int:
     """Run the benchmarks that were asked for."""
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m scripts.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--dir", type=Path, default=REPO / ".cache" / "bench", help="default: .cache/bench")
     parser.add_argument("--scale", choices=SCALES, default="small", help="default: %(default)s")
@@ -133,11 +159,18 @@ def main() -> int:
     parser.add_argument("--cache", metavar="A,B", default="cold,warm", help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: DIR/bench.json")
+    parser.add_argument(
+        "--join", type=Path, nargs="+", default=[], metavar="FILE", help="show these calls' runs, too"
+    )
     parser.add_argument("--write", action="store_true", help="write docs/bench.md")
     parser.add_argument("--clean", action="store_true", help="remove the checkpoints in the end")
     parser.add_argument("--dry-run", action="store_true", help="only say what is needed")
     arguments = parser.parse_args()
-    shapes = tuple(ALL[name] for name in arguments.shapes.split(",")) if arguments.shapes else SCALES[arguments.scale]
+    shapes = (
+        tuple(ALL[name] for name in arguments.shapes.split(","))
+        if arguments.shapes
+        else SCALES[arguments.scale]
+    )
     folder: Path = arguments.dir
     folder.mkdir(parents=True, exist_ok=True)
     session = Session(
@@ -146,12 +179,15 @@ def main() -> int:
     missing = sum(shape.disk_bytes for shape in shapes if not is_built(shape, folder))
     needed = missing + max(shape.n_bytes for shape in shapes)
     free = shutil.disk_usage(folder).free
-    session.tell(f"checkpoints {missing / 1e9:.1f} GB and one output: {needed / 1e9:.1f} GB; free {free / 1e9:.1f} GB")
+    dense = session.join(arguments.join)
+    session.tell(
+        f"checkpoints {missing / 1e9:.1f} GB and one output: {needed / 1e9:.1f} GB; free {free / 1e9:.1f} GB"
+    )
     if arguments.dry_run:
         return 0
     target: Path = arguments.json or folder / "bench.json"
     try:
-        dense = _run(session)
+        dense = _run(session) or dense
     except BenchError as error:
         target.write_text(json.dumps([asdict(run) for run in session.runs], indent=1))
         print(f"error: {error}; the runs until then are in {target}", file=sys.stderr)

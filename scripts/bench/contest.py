@@ -56,7 +56,7 @@ def copying(*flags: str) -> Callable[[Shape, Path, Path], list[Command]]:
 
 
 def _apply(shape: Shape, source: Path, out: Path) -> list[Command]:
-    command = [sys.executable, "-m", "qkpatch", "apply", source, "-o", out, "--quiet"]
+    command: Command = [sys.executable, "-m", "qkpatch", "apply", source, "-o", out, "--quiet"]
     return [[*command, "--layers", shape.layers, "--modes", str(MODES)]]
 
 
@@ -76,7 +76,7 @@ INSPECT = Contestant("qkpatch inspect", _inspect, lambda shape: not shape.is_spa
 
 
 def mergekit(folder: Path, constraints: Path) -> Contestant:
-    """mergekit's passthrough, in an environment of its own with the same torch.
+    """The passthrough of mergekit, in an environment of its own with the same torch.
 
     Raises:
         BenchError: it cannot be installed.
@@ -89,10 +89,9 @@ def mergekit(folder: Path, constraints: Path) -> Contestant:
         pins.write_text(
             "".join(line for line in constraints.read_text().splitlines(True) if line.startswith("torch"))
         )
-        for command in (
-            [sys.executable, "-m", "venv", venv],
-            [venv / "bin" / "python", "-m", "pip", "install", "--quiet", "--constraint", pins, MERGEKIT],
-        ):
+        pip: Command = [venv / "bin" / "python", "-m", "pip", "install", "--quiet", "--constraint", pins]
+        make: Command = [sys.executable, "-m", "venv", venv]
+        for command in (make, [*pip, MERGEKIT]):
             done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
             if done.returncode:
                 raise BenchError(f"{MERGEKIT} cannot be installed: {done.stderr.strip()[-300:]}")

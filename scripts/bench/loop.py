@@ -31,7 +31,8 @@ def edit(W_Q: Tensor, W_K: Tensor, d_head: int, modes: int, dtype: torch.dtype) 
     R_k = torch.linalg.qr(keys.mT, mode="r").R
     U = basis @ torch.linalg.svd(R_q @ R_k.mT, full_matrices=False).U[..., :modes]
     edited = queries - (1 - ALPHA) * (queries @ U) @ U.mT
-    return edited.view(W_Q.shape).to(W_Q.dtype)
+    stored: Tensor = edited.view(W_Q.shape).to(W_Q.dtype)
+    return stored
 
 
 def main(source: Path, out: Path, layers: str, modes: int, dtype: torch.dtype) -> None:
@@ -57,7 +58,8 @@ def main(source: Path, out: Path, layers: str, modes: int, dtype: torch.dtype) -
 
 def _edited(path: Path, first: int, last: int) -> list[str]:
     with safe_open(path, "pt") as file:
-        found = [(name, QUERY.fullmatch(name)) for name in file.keys()]
+        names: list[str] = list(file.keys())
+        found = [(name, QUERY.fullmatch(name)) for name in names]
     return [name for name, match in found if match and first <= int(match[1]) <= last]
 
 

@@ -28,7 +28,9 @@ def check_free(folder: Path, needed: int) -> None:
     """
     free = shutil.disk_usage(folder).free
     if needed * MARGIN > free:
-        raise BenchError(f"{needed * MARGIN / 1e9:.1f} GB are needed in {folder} and {free / 1e9:.1f} GB are free")
+        raise BenchError(
+            f"{needed * MARGIN / 1e9:.1f} GB are needed in {folder} and {free / 1e9:.1f} GB are free"
+        )
 
 
 def free_memory() -> int:

@@ -22,6 +22,10 @@ MAX_OVER_LOOP = 1.0
 MAX_OVER_REAL_COPY = 0.05
 MAX_PEAK = 450e6
 MAX_INSPECT_SECONDS = 25.0
+HEAD = (
+    "file system", "cache", "what", "wall s", "min–max (rounds)", "× copy", "× loop", "CPU s",
+    "peak MB", "anonymous MB", "read GB", "written GB", "disk read / written GB",
+)  # fmt: skip
 LARGE = 1e9  # bytes from which on the targets of time hold; below, a process mostly starts
 
 
@@ -140,7 +144,11 @@ def machine() -> dict[str, str]:
 
 
 def document(
-    table: Sequence[Row], runs: Sequence[Run], facts: dict[str, str], dense: float | None, notes: Sequence[str]
+    table: Sequence[Row],
+    runs: Sequence[Run],
+    facts: dict[str, str],
+    dense: float | None,
+    notes: Sequence[str],
 ) -> dict[str, object]:
     """Everything as JSON."""
     return {
@@ -158,34 +166,37 @@ def markdown(table: Sequence[Row], facts: dict[str, str], dense: float | None, n
     lines = [
         "# Benchmarks",
         "",
-        "Written by `make bench`, which anybody can run: see `python -m scripts.bench --help`. Every figure is of a whole",
-        "process, its start included. Contestants take turns within a round; × are medians of the ratios within a round,",
-        "because what else runs on the machine is common to a round. Other columns are medians (wall, CPU) or the largest.",
+        "Written by `make bench`, which anybody can run: see `python -m scripts.bench --help`. Every figure is of a",
+        "whole process, its start included. Contestants take turns within a round; × are medians of the ratios within",
+        "a round, because a round shares what else runs on the machine. Wall and CPU time are medians, all else is the",
+        "largest of the rounds.",
         "",
         *_table(("machine", ""), facts.items()),
         "",
     ]
     for shape in dict.fromkeys(row.shape for row in table):
         size = ALL[shape].n_bytes / 1e9
-        lines += [f"## {shape}", "", f"{ALL[shape].title}; {size:.1f} GB; layers {ALL[shape].layers} are edited.", ""]
-        head = ("file system", "cache", "what", "wall s", "min–max", "× copy", "× loop", "CPU s")
-        head = (*head, "peak MB", "anonymous MB", "read GB", "written GB", "disk read / written GB")
-        lines += [*_table(head, (_cells(row) for row in table if row.shape == shape)), ""]
+        lines += [
+            f"## {shape}",
+            "",
+            f"{ALL[shape].title}; {size:.1f} GB; layers {ALL[shape].layers} are edited.",
+            "",
+        ]
+        lines += [*_table(HEAD, (_cells(row) for row in table if row.shape == shape)), ""]
     if dense is not None:
         heads = 9 * 32
         lines += [
             "## A dense SVD",
             "",
-            f"One head's 4096 × 4096 product, formed and decomposed in float32: {dense:.1f} s measured. **Extrapolated**, "
-            f"not measured: {dense * heads / 60:.0f} minutes for the {heads} heads of nine layers.",
+            f"One head's 4096 × 4096 product, formed and decomposed in float32: {dense:.1f} s measured. "
+            f"**Extrapolated**, not measured: {dense * heads / 60:.0f} minutes for the {heads} heads of nine layers.",
             "",
         ]
-    head = ("target", "found", "limit", "")
     found = (
         (v.what, _figure(v.found, v.unit), _figure(v.limit, v.unit), "met" if v.is_met else "**missed**")
         for v in verdicts(table)
     )
-    lines += ["## Targets", "", *_table(head, found)]
+    lines += ["## Targets", "", *_table(("target", "found", "limit", ""), found)]
     if notes:
         lines += ["", "## Notes", "", *(f"* {note}" for note in notes)]
     return "\n".join(lines) + "\n"

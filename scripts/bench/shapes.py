@@ -206,11 +206,11 @@ def _write(shape: Shape, path: Path, tensors: list[tuple[str, tuple[int, ...]]])
                     file.write(generator.bytes(min(PIECE, end - done)))
 
 
-def _projection(rows: int, columns: int) -> memoryview:
+def _projection(rows: int, columns: int) -> bytes:
     """Normal numbers with loud and quiet input channels, as trained weights have: the spectrum decays."""
     loudness = torch.randn(columns).mul(0.5).exp().mul(0.02)
     values = torch.randn(rows, columns).mul(loudness).to(torch.float16)
-    return memoryview(values.numpy()).cast("B")
+    return values.numpy().tobytes()
 
 
 def _stamp(shape: Shape, folder: Path) -> Path:
