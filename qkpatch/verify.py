@@ -10,7 +10,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from qkpatch.catalogue import shipped_recipes
-from qkpatch.checkpoint.files import READ_CHUNK, Progress, open_read, read_exact, sha256_range
+from qkpatch.checkpoint.files import Progress, open_read, sha256_range
+from qkpatch.checkpoint.side_by_side import Reader, Span
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME, Checkpoint, open_checkpoint
 from qkpatch.checkpoint.tree import SourceFile, read_whole, walk_files
 from qkpatch.errors import AmbiguousError, CheckpointError, UnsupportedError, UsageError
@@ -214,12 +215,12 @@ def _compare(
 
 
 def _first_difference(a: int, b: int, begin: int, end: int, where: str, progress: Progress) -> int | None:
-    for offset in range(begin, end, READ_CHUNK):
-        size = min(READ_CHUNK, end - offset)
-        x, y = read_exact(a, size, offset, where), read_exact(b, size, offset, where)
+    offset = begin
+    for x, y in Reader().pairs(Span(a, begin, end, where), Span(b, begin, end, where)):
         if x != y:
-            return offset + next(i for i in range(size) if x[i] != y[i])
-        progress(size)
+            return offset + next(i for i in range(len(x)) if x[i] != y[i])
+        offset += len(x)
+        progress(len(x))
     return None
 
 

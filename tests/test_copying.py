@@ -266,8 +266,8 @@ def test_an_earlier_manifest_is_replaced_and_its_edit_remembered(
         ("loop of folders", "leads back"),
         ("loop of links", "dangling"),
         ("dangling link", "dangling"),
-        ("fifo", "neither a regular file"),
-        ("device", "neither a regular file"),
+        ("fifo", "not a regular file"),
+        ("device", "not a regular file"),
         ("name that is not UTF-8", "name"),
     ],
 )

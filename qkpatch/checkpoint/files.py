@@ -15,7 +15,7 @@ from qkpatch.errors import FileSystemError
 
 # One system call copies at most this much, so that progress moves and Ctrl-C is heard.
 COPY_CHUNK = 64 << 20
-READ_CHUNK = 4 << 20
+READ_CHUNK = 1 << 20
 
 _FICLONE = 0x40049409  # ioctl of linux/fs.h
 
@@ -108,7 +108,7 @@ def read_exact(fd: int, size: int, offset: int, where: str | Path) -> bytearray:
     return buffer
 
 
-def read_into(fd: int, buffer: bytearray, offset: int, where: str | Path) -> None:
+def read_into(fd: int, buffer: bytearray | memoryview, offset: int, where: str | Path) -> None:
     """Fill ``buffer`` from ``offset`` on; otherwise as :func:`read_exact`."""
     view = memoryview(buffer)
     size, done = len(buffer), 0
@@ -136,8 +136,11 @@ def write_exact(fd: int, data: bytes | bytearray | memoryview, offset: int, wher
 def sha256_range(fd: int, begin: int, end: int, where: str | Path) -> str:
     """SHA-256 of the bytes ``begin:end`` of an open file, in bounded memory."""
     digest = hashlib.sha256()
-    for offset in range(begin, end, READ_CHUNK):
-        digest.update(read_exact(fd, min(READ_CHUNK, end - offset), offset, where))
+    buffer = bytearray(min(READ_CHUNK, end - begin))  # one for all: fresh memory costs more than reading
+    for offset in range(begin, end, len(buffer) or 1):
+        view = memoryview(buffer)[: end - offset]
+        read_into(fd, view, offset, where)
+        digest.update(view)
     return digest.hexdigest()
 
 
