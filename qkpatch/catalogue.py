@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qkpatch.checkpoint.tree import read_whole, source_file
+from qkpatch.describe import near_names
 from qkpatch.errors import AmbiguousError, RecipeError, UsageError
 from qkpatch.recipe import Recipe
 from qkpatch.recipe_file import parse_recipe
@@ -48,7 +49,7 @@ def get_recipe(name: str) -> Recipe:
     except KeyError:
         raise UsageError(
             f"no recipe is called {name!r}",
-            fix=f"name a file, ./{name}.yaml, or choose one of: {', '.join(shipped_recipes())}",
+            fix=f"{near_names(name, shipped_recipes())}; a recipe of yours is named by its file, ./NAME.yaml",
         ) from None
 
 
@@ -93,7 +94,7 @@ def choose_recipe(config: Mapping[str, Any], tensor_names: Iterable[str]) -> Rec
     raise AmbiguousError(
         f"no recipe is made for {identity}",
         where="config.json",
-        fix=f"if the layout is the same as another family's, name it with --recipe: {', '.join(shipped_recipes())}",
+        fix="`qkpatch recipes check SOURCE` tells what comes near and drafts a recipe",
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qkpatch.catalogue import get_recipe, shipped_recipes
 from qkpatch.checkpoint.hub import HubId, download
+from qkpatch.describe import near_names
 from qkpatch.errors import FileSystemError, UsageError
 from qkpatch.recipe import Recipe
 
@@ -44,7 +45,7 @@ def locate(text: str) -> Source:
         raise UsageError(
             "no such file or directory, recipe, or Hub id (org/name)",
             where=text,
-            fix=f"check the path; recipes are: {', '.join(shipped_recipes())}",
+            fix=f"check the path; {near_names(text, shipped_recipes())}",
         )
     snapshot = download(hub_id)
     return Source(snapshot.path, "hub", snapshot.repo, snapshot.requested_revision, snapshot.commit, recipe)

@@ -16,6 +16,7 @@ from statistics import mean
 
 import torch
 
+from qkpatch.canonical import canonical_json
 from qkpatch.checkpoint.files import write_exact
 from qkpatch.checkpoint.journal import Journal
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME
@@ -25,7 +26,7 @@ from qkpatch.checkpoint.target import check_apart, check_out
 from qkpatch.copier import Copier, Observer, space_needed
 from qkpatch.crew import Crew
 from qkpatch.errors import NumericalError
-from qkpatch.manifest import EditRecord, HeadRecord, Manifest, canonical_json, planned_manifest
+from qkpatch.manifest import EditRecord, HeadRecord, Manifest, planned_manifest
 from qkpatch.plan import EditPlan
 from qkpatch.selection import abbreviate
 from qkpatch.spectral.edit import Folding, edit_and_round

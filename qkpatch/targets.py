@@ -151,7 +151,7 @@ class AttentionSet:
     @cached_property
     def _undeclared_norms(self) -> tuple[str, ...]:
         """Tensors in layers that look like norms of queries or keys and belong to none of the recipe's sets."""
-        modules = tuple(name.removesuffix("weight") for name in self.declared_norms)
+        modules = tuple(f"{name.rpartition('.')[0]}." for name in self.declared_norms)
         head, tail = self.prefix.split("{layer}")
         found = []
         for name in self.tensors:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from qkpatch.canonical import canonical_json
 from qkpatch.catalogue import shipped_recipes
 from qkpatch.checkpoint.files import Progress, open_read, sha256_range
 from qkpatch.checkpoint.side_by_side import Reader, Span
@@ -16,7 +17,7 @@ from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME, Checkpoint, open
 from qkpatch.checkpoint.tree import SourceFile, read_whole, walk_files
 from qkpatch.errors import AmbiguousError, CheckpointError, UnsupportedError, UsageError
 from qkpatch.locate import locate
-from qkpatch.manifest import EditRecord, Manifest, canonical_json, planned_manifest
+from qkpatch.manifest import EditRecord, Manifest, planned_manifest
 from qkpatch.plan import EditPlan, make_plan
 from qkpatch.sums import sums_text
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import safetensors
 
+from qkpatch.canonical import canonical_json
 from qkpatch.catalogue import shipped_recipes
 from qkpatch.checkpoint.header import DTYPE_BITS, MAX_HEADER_SIZE, Header, read_header
 from qkpatch.checkpoint.source import _read_config, open_checkpoint
@@ -31,7 +32,7 @@ from qkpatch.errors import (
     UnsupportedError,
     UsageError,
 )
-from qkpatch.manifest import EditRecord, FileRecord, HeadRecord, Manifest, canonical_json
+from qkpatch.manifest import EditRecord, FileRecord, HeadRecord, Manifest
 from qkpatch.recipe_file import parse_recipe
 from qkpatch.settings import check_request, parse_request
 from qkpatch.tower import read_tower

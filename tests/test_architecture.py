@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "qkpatch"
 # From the ground up: a module may import only from floors below its own, or beside it in its own room.
 FLOORS = [
     ["errors", "interrupts"],
-    ["spectral", "checkpoint", "selection", "strict", "rows", "crew", "writing"],
+    ["spectral", "checkpoint", "selection", "strict", "rows", "crew", "writing", "canonical"],
     ["recipe", "refusals", "fp8", "difference"],
     ["recipe_file", "heads", "settings", "describe", "diff", "diff_text"],
     ["catalogue", "tower", "budget"],
@@ -25,6 +25,7 @@ FLOORS = [
     ["copier", "sums"],
     ["patch", "verify"],
     ["console", "options"],
+    ["tables"],
     ["boundary"],
     ["commands"],
     ["cli"],
@@ -38,7 +39,7 @@ ONLY_IN = {
         "cli", "options", "boundary",
         "commands.diff", "commands.edit", "commands.inspect", "commands.verify", "commands.recipes",
     },
-    "rich": {"console"},
+    "rich": {"console", "tables"},
     "yaml": {"strict"},
     "huggingface_hub": {"checkpoint.hub"},
     "safetensors": {"verify"},

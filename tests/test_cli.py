@@ -17,7 +17,10 @@ import jsonschema
 import pytest
 from conftest import Tiny, build_tiny
 
-from qkpatch.manifest import Manifest, canonical_json
+from qkpatch.canonical import canonical_json
+from qkpatch.errors import UsageError
+from qkpatch.locate import locate
+from qkpatch.manifest import Manifest
 from qkpatch.selection import format_ranges, parse_ranges
 
 SCHEMA = json.loads((resources.files("qkpatch") / "manifest.schema.json").read_text())
@@ -97,10 +100,18 @@ def test_a_malformed_layer_list_is_refused_before_the_source_is_looked_at(run, t
 @pytest.mark.parametrize(
     "source", ["no-such-dir", "./a/b", "/nonexistent", "a/b/c", "org/na me", "org/name@"]
 )
-def test_a_source_that_is_nothing_known_lists_the_recipes(source: str, run, tmp_path: Path) -> None:
+def test_a_source_that_is_nothing_known_tells_where_recipes_are_listed(
+    source: str, run, tmp_path: Path
+) -> None:
     result = run("plan", source)
     assert result.exit_code == 2
-    assert "llava-1.5" in result.stderr
+    assert "`qkpatch recipes` lists the recipes" in result.stderr
+
+
+def test_a_recipe_name_that_is_nearly_right_is_told() -> None:
+    with pytest.raises(UsageError) as error:
+        locate("lava-1.5")
+    assert "recipes near it: llava-1.5" in str(error.value.fix)
 
 
 class TestSettings:
@@ -379,7 +390,7 @@ class TestOutput:
     def test_a_reader_that_leaves_early_is_no_traceback(self, tiny: Tiny) -> None:
         command = f"{sys.executable} -m qkpatch inspect {tiny.path} --csv | head -n 1"
         done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
-        assert done.stdout == "layer,head,kv_head,mode,singular_value\n"
+        assert done.stdout == "layer,attention,head,kv_head,mode,singular_value\n"
         assert done.stderr == ""
 
 

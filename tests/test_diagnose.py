@@ -16,16 +16,14 @@ from safetensors.torch import save_file
 from typer.testing import Result
 
 from qkpatch import catalogue
-from qkpatch.diagnosis import diagnose
 from qkpatch.catalogue import load_recipe, shipped_recipes
 from qkpatch.checkpoint.header import TensorRef
+from qkpatch.diagnosis import diagnose
 from qkpatch.diagnosis.diagnose import Diagnosis
 from qkpatch.diagnosis.draft import draft_recipe
 from qkpatch.diagnosis.survey import query_groups, text_numbers
 from qkpatch.errors import RecipeError, UnsupportedError
-from qkpatch.recipe import NormKind, NormSpan
 from qkpatch.recipe_file import parse_recipe
-from qkpatch.rows import RowLayout
 
 NUMBERS = {
     "num_hidden_layers": 3, "hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
@@ -62,9 +60,9 @@ def apply_draft(run: Run, source: Path, *options: object) -> dict[str, object]:
     """The draft as it is printed, saved, and used; returns the manifest."""
     draft = checked(run, source)["draft"]
     assert isinstance(draft, str)
-    assert run("recipes", "check", source).stdout.endswith("\n" + draft)
     file, out = source.parent / "draft.yaml", source.parent / "out"
-    file.write_text(draft)
+    file.write_text(run("recipes", "check", source).stdout)  # as `> draft.yaml` does
+    assert file.read_text() == draft
     done = run("apply", source, "--recipe", file, "--layers", 1, "--modes", 2, *options, "-o", out)
     assert done.exit_code == 0, done.output
     proven = run("verify", out, "--source", source, "--recipe", file)
@@ -229,165 +227,6 @@ class TestKnown:
         assert "Skipped, without a product of their own: 0,2" in run("recipes", "check", source).stdout
 
 
-class TestUnknown:
-    """A family that no recipe fits: the draft works at once where its guesses are right."""
-
-    def test_other_names_and_other_config_keys_beside_a_larger_vision_tower(
-        self, run: Run, tmp_path: Path
-    ) -> None:
-        text = {
-            "model_type": "nt",
-            "n_layer": 3,
-            "d_model": 24,
-            "n_heads": 4,
-            "n_kv_heads": 2,
-            "kv_channels": 8,
-        }
-        vision = {
-            f"vision.blocks.{i}.attn.{w}_proj.weight": torch.ones(24, 24) for i in range(5) for w in "qk"
-        }
-        tiny = build_tiny(
-            tmp_path / "tiny",
-            prefix="decoder.blocks.{layer}.self_attn.",
-            config={"model_type": "newlm", "architectures": ["NewLM"], "llm_config": text},
-            extra=vision,
-        )
-        report = checked(run, tiny.path)
-        assert {group["name"]: group["role"] for group in report["query_like"]} == {
-            "vision.blocks.{layer}.attn.q_proj": "vision or audio",
-            "decoder.blocks.{layer}.self_attn.q_proj": "language tower",
-        }
-        manifest = apply_draft(run, tiny.path)
-        assert [edit["tensor"] for edit in manifest["edits"]] == ["decoder.blocks.1.self_attn.q_proj.weight"]
-        assert manifest["model"]["num_key_value_heads"] == 2
-
-    @pytest.mark.parametrize(
-        ("word", "n_kv_heads", "rows"),
-        [
-            ("mix.Wqkv", 2, RowLayout.grouped_qkv),
-            ("mix.c_attn", 2, RowLayout.qkv),
-            ("attention.query_key_value", 4, RowLayout.per_head_qkv),
-        ],
-    )
-    def test_fused_rows_under_unknown_names(
-        self, word: str, n_kv_heads: int, rows: RowLayout, run: Run, tmp_path: Path
-    ) -> None:
-        numbers = {"n_layer": 3, "n_embd": 24, "n_head": 4, "multi_query_group_num": n_kv_heads}
-        source = write(
-            tmp_path / "fused",
-            {"model_type": "fusedlm", **numbers},
-            layers({f"{word}.weight": ((4 + 2 * n_kv_heads) * 8, 24), "ln_1.weight": (24,)}),
-        )
-        manifest = apply_draft(run, source, "--fold-norm")
-        assert manifest["model"]["rows"] == rows.value
-        assert manifest["model"]["head_dim"] == 8  # nowhere in config.json
-
-    def test_gated_queries_are_told_by_twice_the_rows(self, run: Run, tmp_path: Path) -> None:
-        source = write(
-            tmp_path / "gated",
-            {"model_type": "gatedlm", **NUMBERS},
-            layers({"attn.wq.weight": (64, 24), "attn.wk.weight": (16, 24)}),
-        )
-        assert apply_draft(run, source)["model"]["rows"] == "gated"
-
-    @pytest.mark.parametrize(
-        ("shapes", "kind", "over"),
-        [
-            ({"attn.q_norm.weight": (8,), "attn.k_norm.weight": (8,)}, NormKind.rms, NormSpan.head),
-            (
-                {
-                    "attn.q_layernorm.weight": (8,),
-                    "attn.q_layernorm.bias": (8,),
-                    "attn.k_layernorm.weight": (8,),
-                },
-                NormKind.layer,
-                NormSpan.head,
-            ),
-            (
-                {"attn.query_norm.weight": (32,), "attn.key_norm.weight": (16,)},
-                NormKind.rms,
-                NormSpan.projection,
-            ),
-        ],
-    )
-    def test_norms_of_queries_and_keys(
-        self, shapes: dict[str, tuple[int, ...]], kind: NormKind, over: NormSpan, run: Run, tmp_path: Path
-    ) -> None:
-        source = write(
-            tmp_path / "normed",
-            {"model_type": "normlm", "architectures": ["N"], **NUMBERS},
-            layers({"attn.q_proj.weight": (32, 24), "attn.k_proj.weight": (16, 24), **shapes}),
-        )
-        manifest = apply_draft(run, source)
-        assert [Path(name).name for name in manifest["edits"][0]["norms"]] == [
-            f"net.h.1.{name}" for name in shapes if name.endswith("weight")
-        ]
-        names = parse_recipe(checked(run, source)["draft"].encode(), "draft").tensors
-        assert names.norms is not None
-        assert (names.norms.kind, names.norms.over, names.norms.plus_one) == (kind, over, False)
-
-    def test_numbers_that_config_lacks_come_from_the_shapes(self, run: Run, tmp_path: Path) -> None:
-        source = write(
-            tmp_path / "bare",
-            {"num_attention_heads": 4},
-            layers({"attn.to_q.weight": (32, 24), "attn.to_k.weight": (32, 24)}),
-        )
-        manifest = apply_draft(run, source)
-        assert manifest["model"]["num_hidden_layers"] == 3
-        assert manifest["model"]["head_dim"] == 8
-
-    def test_some_layers_only_and_layers_that_predict_further_tokens(self, run: Run, tmp_path: Path) -> None:
-        shapes = {"q_proj.weight": (32, 24), "k_proj.weight": (16, 24)}
-        source = write(
-            tmp_path / "some",
-            {"model_type": "somelm", **NUMBERS, "num_hidden_layers": 4, "num_nextn_predict_layers": 1},
-            {f"h.{n}.{name}": shape for n in (1, 3, 4) for name, shape in shapes.items()},
-        )
-        draft = parse_recipe(checked(run, source)["draft"].encode(), "draft")
-        assert (draft.tensors.every_layer, draft.tensors.mtp_layers) == (False, True)
-        assert apply_draft(run, source)["edits"][0]["layer"] == 1
-
-    def test_a_recipe_for_another_model_with_the_same_layout_is_offered(
-        self, run: Run, tmp_path: Path
-    ) -> None:
-        tiny = build_tiny(
-            tmp_path / "tiny", config={"model_type": "newlm", "architectures": ["NewLM"], **NUMBERS}
-        )
-        result = run("recipes", "check", tiny.path)
-        assert result.exit_code == 3
-        assert "name it: --recipe llama or" in " ".join(result.stdout.split())
-        assert "no  model_type:        'newlm' is not llama" in result.stdout
-        assert run("plan", tiny.path, "--recipe", "llama", "--layers", 1).exit_code == 0
-
-    def test_latent_attention_gets_no_draft_but_the_reason(self, run: Run, tmp_path: Path) -> None:
-        source = write(
-            tmp_path / "mla",
-            {"model_type": "mla", **NUMBERS},
-            layers({"attn.q_proj.weight": (32, 24), "attn.kv_b_proj.weight": (16, 24)}),
-        )
-        result = run("recipes", "check", source)
-        assert result.exit_code == 3
-        assert "No draft of a recipe" in result.stdout
-        assert "multi-head latent attention" in result.stdout
-
-    @pytest.mark.parametrize(
-        ("shapes", "told"),
-        [
-            ({"mixer.weight": (4, 4)}, "no tensor looks like a query projection"),
-            ({"attn.q_proj.weight": (32, 24)}, "there is no net.h.0.attn.k_proj beside it"),
-            ({"attn.c_attn.weight": (24, 64)}, "rows seem to be inputs"),
-            ({"{x}.q_proj.weight": (32, 24)}, "names with braces"),
-        ],
-    )
-    def test_where_nothing_can_be_guessed_the_reason_is_told(
-        self, shapes: dict[str, tuple[int, ...]], told: str, run: Run, tmp_path: Path
-    ) -> None:
-        source = write(tmp_path / "none", {"model_type": "nonelm", **NUMBERS}, layers(shapes))
-        report = checked(run, source)
-        assert report["draft"] is None
-        assert told in report["no_draft"]["what"]
-
-
 class TestHostile:
     """Names and values out of files neither break the draft nor act in the terminal."""
 
@@ -402,7 +241,7 @@ class TestHostile:
         )
         result = run("recipes", "check", source)
         assert result.exit_code == 3
-        assert all(c.isprintable() or c == "\n" for c in result.stdout)
+        assert all(c.isprintable() or c == "\n" for c in result.stdout + result.stderr)
         draft = parse_recipe(checked(run, source)["draft"].encode(), "draft")
         assert draft.tensors.prefixes == (f"{word}.{{layer}}.",)
         assert draft.architectures == ((word,) if len(word) < 200 else ("Unknown",))
@@ -426,18 +265,18 @@ class TestHostile:
         words=st.lists(
             st.text(max_size=8) | st.sampled_from(["layers.0", "h.1", "attn", "{layer}"]), max_size=3
         ),
-        query=st.sampled_from(["q_proj", "wqkv", "query", "c_attn"]),
+        query=st.sampled_from(["q_proj", "wqkv", "query", "c_attn", "query_key_value"]),
         shape=st.lists(st.integers(0, 48), max_size=3),
     )
     def test_a_draft_always_parses(
         self, config: dict[str, object], words: list[str], query: str, shape: list[int]
     ) -> None:
         stem = ".".join([*words, "2"])
-        named = (f"{stem}.{word}.weight" for word in (query, "k_proj", "q_norm", "key"))
+        named = (f"{stem}.{word}.weight" for word in (query, "k_proj", "q_norm", "k_norm", "key"))
         tensors = {name: TensorRef(name, "s", "F32", tuple(shape), 0, 0) for name in named}
         numbers = text_numbers(config)
         try:
-            text = draft_recipe(config, tensors, numbers, query_groups(tensors, numbers), None)
+            text = draft_recipe(config, tensors, numbers, query_groups(tensors, numbers), None).text
         except UnsupportedError:
             return
         parse_recipe(text.encode(), "draft.yaml")
@@ -456,7 +295,7 @@ class TestHostile:
             )
             result = run("recipes", "check", source)
             assert result.exit_code == 3, result.output
-            assert len(result.stdout) < 20_000
+            assert len(result.stdout + result.stderr) < 20_000
 
 
 class TestCommand:

@@ -27,6 +27,7 @@ COUNTS = {
     "config": 3_000,
 }
 
+
 def test_every_target_is_run() -> None:
     assert COUNTS.keys() == fuzz_targets.TARGETS.keys()
 

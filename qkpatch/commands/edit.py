@@ -81,7 +81,8 @@ def apply(
 ) -> None:
     """Write an edited copy of SOURCE to OUT, with a manifest of what was changed."""
     from qkpatch.budget import choose_threads
-    from qkpatch.console import bars, print_text, show_applied, show_warnings
+    from qkpatch.console import bars, print_text, show_warnings
+    from qkpatch.tables import show_applied
 
     request = edit_request(
         layers, modes, alpha, channel, select, seed, heads, recipe, attention, fold_norm, config
@@ -173,9 +174,11 @@ def _preview(
     overwrite: bool,
 ) -> None:
     from qkpatch.budget import choose_threads, peak_memory
+    from qkpatch.canonical import canonical_json
     from qkpatch.checkpoint.space import free_bytes
-    from qkpatch.console import print_text, show_plan, show_warnings
-    from qkpatch.manifest import canonical_json, planned_manifest
+    from qkpatch.console import print_text, show_warnings
+    from qkpatch.manifest import planned_manifest
+    from qkpatch.tables import show_plan
 
     plan = decide(source, request, out, device, overwrite=overwrite)
     n_tensors = len(plan.model.checkpoint.tensors)

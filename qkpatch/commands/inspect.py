@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +22,11 @@ from qkpatch.options import (
     ThreadsOpt,
 )
 from qkpatch.settings import Request, check_device_name
+
+if TYPE_CHECKING:
+    from qkpatch.spectra import LayerSpectra
+
+COLUMNS = ("layer", "attention", "head", "kv_head", "mode", "singular_value")  # of --csv, whatever the model
 
 
 @command
@@ -43,11 +50,12 @@ def inspect(
 ) -> None:
     """Show the spectra of SOURCE's query-key products."""
     from qkpatch.budget import choose_threads, head_memory
-    from qkpatch.console import bars, print_json, print_spectra_csv, show_spectra, spectra_json
+    from qkpatch.console import bars, print_csv, print_json
     from qkpatch.errors import UsageError
     from qkpatch.model import open_model
     from qkpatch.selection import format_ranges
     from qkpatch.settings import check_request
+    from qkpatch.tables import show_spectra
 
     if as_json and as_csv:
         raise UsageError("one of --json and --csv", fix="drop the other")
@@ -66,16 +74,42 @@ def inspect(
         from qkpatch.spectra import layer_spectra
         from qkpatch.weights import choose_device
 
-    spectra = []
-    with bars(0, len(targets) * len(chosen.heads), quiet=False) as observer:
-        for layer in layer_spectra(
-            model, targets, chosen.heads, chosen.rule.modes, choose_device(device), n_threads
-        ):
-            spectra.append(layer)
-            observer.edited(len(layer.heads))
-    if as_json:
-        print_json(spectra_json(model.source.name, model.recipe.name, chosen.rule.modes, spectra))
-    elif as_csv:
-        print_spectra_csv(spectra)
+    def looked_at() -> Iterator[LayerSpectra]:
+        # On one terminal, lines that come meanwhile would run into the bars.
+        is_mixed = as_csv and sys.stdout.isatty()
+        with bars(0, len(targets) * len(chosen.heads), quiet=is_mixed) as observer:
+            for layer in layer_spectra(model, targets, chosen.heads, chosen.rule.modes, where, n_threads):
+                observer.edited(len(layer.heads))
+                yield layer
+
+    where = choose_device(device)
+    if as_csv:
+        print_csv(COLUMNS, _csv_rows(looked_at()))
+    elif as_json:
+        spectra = list(looked_at())
+        print_json(_json(model.source.name, model.recipe.name, chosen.rule.modes, spectra))
     else:
-        show_spectra(spectra, chosen.rule.modes)
+        show_spectra(model, chosen, list(looked_at()), is_folded=fold_norm)
+
+
+def _csv_rows(layers: Iterable[LayerSpectra]) -> Iterator[tuple[object, ...]]:
+    for layer in layers:
+        for head in layer.heads:
+            for mode, value in enumerate(head.singular_values):
+                yield layer.layer, layer.attention, head.head, head.kv_head, mode, repr(value)
+
+
+def _json(source: str, recipe: str, modes: int, layers: Sequence[LayerSpectra]) -> dict[str, Any]:
+    return {
+        "source": source,
+        "recipe": recipe,
+        "modes": modes,
+        "layers": [
+            {
+                "layer": layer.layer,
+                "attention": layer.attention,
+                "heads": [vars(head) for head in layer.heads],
+            }
+            for layer in layers
+        ],
+    }

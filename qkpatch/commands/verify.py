@@ -28,7 +28,8 @@ def verify(
     debug: DebugOpt = False,
 ) -> None:
     """Prove that OUT is SOURCE with only the planned rows changed, as its manifest says. Exit 1 if not."""
-    from qkpatch.console import bars, print_json, show_verification
+    from qkpatch.console import bars, print_json
+    from qkpatch.tables import show_verification
     from qkpatch.verify import verify as run
 
     if not out.is_dir():

@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from qkpatch.checkpoint.source import Checkpoint
+from qkpatch.diagnosis.evidence import beside, size
 from qkpatch.diagnosis.survey import layered
 from qkpatch.errors import QKPatchError, UnsupportedError
 from qkpatch.model import open_set
 from qkpatch.recipe import Recipe
+from qkpatch.refusals import is_qk_norm
 from qkpatch.targets import AttentionSet
 from qkpatch.tower import read_tower
 
@@ -47,7 +49,7 @@ class Refusal:
     """Layers that cannot be edited, all for one reason."""
 
     layers: tuple[int, ...]
-    reason: Reason  # of the first of them, with {layer} in place of its number
+    reason: Reason  # of the first of them; of several, with {layer} in names in place of its number
     is_by_kind: bool  # quantised and the like; a contradiction with config.json otherwise
 
 
@@ -143,6 +145,7 @@ def _by_layer(
             Finding("counts and shapes", True, numbers)
             if first is None or (not is_contradiction and len(weights) < len(present))
             else Finding("counts and shapes", False, numbers, first.reason),
+            *_beside(opened),
             _norms(opened, norms, len(weights) < len(present) or not present),
         ),
         opened,
@@ -156,13 +159,13 @@ def _identity(recipe: Recipe, config: Mapping[str, Any]) -> tuple[Finding, Findi
     """Whether config.json names the recipe's family."""
     model_type, named = config.get("model_type") or "", config.get("architectures")
     is_type = model_type in recipe.model_types
-    known = ", ".join(t or "none" for t in recipe.model_types)
+    known = _short([t or "none" for t in recipe.model_types])
     of_type = Finding("model_type", is_type, f"{_quoted(model_type)}{'' if is_type else f' is not {known}'}")
     if not isinstance(named, list) or not named:
         of_class = Finding("architectures", is_type, "none, so model_type decides")
     else:
         shared = [a for a in named if a in recipe.architectures]
-        expected = f"{_short(named)} is not {', '.join(recipe.architectures)}"
+        expected = f"{_short(named)} is not {_short([*recipe.architectures])}"
         of_class = Finding("architectures", bool(shared), _short(shared) if shared else expected)
     return of_type, of_class, _text_type(recipe, config)
 
@@ -203,9 +206,45 @@ def _norms(opened: AttentionSet, errors: Mapping[int, QKPatchError], is_known: b
     )
 
 
+def _beside(opened: AttentionSet) -> list[Finding]:
+    """Whether stored sinks and rotary frequencies agree with the numbers of heads; nothing where there are none."""
+    stored, tower = beside(opened.tensors, opened.prefix), opened.tower
+    findings = []
+    sinks = [(n, ref) for n, ref in stored.sinks if n in opened.layers]
+    if sinks:
+        odd = next((ref for n, ref in sinks if size(ref) != tower.layout_of(n).n_heads), None)
+        what = f"a sink for each of {size(sinks[0][1])} query heads"
+        reason = None
+        if odd is not None:
+            what = "another number than of query heads"
+            reason = Reason(
+                f"{odd.name} holds {size(odd)} numbers, one per query head, and there are {tower.layout.n_heads}",
+                f"config.json: {tower.section}{opened.names.keys.get('num_attention_heads', 'num_attention_heads')}",
+                "config.json belongs to another model, or the recipe counts other heads",
+            )
+        findings.append(Finding("attention sinks", odd is None, what, reason))
+    rotary = [(n, ref) for n, ref in stored.rotary if n is None or n in opened.layers]
+    if rotary:
+        found = [
+            (ref, 2 * size(ref), (tower.layout if n is None else tower.layout_of(n)).d_head)
+            for n, ref in rotary
+        ]
+        too_many = next((each for each in found if each[1] > each[2]), None)
+        _, dims, d_head = too_many or found[0]
+        reason = None
+        if too_many is not None:
+            reason = Reason(
+                f"{too_many[0].name} rotates {dims} dims of a head, and a head has {d_head}",
+                f"config.json: {tower.section}{opened.names.keys.get('head_dim', 'head_dim')}",
+                "config.json belongs to another model, or the recipe counts other heads",
+            )
+        findings.append(Finding("rotary dims", reason is None, f"{dims} of head_dim {d_head}", reason))
+    return findings
+
+
 def _without_norms(opened: AttentionSet) -> AttentionSet:
     """The same set as if queries and keys were not normalised."""
-    tensors = {name: ref for name, ref in opened.tensors.items() if "norm" not in name.lower()}
+    tensors = {name: ref for name, ref in opened.tensors.items() if not is_qk_norm(name)}
     return replace(opened, names=replace(opened.names, norms=None), tensors=tensors)
 
 
@@ -221,13 +260,16 @@ def _grouped(errors: Mapping[int, QKPatchError]) -> tuple[Refusal, ...]:
     """Layers whose errors are the same but for the layer's number."""
     groups: dict[tuple[str, str], list[int]] = {}
     for layer, error in errors.items():
-        what = layered(error.what, layer).replace(f"layer {layer} ", "layer {layer} ")
+        what = layered(error.what, layer).replace(f"layer {layer} ", "each layer ")
         groups.setdefault((error.kind, what), []).append(layer)
     refusals = []
     for (_, what), layers in groups.items():
         first = errors[layers[0]]
-        where = None if first.where is None else layered(first.where, layers[0])
-        reason = Reason(what, where, first.fix)
+        if len(layers) == 1:
+            reason = Reason.of(first)
+        else:
+            where = None if first.where is None else layered(first.where, layers[0])
+            reason = Reason(what, where, first.fix)
         refusals.append(Refusal(tuple(layers), reason, isinstance(first, UnsupportedError)))
     return tuple(refusals)
 

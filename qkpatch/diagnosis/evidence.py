@@ -33,7 +33,9 @@ class Beside:
     """Tensors beside the weights that tell of heads."""
 
     sinks: tuple[tuple[int, TensorRef], ...]  # a number per query head; by layer
-    rotary: tuple[tuple[int | None, TensorRef], ...]  # a frequency per two rotated dims; no layer: of them all
+    rotary: tuple[
+        tuple[int | None, TensorRef], ...
+    ]  # a frequency per two rotated dims; no layer: of them all
 
 
 def beside(tensors: Mapping[str, TensorRef], prefix: str) -> Beside:
@@ -64,14 +66,20 @@ def size(ref: TensorRef) -> int:
 
 def rotates_in_part(section: Mapping[str, Any]) -> bool:
     """Whether config.json tells that only part of a head is rotated, or that it may be."""
-    nested = [value for key in ("rope_parameters", "rope_scaling") if isinstance(value := section.get(key), dict)]
+    nested = [
+        value for key in ("rope_parameters", "rope_scaling") if isinstance(value := section.get(key), dict)
+    ]
     return any(key in table for table in (section, *nested) for key in _PARTIAL)
 
 
 def norm_kind(section: Mapping[str, Any]) -> NormKind | None:
     """The kind of norm that config.json's keys speak of, where they speak of one only."""
     words = [key for key, value in section.items() if isinstance(key, str) and value not in (None, False)]
-    words += [f"{text}_eps" for key in ("norm_type", "normalization_type") if isinstance(text := section.get(key), str)]
+    words += [
+        f"{text}_eps"
+        for key in ("norm_type", "normalization_type")
+        if isinstance(text := section.get(key), str)
+    ]
     is_rms = any(_RMS_NORM.search(word) for word in words)
     is_layer = any(_LAYER_NORM.search(word) for word in words)
     if is_rms == is_layer:

@@ -6,10 +6,13 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from qkpatch.describe import assumed
 from qkpatch.diagnosis.candidate import Candidate, Finding, Reason
 from qkpatch.diagnosis.diagnose import Diagnosis
 from qkpatch.diagnosis.draft import NAME
+from qkpatch.diagnosis.evidence import speaks_for_plus_one
 from qkpatch.diagnosis.survey import QueryGroup
+from qkpatch.recipe import NormKind
 from qkpatch.selection import abbreviate, format_ranges
 
 _ANSWER = {True: "yes", False: "no ", None: " ? "}
@@ -17,7 +20,7 @@ _MOST_GROUPS = 12
 
 
 def explanation(diagnosis: Diagnosis, width: int) -> str:
-    """What matched and what did not, and the draft as the last block, each of its lines as it is."""
+    """What matched and what did not; the draft, where there is one, is printed by itself."""
     lines = _heading(diagnosis)
     fitting = diagnosis.fitting
     for candidate in fitting or diagnosis.candidates:
@@ -27,8 +30,7 @@ def explanation(diagnosis: Diagnosis, width: int) -> str:
     if len(fitting) != 1:
         lines += ["", *_groups(diagnosis.groups)]
     lines += ["", *_conclusion(diagnosis)]
-    text = "\n".join(_wrapped(line, width) for line in lines) + "\n"
-    return text + (f"\n{diagnosis.draft.text}" if diagnosis.draft is not None else "")
+    return "\n".join(_wrapped(line, width) for line in lines) + "\n"
 
 
 def _heading(diagnosis: Diagnosis) -> list[str]:
@@ -91,19 +93,14 @@ def _conclusion(diagnosis: Diagnosis) -> list[str]:
         return [f"Recipe {fitting[0]} fits; next: qkpatch plan SOURCE"]
     if fitting:
         return [f"{len(fitting)} recipes fit: choose one with --recipe: {', '.join(fitting)}"]
-    near = [c.recipe.name for c in diagnosis.candidates if c.fits_but_for_identity]
     lines = ["No recipe fits."]
-    if near:
-        lines.append(
-            "Tensors and numbers agree with a recipe for another model. If the attention is the same "
-            f"(RoPE, norms, the order of rows), name it: --recipe {' or --recipe '.join(near)}"
-        )
+    lines += _near(diagnosis)
     if diagnosis.no_draft is not None:
         return [*lines, "No draft of a recipe:", *_reason(diagnosis.no_draft)]
     if diagnosis.draft is not None:
         checked = diagnosis.draft.candidate
         lines.append(
-            f"A draft of a recipe is below. Save it as {NAME}.yaml, compare it with the model's code, then:"
+            f"A draft of a recipe goes to stdout. Save it as {NAME}.yaml, compare it with the model's code, then:"
         )
         lines.append(f"  qkpatch plan SOURCE --recipe ./{NAME}.yaml")
         lines.append("The draft as it stands:")
@@ -111,6 +108,29 @@ def _conclusion(diagnosis: Diagnosis) -> list[str]:
             lines += _finding(finding)
         if checked.tensors is not None:
             lines.append(f"  Layers that can be edited: {format_ranges(checked.editable) or 'none'}")
+    return lines
+
+
+def _near(diagnosis: Diagnosis) -> list[str]:
+    """Recipes for other models that agree, each with what it assumes, and what speaks for one or another."""
+    near, signs = [c.recipe for c in diagnosis.candidates if c.fits_but_for_identity], diagnosis.signs
+    if not near:
+        return []
+    lines = [
+        "Tensors and numbers agree with a recipe for another model. If the attention is the same "
+        "(RoPE, norms, the order of rows), name it, the likeliest first:"
+    ]
+    for recipe in near:
+        against = "; the evidence is against it" if signs.against(recipe) else ""
+        lines.append(f"  --recipe {recipe.name} ({assumed(recipe, with_norms=signs.has_qk_norms)}{against})")
+    if signs.gain is not None:
+        verdict = speaks_for_plus_one(signs.gain)
+        about = {True: "for gain + 1", False: "against gain + 1", None: "neither way"}[verdict]
+        median = f"the median of the stored gains of queries and keys is {signs.gain:.2g}"
+        lines.append(f"  Evidence, no proof: {median}, which speaks {about}.")
+    if signs.kind is not None:
+        kind = {NormKind.rms: "RMSNorm", NormKind.layer: "LayerNorm"}[signs.kind]
+        lines.append(f"  Evidence, no proof: config.json's keys speak of {kind}.")
     return lines
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qkpatch.checkpoint.header import TensorRef
-from qkpatch.diagnosis.evidence import Median, speaks_for_plus_one
+from qkpatch.diagnosis.evidence import speaks_for_plus_one
+from qkpatch.diagnosis.scalars import comment, scalar
 from qkpatch.errors import UnsupportedError
 from qkpatch.recipe import NormKind
 from qkpatch.refusals import is_qk_norm
@@ -48,8 +49,7 @@ def find_norms(stored: Mapping[str, TensorRef], query: str) -> QKNorms:
                 pairs.setdefault(around, {}).setdefault(which, name)
     complete = {around: pair for around, pair in pairs.items() if set(pair) == {"query", "key"}}
     home = query.removesuffix(".weight").rpartition(".")[0]
-    around = next((a for a in _outwards(home) if a in complete), None)
-    chosen = {} if around is None else complete[around]
+    chosen = next((complete[around] for around in _outwards(home) if around in complete), {})
     modules = tuple(_module(name) for name in chosen.values())
     left = [name for name in names if _module(name) not in modules]
     close = {_within(name) for name in left} & {*_outwards(home)}
@@ -62,20 +62,20 @@ def find_norms(stored: Mapping[str, TensorRef], query: str) -> QKNorms:
     )
 
 
-def norms_yaml(
-    norms: QKNorms,
-    stored: Mapping[str, TensorRef],
-    gains: Iterable[TensorRef],
-    read: Median,
-    heads: tuple[int | None, int | None],
-    kind: tuple[NormKind | None, str],
-    *,
-    is_gemma: bool,
-) -> tuple[list[str], str | None]:
-    """The lines under ``tensors`` without their names' quotes: ``{query}`` and ``{key}`` stand for them.
+@dataclass(frozen=True)
+class NormSigns:
+    """What else speaks of the norms."""
 
-    ``heads`` are query heads and head_dim, ``kind`` what config.json speaks of and where; the second result tells
-    why the kind is in doubt.
+    n_heads: int | None
+    d_head: int | None
+    kind: NormKind | None  # that config.json's keys speak of
+    kind_key: str  # which of them
+    gain: float | None  # the median of what is stored
+    is_gemma: bool
+
+
+def norms_yaml(norms: QKNorms, stored: Mapping[str, TensorRef], signs: NormSigns) -> str:
+    """The lines under ``tensors``; none where a layer stores no such norms.
 
     Raises:
         UnsupportedError: norms that a recipe cannot declare.
@@ -87,54 +87,58 @@ def norms_yaml(
             where=norms.unusable,
             fix="this family cannot be edited by qkpatch",
         )
-    if norms.query is None:
-        return [], None
-    n_heads, d_head = heads
-    is_layer = norms.has_bias or kind[0] is NormKind.layer
-    shape = stored[norms.query].shape
-    is_projection = d_head is not None and n_heads is not None and shape == (n_heads * d_head,) != (d_head,)
+    if norms.query is None or norms.key is None:
+        return ""
+    is_layer = norms.has_bias or signs.kind is NormKind.layer
+    shape, d_head = stored[norms.query].shape, signs.d_head
+    is_projection = bool(d_head and signs.n_heads and shape == (signs.n_heads * d_head,) != (d_head,))
     if is_layer and is_projection:
-        seem = "are" if norms.has_bias else f"seem to be ({kind[1]} in config.json)"
+        seem = "are" if norms.has_bias else f"seem to be ({signs.kind_key} in config.json)"
         raise UnsupportedError(
             f"the norms of queries and keys {seem} LayerNorms over all heads: editing one head would move the others",
             where=norms.query,
             fix="this family cannot be edited by qkpatch",
         )
     lines = ["  norms:   # guess: of queries and keys before RoPE; after it, this family cannot be edited"]
-    lines += ["    query: {query}", "    key: {key}"]
-    doubt = None
+    lines += [f"    query: {scalar(norms.query)}", f"    key: {scalar(norms.key)}"]
     if is_layer:
-        told = "it has a bias" if norms.has_bias else f"{kind[1]} in config.json speaks of LayerNorm"
-        lines.append(f"    kind: layer   # guess: {told}")
-        doubt = None if norms.has_bias else "LayerNorm is a guess from config.json"
+        told = "it has a bias" if norms.has_bias else f"{signs.kind_key} in config.json speaks of LayerNorm"
+        lines.append(f"    kind: layer   # guess: {comment(told)}")
     if is_projection:
         lines.append("    over: projection   # guess: a gain for every row")
-    lines.append(_plus_one(read(gains), is_gemma=is_gemma))
-    return lines, doubt
+    lines.append(_plus_one(signs))
+    return "\n".join(lines) + "\n"
 
 
-def _plus_one(gain: float | None, *, is_gemma: bool) -> str:
-    verdict = speaks_for_plus_one(gain)
-    value = is_gemma or verdict is True
-    told = "as in other Gemma models" if is_gemma else "true where the stored weight is gain - 1"
-    if gain is not None:
+def _plus_one(signs: NormSigns) -> str:
+    verdict = speaks_for_plus_one(signs.gain)
+    value = signs.is_gemma or verdict is True
+    told = "as in other Gemma models" if signs.is_gemma else "true where the stored weight is gain - 1"
+    if signs.gain is not None:
         speaks = {True: "speaks for true", False: "speaks for false", None: "tells nothing"}[verdict]
-        told += f"; the stored numbers have the median {gain:.2g}, which {speaks}"
+        told += f"; the median of what is stored is {signs.gain:.2g}, which {speaks}"
     return f"    plus_one: {'true' if value else 'false'}   # guess: {told}"
 
 
-def input_norm_of(
-    stored: Mapping[str, TensorRef], width: tuple[int, ...], kind: NormKind | None
-) -> tuple[str | None, str]:
-    """The gain before attention, and why it may be, or is, none of an RMSNorm."""
+def input_norm_yaml(stored: Mapping[str, TensorRef], width: tuple[int, ...], signs: NormSigns) -> str:
+    """The lines for the gain before attention, or a comment where it is, or may be, a LayerNorm's."""
     for name, ref in stored.items():
         module, _, gain = name.rpartition(".")
         if gain not in _GAINS or ref.shape != width or not _INPUT_NORM.fullmatch(module.rpartition(".")[2]):
             continue
         if any(f"{module}.{bias}" in stored for bias in _BIASES):
-            return name, "has a bias, so it is a LayerNorm"
-        return name, "" if kind is not NormKind.layer else "may be a LayerNorm"
-    return None, ""
+            return f"  # No input_norm: {scalar(name)} has a bias, so it is a LayerNorm.\n"
+        if signs.kind is NormKind.layer:
+            return (
+                f"  # No input_norm: {scalar(name)} may be a LayerNorm without bias, since config.json has\n"
+                f"  # {comment(signs.kind_key)} and nothing of RMSNorm. Declare it where it is an RMSNorm.\n"
+            )
+        plus_one = "\n    plus_one: true   # guess: as in other Gemma models" if signs.is_gemma else ""
+        return (
+            "  input_norm:   # guess: the RMSNorm before attention; leave it out where it is a LayerNorm\n"
+            f"    weight: {scalar(name)}{plus_one}\n"
+        )
+    return ""
 
 
 def _parsed(name: str) -> tuple[str, str, str]:

@@ -30,7 +30,8 @@ def slim(checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     headers = {
         shard: replace(
-            header, tensors={name: ref for name, ref in header.tensors.items() if patterns[name] not in dropped}
+            header,
+            tensors={name: ref for name, ref in header.tensors.items() if patterns[name] not in dropped},
         )
         for shard, header in checkpoint.headers.items()
     }

@@ -49,6 +49,7 @@ class TextNumbers:
     keys: Mapping[str, str]  # count -> config key, of those that are there
     values: Mapping[str, int]  # count -> value, of those that are positive numbers
     n_further: int  # layers past the last, which predict further tokens
+    source: Mapping[str, Any]  # the section itself
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,13 @@ def _read(name: str, section: Mapping[str, Any]) -> TextNumbers:
         if there:
             keys[count] = there[0]
     values = {count: section[key] for count, key in keys.items() if _is_count(section[key])}
+    is_multi_query = (
+        section.get("multi_query") is True and section.get("new_decoder_architecture") is not True
+    )
+    if is_multi_query and keys.get("num_key_value_heads") != "num_key_value_heads":
+        # Falcon 7B: one key head, whatever another key says, which transformers fills in and does not use.
+        keys.pop("num_key_value_heads", None)
+        values["num_key_value_heads"] = 1
     model_type = section.get("model_type")
     return TextNumbers(
         section=name,
@@ -130,6 +138,7 @@ def _read(name: str, section: Mapping[str, Any]) -> TextNumbers:
         keys=keys,
         values=values,
         n_further=next((section[key] for key in FURTHER_TOKENS if _is_count(section.get(key))), 0),
+        source=section,
     )
 
 

@@ -95,6 +95,10 @@ class Session:
                 missing = 0 if is_built(shape, self.folder) else shape.disk_bytes
                 check_free(self.folder, missing + shape.n_bytes)
                 source = self._built(shape)
+                if "warm" in self.caches and 2 * shape.n_bytes > free_memory():
+                    self.notes.append(
+                        f"{shape.name}: source and output do not fit in memory, so warm is partly cold"
+                    )
                 place = Place(kind_of(self.folder), self.folder, self.caches)
                 inspect = [INSPECT] if "inspect" in self.parts and shape in (LLAMA_7B, TINY) else []
                 self.race(shape, source, place, COPY, APPLY, LOOP, *extra, *inspect)

@@ -70,7 +70,8 @@ def measure(command: Sequence[str | Path]) -> tuple[Usage, str]:
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             err.seek(0)
-            raise BenchError(f"{command[0]} … exits with {process.returncode}: {err.read()[-2000:]}")
+            reason = " ".join(err.read().split("\n")[-4:]).strip()[-300:]
+            raise BenchError(f"{Path(command[0]).name} exits with {process.returncode}: {reason}")
         out.seek(0)
         return Usage(
             wall=wall,
