@@ -94,7 +94,7 @@ def choose_recipe(config: Mapping[str, Any], tensor_names: Iterable[str]) -> Rec
     raise AmbiguousError(
         f"no recipe is made for {identity}",
         where="config.json",
-        fix="`qkpatch recipes check SOURCE` tells what comes near and drafts a recipe",
+        fix="`qkpatch recipes check SOURCE` tells what comes near; if the layout is a known one, name it with --recipe",
     )
 
 

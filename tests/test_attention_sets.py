@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import families
 import families_older
 import numpy as np
 import oracle
@@ -37,7 +38,7 @@ def read_all(path: Path) -> Tensors:
 
 def changed(before: Tensors, after: Tensors) -> list[str]:
     assert list(before) == list(after)
-    return [name for name in before if not torch.equal(before[name], after[name])]
+    return [name for name in before if not families.same(before[name], after[name])]
 
 
 def check_edit(old: torch.Tensor, new: torch.Tensor, keys: torch.Tensor) -> None:

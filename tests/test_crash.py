@@ -99,6 +99,12 @@ cli.app()
 """
 
 
+def heed_signals() -> None:
+    """In a child: what the tests' own process ignores (under nohup, in the background) is not ignored there."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @dataclass(frozen=True)
 class Death:
     """How one run of the command ended; a negative code is the signal that killed it."""
@@ -126,6 +132,7 @@ class Driver:
 def driver() -> Iterator[Driver]:
     with subprocess.Popen(
         [sys.executable, "-c", DRIVER],
+        preexec_fn=heed_signals,
         env=ENVIRONMENT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -265,7 +272,12 @@ def undisturbed(driver: Driver, slow: Tiny) -> dict[str, Any]:
 def start(source: Tiny, out: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "qkpatch", "apply", str(source.path), "-o", str(out), "--layers", LAYERS]
     return subprocess.Popen(
-        [*command, *arguments], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, *arguments],
+        preexec_fn=heed_signals,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -317,6 +329,7 @@ def test_a_signal_that_torch_swallows_while_it_is_imported_is_not_lost(
     arguments = [str(int(number)), "numpy", "apply", str(tiny.path), "-o", str(folder / "out"), "--quiet"]
     result = subprocess.run(
         [sys.executable, "-c", SIGNAL_ON_IMPORT, *arguments],
+        preexec_fn=heed_signals,
         env=ENVIRONMENT,
         capture_output=True,
         text=True,

@@ -54,7 +54,7 @@ def test_the_language_tower_and_nothing_else_is_edited_and_the_model_loads(
 
     before, after = read_all(source), read_all(out)
     assert list(before) == list(after)
-    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    changed = [name for name in before if not families.same(before[name], after[name])]
     stems = [name.rsplit(".", 2)[0] for name in changed]
     assert [int(stem.split(".")[-2]) for stem in stems] == list(case.edited)
     assert len({re.split(r"\.\d+\.", stem)[0] for stem in stems}) == 1

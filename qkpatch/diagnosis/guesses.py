@@ -54,6 +54,10 @@ def guess_heads(
         rows = RowLayout.qkv if is_fused else RowLayout.separate
         return Heads(rows, remark="from the names; no weight of two dimensions is stored")
     n_rows, d_model = group.weight.shape
+    if not n_rows or not d_model:
+        raise UnsupportedError(
+            "nothing is in it", where=group.weight.name, fix="is this the right checkpoint?"
+        )
     layer = prefix.format(layer=group.weight_layer)
     key_ref = tensors.get(layer + key)
     key_rows = None if is_fused or key_ref is None or len(key_ref.shape) != 2 else key_ref.shape[0]
