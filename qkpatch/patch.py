@@ -171,7 +171,9 @@ def _edit_heads(
         for ref, begin, end in target.written_ranges(of.head):
             data = stored.bytes_of(ref) if is_changed else weights.raw(ref, begin, end)
             write_exact(copier.fds[ref.shard], data, begin, ref.shard)
-        yield HeadRecord(head=of.head, kv_head=target.layout.kv_head(of.head), **vars(report)), is_changed
+        record = HeadRecord(head=of.head, kv_head=target.layout.kv_head(of.head), **vars(report))
+        del of, stored, store, folding  # before the next head is read
+        yield record, is_changed
 
 
 def head_generator(seed: int, target: LayerTarget, head: int) -> torch.Generator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from qkpatch.model import Model
 from qkpatch.recipe import NormKind
 from qkpatch.settings import check_device_name
 from qkpatch.spectral.fp8 import dequantise, requantise
-from qkpatch.spectral.product import Factor, QKProduct
+from qkpatch.spectral.product import Factor, QKProduct, largest
 from qkpatch.spectral.rounding import round_once
 from qkpatch.targets import LayerTarget
 
@@ -129,6 +130,7 @@ class LayerWeights:
             product = QKProduct(Factor.of(self._folded(W_Q)), key)
             self._check_magnitude(product, head)
             yield HeadWeights(head, W_Q, product)
+            del W_Q, product  # before the next ones are read
 
     def _key(self, kv_head: int, head: int) -> Tensor:
         """W_K of a key head; under query-key norms, with all that is linear in them: ``diag(g_q ⊙ g_k) W_K``.
@@ -163,10 +165,10 @@ class LayerWeights:
 
     def _check_magnitude(self, product: QKProduct, head: int) -> None:
         for ref, W in ((self.target.query, product.query.W), (self.target.key, product.key.W)):
-            largest = float(W.abs().max())
-            if largest and not SMALLEST < largest < LARGEST:
+            size = largest(W)
+            if size and not SMALLEST < size < LARGEST:
                 raise NumericalError(
-                    f"head {head} of layer {self.target.layer} has values around {largest:.0e}, "
+                    f"head {head} of layer {self.target.layer} has values around {size:.0e}, "
                     f"beyond what {COMPUTE_DTYPE} can square",
                     where=f"{ref.name} in {ref.shard}",
                     fix="are these weights what they should be?",
@@ -237,7 +239,7 @@ class LayerWeights:
         begin, end = byte_range
         raw = torch.frombuffer(self.raw(ref, begin, end), dtype=DTYPES[ref.dtype])
         values = raw.to(device=self.device, dtype=COMPUTE_DTYPE)
-        if not torch.isfinite(values).all():
+        if not math.isfinite(largest(values)):
             raise NumericalError(
                 f"{what} of layer {self.target.layer} holds NaN or Inf",
                 where=f"{ref.name} in {ref.shard}",

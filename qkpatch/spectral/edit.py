@@ -19,6 +19,7 @@ is reached is reported as ``realised_share``. Controls (ours, not the paper's):
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from qkpatch.errors import NumericalError, UsageError
-from qkpatch.spectral.product import Factor, Modes, QKProduct, Spectrum
+from qkpatch.spectral.product import Factor, Modes, QKProduct, Spectrum, largest
 from qkpatch.spectral.rule import Channel, EditRule, Select
 
 
@@ -111,15 +112,16 @@ def edit_query(product: QKProduct, rule: EditRule, generator: torch.Generator) -
             raise UsageError("a random subspace belongs to no channel", fix="drop --channel")
         G = _haar_subspace(product.query, rule.modes, generator)
         directions = Modes(G, torch.ones(G.shape[1], dtype=G.dtype, device=G.device), G)
-        W_Q_edited = W_Q - (1 - rule.alpha) * (W_Q @ G) @ G.mT
+        W_Q_edited = torch.addmm(W_Q, W_Q @ G, G.mT, alpha=rule.alpha - 1)
         return QueryEdit(W_Q_edited, product.spectrum(rule.channel), (), directions, None, None)
     spectrum = product.spectrum(rule.channel)
     indices = select_modes(spectrum, rule, generator)
     modes = spectrum.modes(indices)
-    delta, realised_share = _delta(product, modes, rule)
+    A, realised_share = _delta(product, modes, rule)
     gap = spectrum.gap(indices)
     if rule.select is Select.shrink:
-        size, reference = float(torch.linalg.matrix_norm(W_Q)), float(torch.linalg.matrix_norm(delta))
+        # u_j are orthonormal, so ‖A U_rᵀ‖ = ‖A‖.
+        size, reference = float(torch.linalg.matrix_norm(W_Q)), float(torch.linalg.matrix_norm(A))
         if reference > size * (1 + 1e-9):  # equal up to rounding is a shrink to zero
             raise NumericalError(
                 f"no shrink matches the dominant edit: ‖ΔW_Q‖ {reference:.4g} > ‖W_Q‖ {size:.4g}",
@@ -127,7 +129,7 @@ def edit_query(product: QKProduct, rule: EditRule, generator: torch.Generator) -
             )
         factor = max(0.0, 1 - reference / size) if size else 1.0
         return QueryEdit(W_Q * factor, spectrum, (), None, gap, None)
-    return QueryEdit(W_Q + delta, spectrum, indices, modes, gap, realised_share)
+    return QueryEdit(torch.addmm(W_Q, A, modes.U.mT), spectrum, indices, modes, gap, realised_share)
 
 
 def edit_and_round(
@@ -147,7 +149,7 @@ def edit_and_round(
     """
     edit = edit_query(product, rule, generator)
     stored = store(edit.W_Q if folding is None else folding.W_Q + (edit.W_Q - product.query.W) / folding.gain)
-    if not bool(torch.isfinite(stored.values).all()):
+    if not math.isfinite(largest(stored.values)):
         raise NumericalError(
             "the edited weight does not fit in the stored dtype: NaN or Inf",
             fix="use a larger --alpha or fewer --modes",
@@ -160,6 +162,11 @@ def measure(product: QKProduct, edit: QueryEdit, W_Q_stored: Tensor) -> HeadRepo
     after = QKProduct(Factor.of(W_Q_stored), product.key)
     W_Q = product.query.W
     channel = edit.spectrum.channel
+    # One array for three differences: at these sizes fresh memory costs more than arithmetic.
+    difference = W_Q_stored - edit.W_Q
+    rounding = torch.linalg.matrix_norm(difference)
+    change = torch.linalg.matrix_norm(torch.sub(W_Q_stored, W_Q, out=difference))
+    exact_change = torch.linalg.matrix_norm(torch.sub(edit.W_Q, W_Q, out=difference))
     return HeadReport(
         modes=edit.indices,
         rank=edit.spectrum.rank,
@@ -168,27 +175,25 @@ def measure(product: QKProduct, edit: QueryEdit, W_Q_stored: Tensor) -> HeadRepo
         gap=edit.gap,
         frobenius_before=product.frobenius,
         frobenius_after=after.frobenius,
-        relative_change=_ratio(torch.linalg.matrix_norm(W_Q_stored - W_Q), torch.linalg.matrix_norm(W_Q)),
-        rounding_error=_ratio(
-            torch.linalg.matrix_norm(W_Q_stored - edit.W_Q), torch.linalg.matrix_norm(edit.W_Q - W_Q)
-        ),
+        relative_change=_ratio(change, torch.linalg.matrix_norm(W_Q)),
+        rounding_error=_ratio(rounding, exact_change),
         realised_share=edit.realised_share,
         gains=_gains(product, edit, W_Q_stored),
     )
 
 
 def _delta(product: QKProduct, modes: Modes, rule: EditRule) -> tuple[Tensor, float | None]:
-    """``ΔW_Q`` (d_head, d_model) for the selected modes, and the share of ΔM that it realises."""
+    """``A`` (d_head, r) of ``ΔW_Q = A U_rᵀ`` for the selected modes, and the share of ΔM that it realises."""
     scale = 1 - rule.alpha
     if rule.channel is Channel.full:
-        return (-scale * (product.query.W @ modes.U)) @ modes.U.mT, None
+        return -scale * (product.query.W @ modes.U), None
     # (W_K⁺)ᵀ v_j = R_k⁺ Q_kᵀ v_j, shape (d_head, r)
     mapped = product.key.pinv_core @ product.key.basis.coordinates(modes.V)
     reached = torch.linalg.vector_norm(product.key.W.mT @ mapped, dim=0)  # |P_K v_j|
     # u_j are orthonormal, so ‖ΔM‖² and its reached part are sums over modes.
     weight = modes.S.square()
     share = _ratio((weight * reached.square()).sum(), weight.sum()) if modes.S.numel() else None
-    return -scale * (mapped * modes.S) @ modes.U.mT, share
+    return -scale * (mapped * modes.S), share
 
 
 def _gains(product: QKProduct, edit: QueryEdit, W_Q_new: Tensor) -> tuple[float, ...]:

@@ -20,6 +20,14 @@ def resolve_rcond(d_model: int, dtype: torch.dtype) -> float:
     return d_model * torch.finfo(dtype).eps
 
 
+def largest(x: Tensor) -> float:
+    """``max |x|`` in one pass and without a copy; NaN where ``x`` holds one, 0 where it is empty."""
+    if not x.numel():
+        return 0.0
+    low, high = torch.aminmax(x)
+    return float(torch.maximum(-low, high))
+
+
 @dataclass(frozen=True)
 class Basis:
     """Orthonormal columns ``Q`` (d_model, k) of a QR, kept as Householder reflectors: applied, never formed."""
