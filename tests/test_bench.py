@@ -41,6 +41,7 @@ def test_a_call_measures_everyone_proves_the_output_and_writes_figures(tmp_path:
     assert 100e6 < apply["peak_rss"] < report.MAX_PEAK
     assert 10e6 < apply["peak_anonymous"] <= apply["peak_rss"]
     assert apply["asked_written"] >= shapes.TINY.n_bytes
+    assert found[contest.INSPECT.name]["over_copy"] is None
     for row in found.values():
         assert f"| {row['contestant']} |" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "tiny", "tiny.stamp"]
@@ -130,7 +131,28 @@ def test_who_fails_is_left_out_with_the_reason_and_qkpatch_may_not_fail(tmp_path
     assert "no such luck" in notes[0]
     assert not (tmp_path / "out").exists()
     with pytest.raises(BenchError, match=r"exits with 2: .*0-3"):
-        contest.check_output(replace(shapes.TINY, edited=(7, 9)), source, place)
+        contest.contest(
+            replace(shapes.TINY, edited=(7, 9)),
+            source,
+            place,
+            [contest.APPLY],
+            1,
+            PageCache(),
+            lambda _: None,
+        )
+
+
+def test_another_output_than_asked_for_is_not_taken(run, tmp_path: Path) -> None:
+    source = shapes.build(shapes.TINY, tmp_path)
+    assert run("apply", source, "-o", tmp_path / "out", "--layers", "1-1").exit_code == 0
+    with pytest.raises(BenchError, match="not the layers 1-2"):
+        contest.verify(shapes.TINY, source, tmp_path / "out")
+    weights = tmp_path / "out" / "model-00001-of-00003.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(BenchError, match="exits with 1"):
+        contest.verify(shapes.TINY, source, tmp_path / "out")
 
 
 def test_a_process_is_measured_alone_however_large_its_parent() -> None:

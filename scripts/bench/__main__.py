@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .contest import (
@@ -28,7 +29,6 @@ from .contest import (
     Contestant,
     Place,
     Run,
-    check_output,
     contest,
     mergekit,
 )
@@ -56,20 +56,23 @@ class Session:
     page_cache: PageCache = field(default_factory=PageCache)
     runs: list[Run] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    dense: float | None = None  # seconds of one dense SVD
 
     def tell(self, line: str) -> None:
         """Progress, on stderr."""
         print(line, file=sys.stderr, flush=True)
 
-    def join(self, files: Sequence[Path]) -> float | None:
-        """Take over what earlier calls have found; seconds of a dense SVD, where one did."""
-        dense: float | None = None
+    def join(self, files: Sequence[Path]) -> None:
+        """Take over what earlier calls have found."""
         for file in files:
             found = json.loads(file.read_text())
-            self.runs += [Run(**{**run, "usage": Usage(**run["usage"])}) for run in found["runs"]]
-            self.notes += found["notes"]
-            dense = found["dense_svd_seconds"] or dense
-        return dense
+            first = 1 + max((run.round for run in self.runs), default=-1)
+            self.runs += [
+                Run(**{**run, "round": first + run["round"], "usage": Usage(**run["usage"])})
+                for run in found["runs"]
+            ]
+            self.notes += [note for note in found["notes"] if note not in self.notes]
+            self.dense = self.dense or found["dense_svd_seconds"]
 
     @contextmanager
     def optional(self) -> Iterator[None]:
@@ -81,12 +84,10 @@ class Session:
             self.tell(self.notes[-1])
 
     def race(self, shape: Shape, source: Path, place: Place, *contestants: Contestant) -> None:
-        """Measure, and prove the output once."""
+        """Measure; the first output is proven, too."""
         runs, notes = contest(shape, source, place, contestants, self.rounds, self.page_cache, self.tell)
         self.runs += runs
         self.notes += notes
-        check_output(shape, source, place)
-        self.tell(f"{shape.name}, {place.name}: the output verifies")
 
     def on_disk(self) -> None:
         """All shapes, in the folder itself."""
@@ -127,10 +128,10 @@ class Session:
             source = build(shape, mount)
             self.race(shape, source, Place(kind, mount, ("cold", "warm")), COPY, REAL_COPY, APPLY)
 
-    def dense(self) -> float:
+    def measure_dense(self) -> None:
         """Seconds of one dense SVD."""
         hidden = 64 if self.shapes == (TINY,) else 4096
-        return float(measure([sys.executable, HERE / "dense.py", str(hidden), "128"])[1])
+        self.dense = float(measure([sys.executable, HERE / "dense.py", str(hidden), "128"])[1])
 
     def _movable(self) -> Shape:
         return TINY if self.shapes == (TINY,) else ONE_5G
@@ -170,6 +171,9 @@ def main() -> int:
     parser.add_argument("--clean", action="store_true", help="remove the checkpoints in the end")
     parser.add_argument("--dry-run", action="store_true", help="only say what is needed")
     arguments = parser.parse_args()
+    signal.signal(
+        signal.SIGTERM, lambda number, _: sys.exit(128 + number)
+    )  # so that mounts and memory are given back
     shapes = (
         tuple(ALL[name] for name in arguments.shapes.split(","))
         if arguments.shapes
@@ -183,30 +187,32 @@ def main() -> int:
     missing = sum(shape.disk_bytes for shape in shapes if not is_built(shape, folder))
     needed = missing + max(shape.n_bytes for shape in shapes)
     free = shutil.disk_usage(folder).free
-    dense = session.join(arguments.join)
     session.tell(
         f"checkpoints {missing / 1e9:.1f} GB and one output: {needed / 1e9:.1f} GB; free {free / 1e9:.1f} GB"
     )
     if arguments.dry_run:
         return 0
     target: Path = arguments.json or folder / "bench.json"
+    failure: BenchError | None = None
     try:
-        dense = _run(session) or dense
+        _run(session)
     except BenchError as error:
-        target.write_text(json.dumps([asdict(run) for run in session.runs], indent=1))
-        print(f"error: {error}; the runs until then are in {target}", file=sys.stderr)
-        return 1
-    finally:
+        failure = error
+    finally:  # what was found until then is not lost
+        session.join(arguments.join)
+        _show(session, target, write=arguments.write)
         if arguments.clean:
             for shape in shapes:
                 shutil.rmtree(folder / shape.name, ignore_errors=True)
                 (folder / f"{shape.name}.stamp").unlink(missing_ok=True)
-    _show(session, dense, target, write=arguments.write)
-    return 0
+    if failure is not None:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if failure else 0
 
 
-def _run(session: Session) -> float | None:
-    dense = session.dense() if "dense" in session.parts else None
+def _run(session: Session) -> None:
+    if "dense" in session.parts:
+        session.measure_dense()
     if "tmpfs" in session.parts:
         with session.optional():
             session.in_memory()
@@ -216,14 +222,15 @@ def _run(session: Session) -> float | None:
                 session.with_reflinks(kind)
     if "disk" in session.parts:
         session.on_disk()
-    return dense
 
 
-def _show(session: Session, dense: float | None, target: Path, *, write: bool) -> None:
+def _show(session: Session, target: Path, *, write: bool) -> None:
     table = rows(session.runs)
     facts = {**machine(), "file system": kind_of(session.folder), "cold means": session.page_cache.means}
-    target.write_text(json.dumps(document(table, session.runs, facts, dense, session.notes), indent=1))
-    page = markdown(table, facts, dense, session.notes)
+    target.write_text(
+        json.dumps(document(table, session.runs, facts, session.dense, session.notes), indent=1)
+    )
+    page = markdown(table, facts, session.dense, session.notes)
     print(page)
     missed = [verdict.what for verdict in verdicts(table) if not verdict.is_met]
     session.tell(f"{len(missed)} target(s) missed; all runs are in {target}")

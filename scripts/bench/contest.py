@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -116,10 +117,14 @@ def contest(
     page_cache: PageCache,
     tell: Callable[[str], None],
 ) -> tuple[list[Run], list[str]]:
-    """All runs, and notes on who had to leave. Each round begins with the next contestant."""
+    """All runs, and notes on who had to leave. Each round begins with the next contestant.
+
+    Raises:
+        BenchError: qkpatch fails, or its first output does not verify.
+    """
     runs: list[Run] = []
     notes: list[str] = []
-    out = place.folder / "out"
+    out, is_verified = place.folder / "out", False
     racing = [contestant for contestant in contestants if contestant.is_in(shape)]
     for cache in place.caches:
         for number in range(rounds):
@@ -138,6 +143,10 @@ def contest(
                     racing.remove(contestant)
                     continue
                 runs.append(Run(shape.name, place.name, cache, contestant.name, number, usage))
+                if contestant is APPLY and not is_verified:
+                    verify(shape, source, out)
+                    is_verified = True
+                    tell(f"{shape.name}, {place.name}: the output verifies")
                 tell(
                     f"{shape.name}, {place.name}, {cache}, round {number + 1}: {contestant.name} {usage.wall:.1f} s, "
                     f"peak {usage.peak_rss / 1e6:.0f} MB"
@@ -146,18 +155,16 @@ def contest(
     return runs, notes
 
 
-def check_output(shape: Shape, source: Path, place: Place) -> None:
-    """Edit once more and prove the output.
+def verify(shape: Shape, source: Path, out: Path) -> None:
+    """Prove an output of :data:`APPLY`.
 
     Raises:
-        BenchError: it does not verify.
+        BenchError: it does not verify, or another edit was made than asked for.
     """
-    out = place.folder / "out"
-    _remove(out)
-    for command in _apply(shape, source, out):
-        measure(command)
     measure([sys.executable, "-m", "qkpatch", "verify", out, "--source", source])
-    _remove(out)
+    manifest = json.loads((out / "qkpatch.json").read_text())
+    if [edit["layer"] for edit in manifest["edits"]] != list(shape.edited_layers):
+        raise BenchError(f"{shape.name}: not the layers {shape.layers} were edited")
 
 
 def _total(commands: Iterable[Command]) -> Usage:

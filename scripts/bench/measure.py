@@ -61,7 +61,13 @@ def measure(command: Sequence[str | Path]) -> tuple[Usage, str]:
         )
         watch = _Watch(process.pid)
         watch.start()
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie still tells its I/O
+        try:
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie still tells its I/O
+        except BaseException:  # interrupted: nothing is left running
+            watch.stopped.set()
+            process.kill()
+            process.wait()
+            raise
         wall = time.perf_counter() - started
         watch.stopped.set()
         watch.join()

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 
-from .contest import APPLY, COPY, INSPECT, LOOP, REAL_COPY, Run
+from .contest import APPLY, COPY, HERE, INSPECT, LOOP, REAL_COPY, Run
 from .shapes import ALL
 
 REFLINK = ("btrfs", "xfs")
@@ -74,7 +74,7 @@ def rows(runs: Iterable[Run]) -> list[Row]:
         groups.setdefault((run.shape, run.place, run.cache, run.contestant), {})[run.round] = run
 
     def ratio(key: tuple[str, str, str, str], other: str) -> float | None:
-        others = groups.get((*key[:3], other), {})
+        others = groups.get((*key[:3], other), {}) if key[3] != INSPECT.name else {}  # it writes nothing
         pairs = [(run.usage.wall, others[n].usage.wall) for n, run in groups[key].items() if n in others]
         return median(mine / theirs for mine, theirs in pairs) if pairs else None
 
@@ -116,7 +116,7 @@ def verdicts(table: Iterable[Row]) -> list[Verdict]:
             found.append(Verdict(f"peak memory of {what}, {at}", row.peak_rss / 1e6, MAX_PEAK / 1e6, "MB"))
         if row.contestant != APPLY.name or not is_large:
             continue
-        if row.over_copy is not None:
+        if row.over_copy is not None and not ALL[row.shape].is_sparse:  # cp leaves holes out
             if row.place in REFLINK:
                 found.append(Verdict(f"apply ÷ a real copy, {at}", row.over_copy, MAX_OVER_REAL_COPY, "×"))
             else:
@@ -132,11 +132,14 @@ def machine() -> dict[str, str]:
     cpu = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
     memory = re.search(r"^MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text(), re.M)
     cp = subprocess.run(["cp", "--version"], capture_output=True, text=True).stdout
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     return {
         "cores": str(len(os.sched_getaffinity(0))),
         "cpu": cpu[1] if cpu else platform.machine(),
         "memory": f"{int(memory[1]) * 1024 / 1e9:.0f} GB" if memory else "unknown",
         "kernel": re.split(r"[-+]", platform.release())[0],
+        "commit": commit or "not in a repository",
         "python": platform.python_version(),
         **{name: _version(name) for name in ("qkpatch", "torch", "safetensors")},
         "cp": cp.split("\n")[0].split()[-1] if cp else "unknown",
