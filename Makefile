@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: all check docs format test fixtures demo smoke fuzz bench clean
+.PHONY: all check docs format test fixtures demo smoke fuzz stress bench clean
 all: check test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -55,6 +55,11 @@ fuzz: $(FUZZ_VENV)/.installed  ## readers of foreign files, RUNS times and at mo
 	    $(FUZZ_VENV)/bin/python scripts/fuzz.py --target $$target --runs $(RUNS) --seconds $(SECONDS) --seed $(SEED) \
 	        || failed="$$failed $$target"; \
 	done; test -z "$$failed" || { echo "findings in$$failed: see .cache/fuzz/*-findings"; exit 1; }
+
+ROUNDS ?= 50
+
+stress: $(STAMP)  ## kills, faults and races, ROUNDS times as many as `make test` has; 50 take an hour
+	QKPATCH_ROUNDS=$(ROUNDS) QKPATCH_SEED=$(SEED) $(BIN)/python -m pytest tests/test_faults.py
 
 SCALE ?= small
 BENCH ?=

@@ -8,16 +8,20 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from threading import BoundedSemaphore
 from types import TracebackType
 from typing import NamedTuple, Protocol
 
 from qkpatch.checkpoint.files import FileId, clone, copy_range, open_read, os_errors, sha256_range
 from qkpatch.checkpoint.header import TensorRef
+from qkpatch.checkpoint.journal import NAME as JOURNAL_NAME
 from qkpatch.checkpoint.journal import Journal, State
 from qkpatch.checkpoint.tree import SourceFile
 from qkpatch.crew import Crew
 from qkpatch.plan import EditPlan
 from qkpatch.writing import Digest, Writing
+
+_COPIES_AHEAD = 64  # open files: far below the usual limit of 1024
 
 
 class Carried(NamedTuple):
@@ -50,21 +54,24 @@ class Copier:
         self.fds: dict[str, int] = {}  # edited files in staging, open for reading and writing
         self._plan, self._staging, self._observer = plan, staging, observer
         self._journal, self._writing = journal, writing
-        self._ready: dict[
-            str, str
-        ] = {}  # edited files of which only the rows are to be written, and the means
+        # Edited files of which only the rows are to be written, and the means.
+        self._ready: dict[str, str] = {}
         self._open = ExitStack()
+        self._copies: set[int] = set()  # open copies, of which the disk is still to be waited for
+        self._slots = BoundedSemaphore(_COPIES_AHEAD)
 
     def __enter__(self) -> Copier:
         checkpoint = self._plan.model.checkpoint
         with self._open:  # closed again where the rest fails
+            self._open.callback(self._close_copies)
+            self._prune()
             for name in checkpoint.directories:
                 with os_errors("create a directory", self._staging / name):
                     (self._staging / name).mkdir(exist_ok=self._writing.resume)
             for name in self._plan.edits_by_shard:
                 file, staged = checkpoint.files[name], self._staging / name
                 is_filled = self._journal.state(staged, file) is State.filled
-                self.fds[name] = _open_staged(staged, file, is_new=not is_filled)
+                self.fds[name] = self._open_staged(staged, file, is_new=not is_filled)
                 self._open.callback(os.close, self.fds[name])
                 if is_filled:
                     self._ready[name] = "resumed"
@@ -125,30 +132,53 @@ class Copier:
         if _may_link(file, self._writing) and _linked(file, staged):
             self._observer.copied(file.size)
             return "hardlink", None
-        fd = _open_staged(staged, file, is_new=True)
-        try:
-            with open_read(file.path, file.id) as source:
-                if clone(source, fd):
-                    used = "reflink"
-                    self._observer.copied(file.size)
-                else:
-                    used = copy_range(source, fd, 0, file.size, file.path, partial(self._progress, crew))
-        except BaseException:
-            os.close(fd)
-            raise
+        while not self._slots.acquire(timeout=0.1):
+            crew.check()
+        fd = self._open_staged(staged, file, is_new=True)
+        self._copies.add(fd)
+        with open_read(file.path, file.id) as source:
+            if clone(source, fd):
+                used = "reflink"
+                self._observer.copied(file.size)
+            else:
+                used = copy_range(source, fd, 0, file.size, file.path, partial(self._progress, crew))
         return used, fd
 
     def _finish_copied(self, file: SourceFile, fd: int | None) -> str | None:
         """Wait for the disk; the file's digest, where one is wanted."""
-        try:
-            sha256 = self._file_sum(file, fd) if self._writing.digest is Digest.files else None
-            if fd is not None:
-                _sync(fd, self._staging / file.name)
-                self._journal.note(fd, file, State.copied)
-        finally:
-            if fd is not None:
-                os.close(fd)
+        sha256 = self._file_sum(file, fd) if self._writing.digest is Digest.files else None
+        if fd is not None:
+            _sync(fd, self._staging / file.name)
+            self._journal.note(fd, file, State.copied)
+            self._copies.remove(fd)
+            os.close(fd)
+            self._slots.release()
         return sha256
+
+    def _close_copies(self) -> None:
+        """After a failure: tasks that were never begun leave theirs open."""
+        for fd in self._copies:
+            os.close(fd)
+
+    def _prune(self) -> None:
+        """Remove from a staging directory that was taken over what does not come from SOURCE, such as a manifest."""
+        checkpoint = self._plan.model.checkpoint
+        known = {*checkpoint.files, *checkpoint.directories, JOURNAL_NAME}
+        for path in self._staging.rglob("*") if self._writing.resume else ():
+            if path.relative_to(self._staging).as_posix() not in known:
+                with os_errors("remove", path):
+                    path.unlink()
+
+    def _open_staged(self, path: Path, file: SourceFile, *, is_new: bool) -> int:
+        """A file in staging, open for reading and writing, with the mode of the one it stands for."""
+        if is_new:
+            self._journal.forget(file)
+        with os_errors("create", path):
+            if is_new:
+                path.unlink(missing_ok=True)  # left by a run that is resumed, and of no use
+            flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if is_new else 0)
+            # The owner may always write, so that edits can be made in a copy of a read-only file.
+            return os.open(path, flags, file.mode & 0o777 | 0o200)
 
     def _file_sum(self, file: SourceFile, fd: int | None) -> str:
         # Files in the Hub cache that came by its large-file storage are named by their digest.
@@ -194,16 +224,6 @@ class Copier:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-
-
-def _open_staged(path: Path, file: SourceFile, *, is_new: bool) -> int:
-    """A file in staging, open for reading and writing, with the mode of the one it stands for."""
-    with os_errors("create", path):
-        if is_new:
-            path.unlink(missing_ok=True)  # left by a run that is resumed, and of no use
-        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if is_new else 0)
-        # The owner may always write, so that edits can be made in a copy of a read-only file.
-        return os.open(path, flags, file.mode & 0o777 | 0o200)
 
 
 def is_cached(real: Path) -> bool:

@@ -14,7 +14,8 @@ from typing import TypeVar
 
 import torch
 
-from qkpatch.interrupts import signals_held
+from qkpatch.errors import UsageError
+from qkpatch.interrupts import signals_held, signals_masked
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -50,9 +51,19 @@ class Crew:
         _share_free_memory()
         # All threads start here, where no signal can come between a thread's start and its being known. They inherit
         # the mask: signals are for the main thread, which knows when they must wait.
-        with signals_held():
+        with signals_held(), signals_masked():
             together = Barrier(self.threads + _ALONGSIDE)
-            wait([self._pool.submit(together.wait) for _ in range(together.parties)])
+            try:
+                wait([self._pool.submit(together.wait) for _ in range(together.parties)])
+            except RuntimeError as error:  # the system has no more threads for us
+                together.abort()
+                self._pool.shutdown(wait=True, cancel_futures=True)
+                torch.set_num_threads(self._before)
+                raise UsageError(
+                    f"{together.parties} threads cannot be started: {error}",
+                    where="--threads",
+                    fix="use fewer, or raise the limits of processes and memory (ulimit)",
+                ) from error
         return self
 
     def __exit__(

@@ -1,4 +1,4 @@
-"""Ctrl-C, ``kill`` and a closed terminal: all unwind the stack, none is lost."""
+"""Ctrl-C, ``kill`` and a closed terminal: all unwind the stack, none is lost, and none cuts the unwinding short."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Terminated(BaseException):
@@ -17,16 +18,44 @@ class Terminated(BaseException):
         self.number = number
 
 
+class _Arrivals:
+    """Which signal arrived, and whether it may be raised.
+
+    Masks would not do: the kernel gives a signal that one thread blocks to another, such as the one that draws
+    progress, and Python raises it in the main thread all the same.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        self.held = 0
+        self.first: int | None = None
+        self.is_raised = False
+
+    def arrive(self, number: int, frame: FrameType | None = None) -> None:
+        if self.first is None:
+            self.first = number
+        self.tell()
+
+    def tell(self) -> None:
+        """Raise what arrived, once: later ones must not stop the cleaning up that the first one began."""
+        if self.held or self.first is None or self.is_raised:
+            return
+        self.is_raised = True
+        raise KeyboardInterrupt if self.first == signal.SIGINT else Terminated(self.first)
+
+
+_arrivals = _Arrivals()
+
+
 @contextmanager
 def unwinding_on_kill() -> Iterator[None]:
-    """Raise :class:`Terminated` on SIGTERM and SIGHUP inside the block."""
-
-    def unwind(number: int, frame: FrameType | None) -> NoReturn:
-        raise Terminated(number)
-
+    """Raise ``KeyboardInterrupt`` on SIGINT and :class:`Terminated` on SIGTERM and SIGHUP inside the block, once."""
+    _arrivals.forget()
     # What is ignored stays ignored: nohup counts on it.
-    signals = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, unwind) for number in signals}
+    signals = [n for n in _SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, _arrivals.arrive) for number in signals}
     try:
         yield
     finally:
@@ -37,9 +66,30 @@ def unwinding_on_kill() -> Iterator[None]:
 @contextmanager
 def signals_held() -> Iterator[None]:
     """Deliver Ctrl-C and the like after the block, for what must not stop half way."""
-    held = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-    signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    _arrivals.held += 1
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
+        _arrivals.held -= 1
+        _arrivals.tell()
+
+
+@contextmanager
+def signals_let_through() -> Iterator[None]:
+    """The part of a block that holds signals which may stop at any moment."""
+    held, _arrivals.held = _arrivals.held, 0
+    try:
+        _arrivals.tell()
+        yield
+    finally:
+        _arrivals.held = held
+
+
+@contextmanager
+def signals_masked() -> Iterator[None]:
+    """Threads that are started here never take a signal: all are for the main thread, which they wake."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -26,6 +26,7 @@ from qkpatch.checkpoint.target import check_apart, check_out
 from qkpatch.copier import Copier, Observer, space_needed
 from qkpatch.crew import Crew
 from qkpatch.errors import NumericalError
+from qkpatch.interrupts import signals_held, signals_let_through
 from qkpatch.manifest import EditRecord, HeadRecord, Manifest, planned_manifest
 from qkpatch.plan import EditPlan
 from qkpatch.selection import abbreviate
@@ -67,40 +68,41 @@ def apply_plan(
     planned = planned_manifest(plan, str(device))
     fingerprint = _fingerprint(planned, plan)
     started = _now()
-    with ExitStack() as stack:
+    with signals_held(), ExitStack() as stack:
         staging = stack.enter_context(Staging(out, fingerprint if writing.resume else None))
         journal = stack.enter_context(Journal(staging.path, fingerprint))
         check_space(out, space_needed(plan, staging.path, journal, writing), checkpoint.files.values())
         copier = stack.enter_context(Copier(plan, staging.path, journal, writing, observer))
         crew = stack.enter_context(Crew(threads))
-        copying = crew.start(functools.partial(copier.copy_all, crew))
-        edits = dict(_edited(plan, crew, copier, device, observer))
-        carried = copying.result()
-        tensor_sums = crew.map(functools.partial(_digests, copier, writing), plan.edits)
-        done = tuple(
-            EditRecord.planned(target).done(before, after, edits[target])
-            for target, (before, after) in zip(plan.edits, tensor_sums, strict=True)
-        )
-        sums = {**{name: how.sha256 for name, how in carried.items()}, **copier.edited_sums(crew)}
-        copier.sync_edited()
-        manifest = replace(
-            planned,
-            tool={**planned.tool, "torch": str(torch.__version__), "python": platform.python_version()},
-            edits=done,
-            files=tuple(replace(file, sha256=sums[file.name]) for file in planned.files),
-            warnings=(*planned.warnings, *_numerical_warnings(done, plan)),
-            run={
-                "started": started,
-                "finished": _now(),
-                "copied_by": dict(Counter(how.means for how in carried.values())),
-            },
-        )
-        record = manifest.dumps().encode()
-        if writing.digest is Digest.files:
-            copier.write_new(SUMS_NAME, sums_text(manifest, record).encode())
-        copier.write_new(MANIFEST_NAME, record)
-        journal.remove()
-        staging.publish(checkpoint.directories, overwrite=writing.overwrite)
+        with signals_let_through():  # but not while any of the above begins or ends
+            copying = crew.start(functools.partial(copier.copy_all, crew))
+            edits = dict(_edited(plan, crew, copier, device, observer))
+            carried = copying.result()
+            tensor_sums = crew.map(functools.partial(_digests, copier, writing), plan.edits)
+            done = tuple(
+                EditRecord.planned(target).done(before, after, edits[target])
+                for target, (before, after) in zip(plan.edits, tensor_sums, strict=True)
+            )
+            sums = {**{name: how.sha256 for name, how in carried.items()}, **copier.edited_sums(crew)}
+            copier.sync_edited()
+            manifest = replace(
+                planned,
+                tool={**planned.tool, "torch": str(torch.__version__), "python": platform.python_version()},
+                edits=done,
+                files=tuple(replace(file, sha256=sums[file.name]) for file in planned.files),
+                warnings=(*planned.warnings, *_numerical_warnings(done, plan)),
+                run={
+                    "started": started,
+                    "finished": _now(),
+                    "copied_by": dict(Counter(how.means for how in carried.values())),
+                },
+            )
+            record = manifest.dumps().encode()
+            if writing.digest is Digest.files:
+                copier.write_new(SUMS_NAME, sums_text(manifest, record).encode())
+            copier.write_new(MANIFEST_NAME, record)
+            journal.remove()
+            staging.publish(checkpoint.directories, overwrite=writing.overwrite)
     return manifest
 
 

@@ -30,6 +30,8 @@ class Journal:
         with os_errors("write", self._path):
             if not self._done:
                 self._path.write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
+            else:  # a last line that the kill cut short: what follows is a line of its own
+                os.truncate(self._path, self._path.read_bytes().rindex(b"\n") + 1)
             self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
     def state(self, staged: Path, file: SourceFile) -> State | None:
@@ -44,6 +46,12 @@ class Journal:
         state = State(note["state"])
         # ctime cannot be set by hand: nothing has touched the copy since. The rows of the others may have changed.
         return state if state is State.filled or status.st_ctime_ns == note["ctime_ns"] else None
+
+    def forget(self, file: SourceFile) -> None:
+        """Take back what was noted of ``file``, which is about to be made anew: perhaps under the same inode number."""
+        if self._done.pop(file.name, None) is not None:
+            with os_errors("write", self._path):
+                os.write(self._fd, (json.dumps({"name": file.name, "state": None}) + "\n").encode())
 
     def note(self, fd: int, file: SourceFile, state: State) -> None:
         """Say that the open copy of ``file`` is on the disk in ``state``."""
@@ -86,6 +94,9 @@ def _read(path: Path, fingerprint: str) -> dict[str, dict[str, Any]] | None:
     for line in lines[1:]:
         try:
             note = json.loads(line)
+            if note["state"] is None:
+                notes.pop(str(note["name"]), None)
+                continue
             State(note["state"])
             notes[str(note["name"])] = {
                 **note,

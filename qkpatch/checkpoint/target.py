@@ -111,7 +111,7 @@ def refuse_foreign_files(out: Path) -> None:
             continue
         if name not in known:
             reason = "which qkpatch did not write"
-        elif path.is_symlink() or status.st_size != known[name] or status.st_ctime_ns > written:
+        elif path.is_symlink() or status.st_size != known[name] or _is_touched(status, written):
             reason = "which is not as qkpatch left it"
         else:
             continue
@@ -120,3 +120,11 @@ def refuse_foreign_files(out: Path) -> None:
             where=str(out),
             fix="--overwrite replaces only what qkpatch wrote; remove OUT yourself, or choose another -o",
         )
+
+
+def _is_touched(status: os.stat_result, written: int) -> bool:
+    """Whether a file changed since OUT was written. ctime follows every hard link made and removed, elsewhere too.
+
+    But what has another name is not lost with this one.
+    """
+    return status.st_ctime_ns > written and status.st_nlink == 1
