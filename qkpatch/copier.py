@@ -90,9 +90,8 @@ class Copier:
     def copy_all(self, crew: Crew) -> dict[str, Carried]:
         """Carry every file over, a task of ``crew``; how, file by file."""
         means: dict[str, str] = {}
-        later: dict[
-            str, Future[str | None]
-        ] = {}  # the disk is waited for alongside, while the next file is copied
+        # The disk is waited for alongside, while the next file is copied.
+        later: dict[str, Future[str | None]] = {}
         for name, file in self._plan.model.checkpoint.files.items():
             if name in self.fds:
                 means[name] = self._fill(file, crew)
