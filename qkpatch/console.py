@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qkpatch.errors import FileSystemError, QKPatchError
+from qkpatch.wrapping import plain
 
 _LONGEST = 8000  # characters of a message
 _PIPED_WIDTH = 140  # rich assumes 80 where there is no terminal, which cuts tensor names
@@ -69,7 +70,7 @@ def results() -> Iterator[Console]:
 
 def safe(text: str) -> str:
     """``text`` for the terminal: neither rich's markup nor control characters out of a file act in it."""
-    return escape("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text))
+    return escape("\n".join(plain(line) for line in text.split("\n")))
 
 
 def print_text(text: str) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.difference import Difference, Files, TensorDifference, Uncompared
+from qkpatch.wrapping import plain, wrapped
 
 if TYPE_CHECKING:
     from qkpatch.spectral.change import Bucket, Change, Values
@@ -31,7 +31,7 @@ def text(result: Difference, a: str, b: str, width: int) -> str:
     if result.files is not None:
         lines += _files(result.files)
     lines += ["", *_remarks(result)]
-    return "\n".join(_wrapped(line, width) for line in lines).rstrip() + "\n"
+    return "\n".join(wrapped(line, width) for line in lines).rstrip() + "\n"
 
 
 def _summary(result: Difference) -> str:
@@ -60,7 +60,7 @@ def _joined(*facts: str) -> str:
 def _table(changed: Sequence[TensorDifference], width: int) -> list[str]:
     """One line for a tensor, or two where its name leaves no room."""
     shown = changed[:_MOST]
-    rows = [(_plain(d.name), _cells(d)) for d in shown]
+    rows = [(plain(d.name), _cells(d)) for d in shown]
     widths = [max(map(len, column)) for column in zip(_COLUMNS, *(cells for _, cells in rows), strict=True)]
     names = max(len(name) for name, _ in rows)
     is_wide = 2 + names + sum(widths) + 2 * len(widths) <= width
@@ -227,21 +227,3 @@ def _uncompared(one: Uncompared) -> str:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _plain(line: str) -> str:
-    """Control characters out of a file do not act on the terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-
-
-def _wrapped(line: str, width: int) -> str:
-    plain = _plain(line)
-    if len(plain) <= width:
-        return plain
-    indent = " " * (len(plain) - len(plain.lstrip()))
-    return "\n".join(
-        textwrap.wrap(
-            plain.lstrip(), max(width, 40), initial_indent=indent, subsequent_indent=indent + "    ",
-            break_long_words=False, break_on_hyphens=False,
-        )
-    )  # fmt: skip

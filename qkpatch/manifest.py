@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from qkpatch.canonical import canonical_json
+from qkpatch.canonical import Json, canonical_json
 from qkpatch.checkpoint.tree import load_json
 from qkpatch.errors import CheckpointError, UsageError
 from qkpatch.plan import EditPlan
@@ -22,8 +22,6 @@ from qkpatch.spectral.rule import Channel, Select
 from qkpatch.targets import LayerTarget
 
 SCHEMA = "qkpatch/1"
-
-Json = Any
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -109,7 +110,10 @@ def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, 
             f"layers {format_ranges(other)} have no query-key product of this kind "
             "(linear attention, or another set of tensors) and are skipped"
         )
-    adapted = [target for target in targets if _has_adapter(model, target)]
+    adapters = [
+        name for name in checkpoint.tensors if ".lora_" in name
+    ]  # a mixture of experts has 10^5 names
+    adapted = [target for target in targets if _has_adapter(target, adapters)]
     if adapted:
         warnings.append(
             f"adapters (lora) add to the queries of {len(adapted)} layer(s), such as {adapted[0].query.name}; "
@@ -119,7 +123,8 @@ def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, 
         warnings.append(
             f"recipe {model.recipe.name} says that it is untested: compare it with the model's own code"
         )
-    strays = [name for name, file in checkpoint.files.items() if _leads_out(file.path, checkpoint.root)]
+    root = checkpoint.root.resolve()
+    strays = [name for name, file in checkpoint.files.items() if _leads_out(file.path, root)]
     if strays:
         warnings.append(
             f"{len(strays)} file(s) are links that lead out of SOURCE, and what they lead to is copied: "
@@ -151,14 +156,14 @@ def _norm_warnings(model: Model, rule: EditRule, targets: tuple[LayerTarget, ...
 
 
 def _leads_out(path: Path, root: Path) -> bool:
-    """Whether a file of SOURCE is a link to elsewhere, other than the Hub cache's own blobs."""
+    """Whether a file of SOURCE is a link out of its resolved ``root``, other than to the Hub cache's own blobs."""
     real = path.resolve()
-    return root.resolve() not in real.parents and real.parent.name != "blobs"
+    return root not in real.parents and real.parent.name != "blobs"
 
 
-def _has_adapter(model: Model, target: LayerTarget) -> bool:
+def _has_adapter(target: LayerTarget, adapters: Iterable[str]) -> bool:
     module = target.query.name.removesuffix(".weight").removesuffix(".base_layer")
-    return any(name.startswith(f"{module}.lora_") for name in model.checkpoint.tensors)
+    return any(name.startswith(f"{module}.lora_") for name in adapters)
 
 
 def _is_over_projection(target: LayerTarget) -> bool:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "qkpatch"
 # From the ground up: a module may import only from floors below its own, or beside it in its own room.
 FLOORS = [
     ["errors", "interrupts"],
-    ["spectral", "checkpoint", "selection", "strict", "rows", "crew", "writing", "canonical"],
+    ["spectral", "checkpoint", "selection", "strict", "rows", "crew", "writing", "canonical", "wrapping"],
     ["recipe", "refusals", "fp8", "difference"],
     ["recipe_file", "heads", "settings", "describe", "diff", "diff_text"],
     ["catalogue", "tower", "budget"],

@@ -17,7 +17,7 @@ from qkpatch.errors import FileSystemError
 COPY_CHUNK = 64 << 20
 READ_CHUNK = 1 << 20
 
-_FICLONE = 0x40049409  # ioctl of linux/fs.h
+_FICLONE = 0x40049409  # linux/fs.h; in the fcntl module only since Python 3.12
 
 # copy_file_range and sendfile decline with these where the file systems cannot do it; other errnos are real.
 _DECLINED = {

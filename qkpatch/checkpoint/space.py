@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
-from qkpatch.checkpoint.files import os_errors
+from qkpatch.checkpoint.files import clone, os_errors
 from qkpatch.checkpoint.tree import SourceFile
 from qkpatch.errors import FileSystemError
-
-_FICLONE = 0x40049409  # linux/fs.h; in the fcntl module only since Python 3.12
 
 
 def free_bytes(out: Path) -> int:
@@ -41,7 +38,6 @@ def _shares_blocks(out: Path, files: Collection[SourceFile]) -> bool:
         return False
     try:
         with tempfile.TemporaryFile(dir=out.absolute().parent) as probe, open(largest.path, "rb") as source:
-            fcntl.ioctl(probe.fileno(), _FICLONE, source.fileno())
-            return os.fstat(probe.fileno()).st_size == largest.size
+            return clone(source.fileno(), probe.fileno()) and os.fstat(probe.fileno()).st_size == largest.size
     except OSError:
         return False

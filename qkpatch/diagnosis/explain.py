@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from qkpatch.diagnosis.evidence import speaks_for_plus_one
 from qkpatch.diagnosis.survey import QueryGroup
 from qkpatch.recipe import NormKind
 from qkpatch.selection import abbreviate, format_ranges
+from qkpatch.wrapping import wrapped
 
 _ANSWER = {True: "yes", False: "no ", None: " ? "}
 _MOST_GROUPS = 12
@@ -30,7 +30,7 @@ def explanation(diagnosis: Diagnosis, width: int) -> str:
     if len(fitting) != 1:
         lines += ["", *_groups(diagnosis.groups)]
     lines += ["", *_conclusion(diagnosis)]
-    return "\n".join(_wrapped(line, width) for line in lines) + "\n"
+    return "\n".join(wrapped(line, width) for line in lines) + "\n"
 
 
 def _heading(diagnosis: Diagnosis) -> list[str]:
@@ -140,15 +140,3 @@ def _value(value: Any) -> str:
 
 def _short(text: str) -> str:
     return text if len(text) <= 120 else f"{text[:120]}…"
-
-
-def _wrapped(line: str, width: int) -> str:
-    """Neither control characters out of a file nor the terminal's own wrapping spoil a line."""
-    plain = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-    indent = " " * (len(plain) - len(plain.lstrip()))
-    return "\n".join(
-        textwrap.wrap(
-            plain.lstrip(), max(width, 40), initial_indent=indent, subsequent_indent=indent + "    ",
-            break_long_words=False, break_on_hyphens=False,
-        )
-    )  # fmt: skip

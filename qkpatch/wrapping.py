@@ -1,0 +1,26 @@
+"""Text out of files for a terminal: control characters do not act, and long lines are folded with their indent."""
+
+from __future__ import annotations
+
+import textwrap
+
+_NARROWEST = 40  # columns; in fewer, lines are left to the terminal
+
+
+def plain(line: str) -> str:
+    """``line`` with its control characters spelled out."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
+def wrapped(line: str, width: int) -> str:
+    """``line`` made :func:`plain` and folded to ``width`` columns; words, such as tensor names, are not broken."""
+    text = plain(line)
+    if len(text) <= width:
+        return text
+    indent = " " * (len(text) - len(text.lstrip()))
+    return "\n".join(
+        textwrap.wrap(
+            text.lstrip(), max(width, _NARROWEST), initial_indent=indent, subsequent_indent=indent + "    ",
+            break_long_words=False, break_on_hyphens=False,
+        )
+    )  # fmt: skip
