@@ -1,27 +1,34 @@
-"""``Copier``: carries every file of SOURCE over into staging, all but the bytes that the edit writes itself."""
+"""``Copier``: carries every file of SOURCE over into staging, all but the rows that the edit writes itself."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-import re
+from collections import Counter, deque
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
-from threading import BoundedSemaphore
+from threading import BoundedSemaphore, Condition
 from types import TracebackType
 from typing import NamedTuple, Protocol
 
-from qkpatch.checkpoint.files import FileId, clone, copy_range, open_read, os_errors, sha256_range
+from qkpatch.checkpoint.copying import Lane, Passage, clone
+from qkpatch.checkpoint.files import open_read, os_errors, sha256_range, update_digest, write_exact
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.journal import NAME as JOURNAL_NAME
 from qkpatch.checkpoint.journal import Journal, State
-from qkpatch.checkpoint.tree import SourceFile
+from qkpatch.checkpoint.linking import cached_sum, linked, may_link
+from qkpatch.checkpoint.output import OutputFile
 from qkpatch.crew import Crew
 from qkpatch.plan import EditPlan
 from qkpatch.writing import Digest, Writing
 
 _COPIES_AHEAD = 64  # open files: far below the usual limit of 1024
+_HASHING_LANES = 4  # SHA-256 is slower than a disk: several files at a time
 
 
 class Carried(NamedTuple):
@@ -51,34 +58,38 @@ class Copier:
     def __init__(
         self, plan: EditPlan, staging: Path, journal: Journal, writing: Writing, observer: Observer
     ) -> None:
-        self.fds: dict[str, int] = {}  # edited files in staging, open for reading and writing
         self._plan, self._staging, self._observer = plan, staging, observer
         self._journal, self._writing = journal, writing
+        self._fds: dict[str, int] = {}  # edited files in staging, open for reading and writing
         # Edited files of which only the rows are to be written, and the means.
         self._ready: dict[str, str] = {}
+        self._rows = _Rows()
         self._open = ExitStack()
         self._copies: set[int] = set()  # open copies, of which the disk is still to be waited for
         self._slots = BoundedSemaphore(_COPIES_AHEAD)
 
+    @property
+    def lanes(self) -> int:
+        """Files that are copied side by side."""
+        takes_sums = self._writing.digest is Digest.files
+        return min(_HASHING_LANES, len(os.sched_getaffinity(0))) if takes_sums else 1
+
     def __enter__(self) -> Copier:
-        checkpoint = self._plan.model.checkpoint
         with self._open:  # closed again where the rest fails
             self._open.callback(self._close_copies)
             self._prune()
-            for name in checkpoint.directories:
+            for name in self._plan.model.checkpoint.directories:
                 with os_errors("create a directory", self._staging / name):
                     (self._staging / name).mkdir(exist_ok=self._writing.resume)
-            for name in self._plan.edits_by_shard:
-                file, staged = checkpoint.files[name], self._staging / name
-                is_filled = self._journal.state(staged, file) is State.filled
-                self.fds[name] = self._open_staged(staged, file, is_new=not is_filled)
-                self._open.callback(os.close, self.fds[name])
+            for name in self._plan.edits_by_file:
+                file = self._plan.output.files[name]
+                is_filled = self._journal.state(self._staging / name, file) is State.filled
+                self._fds[name] = self._open_staged(file, is_new=not is_filled)
+                self._open.callback(os.close, self._fds[name])
                 if is_filled:
                     self._ready[name] = "resumed"
-                    continue
-                with open_read(file.path, file.id) as source:
-                    if clone(source, self.fds[name]):
-                        self._ready[name] = "reflink"
+                elif _cloned(file, self._fds[name]):
+                    self._ready[name] = "reflink"
             self._open = self._open.pop_all()
         return self
 
@@ -87,72 +98,105 @@ class Copier:
     ) -> None:
         self._open.close()
 
-    def copy_all(self, crew: Crew) -> dict[str, Carried]:
-        """Carry every file over, a task of ``crew``; how, file by file."""
-        means: dict[str, str] = {}
+    def start(self, crew: Crew) -> list[Future[dict[str, Carried]]]:
+        """Begin to carry every file over, in tasks of ``crew``; how, file by file."""
+        # What is edited comes last: by then most rows are written, and read from the page cache.
+        files = deque(sorted(self._plan.output.files.values(), key=lambda file: file.name in self._fds))
+        return [crew.start(partial(self._carry, files, crew)) for _ in range(self.lanes)]
+
+    def write(self, name: str, data: bytes | bytearray, at: int) -> None:
+        """Write planned rows of a file."""
+        write_exact(self._fds[name], data, at, name)
+        self._rows.add(name, at)
+
+    def _carry(self, files: deque[OutputFile], crew: Crew) -> dict[str, Carried]:
         # The disk is waited for alongside, while the next file is copied.
-        later: dict[str, Future[str | None]] = {}
-        for name, file in self._plan.model.checkpoint.files.items():
-            if name in self.fds:
-                means[name] = self._fill(file, crew)
-                later[name] = crew.start(partial(self._finish_filled, file))
-            else:
-                means[name], fd = self._copy(file, crew)
-                later[name] = crew.start(partial(self._finish_copied, file, fd))
-        return {name: Carried(means[name], sha256.result()) for name, sha256 in later.items()}
+        later: dict[str, tuple[str, Future[str | None]]] = {}
+        with Lane() as lane:
+            while files:
+                try:
+                    file = files.popleft()
+                except IndexError:  # another lane was faster
+                    break
+                fd, means, sha256 = self._one(file, lane, crew)
+                later[file.name] = means, crew.start(partial(self._finish, file, fd, sha256))
+        return {name: Carried(means, sha256.result()) for name, (means, sha256) in later.items()}
 
-    def _fill(self, file: SourceFile, crew: Crew) -> str:
-        """Copy what the edit does not write."""
-        if file.name in self._ready:
+    def _one(self, file: OutputFile, lane: Lane, crew: Crew) -> tuple[int | None, str, str | None]:
+        """Copy, share or link one file: the open copy, unless nothing is left to do; the means; the digest taken."""
+        original, means = file.original, None
+        if file.name in self._fds:
+            fd, means = self._fds[file.name], self._ready.get(file.name)
+        elif self._journal.state(self._staging / file.name, file) is State.copied:
+            fd, means = None, "resumed"
+        elif original and _may_link(file, self._writing) and linked(original, self._staging / file.name):
+            fd, means = None, "hardlink"
+        else:
+            while not self._slots.acquire(timeout=0.1):
+                crew.check()
+            fd = self._open_staged(file, is_new=True)
+            self._copies.add(fd)
+            means = "reflink" if _cloned(file, fd) else None
+        if fd is None or means is not None:
             self._observer.copied(file.size)
-            return self._ready[file.name]
-        used = "none"
-        with open_read(file.path, file.id) as source:
-            position = 0
-            for begin, end in [*self._plan.written_ranges(file.name), (file.size, file.size)]:
-                if begin > position:
+            return fd, means or "none", None
+        return fd, *self._fill(file, fd, lane, crew)
+
+    def _fill(self, file: OutputFile, fd: int, lane: Lane, crew: Crew) -> tuple[str, str | None]:
+        """Copy what the edit does not write; the means of most of it, and the digest of the whole, edited rows too."""
+        takes_sum = self._writing.digest is Digest.files and self._known_sum(file) is None
+        digest = hashlib.sha256(file.own) if takes_sum else None
+        used: Counter[str] = Counter()
+        ranges, position = self._plan.written_ranges(file.name), len(file.own)
+        self._observer.copied(position)
+        for source, extents in groupby(file.around(ranges), attrgetter("file")):
+            with open_read(source.path, source.id) as opened, Passage(lane, opened, fd, source.path) as way:
+                for extent in extents:
+                    self._pass(file, ranges, (position, extent.at), crew, digest)
                     progress = partial(self._progress, crew)
-                    used = copy_range(source, self.fds[file.name], position, begin, file.path, progress)
-                self._observer.copied(end - begin)
-                position = end
-        return used
+                    means = way.copy(extent.begin, extent.end, extent.at, progress, digest)
+                    used[means] += extent.end - extent.begin
+                    position = extent.upto
+        self._pass(file, ranges, (position, file.size), crew, digest)
+        used.setdefault("none", 0)
+        return used.most_common(1)[0][0], digest.hexdigest() if digest else None
 
-    def _finish_filled(self, file: SourceFile) -> None:
-        if self._ready.get(file.name) != "resumed":
-            _sync(self.fds[file.name], self._staging / file.name)
-            self._journal.note(self.fds[file.name], file, State.filled)
+    def _pass(
+        self,
+        file: OutputFile,
+        ranges: Sequence[tuple[int, int]],
+        gap: tuple[int, int],
+        crew: Crew,
+        digest: hashlib._Hash | None,
+    ) -> None:
+        """Leave out rows; where a digest is taken, wait until they are written, and read them."""
+        first, last = gap
+        if digest is not None and first < last:
+            for begin, _ in ranges:
+                if first <= begin < last:
+                    self._rows.wait_for(file.name, begin, crew)
+            update_digest(digest, self._fds[file.name], first, last, file.name)
+        self._observer.copied(last - first)
 
-    def _copy(self, file: SourceFile, crew: Crew) -> tuple[str, int | None]:
-        """Copy or link one file; the means, and the open copy where there is something left to do with it."""
-        staged = self._staging / file.name
-        if self._journal.state(staged, file) is State.copied:
-            self._observer.copied(file.size)
-            return "resumed", None
-        if _may_link(file, self._writing) and _linked(file, staged):
-            self._observer.copied(file.size)
-            return "hardlink", None
-        while not self._slots.acquire(timeout=0.1):
-            crew.check()
-        fd = self._open_staged(staged, file, is_new=True)
-        self._copies.add(fd)
-        with open_read(file.path, file.id) as source:
-            if clone(source, fd):
-                used = "reflink"
-                self._observer.copied(file.size)
-            else:
-                used = copy_range(source, fd, 0, file.size, file.path, partial(self._progress, crew))
-        return used, fd
-
-    def _finish_copied(self, file: SourceFile, fd: int | None) -> str | None:
-        """Wait for the disk; the file's digest, where one is wanted."""
-        sha256 = self._file_sum(file, fd) if self._writing.digest is Digest.files else None
-        if fd is not None:
+    def _finish(self, file: OutputFile, fd: int | None, sha256: str | None) -> str | None:
+        """Wait for the disk; the file's digest, where one is wanted and no edit is still to come."""
+        if self._writing.digest is Digest.files and sha256 is None and file.name not in self._fds:
+            sha256 = self._known_sum(file)
+            if sha256 is None:
+                with open_read(self._staging / file.name) as again:
+                    sha256 = sha256_range(again, 0, file.size, file.name)
+        if fd is not None and self._ready.get(file.name) != "resumed":
             _sync(fd, self._staging / file.name)
-            self._journal.note(fd, file, State.copied)
-            self._copies.remove(fd)
-            os.close(fd)
-            self._slots.release()
+            is_edited = file.name in self._fds
+            self._journal.note(fd, file, State.filled if is_edited else State.copied)
+            if not is_edited:
+                self._copies.remove(fd)
+                os.close(fd)
+                self._slots.release()
         return sha256
+
+    def _known_sum(self, file: OutputFile) -> str | None:
+        return None if file.original is None or file.name in self._fds else cached_sum(file.original)
 
     def _close_copies(self) -> None:
         """After a failure: tasks that were never begun leave theirs open."""
@@ -161,15 +205,15 @@ class Copier:
 
     def _prune(self) -> None:
         """Remove from a staging directory that was taken over what does not come from SOURCE, such as a manifest."""
-        checkpoint = self._plan.model.checkpoint
-        known = {*checkpoint.files, *checkpoint.directories, JOURNAL_NAME}
+        known = {*self._plan.output.files, *self._plan.model.checkpoint.directories, JOURNAL_NAME}
         for path in self._staging.rglob("*") if self._writing.resume else ():
             if path.relative_to(self._staging).as_posix() not in known:
                 with os_errors("remove", path):
                     path.unlink()
 
-    def _open_staged(self, path: Path, file: SourceFile, *, is_new: bool) -> int:
-        """A file in staging, open for reading and writing, with the mode of the one it stands for."""
+    def _open_staged(self, file: OutputFile, *, is_new: bool) -> int:
+        """A file in staging, open for reading and writing; a new one has its size, our own bytes, and else zeros."""
+        path = self._staging / file.name
         if is_new:
             self._journal.forget(file)
         with os_errors("create", path):
@@ -177,17 +221,16 @@ class Copier:
                 path.unlink(missing_ok=True)  # left by a run that is resumed, and of no use
             flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if is_new else 0)
             # The owner may always write, so that edits can be made in a copy of a read-only file.
-            return os.open(path, flags, file.mode & 0o777 | 0o200)
-
-    def _file_sum(self, file: SourceFile, fd: int | None) -> str:
-        # Files in the Hub cache that came by its large-file storage are named by their digest.
-        real = Path(os.path.realpath(file.path))
-        if is_cached(real) and re.fullmatch("[0-9a-f]{64}", real.name):
-            return real.name
-        if fd is not None:
-            return sha256_range(fd, 0, file.size, file.path)
-        with open_read(self._staging / file.name) as again:
-            return sha256_range(again, 0, file.size, file.path)
+            fd = os.open(path, flags, file.mode & 0o777 | 0o200)
+        try:
+            if is_new:
+                with os_errors("write", path):
+                    os.ftruncate(fd, file.size)
+                write_exact(fd, file.own, 0, path)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
 
     def _progress(self, crew: Crew, n_bytes: int) -> None:
         crew.check()
@@ -201,19 +244,21 @@ class Copier:
 
     def staged_sum(self, ref: TensorRef) -> str:
         """SHA-256 of an edited tensor's bytes as they reached the file."""
-        return sha256_range(self.fds[ref.shard], ref.begin, ref.end, ref.shard)
+        at = self._plan.output.place(ref)
+        return sha256_range(self._fds[at.shard], at.begin, at.end, at.shard)
 
-    def edited_sums(self, crew: Crew) -> dict[str, str]:
-        """SHA-256 of the edited files as they are now, where digests of files are wanted."""
+    def edited_sums(self, crew: Crew, taken: dict[str, Carried]) -> dict[str, str]:
+        """SHA-256 of the edited files, as they are now, of which none could be ``taken`` before they were edited."""
         if self._writing.digest is not Digest.files:
             return {}
-        sizes = self._plan.model.checkpoint.files
-        sums = crew.map(lambda name: sha256_range(self.fds[name], 0, sizes[name].size, name), self.fds)
-        return dict(zip(self.fds, sums, strict=True))
+        names = [name for name in self._fds if taken[name].sha256 is None]
+        sizes = self._plan.output.files
+        sums = crew.map(lambda name: sha256_range(self._fds[name], 0, sizes[name].size, name), names)
+        return dict(zip(names, sums, strict=True))
 
     def sync_edited(self) -> None:
         """Wait until the edited files are on the disk."""
-        for name, fd in self.fds.items():
+        for name, fd in self._fds.items():
             _sync(fd, self._staging / name)
 
     def write_new(self, name: str, data: bytes) -> None:
@@ -225,27 +270,38 @@ class Copier:
             os.fsync(file.fileno())
 
 
-def is_cached(real: Path) -> bool:
-    """Whether a file lies in the Hub cache, ``models--org--name/blobs``, which is huggingface_hub's to change."""
-    return real.parent.name == "blobs" and real.parent.parent.name.startswith(("models--", "datasets--"))
+class _Rows:
+    """Which planned rows are written already: by file, and where they begin."""
+
+    def __init__(self) -> None:
+        self._written: set[tuple[str, int]] = set()
+        self._changed = Condition()
+
+    def add(self, name: str, at: int) -> None:
+        with self._changed:
+            self._written.add((name, at))
+            self._changed.notify_all()
+
+    def wait_for(self, name: str, at: int, crew: Crew) -> None:
+        with self._changed:
+            while (name, at) not in self._written:
+                self._changed.wait(0.1)
+                crew.check()
 
 
-def _may_link(file: SourceFile, writing: Writing) -> bool:
-    return writing.link_cache or (writing.link and not is_cached(Path(os.path.realpath(file.path))))
+def _cloned(file: OutputFile, fd: int) -> bool:
+    """Whether ``fd`` now shares all blocks of the file it is to be a copy of."""
+    original = file.original
+    if original is None or not file.size:
+        return False
+    with open_read(original.path, original.id) as source:
+        return clone(source, fd)
 
 
-def _linked(file: SourceFile, staged: Path) -> bool:
-    """Make ``staged`` a hard link to ``file``, links resolved; False where the file system cannot."""
-    with os_errors("link", staged):
-        staged.unlink(missing_ok=True)
-    try:
-        os.link(os.path.realpath(file.path), staged)
-    except OSError:
-        return False  # another file system, too many links, not permitted: copying will do
-    if FileId.of(staged.stat()) != file.id:
-        staged.unlink()
-        return False  # it changed meanwhile, which copying will tell
-    return True
+def _may_link(file: OutputFile, writing: Writing) -> bool:
+    if file.original is None or not (writing.link or writing.link_cache):
+        return False
+    return may_link(file.original, even_cached=writing.link_cache)
 
 
 def _sync(fd: int, path: Path) -> None:
@@ -257,7 +313,7 @@ def space_needed(plan: EditPlan, staging: Path, journal: Journal, writing: Writi
     """Bytes that are still to be written: without what a resumed run has, and what is to be linked."""
     return sum(
         file.size
-        for name, file in plan.model.checkpoint.files.items()
+        for name, file in plan.output.files.items()
         if journal.state(staging / name, file) is None
-        and (name in plan.edits_by_shard or not _may_link(file, writing))
+        and (name in plan.edits_by_file or not _may_link(file, writing))
     )

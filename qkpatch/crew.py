@@ -12,8 +12,6 @@ from threading import Barrier, Event
 from types import TracebackType
 from typing import TypeVar
 
-import torch
-
 from qkpatch.errors import UsageError
 from qkpatch.interrupts import signals_held, signals_masked
 
@@ -22,7 +20,6 @@ R = TypeVar("R")
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of malloc.h
 _KEPT = 32 << 20  # bytes: the largest that malloc.h allows
-_ALONGSIDE = 2  # threads for what is not computing: copying, and waiting for the disk
 
 
 class Stopped(BaseException):
@@ -30,35 +27,26 @@ class Stopped(BaseException):
 
 
 class Crew:
-    """``threads`` threads that compute, each with one BLAS thread, and a few that wait for files.
+    """``threads`` threads that compute, and a few ``alongside`` that copy files and wait for them. Torch-free."""
 
-    One head's factorisations are too small to share: QR of 4096 × 128 on two cores takes 15 ms with one BLAS thread;
-    with two, 10 to 14 ms when nothing else runs and 117 ms when something does. One thread each also gives the same
-    bits whatever the machine.
-    """
-
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, alongside: int = 0) -> None:
         self.threads = threads
+        self._all = threads + alongside
         self._stop = Event()
         self._failure: BaseException | None = None
-        self._before = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(
-            threads + _ALONGSIDE, "qkpatch", initializer=torch.set_num_threads, initargs=(1,)
-        )
+        self._pool = ThreadPoolExecutor(self._all, "qkpatch")
 
     def __enter__(self) -> Crew:
-        torch.set_num_threads(1)
         _share_free_memory()
         # All threads start here, where no signal can come between a thread's start and its being known. They inherit
         # the mask: signals are for the main thread, which knows when they must wait.
         with signals_held(), signals_masked():
-            together = Barrier(self.threads + _ALONGSIDE)
+            together = Barrier(self._all)
             try:
                 wait([self._pool.submit(together.wait) for _ in range(together.parties)])
             except RuntimeError as error:  # the system has no more threads for us
                 together.abort()
                 self._pool.shutdown(wait=True, cancel_futures=True)
-                torch.set_num_threads(self._before)
                 raise UsageError(
                     f"{together.parties} threads cannot be started: {error}",
                     where="--threads",
@@ -72,7 +60,6 @@ class Crew:
         self._stop.set()
         with signals_held():  # files are closed next: nobody may still be writing to them
             self._pool.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(self._before)
         if isinstance(error, Stopped) and self._failure is not None:
             raise self._failure
 

@@ -12,6 +12,8 @@ from importlib.metadata import version
 from typing import NamedTuple
 
 from qkpatch.canonical import Json, canonical_json
+from qkpatch.checkpoint.output import Output
+from qkpatch.checkpoint.reshard import parse_size
 from qkpatch.checkpoint.tree import load_json
 from qkpatch.errors import CheckpointError, UsageError
 from qkpatch.plan import EditPlan
@@ -80,9 +82,10 @@ class EditRecord:
     heads: tuple[HeadRecord, ...] = ()
 
     @classmethod
-    def planned(cls, target: LayerTarget) -> EditRecord:
-        """The record of an edit that is still to be made."""
-        query = target.query
+    def planned(cls, target: LayerTarget, output: Output) -> EditRecord:
+        """The record of an edit that is still to be made; places are those in OUT."""
+        query, key = output.place(target.query), output.place(target.key)
+        scale = None if target.query_scale is None else output.place(target.query_scale)
         return cls(
             layer=target.layer,
             tensor=query.name,
@@ -93,13 +96,13 @@ class EditRecord:
             attention=target.attention,
             num_key_value_heads=target.layout.n_kv_heads,
             head_dim=target.layout.d_head,
-            key_tensor=target.key.name,
-            key_shard=target.key.shard,
+            key_tensor=key.name,
+            key_shard=key.shard,
             norms=tuple(norm.name for norm in (target.query_norm, target.key_norm) if norm is not None),
             biases=target.biases,
             folded_norm=None if target.input_norm is None else target.input_norm.name,
-            scale_tensor=None if target.query_scale is None else target.query_scale.name,
-            scale_shard=None if target.query_scale is None else target.query_scale.shard,
+            scale_tensor=None if scale is None else scale.name,
+            scale_shard=None if scale is None else scale.shard,
         )
 
     @property
@@ -138,7 +141,7 @@ class FileRecord:
 
     name: str
     size: int
-    action: str  # "copied" or "patched"
+    action: str  # "copied", "patched", or "resharded"
     sha256: str | None = None  # where digests of files are wanted
 
 
@@ -152,6 +155,7 @@ class Manifest:
     recipe: Mapping[str, Json]
     edit: Mapping[str, Json]
     model: Mapping[str, Json]
+    output: Mapping[str, Json]
     edits: tuple[EditRecord, ...]
     files: tuple[FileRecord, ...]
     warnings: tuple[str, ...]
@@ -167,6 +171,7 @@ class Manifest:
             "recipe": self.recipe,
             "edit": self.edit,
             "model": self.model,
+            "output": self.output,
             "edits": [{**vars(edit), "heads": [vars(head) for head in edit.heads]} for edit in self.edits],
             "files": [vars(file) for file in self.files],
             "warnings": self.warnings,
@@ -196,7 +201,7 @@ class Manifest:
             manifest = cls(
                 **{
                     name: document[name]
-                    for name in ("tool", "compute", "source", "recipe", "edit", "model", "run")
+                    for name in ("tool", "compute", "source", "recipe", "edit", "model", "output", "run")
                 },
                 edits=tuple(_edit_record(edit) for edit in document["edits"]),
                 files=tuple(FileRecord(**file) for file in document["files"]),
@@ -222,6 +227,7 @@ class Manifest:
             select=Select(edit["select"]),
             seed=edit["seed"],
             fold_norm=edit["fold_norm"],
+            max_shard_size=None if (size := self.output["max_shard_size"]) is None else str(size),
         )
 
     def _check(self) -> None:
@@ -229,6 +235,8 @@ class Manifest:
         request = self.request()
         if not (isinstance(request.recipe, str) and isinstance(request.alpha, int | float)):
             raise TypeError("the recipe is not a name, or alpha not a number")
+        if request.max_shard_size is not None:
+            parse_size(request.max_shard_size)
         if type(request.modes) is not int or type(request.seed) is not int:
             raise TypeError("modes or seed is not a whole number")
         parse_ranges(request.layers or "", "edit.layers")
@@ -241,7 +249,9 @@ class Manifest:
         RowLayout(self.model["rows"])
         if not all(type(n) is int for n in (*sizes, *heads)) or min(sizes) < 1:
             raise TypeError("a head or a size is not a whole number")
-        if not all(isinstance(block, dict) for block in (self.edit, self.model, self.source, self.run)):
+        if not all(
+            isinstance(block, dict) for block in (self.edit, self.model, self.output, self.source, self.run)
+        ):
             raise TypeError("a block is not an object")
         names = [edit.tensor for edit in self.edits]
         if not all(isinstance(name, str) for name in (*names, *(file.name for file in self.files))):
@@ -292,10 +302,16 @@ def planned_manifest(plan: EditPlan, device: str) -> Manifest:
             "rows": layout.rows.value,
             "logits": model.tower.logits,
         },
-        edits=tuple(EditRecord.planned(target) for target in plan.edits),
+        output={"max_shard_size": plan.max_shard_size},
+        edits=tuple(EditRecord.planned(target, plan.output) for target in plan.edits),
         files=tuple(
-            FileRecord(name, file.size, "patched" if name in plan.edits_by_shard else "copied")
-            for name, file in checkpoint.files.items()
+            FileRecord(name, file.size, _action(name, plan)) for name, file in plan.output.files.items()
         ),
         warnings=plan.warnings,
     )
+
+
+def _action(name: str, plan: EditPlan) -> str:
+    if name in plan.edits_by_file:
+        return "patched"
+    return "copied" if plan.output.files[name].original is not None else "resharded"

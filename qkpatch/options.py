@@ -57,6 +57,15 @@ ThreadsOpt = Annotated[
     int | None,
     typer.Option(help="Heads that are computed side by side.", show_default="processors, within 450 MiB"),
 ]
+ShardOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--max-shard-size",
+        metavar="SIZE",
+        help="Shard OUT anew, in at most 5GB, 512MiB, ... each.",
+        show_default="as SOURCE",
+    ),
+]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 DebugOpt = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", envvar="QKPATCH_DEBUG")]
@@ -79,10 +88,12 @@ def edit_request(
     attention: str | None,
     fold_norm: bool,
     config: Path | None,
+    max_shard_size: str | None = None,
 ) -> Request:
     """The flags over ``--config``; None where neither says anything."""
     # A flag that is not given says nothing, so that --config may say it.
-    flags = Request(recipe, attention, layers, heads, modes, alpha, channel, select, seed, fold_norm or None)
+    edit = (recipe, attention, layers, heads, modes, alpha, channel, select, seed, fold_norm or None)
+    flags = Request(*edit, max_shard_size)
     if config is None:
         return flags
     file = source_file(config, config.name)  # a regular one: a pipe or a device would never end

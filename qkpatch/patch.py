@@ -2,52 +2,49 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import platform
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timezone
-from itertools import groupby
+from functools import partial
 from pathlib import Path
 from statistics import mean
-
-import torch
+from typing import TYPE_CHECKING
 
 from qkpatch.canonical import canonical_json
-from qkpatch.checkpoint.files import write_exact
 from qkpatch.checkpoint.journal import Journal
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME
 from qkpatch.checkpoint.space import check_space
 from qkpatch.checkpoint.staging import Staging
 from qkpatch.checkpoint.target import check_apart, check_out
-from qkpatch.copier import Copier, Observer, space_needed
+from qkpatch.copier import Carried, Copier, Observer, space_needed
 from qkpatch.crew import Crew
-from qkpatch.errors import NumericalError
 from qkpatch.interrupts import signals_held, signals_let_through
 from qkpatch.manifest import EditRecord, HeadRecord, Manifest, planned_manifest
 from qkpatch.plan import EditPlan
 from qkpatch.selection import abbreviate
-from qkpatch.spectral.edit import Folding, edit_and_round
 from qkpatch.sums import refuse_own_sums, sums_text
 from qkpatch.targets import LayerTarget
-from qkpatch.weights import LayerWeights, open_layer
 from qkpatch.writing import PLAIN, Digest, Writing
+
+if TYPE_CHECKING:
+    from qkpatch.editing import Editor
 
 GAP_WARNING = 1e-3
 ROUNDING_WARNING = 0.1  # FP8 has three bits: a small change drowns in its rounding
 _NAMED = 8  # heads that a warning names
-_HEADS_AT_A_TIME = 4  # of one tensor, by one thread: enough to share keys and open files
 
 
 def apply_plan(
     plan: EditPlan,
     out: Path,
     *,
-    device: torch.device,
     observer: Observer,
+    device: str = "auto",
     threads: int = 1,
     writing: Writing = PLAIN,
 ) -> Manifest:
@@ -56,7 +53,7 @@ def apply_plan(
     SOURCE is only read. OUT appears whole, by one rename, or not at all.
 
     Raises:
-        UsageError: OUT is not acceptable.
+        UsageError: OUT is not acceptable, or there is no such device.
         FileSystemError: reading, writing or space.
         NumericalError: NaN or Inf, or a tensor that the edit would leave as it was.
     """
@@ -65,29 +62,41 @@ def apply_plan(
     check_apart(out, checkpoint)
     if writing.digest is Digest.files:
         refuse_own_sums(checkpoint)
-    planned = planned_manifest(plan, str(device))
-    fingerprint = _fingerprint(planned, plan)
+    if device not in ("auto", "cpu"):  # which are always there
+        _editor(device)
+    fingerprint = _fingerprint(plan)
     started = _now()
     with signals_held(), ExitStack() as stack:
         staging = stack.enter_context(Staging(out, fingerprint if writing.resume else None))
         journal = stack.enter_context(Journal(staging.path, fingerprint))
         check_space(out, space_needed(plan, staging.path, journal, writing), checkpoint.files.values())
         copier = stack.enter_context(Copier(plan, staging.path, journal, writing, observer))
-        crew = stack.enter_context(Crew(threads))
+        crew = stack.enter_context(Crew(threads, alongside=copier.lanes + 1))
         with signals_let_through():  # but not while any of the above begins or ends
-            copying = crew.start(functools.partial(copier.copy_all, crew))
-            edits = dict(_edited(plan, crew, copier, device, observer))
-            carried = copying.result()
-            tensor_sums = crew.map(functools.partial(_digests, copier, writing), plan.edits)
+            copying = copier.start(crew)
+            editor = _editor(device)
+            heads: dict[LayerTarget, tuple[HeadRecord, ...]] = {}
+            digests: dict[LayerTarget, Future[_Digests]] = {}
+            for target, records in editor.edited(plan, crew, copier, observer):
+                heads[target] = records
+                if plan.writes_all_of(target):  # and while it is in the page cache
+                    digests[target] = crew.start(partial(_digests, copier, writing, target))
+            carried: dict[str, Carried] = {}
+            for lane in copying:
+                carried |= lane.result()
+            for target in plan.edits:
+                if target not in digests:
+                    digests[target] = crew.start(partial(_digests, copier, writing, target))
             done = tuple(
-                EditRecord.planned(target).done(before, after, edits[target])
-                for target, (before, after) in zip(plan.edits, tensor_sums, strict=True)
+                EditRecord.planned(target, plan.output).done(*digests[target].result(), heads[target])
+                for target in plan.edits
             )
-            sums = {**{name: how.sha256 for name, how in carried.items()}, **copier.edited_sums(crew)}
+            sums = {name: how.sha256 for name, how in carried.items()} | copier.edited_sums(crew, carried)
             copier.sync_edited()
+            planned = planned_manifest(plan, str(editor.device))
             manifest = replace(
                 planned,
-                tool={**planned.tool, "torch": str(torch.__version__), "python": platform.python_version()},
+                tool={**planned.tool, "torch": editor.torch_version, "python": platform.python_version()},
                 edits=done,
                 files=tuple(replace(file, sha256=sums[file.name]) for file in planned.files),
                 warnings=(*planned.warnings, *_numerical_warnings(done, plan)),
@@ -106,94 +115,25 @@ def apply_plan(
     return manifest
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """A few heads of one tensor, edited by one thread."""
+def _editor(device: str) -> Editor:
+    """The part that computes; ``import torch`` takes a second, in which files are being copied already."""
+    with signals_held():  # torch's imports swallow what is raised in their midst
+        from qkpatch.editing import Editor
 
-    target: LayerTarget
-    heads: tuple[int, ...]
-
-
-def _chunks(plan: EditPlan) -> Iterator[_Chunk]:
-    """All heads to edit; those that share a key head stay together."""
-    for target in plan.edits:
-        chunk: list[int] = []
-        for _, group in groupby(plan.settings.heads, target.layout.kv_head):
-            chunk += group
-            if len(chunk) >= _HEADS_AT_A_TIME:
-                yield _Chunk(target, tuple(chunk))
-                chunk = []
-        if chunk:
-            yield _Chunk(target, tuple(chunk))
+        return Editor.on(device)
 
 
-def _edited(
-    plan: EditPlan, crew: Crew, copier: Copier, device: torch.device, observer: Observer
-) -> Iterator[tuple[LayerTarget, tuple[HeadRecord, ...]]]:
-    """Edit all planned heads; each target with its heads' records when it is done."""
-
-    def edit(chunk: _Chunk) -> tuple[LayerTarget, list[tuple[HeadRecord, bool]]]:
-        with open_layer(plan.model, chunk.target, device) as weights:
-            done = []
-            for record in _edit_heads(plan, chunk, weights, copier):
-                crew.check()
-                observer.edited(1)
-                done.append(record)
-        return chunk.target, done
-
-    results = crew.map(edit, _chunks(plan))
-    for target, parts in groupby(results, lambda result: result[0]):
-        heads = [head for _, part in parts for head in part]
-        if not any(is_changed for _, is_changed in heads):
-            query = target.query
-            raise NumericalError(
-                f"the edit leaves every value as it is: it rounds away in {query.dtype}, or the product is zero",
-                where=f"{query.name} in {query.shard}",
-                fix=f"use a smaller --alpha, or leave layer {target.layer} out; --alpha 1 is the declared no-op",
-            )
-        yield target, tuple(record for record, _ in heads)
-
-
-def _edit_heads(
-    plan: EditPlan, chunk: _Chunk, weights: LayerWeights, copier: Copier
-) -> Iterator[tuple[HeadRecord, bool]]:
-    """Edit and write a few heads; each one's record, and whether any value changed."""
-    target, settings, gain = chunk.target, plan.settings, weights.invertible_gain()
-    for of in weights.heads(chunk.heads):
-        generator = head_generator(settings.seed, target, of.head)
-        folding = None if gain is None else Folding(of.W_Q, gain)
-        try:
-            store = functools.partial(weights.store, of.head)
-            stored, report = edit_and_round(of.product, settings.rule, store, generator, folding)
-        except NumericalError as error:
-            where = f"head {of.head} of {target.query.name}, {target.query.dtype}"
-            raise NumericalError(error.what, where=where, fix=error.fix) from error
-        # By value: a −0.0 that became 0.0 is no edit, and stays.
-        is_changed = not torch.equal(stored.values, of.W_Q)
-        for ref, begin, end in target.written_ranges(of.head):
-            data = stored.bytes_of(ref) if is_changed else weights.raw(ref, begin, end)
-            write_exact(copier.fds[ref.shard], data, begin, ref.shard)
-        record = HeadRecord(head=of.head, kv_head=target.layout.kv_head(of.head), **vars(report))
-        del of, stored, store, folding  # before the next head is read
-        yield record, is_changed
-
-
-def head_generator(seed: int, target: LayerTarget, head: int) -> torch.Generator:
-    """Random numbers of one head: the same whichever other heads and layers are edited, in whatever order."""
-    name = f"qkpatch:{seed}:{target.attention}:{target.layer}:{head}"
-    digest = hashlib.sha256(name.encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def _fingerprint(planned: Manifest, plan: EditPlan) -> str:
+def _fingerprint(plan: EditPlan) -> str:
     """What a run must have in common with one that it resumes: the plan, the stack, and the very files of SOURCE."""
     files = {name: str(file.id) for name, file in plan.model.checkpoint.files.items()}
-    return hashlib.sha256(canonical_json({**planned.to_json(), "source_files": files}).encode()).hexdigest()
+    document = {**planned_manifest(plan, "").to_json(), "source_files": files}
+    return hashlib.sha256(canonical_json(document).encode()).hexdigest()
 
 
-def _digests(
-    copier: Copier, writing: Writing, target: LayerTarget
-) -> tuple[list[str | None], list[str | None]]:
+_Digests = tuple[list[str | None], list[str | None]]
+
+
+def _digests(copier: Copier, writing: Writing, target: LayerTarget) -> _Digests:
     """SHA-256 of each written tensor in SOURCE, and of what reached the file in OUT."""
     if writing.digest is Digest.none:
         return [None] * len(target.written), [None] * len(target.written)

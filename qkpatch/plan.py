@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from qkpatch.budget import head_memory
+from qkpatch.checkpoint.header import TensorRef
+from qkpatch.checkpoint.output import Output
+from qkpatch.checkpoint.reshard import parse_size, reshard
 from qkpatch.model import Model, open_model
 from qkpatch.recipe_file import UNTESTED
 from qkpatch.selection import abbreviate, format_ranges
@@ -24,35 +27,49 @@ class EditPlan:
     settings: EditSettings
     edits: tuple[LayerTarget, ...]  # empty when the rule is the declared no-op
     warnings: tuple[str, ...]
+    output: Output
+    max_shard_size: int | None = None  # bytes, where OUT is sharded anew
 
     @cached_property
-    def edits_by_shard(self) -> dict[str, tuple[LayerTarget, ...]]:
-        """The edits that write to each patched shard, by layer."""
-        shards = dict.fromkeys(ref.shard for edit in self.edits for ref in edit.written)
-        return {
-            shard: tuple(e for e in self.edits if any(ref.shard == shard for ref in e.written))
-            for shard in shards
-        }
+    def edits_by_file(self) -> dict[str, tuple[LayerTarget, ...]]:
+        """The edits that write to each patched file of OUT, by layer."""
+        files: dict[str, dict[LayerTarget, None]] = {}
+        for edit in self.edits:
+            for ref in edit.written:
+                files.setdefault(self.output.place(ref).shard, {})[edit] = None
+        return {name: tuple(edits) for name, edits in files.items()}
 
-    def written_ranges(self, shard: str) -> list[tuple[int, int]]:
-        """Byte ranges of the planned heads in a shard, ascending; nothing else may differ."""
+    def head_ranges(self, edit: LayerTarget, head: int) -> Iterator[tuple[TensorRef, int, int, int]]:
+        """The bytes that the edit of a head may change: tensor, begin and end in SOURCE, and begin in OUT."""
+        for ref, begin, end in edit.written_ranges(head):
+            yield ref, begin, end, begin - ref.begin + self.output.place(ref).begin
+
+    def written_ranges(self, name: str) -> list[tuple[int, int]]:
+        """Byte ranges of the planned heads in a file of OUT, ascending; nothing else may differ from SOURCE."""
         return sorted(
-            (begin, end)
-            for edit in self.edits_by_shard.get(shard, ())
+            (at, at + end - begin)
+            for edit in self.edits_by_file.get(name, ())
             for head in self.settings.heads
-            for ref, begin, end in edit.written_ranges(head)
-            if ref.shard == shard
+            for ref, begin, end, at in self.head_ranges(edit, head)
+            if self.output.place(ref).shard == name
         )
+
+    def writes_all_of(self, edit: LayerTarget) -> bool:
+        """Whether every byte of the tensors that an edit writes is in planned rows."""
+        ranges = [
+            (ref, begin, end) for h in self.settings.heads for ref, begin, end in edit.written_ranges(h)
+        ]
+        return sum(ref.nbytes for ref in edit.written) == sum(end - begin for _, begin, end in ranges)
 
     @property
     def edited_bytes(self) -> int:
         """Bytes that will be rewritten."""
-        return sum(end - begin for shard in self.edits_by_shard for begin, end in self.written_ranges(shard))
+        return sum(end - begin for name in self.edits_by_file for begin, end in self.written_ranges(name))
 
     @property
     def output_bytes(self) -> int:
         """Size of OUT without the manifest."""
-        return self.model.checkpoint.total_bytes
+        return self.output.size
 
     @property
     def head_memory(self) -> int:
@@ -78,14 +95,18 @@ def make_plan(source: str, request: Request) -> EditPlan:
 
     Raises:
         UsageError: the request is malformed, or the model has no such layer, head or mode.
-        QKPatchError: as :func:`open_model` and :meth:`Model.target`.
+        QKPatchError: as :func:`open_model`, :meth:`Model.target` and :func:`reshard`.
     """
     check_request(request)
     model = open_model(source, request.recipe, request.attention)
     settings = model.settings(request)
     targets = model.targets(settings)
     edits = () if settings.rule.is_noop else targets
-    return EditPlan(model, settings, edits, tuple(_warnings(model, settings, targets)))
+    checkpoint = model.checkpoint
+    max_shard_size = None if request.max_shard_size is None else parse_size(request.max_shard_size)
+    output = Output.copy_of(checkpoint) if max_shard_size is None else reshard(checkpoint, max_shard_size)
+    warnings = tuple(_warnings(model, settings, targets))
+    return EditPlan(model, settings, edits, warnings, output, max_shard_size)
 
 
 def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, ...]) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Any, TypeVar
 
+from qkpatch.checkpoint.reshard import parse_size
 from qkpatch.errors import UsageError
 from qkpatch.recipe import Recipe
 from qkpatch.selection import MIDDLE_THIRD, middle_third, parse_ranges
@@ -34,6 +35,7 @@ class Request:
     select: Select | None = None
     seed: int | None = None
     fold_norm: bool | None = None
+    max_shard_size: str | None = None
 
     def over(self, other: Request) -> Request:
         """This request, with what it does not say taken from ``other``."""
@@ -87,6 +89,7 @@ def parse_request(text: bytes, where: str) -> Request:
         select=_choice(root, "select", Select),
         seed=root.take_optional("seed", int),
         fold_norm=root.take_optional("fold_norm", bool),
+        max_shard_size=_range_text(root, "max_shard_size"),
     )
     root.finish()
     return request
@@ -96,12 +99,14 @@ def check_request(request: Request) -> None:
     """Refuse what is wrong whatever the model: called before anything is read.
 
     Raises:
-        UsageError: malformed ranges, ``alpha`` outside [0, 1], ``modes`` < 1, a seed without a use or out of range.
+        UsageError: malformed ranges or size, ``alpha`` outside [0, 1], ``modes`` < 1, a useless or absurd seed.
     """
     for what in ("layers", "heads"):
         text = getattr(request, what)
         if text is not None:
             parse_ranges(text, f"--{what}")
+    if request.max_shard_size is not None:
+        parse_size(request.max_shard_size)
     if request.alpha is not None and not 0.0 <= request.alpha <= 1.0:
         raise UsageError(
             f"{request.alpha} is not between 0 and 1",

@@ -11,7 +11,7 @@ from qkpatch.crew import Crew
 from qkpatch.model import Model
 from qkpatch.spectral.product import QKProduct, effective_rank, energy_share
 from qkpatch.targets import LayerTarget
-from qkpatch.weights import open_layer
+from qkpatch.weights import open_layer, use_one_blas_thread
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ def layer_spectra(
     """The spectra of each target in turn; ``modes`` is the r of energy share and gap."""
 
     def of_target(target: LayerTarget) -> LayerSpectra:
+        use_one_blas_thread()
         found = []
         with open_layer(model, target, device) as weights:
             for of in weights.heads(heads):

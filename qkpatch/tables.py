@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -31,14 +32,15 @@ def show_plan(plan: EditPlan, free_disk: int, memory: int, threads: int) -> None
         if plan.edits:
             table = _table("layer", "attention", "shard", "key's shard, where another")
             for edit in plan.edits:
-                other = "" if edit.key.shard == edit.query.shard else edit.key.shard
-                table.add_row(str(edit.layer), edit.attention, safe(edit.query.shard), safe(other))
+                query, key = plan.output.place(edit.query), plan.output.place(edit.key)
+                other = "" if key.shard == query.shard else key.shard
+                table.add_row(str(edit.layer), edit.attention, safe(query.shard), safe(other))
             console.print(table)
         dtypes = " and ".join(sorted({edit.query.dtype for edit in plan.edits})) or "no dtype"
-        n_files = len(plan.model.checkpoint.files)
+        n_files = len(plan.output.files)
         console.print(
             f"{len(plan.edits)} tensor(s) in {dtypes}, {len(plan.edits) * len(plan.settings.heads)} head(s), "
-            f"{size_text(plan.edited_bytes)} rewritten in {len(plan.edits_by_shard)} of {n_files} file(s)"
+            f"{size_text(plan.edited_bytes)} rewritten in {len(plan.edits_by_file)} of {n_files} file(s)"
         )
         console.print(
             f"OUT {size_text(plan.output_bytes)}, free disk {size_text(free_disk)}, "
@@ -74,10 +76,11 @@ def show_applied(plan: EditPlan, manifest: Manifest, source: str, out: Path) -> 
             )
         if manifest.edits:
             console.print(table)
-        patched = sum(file.action == "patched" for file in manifest.files)
+        n_of = Counter(file.action for file in manifest.files)
+        anew = f", {n_of['resharded']} written anew" if n_of["resharded"] else ""
         console.print(
-            f"Wrote {safe(str(out))}: {len(manifest.edits)} tensor(s) edited in {patched} file(s), "
-            f"{len(manifest.files) - patched} file(s) copied, {size_text(plan.output_bytes)}"
+            f"Wrote {safe(str(out))}: {len(manifest.edits)} tensor(s) edited in {n_of['patched']} file(s), "
+            f"{n_of['copied']} file(s) copied{anew}, {size_text(plan.output_bytes)}"
         )
         own = ["--recipe", plan.model.recipe_file] if plan.model.recipe_file else []
         command = shlex.join(["qkpatch", "verify", str(out), "--source", source, *own])

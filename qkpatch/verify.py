@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from qkpatch.canonical import canonical_json
 from qkpatch.catalogue import shipped_recipes
-from qkpatch.checkpoint.files import Progress, open_read, sha256_range
+from qkpatch.checkpoint.files import Progress, open_read, read_exact, sha256_range
+from qkpatch.checkpoint.header import TensorRef
+from qkpatch.checkpoint.output import Extent, Output, OutputFile
 from qkpatch.checkpoint.side_by_side import Reader, Span
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME, Checkpoint, open_checkpoint
 from qkpatch.checkpoint.tree import SourceFile, read_whole, walk_files
 from qkpatch.errors import AmbiguousError, CheckpointError, UnsupportedError, UsageError
 from qkpatch.locate import locate
-from qkpatch.manifest import EditRecord, Manifest, planned_manifest
+from qkpatch.manifest import Manifest, planned_manifest
 from qkpatch.plan import EditPlan, make_plan
 from qkpatch.sums import sums_text
 
@@ -84,21 +88,21 @@ def verify(out: Path, source: str, progress: Progress, recipe: str | None = None
     else:
         found += _differences(manifest, planned_manifest(plan, ""), plan)
     checkpoint = open_checkpoint(locate(source).path) if plan is None else plan.model.checkpoint
+    output = Output.copy_of(checkpoint) if plan is None else plan.output
     present, _ = walk_files(out, skip=())
     present.pop(MANIFEST_NAME, None)
-    sums = present.pop(SUMS_NAME, None) if SUMS_NAME not in checkpoint.files else None
-    found += _file_sets(checkpoint, present)
+    sums = present.pop(SUMS_NAME, None) if SUMS_NAME not in output.files else None
+    found += _file_sets(output, present)
     found += _check_sums(manifest, out, sums, present)
-    recorded = {edit.tensor: edit for edit in manifest.edits}
     edited_bytes = 0
-    for name in sorted(checkpoint.files.keys() & present.keys()):
+    for name in sorted(output.files.keys() & present.keys()):
         allowed = [] if plan is None else plan.written_ranges(name)
         edited_bytes += sum(end - begin for begin, end in allowed)
-        planned = () if plan is None else plan.edits_by_shard.get(name, ())
-        edits = [recorded[target.query.name] for target in planned if target.query.name in recorded]
-        found += _compare(checkpoint.files[name], present[name], edits, allowed, checkpoint, progress)
-        if name in checkpoint.headers:
-            found += _library_verdict(checkpoint.files[name], present[name])
+        found += _compare(output.files[name], present[name], allowed, checkpoint, progress)
+        if any(extent.file.name in checkpoint.headers for extent in output.files[name].extents):
+            found += _library_verdict(output.files[name], present[name])
+    if plan is not None:
+        found += _check_edits(manifest, plan, present)
     return Verification(
         files=len(present),
         edited_tensors=len(manifest.edits),
@@ -128,10 +132,10 @@ def _check_sums(
                     yield Mismatch(file.name, "does not have the recorded digest (sha256)")
 
 
-def _file_sets(checkpoint: Checkpoint, present: dict[str, SourceFile]) -> Iterator[Mismatch]:
-    for name in sorted(checkpoint.files.keys() - present.keys()):
-        yield Mismatch(name, "is in SOURCE and missing from OUT")
-    for name in sorted(present.keys() - checkpoint.files.keys()):
+def _file_sets(output: Output, present: dict[str, SourceFile]) -> Iterator[Mismatch]:
+    for name in sorted(output.files.keys() - present.keys()):
+        yield Mismatch(name, "is missing from OUT")
+    for name in sorted(present.keys() - output.files.keys()):
         yield Mismatch(name, "is in OUT and not in SOURCE")
 
 
@@ -178,35 +182,46 @@ def _differences(manifest: Manifest, planned: Manifest, plan: EditPlan) -> Itera
 
 
 def _compare(
-    source: SourceFile,
+    wanted: OutputFile,
     out: SourceFile,
-    edits: list[EditRecord],
     allowed: list[tuple[int, int]],
     checkpoint: Checkpoint,
     progress: Progress,
 ) -> Iterator[Mismatch]:
-    if source.size != out.size:
-        yield Mismatch(source.name, f"has {out.size} bytes, {source.size} in SOURCE")
+    """The first byte outside ``allowed`` that is neither SOURCE's nor our own header's."""
+    if wanted.size != out.size:
+        yield Mismatch(wanted.name, f"has {out.size} bytes, and should have {wanted.size}")
         return
-    with open_read(source.path, source.id) as a, open_read(out.path, out.id) as b:
-        position = 0
-        for begin, end in [*allowed, (source.size, source.size)]:
-            difference = _first_difference(a, b, position, begin, source.name, progress)
-            if difference is not None:
-                yield Mismatch(
-                    source.name,
-                    f"differs outside the planned rows, {_place(checkpoint, source.name, difference)}",
-                )
-                return
-            progress(end - begin)
-            position = end
-        for written in (w for edit in edits for w in edit.written if w.shard == source.name):
-            ref = checkpoint.tensors.get(written.tensor)
-            if ref is None:
-                yield Mismatch(written.tensor, "is recorded as edited, and SOURCE does not store it")
-                continue
-            before = sha256_range(a, ref.begin, ref.end, source.name)
-            after = sha256_range(b, ref.begin, ref.end, source.name)
+    with open_read(out.path, out.id) as b:
+        if bytes(read_exact(b, len(wanted.own), 0, out.path)) != wanted.own:
+            yield Mismatch(wanted.name, "the header or index is not as qkpatch writes it")
+            return
+        for source, extents in groupby(wanted.around(allowed), attrgetter("file")):
+            with open_read(source.path, source.id) as a:
+                for extent in extents:
+                    difference = _first_difference(a, b, extent, wanted.name, progress)
+                    if difference is not None:
+                        place = _place(checkpoint, source.name, difference - extent.at + extent.begin)
+                        yield Mismatch(
+                            wanted.name,
+                            f"differs outside the planned rows, first at byte {difference}{place}",
+                        )
+                        return
+        progress(len(wanted.own) + sum(end - begin for begin, end in allowed))
+
+
+def _check_edits(manifest: Manifest, plan: EditPlan, present: dict[str, SourceFile]) -> Iterator[Mismatch]:
+    """The digests of edited tensors, on both sides, and that an edit is there at all."""
+    sources, recorded = plan.model.checkpoint.files, {edit.tensor: edit for edit in manifest.edits}
+    for target in plan.edits:
+        record = recorded.get(target.query.name)
+        for ref, written in zip(target.written, record.written if record else (), strict=False):
+            place = plan.output.place(ref)
+            out = present.get(place.shard)
+            if out is None or out.size != plan.output.files[place.shard].size:
+                continue  # told already
+            before = _digest(sources[ref.shard], ref)
+            after = _digest(out, place)
             if written.sha256_before is not None and before != written.sha256_before:
                 yield Mismatch(ref.name, "SOURCE does not hold the values that were edited (sha256_before)")
             if written.sha256_after is not None and after != written.sha256_after:
@@ -215,9 +230,18 @@ def _compare(
                 yield Mismatch(ref.name, "is the same in SOURCE and OUT: the edit is not there")
 
 
-def _first_difference(a: int, b: int, begin: int, end: int, where: str, progress: Progress) -> int | None:
-    offset = begin
-    for x, y in Reader().pairs(Span(a, begin, end, where), Span(b, begin, end, where)):
+def _digest(file: SourceFile, ref: TensorRef) -> str:
+    with open_read(file.path, file.id) as fd:
+        return sha256_range(fd, ref.begin, ref.end, file.path)
+
+
+def _first_difference(a: int, b: int, extent: Extent, where: str, progress: Progress) -> int | None:
+    """The offset in OUT."""
+    offset = extent.at
+    pairs = Reader().pairs(
+        Span(a, extent.begin, extent.end, extent.file.name), Span(b, extent.at, extent.upto, where)
+    )
+    for x, y in pairs:
         if x != y:
             return offset + next(i for i in range(len(x)) if x[i] != y[i])
         offset += len(x)
@@ -226,19 +250,22 @@ def _first_difference(a: int, b: int, begin: int, end: int, where: str, progress
 
 
 def _place(checkpoint: Checkpoint, shard: str, offset: int) -> str:
+    """What lies at an offset of a file of SOURCE."""
     header = checkpoint.headers.get(shard)
     if header is not None:
         if offset < header.data_start:
-            return f"first at byte {offset}, in its header"
+            return ", in its header"
         for ref in header.tensors.values():
             if ref.begin <= offset < ref.end:
-                return f"first at byte {offset}, in {ref.name}"
-    return f"first at byte {offset}"
+                return f", in {ref.name}"
+    return ""
 
 
-def _library_verdict(source: SourceFile, out: SourceFile) -> Iterator[Mismatch]:
+def _library_verdict(wanted: OutputFile, out: SourceFile) -> Iterator[Mismatch]:
     """The safetensors library must open what it opened in SOURCE; it does not know every dtype we carry over."""
-    if _library_accepts(source.path) and not _library_accepts(out.path):
+    if all(_library_accepts(extent.file.path) for extent in wanted.extents) and not _library_accepts(
+        out.path
+    ):
         yield Mismatch(out.name, "the safetensors library opens it in SOURCE and refuses it in OUT")
 
 

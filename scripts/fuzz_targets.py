@@ -555,7 +555,7 @@ def settings_seeds() -> list[bytes]:
     """``EDIT.yaml`` in several ways."""
     return [
         b"layers: 10-18,20\nheads: 0-3\nmodes: 4\nalpha: 0.5\nchannel: full\nselect: dominant\nseed: 7\n",
-        b"recipe: llama\nattention: self\nlayers: [10, 11]\nfold_norm: true\nalpha: 1\n",
+        b"recipe: llama\nattention: self\nlayers: [10, 11]\nfold_norm: true\nalpha: 1\nmax_shard_size: 5GB\n",
         b"{layers: 3, heads: 1, alpha: 0.25, select: random, channel: symmetric}",
     ]
 
@@ -594,13 +594,16 @@ def manifest_seeds() -> list[bytes]:
             "model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
             "hidden_size": 24, "rows": "separate", "logits": {},
         },
+        output={"max_shard_size": None},
         edits=(record,),
         files=(FileRecord("config.json", 9, "copied"), FileRecord("model.safetensors", 2000, "patched")),
         warnings=("one",),
         run={"started": "2026-01-01T00:00:00Z"},
     )  # fmt: skip
     planned = EditRecord.without_figures(record)
-    bare = Manifest(**{**vars(manifest), "edits": (planned,), "files": (), "run": {}})
+    bare = Manifest(
+        **{**vars(manifest), "edits": (planned,), "output": {"max_shard_size": 5000}, "files": (), "run": {}}
+    )
     return [manifest.dumps().encode(), bare.dumps().encode()]
 
 

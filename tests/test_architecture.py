@@ -23,6 +23,7 @@ FLOORS = [
     ["plan", "weights", "diagnosis"],
     ["manifest", "spectra"],
     ["copier", "sums"],
+    ["editing"],
     ["patch", "verify"],
     ["console", "options"],
     ["tables"],
@@ -44,7 +45,7 @@ ONLY_IN = {
     "huggingface_hub": {"checkpoint.hub"},
     "safetensors": {"verify"},
     "torch": {
-        "weights", "spectra", "patch", "crew", "spectral.product", "spectral.edit", "spectral.rounding", "spectral.fp8",
+        "weights", "spectra", "editing", "spectral.product", "spectral.edit", "spectral.rounding", "spectral.fp8",
         "spectral.change",
     },
     "click": set(),  # Typer vendors its own

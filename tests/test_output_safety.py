@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import Tiny
 from safetensors.torch import load_file, save_file
 from typer.testing import Result
@@ -29,7 +28,7 @@ from qkpatch.settings import Request
 from qkpatch.writing import Writing
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
-CPU = torch.device("cpu")
+CPU = "cpu"
 State = dict[str, tuple[str, int]]
 
 

@@ -1,9 +1,8 @@
-"""Small file primitives: exact reads and writes, identity, kernel copies. Errors say which file and what to do."""
+"""Small file primitives: exact reads and writes, identity, digests. Errors say which file and what to do."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -13,22 +12,7 @@ from pathlib import Path
 
 from qkpatch.errors import FileSystemError
 
-# One system call copies at most this much, so that progress moves and Ctrl-C is heard.
-COPY_CHUNK = 64 << 20
 READ_CHUNK = 1 << 20
-
-_FICLONE = 0x40049409  # linux/fs.h; in the fcntl module only since Python 3.12
-
-# copy_file_range and sendfile decline with these where the file systems cannot do it; other errnos are real.
-_DECLINED = {
-    errno.EXDEV,
-    errno.EOPNOTSUPP,
-    errno.ENOSYS,
-    errno.EINVAL,
-    errno.EBADF,
-    errno.ETXTBSY,
-    errno.EPERM,
-}
 
 _ADVICE = {
     errno.ENOSPC: "free some space, or write to another file system with -o",
@@ -136,63 +120,14 @@ def write_exact(fd: int, data: bytes | bytearray | memoryview, offset: int, wher
 def sha256_range(fd: int, begin: int, end: int, where: str | Path) -> str:
     """SHA-256 of the bytes ``begin:end`` of an open file, in bounded memory."""
     digest = hashlib.sha256()
+    update_digest(digest, fd, begin, end, where)
+    return digest.hexdigest()
+
+
+def update_digest(digest: hashlib._Hash, fd: int, begin: int, end: int, where: str | Path) -> None:
+    """Feed the bytes ``begin:end`` of an open file to ``digest``."""
     buffer = bytearray(min(READ_CHUNK, end - begin))  # one for all: fresh memory costs more than reading
     for offset in range(begin, end, len(buffer) or 1):
         view = memoryview(buffer)[: end - offset]
         read_into(fd, view, offset, where)
         digest.update(view)
-    return digest.hexdigest()
-
-
-def clone(source: int, target: int) -> bool:
-    """Let ``target`` share all blocks of ``source`` where the file system can (btrfs, xfs); False where it cannot."""
-    try:
-        fcntl.ioctl(target, _FICLONE, source)
-    except OSError:
-        return False  # whatever it is, copying will meet it again, or not
-    return True
-
-
-def copy_range(source: int, target: int, begin: int, end: int, where: str | Path, progress: Progress) -> str:
-    """Copy the bytes ``begin:end`` between open files with the best means the kernel offers; returns its name.
-
-    ``copy_file_range`` stays in the kernel, ``sendfile`` crosses file systems, read and write always work. Each
-    continues where the one before declined. ``progress`` may raise to stop it.
-    """
-    done = begin
-    used = "none"
-    with os_errors("copy", where):
-        for name, step in (
-            ("copy_file_range", _copy_file_range),
-            ("sendfile", _sendfile),
-            ("read_write", _read_write),
-        ):
-            while done < end:
-                try:
-                    n = step(source, target, done, min(COPY_CHUNK, end - done))
-                except OSError as error:
-                    if error.errno not in _DECLINED or name == "read_write":
-                        raise
-                    break
-                if n == 0:  # some kernels report success and copy nothing; let the next means decide
-                    break
-                used = name
-                done += n
-                progress(n)
-            if done == end:
-                return used
-    raise FileSystemError(f"the source ends {end - done} bytes early", where=str(where))
-
-
-def _copy_file_range(source: int, target: int, offset: int, count: int) -> int:
-    return os.copy_file_range(source, target, count, offset, offset)
-
-
-def _sendfile(source: int, target: int, offset: int, count: int) -> int:
-    os.lseek(target, offset, os.SEEK_SET)
-    return os.sendfile(target, source, offset, count)
-
-
-def _read_write(source: int, target: int, offset: int, count: int) -> int:
-    data = os.pread(source, min(count, READ_CHUNK), offset)
-    return os.pwrite(target, data, offset)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qkpatch.checkpoint.files import os_errors
-from qkpatch.checkpoint.tree import SourceFile
+from qkpatch.checkpoint.output import OutputFile
 
 NAME = ".qkpatch-journal"  # in the staging directory, never in OUT
 
@@ -34,7 +34,7 @@ class Journal:
                 os.truncate(self._path, self._path.read_bytes().rindex(b"\n") + 1)
             self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
-    def state(self, staged: Path, file: SourceFile) -> State | None:
+    def state(self, staged: Path, file: OutputFile) -> State | None:
         """How far ``staged``, the copy of ``file``, was when the journal was left; None where nothing is sure."""
         note = self._done.get(file.name)
         try:
@@ -47,13 +47,13 @@ class Journal:
         # ctime cannot be set by hand: nothing has touched the copy since. The rows of the others may have changed.
         return state if state is State.filled or status.st_ctime_ns == note["ctime_ns"] else None
 
-    def forget(self, file: SourceFile) -> None:
+    def forget(self, file: OutputFile) -> None:
         """Take back what was noted of ``file``, which is about to be made anew: perhaps under the same inode number."""
         if self._done.pop(file.name, None) is not None:
             with os_errors("write", self._path):
                 os.write(self._fd, (json.dumps({"name": file.name, "state": None}) + "\n").encode())
 
-    def note(self, fd: int, file: SourceFile, state: State) -> None:
+    def note(self, fd: int, file: OutputFile, state: State) -> None:
         """Say that the open copy of ``file`` is on the disk in ``state``."""
         status = os.fstat(fd)
         line = {

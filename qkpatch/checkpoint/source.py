@@ -52,11 +52,6 @@ class Stored:
         """All tensors by name."""
         return {ref.name: ref for header in self.headers.values() for ref in header.tensors.values()}
 
-    @property
-    def total_bytes(self) -> int:
-        """Size of everything that is carried over."""
-        return sum(file.size for file in self.files.values())
-
 
 @dataclass(frozen=True)
 class Checkpoint(Stored):

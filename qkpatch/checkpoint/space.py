@@ -8,7 +8,8 @@ import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
-from qkpatch.checkpoint.files import clone, os_errors
+from qkpatch.checkpoint.copying import clone
+from qkpatch.checkpoint.files import os_errors
 from qkpatch.checkpoint.tree import SourceFile
 from qkpatch.errors import FileSystemError
 

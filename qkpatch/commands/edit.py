@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qkpatch.boundary import command
-from qkpatch.interrupts import signals_held
 from qkpatch.options import (
     AlphaOpt,
     AttentionOpt,
@@ -25,6 +24,7 @@ from qkpatch.options import (
     RecipeOpt,
     SeedOpt,
     SelectOpt,
+    ShardOpt,
     SourceArg,
     ThreadsOpt,
     edit_request,
@@ -56,6 +56,7 @@ def apply(
     config: ConfigOpt = None,
     device: DeviceOpt = "auto",
     threads: ThreadsOpt = None,
+    max_shard_size: ShardOpt = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Plan only; the same as `qkpatch plan`.")
     ] = False,
@@ -82,10 +83,22 @@ def apply(
     """Write an edited copy of SOURCE to OUT, with a manifest of what was changed."""
     from qkpatch.budget import choose_threads
     from qkpatch.console import bars, print_text, show_warnings
+    from qkpatch.patch import apply_plan
     from qkpatch.tables import show_applied
 
     request = edit_request(
-        layers, modes, alpha, channel, select, seed, heads, recipe, attention, fold_norm, config
+        layers,
+        modes,
+        alpha,
+        channel,
+        select,
+        seed,
+        heads,
+        recipe,
+        attention,
+        fold_norm,
+        config,
+        max_shard_size,
     )
     if dry_run:
         _preview(source, request, out, device, threads, as_json=as_json, quiet=quiet, overwrite=overwrite)
@@ -94,20 +107,9 @@ def apply(
     n_threads = choose_threads(threads, plan.head_memory, len(plan.model.checkpoint.tensors))
     writing = Writing(digest, link or link_cache, link_cache, resume, overwrite)
 
-    with signals_held():  # torch's imports swallow what is raised in their midst
-        from qkpatch.patch import apply_plan  # torch, from here on
-        from qkpatch.weights import choose_device
-
     n_heads = len(plan.edits) * len(plan.settings.heads)
     with bars(plan.output_bytes, n_heads, quiet=quiet or as_json) as observer:
-        manifest = apply_plan(
-            plan,
-            out,
-            device=choose_device(device),
-            threads=n_threads,
-            observer=observer,
-            writing=writing,
-        )
+        manifest = apply_plan(plan, out, device=device, threads=n_threads, observer=observer, writing=writing)
     if not quiet:
         show_warnings(manifest.warnings)
     if as_json:
@@ -135,6 +137,7 @@ def plan(
     config: ConfigOpt = None,
     device: DeviceOpt = "auto",
     threads: ThreadsOpt = None,
+    max_shard_size: ShardOpt = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="OUT may be an earlier output.")] = False,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
@@ -142,7 +145,18 @@ def plan(
 ) -> None:
     """Show what `apply` would do, from headers alone: tensors, heads, bytes, disk and memory."""
     request = edit_request(
-        layers, modes, alpha, channel, select, seed, heads, recipe, attention, fold_norm, config
+        layers,
+        modes,
+        alpha,
+        channel,
+        select,
+        seed,
+        heads,
+        recipe,
+        attention,
+        fold_norm,
+        config,
+        max_shard_size,
     )
     _preview(source, request, out, device, threads, as_json=as_json, quiet=quiet, overwrite=overwrite)
 

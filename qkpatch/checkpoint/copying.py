@@ -1,0 +1,257 @@
+"""``Passage``: bytes from one open file to another by the best means there is, with their SHA-256 on the way."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import mmap
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from itertools import cycle, pairwise
+from pathlib import Path
+from types import TracebackType
+
+from qkpatch.checkpoint.files import Progress, os_errors, read_into
+from qkpatch.errors import FileSystemError
+
+# One system call copies at most this much, so that progress moves and Ctrl-C is heard.
+COPY_CHUNK = 64 << 20
+PIECE = 4 << 20  # what is read at once, where bytes pass through memory
+_BUFFERS = 3  # one is read into, one is written from, one waits
+# A multiple of any page and block: what others write beside it through the page cache never shares a page.
+ALIGN = 64 << 10
+LEAST_DIRECT = 4 * PIECE  # below this there is nothing to gain
+
+_FICLONE = 0x40049409  # linux/fs.h; in the fcntl module only since Python 3.12
+
+# Means of copying decline with these where the file systems cannot do it; other errnos are real.
+_DECLINED = {
+    errno.EXDEV,
+    errno.EOPNOTSUPP,
+    errno.ENOSYS,
+    errno.EINVAL,
+    errno.EBADF,
+    errno.ETXTBSY,
+    errno.EPERM,
+}
+
+
+def clone(source: int, target: int) -> bool:
+    """Let ``target`` share all blocks of ``source`` where the file system can (btrfs, xfs); False where it cannot."""
+    try:
+        fcntl.ioctl(target, _FICLONE, source)
+    except OSError:
+        return False  # whatever it is, copying will meet it again, or not
+    return True
+
+
+class Lane:
+    """Buffers, and a thread that writes one while the next is read; for one :class:`Passage` at a time."""
+
+    def __init__(self) -> None:
+        self.buffers = [mmap.mmap(-1, PIECE) for _ in range(_BUFFERS)]  # aligned to pages
+        self.writer = ThreadPoolExecutor(1, "qkpatch-write")
+
+    def __enter__(self) -> Lane:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.writer.shutdown(wait=True)
+        for buffer in self.buffers:
+            buffer.close()
+
+
+class Passage:
+    """From one open file to another, through ``lane``.
+
+    Disks are written past the page cache, and read past it where it does not hold the bytes. That takes a tenth of
+    the processor time of ``copy_file_range``, which the edit can use, and leaves other programs' files in the cache.
+    """
+
+    def __init__(self, lane: Lane, source: int, target: int, where: Path) -> None:
+        self._lane, self._where = lane, where
+        self._source, self._target = source, target
+        self._raw_source, self._raw_target = (
+            _past_cache(source, os.O_RDONLY),
+            _past_cache(target, os.O_WRONLY),
+        )
+
+    def __enter__(self) -> Passage:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for raw in (self._raw_source, self._raw_target):
+            if raw is not None:
+                os.close(raw)
+
+    def copy(
+        self, begin: int, end: int, at: int, progress: Progress, digest: hashlib._Hash | None = None
+    ) -> str:
+        """Copy the bytes ``begin:end`` to ``at``, and feed them to ``digest``; returns the name of the means.
+
+        The target is as long already, and zero where nothing was written: holes are left out. ``progress`` may
+        raise to stop it.
+
+        Raises:
+            FileSystemError: reading or writing fails, or the source ends early.
+        """
+        shift = at - begin
+        if digest is not None:
+            return self._copy_data(begin, end, shift, progress, digest)
+        used, position = "none", begin
+        for first, last in _data(self._source, begin, end):
+            progress(first - position)
+            used, position = self._copy_data(first, last, shift, progress, None), last
+        progress(end - position)
+        return used
+
+    def _copy_data(
+        self, begin: int, end: int, shift: int, progress: Progress, digest: hashlib._Hash | None
+    ) -> str:
+        # Whole blocks of the target, in the source's offsets.
+        first, last = -(-(begin + shift) // ALIGN) * ALIGN - shift, (end + shift) // ALIGN * ALIGN - shift
+        is_direct = self._raw_target is not None and last - first >= LEAST_DIRECT
+        if not is_direct and digest is None:
+            return copy_range(self._source, self._target, begin, end, self._where, progress, shift)
+        edges = [begin, first, last, end] if is_direct else [begin, end]
+        pieces = [
+            (at, min(at + PIECE, upto)) for start, upto in pairwise(edges) for at in range(start, upto, PIECE)
+        ]
+        self._pipe(pieces, shift, progress, digest)
+        return "direct" if is_direct else "read_write"
+
+    def _pipe(
+        self,
+        pieces: Sequence[tuple[int, int]],
+        shift: int,
+        progress: Progress,
+        digest: hashlib._Hash | None,
+    ) -> None:
+        """Read pieces in order, and write each while the next ones are read."""
+        writing: deque[Future[int]] = deque()
+        try:
+            for (begin, end), buffer in zip(pieces, cycle(self._lane.buffers)):
+                if len(writing) == len(self._lane.buffers):
+                    progress(writing.popleft().result())
+                piece = memoryview(buffer)[: end - begin]
+                self._read(piece, begin)
+                if digest is not None:
+                    digest.update(piece)
+                writing.append(self._lane.writer.submit(self._write, piece, begin + shift))
+            while writing:
+                progress(writing.popleft().result())
+        finally:
+            wait(writing)  # before files are closed
+
+    def _read(self, piece: memoryview, offset: int) -> None:
+        """Out of the page cache what is there, past it what is not."""
+        raw = self._raw_source if _is_aligned(piece, offset) else None
+        if raw is not None and not _is_cached(self._source, offset + len(piece) - 1):
+            with suppress(OSError):  # the plain way works, or says why not
+                if os.preadv(raw, [piece], offset) == len(piece):
+                    return
+        read_into(self._source, piece, offset, self._where)
+
+    def _write(self, piece: memoryview, offset: int) -> int:
+        raw, done = self._raw_target if _is_aligned(piece, offset) else None, 0
+        with os_errors("copy", self._where):
+            while done < len(piece):
+                try:
+                    done += os.pwrite(self._target if raw is None else raw, piece[done:], offset + done)
+                except OSError as error:
+                    if raw is None or error.errno not in _DECLINED:
+                        raise
+                    raw = None  # the rest of the piece goes the plain way
+        return done
+
+
+def _is_aligned(piece: memoryview, offset: int) -> bool:
+    return offset % ALIGN == 0 and len(piece) % ALIGN == 0
+
+
+def _is_cached(fd: int, offset: int) -> bool:
+    try:
+        return os.preadv(fd, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+    except OSError:
+        return False  # EAGAIN; or the file system cannot tell
+
+
+def _past_cache(fd: int, access: int) -> int | None:
+    """The open file once more, with O_DIRECT; None where it lies on no disk of this machine's.
+
+    Network file systems, tmpfs and overlays, which have no device of their own, manage their caches better.
+    """
+    if os.major(os.fstat(fd).st_dev):
+        with suppress(OSError):
+            return os.open(f"/proc/self/fd/{fd}", access | os.O_DIRECT | os.O_CLOEXEC)
+    return None
+
+
+def _data(fd: int, begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """What of ``begin:end`` is not a hole."""
+    while begin < end:
+        try:
+            first = os.lseek(fd, begin, os.SEEK_DATA)
+            last = os.lseek(fd, first, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # the file system cannot tell
+                yield begin, end
+            return
+        if first < end:
+            yield first, min(last, end)
+        begin = last
+
+
+def copy_range(
+    source: int, target: int, begin: int, end: int, where: str | Path, progress: Progress, shift: int = 0
+) -> str:
+    """Copy the bytes ``begin:end`` between open files within the kernel where it can; returns the means' name.
+
+    ``copy_file_range`` stays in the file system, ``sendfile`` crosses file systems, read and write always work. Each
+    continues where the one before declined. They arrive ``shift`` bytes further on. ``progress`` may raise to stop it.
+    """
+    done = begin
+    used = "none"
+    with os_errors("copy", where):
+        for name, step in (
+            ("copy_file_range", _copy_file_range),
+            ("sendfile", _sendfile),
+            ("read_write", _read_write),
+        ):
+            while done < end:
+                try:
+                    n = step(source, target, done, done + shift, min(COPY_CHUNK, end - done))
+                except OSError as error:
+                    if error.errno not in _DECLINED or name == "read_write":
+                        raise
+                    break
+                if n == 0:  # some kernels report success and copy nothing; let the next means decide
+                    break
+                used = name
+                done += n
+                progress(n)
+            if done == end:
+                return used
+    raise FileSystemError(f"the source ends {end - done} bytes early", where=str(where))
+
+
+def _copy_file_range(source: int, target: int, offset: int, at: int, count: int) -> int:
+    return os.copy_file_range(source, target, count, offset, at)
+
+
+def _sendfile(source: int, target: int, offset: int, at: int, count: int) -> int:
+    os.lseek(target, at, os.SEEK_SET)
+    return os.sendfile(target, source, offset, count)
+
+
+def _read_write(source: int, target: int, offset: int, at: int, count: int) -> int:
+    data = os.pread(source, min(count, PIECE), offset)
+    return os.pwrite(target, data, at)

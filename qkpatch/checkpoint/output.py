@@ -1,0 +1,87 @@
+"""``Output``: the files that OUT consists of, each as pieces of SOURCE's files. No byte is read or written here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from qkpatch.checkpoint.header import TensorRef
+from qkpatch.checkpoint.source import Stored
+from qkpatch.checkpoint.tree import SourceFile
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """The bytes ``begin:end`` of a file of SOURCE, and the offset ``at`` which they get in a file of OUT."""
+
+    file: SourceFile
+    begin: int
+    end: int
+    at: int
+
+    @property
+    def upto(self) -> int:
+        """Where they end in the file of OUT."""
+        return self.at + self.end - self.begin
+
+    def within(self, first: int, last: int) -> Extent:
+        """The part that gets the offsets ``first:last``."""
+        return replace(self, begin=self.begin + first - self.at, end=self.begin + last - self.at, at=first)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """One file of OUT: bytes of our own, such as a header, and after them, without a gap, what SOURCE gives."""
+
+    name: str
+    mode: int
+    own: bytes
+    extents: tuple[Extent, ...]
+
+    @classmethod
+    def copy_of(cls, file: SourceFile) -> OutputFile:
+        """A file as it is in SOURCE."""
+        return cls(file.name, file.mode, b"", (Extent(file, 0, file.size, 0),))
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.extents[-1].upto if self.extents else len(self.own)
+
+    @property
+    def original(self) -> SourceFile | None:
+        """The file of SOURCE that this is a copy of, all of it and nothing else."""
+        only = self.extents[0] if len(self.extents) == 1 and not self.own else None
+        return only.file if only is not None and only.end - only.begin == only.file.size else None
+
+    def around(self, ranges: Sequence[tuple[int, int]]) -> Iterator[Extent]:
+        """The extents less ``ranges`` of this file, which are ascending and apart."""
+        for extent in self.extents:
+            position = extent.at
+            for begin, end in [*ranges, (extent.upto, extent.upto)]:
+                first, last = min(begin, extent.upto), min(end, extent.upto)
+                if position < first:
+                    yield extent.within(position, first)
+                position = max(position, last)
+
+
+@dataclass(frozen=True)
+class Output:
+    """All files of OUT but those that say what was done, and where in them SOURCE's tensors are."""
+
+    files: Mapping[str, OutputFile]
+    moved: Mapping[str, TensorRef] | None = None  # None: every tensor stays where it is
+
+    @classmethod
+    def copy_of(cls, source: Stored) -> Output:
+        """The files of SOURCE, as they are."""
+        return cls({name: OutputFile.copy_of(file) for name, file in source.files.items()})
+
+    def place(self, ref: TensorRef) -> TensorRef:
+        """Where OUT has a tensor of SOURCE."""
+        return ref if self.moved is None else self.moved[ref.name]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(file.size for file in self.files.values())
