@@ -63,8 +63,7 @@ class Lane:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.writer.shutdown(wait=True)
-        for buffer in self.buffers:
-            buffer.close()
+        self.buffers.clear()  # not closed: after an error, its traceback still refers to parts of them
 
 
 class Passage:
@@ -110,6 +109,9 @@ class Passage:
         for first, last in _data(self._source, begin, end):
             progress(first - position)
             used, position = self._copy_data(first, last, shift, progress, None), last
+        missing = end - os.fstat(self._source).st_size
+        if missing > 0:  # no hole
+            raise _ends_early(missing, self._where)
         progress(end - position)
         return used
 
@@ -240,7 +242,11 @@ def copy_range(
                 progress(n)
             if done == end:
                 return used
-    raise FileSystemError(f"the source ends {end - done} bytes early", where=str(where))
+    raise _ends_early(end - done, where)
+
+
+def _ends_early(n_bytes: int, where: str | Path) -> FileSystemError:
+    return FileSystemError(f"the source ends {n_bytes} bytes early", where=str(where))
 
 
 def _copy_file_range(source: int, target: int, offset: int, at: int, count: int) -> int:
