@@ -212,8 +212,10 @@ def together(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     import torch
 
-    from qkpatch import cli, patch, verify  # noqa: F401 - imported here, no fork has to
+    from qkpatch import cli, editing, patch, verify  # noqa: F401 - imported here, no fork has to
+    from qkpatch.checkpoint import copying
 
+    copying.PIECE = copying.LEAST_DIRECT = 1 << 17  # so that small files, too, go past the page cache
     torch.set_num_threads(1)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
         cli.app(["recipes", "--json"])
