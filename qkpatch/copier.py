@@ -16,7 +16,7 @@ from threading import BoundedSemaphore, Condition
 from types import TracebackType
 from typing import NamedTuple, Protocol
 
-from qkpatch.checkpoint.copying import Lane, Passage, clone
+from qkpatch.checkpoint.copying import Lane, Passage, clone, data_size
 from qkpatch.checkpoint.files import open_read, os_errors, sha256_range, update_digest, write_exact
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.journal import NAME as JOURNAL_NAME
@@ -310,10 +310,18 @@ def _sync(fd: int, path: Path) -> None:
 
 
 def space_needed(plan: EditPlan, staging: Path, journal: Journal, writing: Writing) -> int:
-    """Bytes that are still to be written: without what a resumed run has, and what is to be linked."""
+    """Bytes that are still to be written: without holes, what a resumed run has, and what is to be linked."""
     return sum(
-        file.size
+        _written_bytes(file)
         for name, file in plan.output.files.items()
         if journal.state(staging / name, file) is None
         and (name in plan.edits_by_file or not _may_link(file, writing))
     )
+
+
+def _written_bytes(file: OutputFile) -> int:
+    total = len(file.own)
+    for extent in file.extents:
+        with open_read(extent.file.path, extent.file.id) as fd:
+            total += data_size(fd, extent.begin, extent.end)
+    return total

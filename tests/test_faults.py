@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import struct
@@ -197,7 +198,8 @@ PHASES: list[dict[str, float]] = [
     {},
     {"fsync": 0.01},
     {"pwrite": 0.002},
-    {"copy_file_range": 0.01},
+    {"copying": 0.01},
+    {"rows": 0.002},
     {"preadv": 0.001},
     {"unlink": 0.01},
     {"open": 0.003},
@@ -302,7 +304,7 @@ def test_a_manifest_or_sums_of_the_killed_run_are_not_taken_for_those_of_the_nex
 def killed_with_everything_copied(driver: Driver, source: Path, out: Path) -> Path:
     """The staging directory of a run that was killed while it wrote its edits."""
     for wait in (1, 4, 16):  # a busy machine may take longer
-        killed_at(driver, source, out, slow={"pwrite": 60}, after=wait)
+        killed_at(driver, source, out, slow={"rows": 60}, after=wait)
         (staging,) = out.parent.glob(".out.qkpatch-*")
         noted = (staging / ".qkpatch-journal").read_text()
         if all(json.dumps(name) in noted for name in state(source)):
@@ -324,15 +326,13 @@ def test_a_note_is_not_believed_of_another_file_with_the_same_inode_number(
     flags = ("--layers", "1")
     expected = undisturbed_of(driver, source, *flags)
     for attempt in (1, 4, 16):
-        killed_at(driver, source, out, *flags, slow={"pwrite": 60}, after=attempt)
+        killed_at(driver, source, out, *flags, slow={"rows": 60}, after=attempt)
         if any("filled" in path.read_text() for path in folder.glob(".out.*/.qkpatch-journal")):
             break
         clear(folder)
     (staged,) = folder.glob(".out.*/*.safetensors")
     os.truncate(staged, 1000)
-    killed_at(
-        driver, source, out, *flags, "--resume", slow={"copy_file_range": 60, "sendfile": 60}, after=attempt
-    )
+    killed_at(driver, source, out, *flags, "--resume", slow={"copying": 60}, after=attempt)
     end = driver("apply", source, "-o", out, *flags, "--quiet", "--resume")
     assert end.code == 0, end.text
     assert whole(out) == expected
@@ -849,16 +849,16 @@ def test_a_failure_in_one_thread_is_told_as_itself(
         assert "query head 7 of layer 3 holds NaN" in end.text
         assert name in end.text
         for root, calls, said in (
-            ("side.dat", "copy_file_range", "cannot copy"),
+            ("side.dat", "copy_file_range,pwrite", "cannot copy"),
             ("side.dat", "fsync", "cannot sync"),
-            ("model-00001-of-00002.safetensors", "pwrite", "cannot write"),
+            ("model-00001-of-00002.safetensors", "pwrite", "cannot (copy|write)"),
             (".qkpatch-journal", "write", "cannot write"),
         ):
             environment = faults(chance, root, calls, error=errno.EIO, per_mille=1000)
             slow = chance.choice(PHASES)
             end = faulty("apply", source, "-o", folder / "out", *flags, environment=environment, slow=slow)
             assert (end.code, names(folder)) == (4, []), end
-            assert f"{said}: {os.strerror(errno.EIO)}" in end.text
+            assert re.search(f"{said}: {os.strerror(errno.EIO)}", end.text)
             assert root in end.text
 
 

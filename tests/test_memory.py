@@ -79,3 +79,42 @@ def test_a_shard_a_gigabyte_larger_takes_no_more_memory_and_the_plan_foretells_i
     assert abs(of_large - of_small) < 24 << 10
     expected = json.loads(run("plan", large, "--json").stdout)["costs"]["expected_peak_memory_bytes"]
     assert of_large << 10 < 1.1 * expected
+
+
+def test_a_shard_of_nine_gigabytes_is_edited_within_450_megabytes(tmp_path: Path) -> None:
+    """A head of a 7B model, 128 × 4096, between holes that a copy leaves out."""
+    source, n_bytes = tmp_path / "source", 2 * 4096 * 4096
+    numbers = {"num_hidden_layers": 1, "hidden_size": 4096, "num_attention_heads": 32, "head_dim": 128}
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps({"model_type": "llama", **numbers}))
+    sizes = {"ballast.0": 4 << 30, "q": n_bytes, "k": n_bytes, "ballast.1": 5 << 30}
+    header, starts, position = {}, {}, 0
+    for name, size in sizes.items():
+        is_ballast = name.startswith("ballast")
+        key = name if is_ballast else f"model.layers.0.self_attn.{name}_proj.weight"
+        header[key] = {
+            "dtype": "U8" if is_ballast else "F16",
+            "shape": [size] if is_ballast else [4096, 4096],
+            "data_offsets": [position, position + size],
+        }
+        starts[name], position = position, position + size
+    text = json.dumps(header).encode()
+    values = b"".join(struct.pack("<H", 0x2000 + i * 2654435761 % 0x1C00) for i in range(1 << 16))
+    with open(source / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        data_start = file.tell()
+        file.truncate(data_start + position)
+        for name, turn in (("q", 0), ("k", 1000)):
+            file.seek(data_start + starts[name])
+            for head in range(6):  # of 1 MiB; the others stay holes
+                at = turn + 2 * head
+                file.write((values[at:] + values[:at]) * 8)
+    if (source / "model.safetensors").stat().st_blocks * 512 > 1 << 30:
+        pytest.skip("a file system without holes")
+    flags = ("--layers", "0", "--modes", 4, "--heads", "0-4", "--threads", 2, "--quiet")
+    for number, more in enumerate(((), ("--channel", "antisymmetric"), ("--max-shard-size", "4GiB"))):
+        out = tmp_path / f"out-{number}"
+        assert peak_kib("apply", source, *flags, *more, "-o", out) << 10 < 450e6
+        files = [file.stat() for file in out.glob("*.safetensors")]
+        assert sum(file.st_size for file in files) > 9 << 30
+        assert sum(file.st_blocks for file in files) * 512 < 1 << 30

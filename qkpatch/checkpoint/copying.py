@@ -103,17 +103,22 @@ class Passage:
             FileSystemError: reading or writing fails, or the source ends early.
         """
         shift = at - begin
-        if digest is not None:
-            return self._copy_data(begin, end, shift, progress, digest)
         used, position = "none", begin
         for first, last in _data(self._source, begin, end):
-            progress(first - position)
-            used, position = self._copy_data(first, last, shift, progress, None), last
+            self._leave_out(position, first, progress, digest)
+            used, position = self._copy_data(first, last, shift, progress, digest), last
         missing = end - os.fstat(self._source).st_size
         if missing > 0:  # no hole
             raise _ends_early(missing, self._where)
-        progress(end - position)
+        self._leave_out(position, end, progress, digest)
         return used
+
+    def _leave_out(self, begin: int, end: int, progress: Progress, digest: hashlib._Hash | None) -> None:
+        if digest is not None:
+            zeros = bytes(min(PIECE, end - begin))
+            for at in range(begin, end, PIECE):
+                digest.update(memoryview(zeros)[: end - at])
+        progress(end - begin)
 
     def _copy_data(
         self, begin: int, end: int, shift: int, progress: Progress, digest: hashlib._Hash | None
@@ -195,6 +200,11 @@ def _past_cache(fd: int, access: int) -> int | None:
         with suppress(OSError):
             return os.open(f"/proc/self/fd/{fd}", access | os.O_DIRECT | os.O_CLOEXEC)
     return None
+
+
+def data_size(fd: int, begin: int, end: int) -> int:
+    """Bytes of ``begin:end`` that a copy writes: all but the holes."""
+    return sum(last - first for first, last in _data(fd, begin, end))
 
 
 def _data(fd: int, begin: int, end: int) -> Iterator[tuple[int, int]]:
