@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from qkpatch.errors import UsageError
 from qkpatch.heads import HeadLayout
 
-# Measured: 250 to 270 MiB for the smallest checkpoint, nearly all of it `import torch` (CPU build of 2.13), and up to
-# 22 arrays of d_head × d_model float64 on top per thread (antisymmetric channel; 13 in the full one).
+# Measured: 250 to 270 MiB for the smallest checkpoint, nearly all of it `import torch` (CPU build of 2.13), and on top
+# per thread, in arrays of d_head × d_model float64 (`python -m scripts.bench.heads`), 9 in the full channel, 14 in
+# the others, and up to 18 where the norm before attention is folded in.
 BASE = 270 << 20
-WORK_ARRAYS = 22
+WORK_ARRAYS = 18
 BYTES_PER_TENSOR = 1100  # of a parsed header; a mixture of experts can have 10^5 tensors
 TARGET = 450 << 20  # what threads are chosen to stay within, where nothing is asked for
 MAX_THREADS = 256

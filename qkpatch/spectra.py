@@ -10,6 +10,7 @@ import torch
 from qkpatch.crew import Crew
 from qkpatch.model import Model
 from qkpatch.spectral.product import QKProduct, effective_rank, energy_share
+from qkpatch.spectral.rule import Channel
 from qkpatch.targets import LayerTarget
 from qkpatch.weights import open_layer, use_one_blas_thread
 
@@ -61,7 +62,8 @@ def layer_spectra(
 
 
 def _head_spectrum(head: int, kv_head: int, product: QKProduct, modes: int) -> HeadSpectrum:
-    S = product.singular_values()
+    spectrum = product.spectrum(Channel.full)
+    S = spectrum.S
     values = tuple(S.tolist())
     gap = (
         (values[modes - 1] - values[modes]) / values[modes - 1]
@@ -72,7 +74,7 @@ def _head_spectrum(head: int, kv_head: int, product: QKProduct, modes: int) -> H
         head=head,
         kv_head=kv_head,
         singular_values=values,
-        frobenius=product.frobenius,
+        frobenius=spectrum.frobenius,
         symmetric_share=product.symmetric_share,
         energy_share=energy_share(S, modes),
         effective_rank=effective_rank(S),

@@ -19,7 +19,7 @@ from qkpatch.model import Model
 from qkpatch.recipe import NormKind
 from qkpatch.settings import check_device_name
 from qkpatch.spectral.fp8 import dequantise, requantise
-from qkpatch.spectral.product import Factor, QKProduct, largest
+from qkpatch.spectral.product import Factor, QKProduct, is_finite, largest
 from qkpatch.spectral.rounding import round_once
 from qkpatch.targets import LayerTarget
 
@@ -135,10 +135,11 @@ class LayerWeights:
             # Query gains of a head's own make the weighted keys that head's own, too.
             owner = (kv_head, head if self._has_gain_per_head(self.target.query_norm) else -1)
             if owner != current:
-                current, key = owner, Factor.of(self._folded(self._key(kv_head, head)))
+                current, key = owner, Factor(self._folded(self._key(kv_head, head)))
+                self._check(self.target.key, key.W, f"key head {kv_head}")
             W_Q = self._query(head)
-            product = QKProduct(Factor.of(self._folded(W_Q)), key)
-            self._check_magnitude(product, head)
+            product = QKProduct(Factor(self._folded(W_Q)), key)
+            self._check(self.target.query, product.query.W, f"query head {head}")
             yield HeadWeights(head, W_Q, product)
             del W_Q, product  # before the next ones are read
 
@@ -151,7 +152,7 @@ class LayerWeights:
         """
         target, layout = self.target, self.target.layout
         at = layout.key_range(target.key, kv_head)
-        W_K = self._matrix(target.key, target.key_scale, at, f"key head {kv_head}")
+        W_K = self._matrix(target.key, target.key_scale, at)
         if target.norms is None or target.query_norm is None or target.key_norm is None:
             return W_K
         gain = self._gain(target.query_norm, head) * self._gain(target.key_norm, kv_head)
@@ -173,16 +174,27 @@ class LayerWeights:
     def _folded(self, W: Tensor) -> Tensor:
         return W if self.input_gain is None else W * self.input_gain
 
-    def _check_magnitude(self, product: QKProduct, head: int) -> None:
-        for ref, W in ((self.target.query, product.query.W), (self.target.key, product.key.W)):
-            size = largest(W)
-            if size and not SMALLEST < size < LARGEST:
-                raise NumericalError(
-                    f"head {head} of layer {self.target.layer} has values around {size:.0e}, "
-                    f"beyond what {COMPUTE_DTYPE} can square",
-                    where=f"{ref.name} in {ref.shard}",
-                    fix="are these weights what they should be?",
-                )
+    def _check(self, ref: TensorRef, W: Tensor, what: str) -> None:
+        """Refuse a weight, all gains in it, that holds what is no number or cannot be squared."""
+        if SMALLEST < float(torch.linalg.vector_norm(W)) < LARGEST:
+            return
+        size = largest(W)
+        if not math.isfinite(size):
+            raise self._damaged(ref, what)
+        if size and not SMALLEST < size < LARGEST:
+            raise NumericalError(
+                f"{what} of layer {self.target.layer} has values around {size:.0e}, "
+                f"beyond what {COMPUTE_DTYPE} can square",
+                where=f"{ref.name} in {ref.shard}",
+                fix="are these weights what they should be?",
+            )
+
+    def _damaged(self, ref: TensorRef, what: str) -> NumericalError:
+        return NumericalError(
+            f"{what} of layer {self.target.layer} holds NaN or Inf",
+            where=f"{ref.name} in {ref.shard}",
+            fix="the checkpoint is damaged; download it again",
+        )
 
     def store(self, head: int, W: Tensor) -> StoredHead:
         """``W`` (d_head, d_model) rounded once to what the head's rows are stored as.
@@ -206,11 +218,11 @@ class LayerWeights:
     def _query(self, head: int) -> Tensor:
         ref = self.target.query
         at = self.target.layout.query_range(ref, head)
-        return self._matrix(ref, self.target.query_scale, at, f"query head {head}")
+        return self._matrix(ref, self.target.query_scale, at)
 
-    def _matrix(self, ref: TensorRef, scale: TensorRef | None, at: tuple[int, int], what: str) -> Tensor:
+    def _matrix(self, ref: TensorRef, scale: TensorRef | None, at: tuple[int, int]) -> Tensor:
         layout = self.target.layout
-        values = self._read(ref, at, what).view(layout.d_head, layout.d_model)
+        values = self._values(ref, at).view(layout.d_head, layout.d_model)
         return values if scale is None else dequantise(values, self._scales(ref, scale, at), BLOCK)
 
     def _scales(self, ref: TensorRef, scale: TensorRef, at: tuple[int, int]) -> Tensor:
@@ -246,16 +258,14 @@ class LayerWeights:
         return to_bytes(stored.to(dtype))
 
     def _read(self, ref: TensorRef, byte_range: tuple[int, int], what: str) -> Tensor:
-        begin, end = byte_range
-        raw = torch.frombuffer(self.raw(ref, begin, end), dtype=DTYPES[ref.dtype])
-        values = raw.to(device=self.device, dtype=COMPUTE_DTYPE)
-        if not math.isfinite(largest(values)):
-            raise NumericalError(
-                f"{what} of layer {self.target.layer} holds NaN or Inf",
-                where=f"{ref.name} in {ref.shard}",
-                fix="the checkpoint is damaged; download it again",
-            )
+        values = self._values(ref, byte_range)
+        if not is_finite(values):
+            raise self._damaged(ref, what)
         return values
+
+    def _values(self, ref: TensorRef, byte_range: tuple[int, int]) -> Tensor:
+        raw = torch.frombuffer(self.raw(ref, *byte_range), dtype=DTYPES[ref.dtype])
+        return raw.to(device=self.device, dtype=COMPUTE_DTYPE)
 
 
 @contextmanager

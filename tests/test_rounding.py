@@ -113,3 +113,71 @@ def test_overflow_starts_half_a_step_above_the_largest_number(dtype: str) -> Non
 @every_dtype
 def test_nan_stays_nan(dtype: str) -> None:
     assert np.isnan(rounded(np.array([np.nan]), dtype)).all()
+
+
+NARROW = {**DTYPES, "F8_E4M3": torch.float8_e4m3fn}
+del NARROW["F32"]
+every_narrow_dtype = pytest.mark.parametrize("dtype", NARROW.values(), ids=NARROW)
+
+
+def rounded_to_odd_first(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Boldo & Melquiond's way for every number, which ``round_once`` goes only where it must."""
+    near = x.to(torch.float32)
+    error = x - near.to(torch.float64)  # exact
+    bits = near.view(torch.int32)
+    away = ((error > 0) == (x > 0)).to(torch.int32) * 2 - 1
+    is_even_and_inexact = (error.abs() > 0) & (bits % 2 == 0)
+    return (bits + away * is_even_and_inexact).view(torch.float32).to(dtype)
+
+
+def bits_of(x: torch.Tensor) -> torch.Tensor:
+    return x.view(torch.int8 if x.element_size() == 1 else torch.int16)
+
+
+def hard_cases(dtype: torch.dtype) -> torch.Tensor:
+    """All numbers of a narrow dtype, the midpoints between them, and what lies at any small distance from those."""
+    size = torch.finfo(dtype).bits
+    codes = torch.arange(-(2 ** (size - 1)), 2 ** (size - 1), dtype=torch.int16 if size == 16 else torch.int8)
+    numbers = codes.view(dtype).double()
+    finite = numbers[numbers.isfinite()].sort().values
+    top = torch.finfo(dtype).max
+    step = top - finite[-2]
+    edges = torch.tensor([top + step / 2, top + step, 2 * top, 1e38, 3.5e38, 1e300, torch.inf]).double()
+    exact = torch.cat([finite, (finite[1:] + finite[:-1]) / 2, edges, -edges])
+    tiny = torch.tensor([5e-324, 1e-310, 1e-46, 7e-46, 1e-45, 1e-38]).double()
+    relative = 1 + torch.tensor([2.0**-k for k in (*range(8, 34), 40, 52)]).double()
+    near = torch.cat([exact * factor for factor in (*relative, *1 / relative)])
+    neighbours = [torch.nextafter(exact, torch.full_like(exact, to)) for to in (-torch.inf, torch.inf)]
+    return torch.cat([exact, near, *neighbours, tiny, -tiny, torch.tensor([torch.nan]).double()])
+
+
+@every_narrow_dtype
+def test_only_midpoints_need_care_and_every_bit_is_as_if_all_had_it(dtype: torch.dtype) -> None:
+    hard = hard_cases(dtype)
+    generator = torch.Generator().manual_seed(0)
+    ordinary = torch.randn(
+        200_001, generator=generator, dtype=torch.float64
+    )  # odd, so that blocks are of one
+    spread = ordinary * torch.logspace(-50, 40, 200_001, dtype=torch.float64)
+    for x in (hard, -hard, ordinary, spread, ordinary[:-1].view(100, 2000), hard.to(torch.float32).double()):
+        assert torch.equal(bits_of(round_once(x, dtype)), bits_of(rounded_to_odd_first(x, dtype)))
+    plain = bits_of(hard.to(torch.float32).to(dtype)) != bits_of(round_once(hard, dtype))
+    assert 0.01 < plain.float().mean() < 0.5
+
+
+@every_narrow_dtype
+@given(x=st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=64))
+@settings(derandomize=True, deadline=None, max_examples=300)
+def test_any_64_bits_round_as_if_all_had_care(dtype: torch.dtype, x: list[int]) -> None:
+    numbers = torch.tensor(x).view(torch.float64)
+    assert torch.equal(bits_of(round_once(numbers, dtype)), bits_of(rounded_to_odd_first(numbers, dtype)))
+
+
+@every_narrow_dtype
+def test_nothing_and_slices_round_too(dtype: torch.dtype) -> None:
+    assert round_once(torch.empty(0, 7, dtype=torch.float64), dtype).shape == (0, 7)
+    x = hard_cases(dtype)[:1000].view(20, 50)
+    for part in (x.mT, x[:, 3:20], x[3], x[0, 0]):
+        assert torch.equal(
+            bits_of(round_once(part, dtype)), bits_of(rounded_to_odd_first(part.contiguous(), dtype))
+        )

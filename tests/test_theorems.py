@@ -20,7 +20,7 @@ from typer.testing import Result
 
 from qkpatch.errors import NumericalError, UsageError
 from qkpatch.spectral.edit import QueryEdit, edit_and_round, edit_query, measure, select_modes
-from qkpatch.spectral.product import Modes, QKProduct, effective_rank, energy_share
+from qkpatch.spectral.product import Decomposition, QKProduct, effective_rank, energy_share
 from qkpatch.spectral.rounding import Rounded, round_once
 from qkpatch.spectral.rule import Channel, EditRule, Select
 
@@ -80,13 +80,17 @@ def edited(
     return edit_query(QKProduct.of(*W), rule, torch.Generator().manual_seed(seed))
 
 
-def directions(edit: QueryEdit) -> Modes:
+def directions(edit: QueryEdit) -> Tensor:
     assert edit.directions is not None
     return edit.directions
 
 
-def dense(modes: Modes) -> Tensor:
-    return (modes.U * modes.S) @ modes.V.T
+def decomposed(W: Head, channel: Channel = Channel.full) -> Decomposition:
+    return QKProduct.of(*W).decompose(channel)
+
+
+def dense(modes: Decomposition, S: Tensor | None = None) -> Tensor:
+    return (modes.U * (modes.S if S is None else S)) @ modes.V.T
 
 
 def part(W: Head, channel: Channel) -> Tensor:
@@ -136,11 +140,11 @@ def test_the_edited_product_has_the_scaled_singular_values_and_the_old_vectors(
 ) -> None:
     W = head(*shape, seed=seed)
     edit = edited(W, modes=modes, alpha=alpha)
-    all_modes = edit.spectrum.modes(range(edit.spectrum.rank))
+    all_modes = decomposed(W).modes(range(edit.spectrum.rank))
     scaled = all_modes.S.clone()
     scaled[list(edit.indices)] *= alpha
     M = edit.W_Q.T @ W[1]
-    assert close(M, dense(Modes(all_modes.U, scaled, all_modes.V)))
+    assert close(M, dense(all_modes, scaled))
     values = torch.linalg.svdvals(M)[: len(scaled)]
     assert close(values, scaled.sort(descending=True).values)
 
@@ -148,7 +152,7 @@ def test_the_edited_product_has_the_scaled_singular_values_and_the_old_vectors(
 def test_removed_directions_are_no_longer_read_so_that_removal_is_idempotent() -> None:
     W = head()
     edit = edited(W, modes=2, alpha=0.0)
-    U = directions(edit).U
+    U = directions(edit)
     assert (W[0] @ U).norm(dim=0).min() > 0.1
     assert close(edit.W_Q @ U, torch.zeros(4, 2, dtype=torch.float64))
     assert close(edit.W_Q - edit.W_Q @ U @ U.T, edit.W_Q)
@@ -182,7 +186,7 @@ def test_scaling_twice_multiplies_the_factors(
 def test_every_rope_offset_is_edited_by_the_same_projection(offset: int) -> None:
     W_Q, W_K = head(8, 20)
     edit = edited((W_Q, W_K), modes=3, alpha=0.25)
-    U = directions(edit).U
+    U = directions(edit)
     M = W_Q.T @ rotation(8, offset) @ W_K
     assert offset == 0 or not close(M, W_Q.T @ W_K, digits=1)
     projected = M - 0.75 * U @ (U.T @ M)
@@ -268,7 +272,7 @@ def test_dependent_rows_are_no_obstacle(name: str, channel: Channel, select: str
 
 def test_what_dead_key_rows_never_read_stays_in_the_query() -> None:
     W_Q, W_K = _singular(*head())["zero key rows"]
-    U = directions(edited((W_Q, W_K), modes=1, alpha=0.5)).U
+    U = directions(edited((W_Q, W_K), modes=1, alpha=0.5))
     assert not close((W_Q.T @ W_K @ W_K.pinverse()).T, W_Q, digits=1)  # M W_K⁺ alone forgets two rows
     assert close(edited((W_Q, W_K), modes=1, alpha=0.5).W_Q, W_Q - 0.5 * W_Q @ U @ U.T)
 
@@ -308,7 +312,7 @@ def test_a_change_of_basis_inside_the_head_changes_nothing_else(channel: Channel
     assert not close(turned[0], W_Q, digits=1)
     one, other = edited((W_Q, W_K), channel), edited(turned, channel)
     assume((one.gap or 1) > 1e-4)
-    U, turned_U = directions(one).U, directions(other).U
+    U, turned_U = directions(one), directions(other)
     assert close(one.spectrum.S, other.spectrum.S)
     assert close(U @ U.T, turned_U @ turned_U.T)
     assert close(R @ one.W_Q, other.W_Q)
@@ -323,13 +327,13 @@ def test_a_degenerate_block_has_one_projector_and_no_vectors() -> None:
     one, other = head_of(U, S, V), head_of(U @ eighth, S, V @ eighth)
     assert close(one[0].T @ one[1], other[0].T @ other[1], digits=8)  # the same product but for eps
 
-    first = [directions(edited(W, modes=1)).U for W in (one, other)]
+    first = [directions(edited(W, modes=1)) for W in (one, other)]
     assert not close(first[0] @ first[0].T, first[1] @ first[1].T, digits=1)
     gap = edited(one, modes=1).gap
     assert gap is not None
     assert gap < 1e-9
 
-    block = [directions(edited(W, modes=2)).U for W in (one, other)]
+    block = [directions(edited(W, modes=2)) for W in (one, other)]
     assert close(block[0] @ block[0].T, block[1] @ block[1].T, digits=8)
     assert close(block[0] @ block[0].T, U[:, :2] @ U[:, :2].T, digits=8)
     assert edited(one, modes=2).gap == pytest.approx(0.8)
@@ -340,9 +344,8 @@ def test_equal_planes_of_the_antisymmetric_half_are_still_exact_pairs() -> None:
     B = orthonormal(9, 6, 3)
     W = head_of(B, S, B @ torch.block_diag(QUARTER, QUARTER, QUARTER))
     A = part(W, Channel.antisymmetric)
-    spectrum = QKProduct.of(*W).spectrum(Channel.antisymmetric)
-    modes = spectrum.modes(range(6))
-    assert spectrum.rank == 6
+    modes = decomposed(W, Channel.antisymmetric).modes(range(6))
+    assert modes.spectrum.rank == 6
     assert close(modes.S, S)
     assert close(modes.U.T @ modes.U, torch.eye(6, dtype=torch.float64))
     assert close(dense(modes), A)
@@ -382,7 +385,7 @@ def test_a_halfs_modes_sum_to_it_with_its_dense_values(
     W = head(*shape, seed=seed)
     spectrum = QKProduct.of(*W).spectrum(channel)
     exact = oracle.decompose(W[0].numpy(), W[1].numpy(), channel.value)
-    modes = spectrum.modes(range(spectrum.rank))
+    modes = decomposed(W, channel).modes(range(spectrum.rank))
     assert spectrum.rank == len(exact.S)
     assert close(dense(modes), part(W, channel))
     assert close(modes.U.T @ modes.U, torch.eye(spectrum.rank, dtype=torch.float64))
@@ -405,8 +408,8 @@ def test_antisymmetric_values_come_in_exact_pairs_and_an_odd_request_takes_a_who
     assert torch.equal(S[0:available:2], S[1:available:2])
     assert edit.indices == tuple(range(min(modes + modes % 2, available)))
     A = part(W, Channel.antisymmetric)
-    U = directions(edit).U
-    for x, y, s in zip(U.T[::2], U.T[1::2], directions(edit).S[::2], strict=True):
+    U = directions(edit)
+    for x, y, s in zip(U.T[::2], U.T[1::2], S[: len(edit.indices) : 2], strict=True):
         assert close(torch.stack([A @ x, A @ y]).abs(), (s * torch.stack([y, x])).abs())
 
 
@@ -419,14 +422,14 @@ def test_the_realised_share_is_what_the_keys_let_through_of_the_change(
     W_Q, W_K = head(seed=seed)
     assume(np.linalg.cond(W_K) < 1e3)
     edit = edited((W_Q, W_K), channel, modes=modes, alpha=alpha)
-    wanted = (1 - alpha) * dense(directions(edit))  # ΔM
+    chosen = decomposed((W_Q, W_K), channel).modes(edit.indices)
+    wanted = (1 - alpha) * dense(chosen)  # ΔM
     reached = (edit.W_Q - W_Q).T @ W_K
     missed = float((reached + wanted).norm() / wanted.norm()) ** 2
     assert edit.realised_share == pytest.approx(1 - missed, abs=1e-9)
     P_K = W_K.pinverse() @ W_K
-    modes_ = directions(edit)
-    shares = (P_K @ modes_.V).square().sum(0)
-    assert edit.realised_share == pytest.approx(float(shares @ modes_.S**2 / modes_.S.square().sum()))
+    shares = (P_K @ chosen.V).square().sum(0)
+    assert edit.realised_share == pytest.approx(float(shares @ chosen.S**2 / chosen.S.square().sum()))
     assert 0.01 < edit.realised_share < 0.999
     # No other change of the query comes closer: what is left lies outside the keys' row space.
     assert close((reached + wanted) @ W_K.T, torch.zeros_like(W_Q.T))
@@ -455,10 +458,12 @@ def test_the_norms_and_shares_of_a_product_are_those_of_the_dense_matrix(
     product, M = QKProduct.of(*W), W[0].T @ W[1]
     S = torch.linalg.svdvals(M)[: min(shape)]
     symmetric = float((part(W, Channel.symmetric).norm() / M.norm()) ** 2)
-    assert product.frobenius == pytest.approx(float(M.norm()))
+    assert product.spectrum(Channel.full).frobenius == pytest.approx(float(M.norm()))
     assert product.symmetric_share == pytest.approx(symmetric)
-    assert close(product.singular_values(), S)
-    assert energy_share(product.singular_values(), 1) == pytest.approx(float(S[0] ** 2 / M.norm() ** 2))
+    assert close(product.spectrum(Channel.full).S, S)
+    assert energy_share(product.spectrum(Channel.full).S, 1) == pytest.approx(
+        float(S[0] ** 2 / M.norm() ** 2)
+    )
     p = S / S.sum()
     assert effective_rank(S) == pytest.approx(float(torch.exp(-(p * p.log()).sum())))
 
@@ -516,7 +521,7 @@ def test_the_subspace_control_projects_inside_the_row_space_of_the_query(
     W = head(*shape, seed=seed)
     assume(np.linalg.cond(W[0]) < 1e4)
     edit = edited(W, select=Select.subspace, modes=r, alpha=alpha, seed=seed)
-    G = directions(edit).U
+    G = directions(edit)
     P = W[0].pinverse() @ W[0]
     assert G.shape == (shape[1], min(r, *shape))
     assert close(G.T @ G, torch.eye(G.shape[1], dtype=torch.float64))
@@ -531,7 +536,7 @@ def test_the_subspace_is_uniform_over_the_row_space(dependent: bool) -> None:
         W_Q[4] = W_Q[0]
     n, r, draws = 5 - dependent, 2, 2000
     bases = [
-        directions(edited((W_Q, W_K), select=Select.subspace, modes=r, seed=seed)).U for seed in range(draws)
+        directions(edited((W_Q, W_K), select=Select.subspace, modes=r, seed=seed)) for seed in range(draws)
     ]
     projectors = torch.stack([G @ G.T for G in bases])
     P = W_Q.pinverse() @ W_Q
@@ -545,7 +550,7 @@ def test_the_subspace_is_uniform_over_the_row_space(dependent: bool) -> None:
     assert (projectors[0] - P * r / n).abs().max() > 0.1
     assert float(shares.mean()) == pytest.approx(r / n, abs=0.02)
     assert float(shares.square().mean()) == pytest.approx(r * (r + 2) / (n * (n + 2)), abs=0.02)
-    again = directions(edited((W_Q, W_K), select=Select.subspace, modes=r, seed=7)).U
+    again = directions(edited((W_Q, W_K), select=Select.subspace, modes=r, seed=7))
     assert torch.equal(again, bases[7])
 
 

@@ -19,7 +19,6 @@ is reached is reported as ``realised_share``. Controls (ours, not the paper's):
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor
 
 from qkpatch.errors import NumericalError, UsageError
-from qkpatch.spectral.product import Factor, Modes, QKProduct, Spectrum, largest
+from qkpatch.spectral.product import Decomposition, Factor, QKProduct, Spectrum, is_finite
 from qkpatch.spectral.rule import Channel, EditRule, Select
 
 
@@ -44,13 +43,27 @@ S = TypeVar("S", bound=Stored)
 
 
 @dataclass(frozen=True)
+class Probe:
+    """``y_jᵀ W_Q x_j`` per mode; those of an edit add up to 1 for the unedited query."""
+
+    X: Tensor  # (d_model, r)
+    Y: Tensor  # (d_head, r)
+
+    def of(self, W_Q: Tensor) -> Tensor:
+        """The figures, (r,)."""
+        return ((W_Q @ self.X) * self.Y).sum(0)
+
+
+@dataclass(frozen=True)
 class QueryEdit:
     """The edited query weight of one head, before rounding, and what was done to reach it."""
 
     W_Q: Tensor  # (d_head, d_model), compute dtype
+    size: Tensor  # ‖ΔW_Q‖_F
     spectrum: Spectrum  # of the unedited product, in the rule's channel
     indices: tuple[int, ...]  # the selected modes; empty for subspace and shrink
-    directions: Modes | None  # the selected modes, or a subspace's directions; None for shrink
+    directions: Tensor | None  # U_r, or a subspace's basis, (d_model, r); None for shrink
+    probes: tuple[Probe, ...]  # what a mode's coefficient is measured by; empty for shrink
     gap: float | None
     realised_share: float | None  # None in the full channel, and where no mode is selected
 
@@ -108,28 +121,22 @@ def edit_query(product: QKProduct, rule: EditRule, generator: torch.Generator) -
     """
     W_Q = product.query.W
     if rule.select is Select.subspace:
-        if rule.channel is not Channel.full:
-            raise UsageError("a random subspace belongs to no channel", fix="drop --channel")
-        G = _haar_subspace(product.query, rule.modes, generator)
-        directions = Modes(G, torch.ones(G.shape[1], dtype=G.dtype, device=G.device), G)
-        W_Q_edited = torch.addmm(W_Q, W_Q @ G, G.mT, alpha=rule.alpha - 1)
-        return QueryEdit(W_Q_edited, product.spectrum(rule.channel), (), directions, None, None)
-    spectrum = product.spectrum(rule.channel)
+        return _edit_subspace(product, rule, generator)
+    decomposition = product.decompose(rule.channel)
+    spectrum = decomposition.spectrum
     indices = select_modes(spectrum, rule, generator)
-    modes = spectrum.modes(indices)
+    modes = decomposition.modes(indices)
     A, realised_share = _delta(product, modes, rule)
+    size = torch.linalg.matrix_norm(A)  # u_j are orthonormal, so ‖A U_rᵀ‖ = ‖A‖
     gap = spectrum.gap(indices)
     if rule.select is Select.shrink:
-        # u_j are orthonormal, so ‖A U_rᵀ‖ = ‖A‖.
-        size, reference = float(torch.linalg.matrix_norm(W_Q)), float(torch.linalg.matrix_norm(A))
-        if reference > size * (1 + 1e-9):  # equal up to rounding is a shrink to zero
-            raise NumericalError(
-                f"no shrink matches the dominant edit: ‖ΔW_Q‖ {reference:.4g} > ‖W_Q‖ {size:.4g}",
-                fix="use fewer modes or a larger --alpha",
-            )
-        factor = max(0.0, 1 - reference / size) if size else 1.0
-        return QueryEdit(W_Q * factor, spectrum, (), None, gap, None)
-    return QueryEdit(torch.addmm(W_Q, A, modes.U.mT), spectrum, indices, modes, gap, realised_share)
+        whole = torch.linalg.matrix_norm(W_Q)
+        factor = _shrink_factor(float(size), float(whole))
+        return QueryEdit(W_Q * factor, whole * (1 - factor), spectrum, (), None, (), gap, None)
+    W_Q_edited = torch.addmm(W_Q, A, modes.U.mT)
+    return QueryEdit(
+        W_Q_edited, size, spectrum, indices, modes.U, _probes(modes, rule.channel), gap, realised_share
+    )
 
 
 def edit_and_round(
@@ -149,7 +156,7 @@ def edit_and_round(
     """
     edit = edit_query(product, rule, generator)
     stored = store(edit.W_Q if folding is None else folding.W_Q + (edit.W_Q - product.query.W) / folding.gain)
-    if not math.isfinite(largest(stored.values)):
+    if not is_finite(stored.values):
         raise NumericalError(
             "the edited weight does not fit in the stored dtype: NaN or Inf",
             fix="use a larger --alpha or fewer --modes",
@@ -159,59 +166,85 @@ def edit_and_round(
 
 def measure(product: QKProduct, edit: QueryEdit, W_Q_stored: Tensor) -> HeadReport:
     """What the rounded ``W_Q_stored`` (compute dtype, stored values) does to the head's product."""
-    after = QKProduct(Factor.of(W_Q_stored), product.key)
-    W_Q = product.query.W
-    channel = edit.spectrum.channel
-    # One array for three differences: at these sizes fresh memory costs more than arithmetic.
+    W_Q, before = product.query.W, edit.spectrum
+    after = QKProduct(Factor(W_Q_stored), product.key).spectrum(before.channel)
+    # One array for both differences: at these sizes fresh memory costs as much as arithmetic.
     difference = W_Q_stored - edit.W_Q
     rounding = torch.linalg.matrix_norm(difference)
     change = torch.linalg.matrix_norm(torch.sub(W_Q_stored, W_Q, out=difference))
-    exact_change = torch.linalg.matrix_norm(torch.sub(edit.W_Q, W_Q, out=difference))
     return HeadReport(
         modes=edit.indices,
-        rank=edit.spectrum.rank,
-        values_before=tuple(edit.spectrum.S.tolist()),
-        values_after=tuple(after.values(channel).tolist()),
+        rank=before.rank,
+        values_before=tuple(before.S.tolist()),
+        values_after=tuple(after.S.tolist()),
         gap=edit.gap,
-        frobenius_before=product.frobenius,
+        frobenius_before=before.frobenius,
         frobenius_after=after.frobenius,
         relative_change=_ratio(change, torch.linalg.matrix_norm(W_Q)),
-        rounding_error=_ratio(rounding, exact_change),
+        rounding_error=_ratio(rounding, edit.size),
         realised_share=edit.realised_share,
-        gains=_gains(product, edit, W_Q_stored),
+        gains=_gains(edit, W_Q, W_Q_stored),
     )
 
 
-def _delta(product: QKProduct, modes: Modes, rule: EditRule) -> tuple[Tensor, float | None]:
+def _edit_subspace(product: QKProduct, rule: EditRule, generator: torch.Generator) -> QueryEdit:
+    if rule.channel is not Channel.full:
+        raise UsageError("a random subspace belongs to no channel", fix="drop --channel")
+    W_Q = product.query.W
+    G = _haar_subspace(product.query, rule.modes, generator)
+    W_Q_G = W_Q @ G
+    A = W_Q_G * (rule.alpha - 1)
+    size = W_Q_G.square().sum(0)  # 0 where it underflows
+    probe = Probe(G, torch.where(size > 0, W_Q_G / size, 0.0))  # how much of it the query still reads
+    return QueryEdit(
+        torch.addmm(W_Q, A, G.mT),
+        torch.linalg.matrix_norm(A),
+        product.spectrum(rule.channel),
+        (),
+        G,
+        (probe,),
+        None,
+        None,
+    )
+
+
+def _shrink_factor(reference: float, whole: float) -> float:
+    if reference > whole * (1 + 1e-9):  # equal up to rounding is a shrink to zero
+        raise NumericalError(
+            f"no shrink matches the dominant edit: ‖ΔW_Q‖ {reference:.4g} > ‖W_Q‖ {whole:.4g}",
+            fix="use fewer modes or a larger --alpha",
+        )
+    return max(0.0, 1 - reference / whole) if whole else 1.0
+
+
+def _delta(product: QKProduct, modes: Decomposition, rule: EditRule) -> tuple[Tensor, float | None]:
     """``A`` (d_head, r) of ``ΔW_Q = A U_rᵀ`` for the selected modes, and the share of ΔM that it realises."""
     scale = 1 - rule.alpha
     if rule.channel is Channel.full:
-        return -scale * (product.query.W @ modes.U), None
+        return -scale * modes.W_Q_U, None
     # (W_K⁺)ᵀ v_j = R_k⁺ Q_kᵀ v_j, shape (d_head, r)
     mapped = product.key.pinv_core @ product.key.basis.coordinates(modes.V)
-    reached = torch.linalg.vector_norm(product.key.W.mT @ mapped, dim=0)  # |P_K v_j|
+    reached = torch.linalg.vector_norm(product.key.R @ mapped, dim=0)  # |P_K v_j|
     # u_j are orthonormal, so ‖ΔM‖² and its reached part are sums over modes.
     weight = modes.S.square()
     share = _ratio((weight * reached.square()).sum(), weight.sum()) if modes.S.numel() else None
     return -scale * (mapped * modes.S), share
 
 
-def _gains(product: QKProduct, edit: QueryEdit, W_Q_new: Tensor) -> tuple[float, ...]:
+def _probes(modes: Decomposition, channel: Channel) -> tuple[Probe, ...]:
+    """``u_jᵀ M' v_j / s_j``; for half a matrix the mean of that and, transposed, of ``± v_jᵀ M' u_j / s_j``."""
+    if channel is not Channel.antisymmetric:  # in the symmetric one the two are the same
+        return (Probe(modes.U, modes.W_K_V / modes.S),)
+    W_K_U = modes.R_K.mT @ modes.left.core  # both sides have one basis here
+    return Probe(modes.U, modes.W_K_V / (2 * modes.S)), Probe(modes.V, -W_K_U / (2 * modes.S))
+
+
+def _gains(edit: QueryEdit, W_Q: Tensor, W_Q_new: Tensor) -> tuple[float, ...]:
     """Per edited mode, its coefficient in the edited channel over its coefficient before."""
-    W_Q, W_K = product.query.W, product.key.W
-    if edit.directions is None:  # shrink: one factor for the whole head
-        return (_ratio((W_Q_new * W_Q).sum(), W_Q.square().sum()),)
-    U, V = edit.directions.U, edit.directions.V
-    if not edit.indices:  # subspace: how much of each direction the query still reads
-        before, now = W_Q @ U, W_Q_new @ U
-        size = before.square().sum(0)  # 0 where it underflows
-        return tuple(torch.where(size > 0, (now * before).sum(0) / size, 0.0).tolist())
-    coefficient = ((W_Q_new @ U) * (W_K @ V)).sum(0)  # u_jᵀ M' v_j
-    if edit.spectrum.channel is not Channel.full:
-        transposed = ((W_Q_new @ V) * (W_K @ U)).sum(0)  # u_jᵀ M'ᵀ v_j
-        sign = 1 if edit.spectrum.channel is Channel.symmetric else -1
-        coefficient = (coefficient + sign * transposed) / 2
-    return tuple((coefficient / edit.directions.S).tolist())
+    if not edit.probes:  # shrink: one factor for the whole head
+        old, new = W_Q.flatten(), W_Q_new.flatten()
+        return (_ratio(torch.dot(new, old), torch.dot(old, old)),)
+    return tuple(torch.stack([probe.of(W_Q_new) for probe in edit.probes]).sum(0).tolist())
 
 
 def _haar_subspace(query: Factor, r: int, generator: torch.Generator) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,13 @@ def largest(x: Tensor) -> float:
         return 0.0
     low, high = torch.aminmax(x)
     return float(torch.maximum(-low, high))
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether there is neither NaN nor Inf in ``x``; faster than looking at each number."""
+    return math.isfinite(float(torch.linalg.vector_norm(x))) or math.isfinite(
+        largest(x)
+    )  # squares may overflow
 
 
 @dataclass(frozen=True)
@@ -56,16 +64,23 @@ class Basis:
 
 @dataclass(frozen=True)
 class Factor:
-    """Thin QR of one head's weight, ``Wᵀ = Q R``, computed once and shared by all query heads of a key head."""
+    """One head's weight and its thin QR, ``Wᵀ = Q R``: computed when asked for, shared by all heads of a key head."""
 
     W: Tensor  # (d_head, d_model)
-    basis: Basis  # Q (d_model, k), k = min(d_head, d_model)
-    R: Tensor  # (k, d_head)
 
-    @classmethod
-    def of(cls, W: Tensor) -> Factor:
-        """Factor ``W`` of shape (d_head, d_model)."""
-        return cls(W, *Basis.of(W.mT))
+    @cached_property
+    def _qr(self) -> tuple[Basis, Tensor]:
+        return Basis.of(self.W.mT)
+
+    @property
+    def basis(self) -> Basis:
+        """``Q`` (d_model, k), ``k = min(d_head, d_model)``."""
+        return self._qr[0]
+
+    @property
+    def R(self) -> Tensor:
+        """``R`` (k, d_head)."""
+        return self._qr[1]
 
     @cached_property
     def pinv_core(self) -> Tensor:
@@ -83,34 +98,17 @@ class Factor:
 
 
 @dataclass(frozen=True)
-class Modes:
-    """A few modes of a channel, ``sum_j S_j u_j v_jᵀ``: ``U``, ``V`` (d_model, r), ``S`` (r,)."""
-
-    U: Tensor
-    S: Tensor
-    V: Tensor
-
-
-@dataclass(frozen=True)
 class Spectrum:
-    """Decomposition ``U diag(S) Vᵀ`` of one channel of M, strongest mode first.
+    """The values of one channel of M, strongest mode first.
 
     ``S`` holds singular values (full, antisymmetric: the latter in equal adjacent pairs) or signed
-    eigenvalues ordered by size (symmetric, where ``U = V``). The vectors stay factored as basis times
-    core and are built for the modes asked for.
+    eigenvalues ordered by size (symmetric).
     """
 
     channel: Channel
     S: Tensor  # (n_modes,)
     rank: int
-    _left: tuple[Basis, Tensor]  # (d_model, k), (k, n_modes)
-    _right: tuple[Basis, Tensor]
-
-    def modes(self, indices: Sequence[int]) -> Modes:
-        """The vectors and values of the modes at ``indices``."""
-        at = torch.as_tensor(list(indices), dtype=torch.long, device=self.S.device)
-        (B_u, U), (B_v, V) = self._left, self._right
-        return Modes(B_u.lift(U[:, at]), self.S[at], B_v.lift(V[:, at]))
+    frobenius: float  # ‖M‖_F, of all channels together
 
     def gap(self, selected: Sequence[int]) -> float | None:
         """Smallest relative gap ``(|s_j| - |s_j+1|) / |s_j|`` between a selected mode and an unselected neighbour.
@@ -129,6 +127,62 @@ class Spectrum:
 
 
 @dataclass(frozen=True)
+class Side:
+    """Orthonormal vectors ``Q core``, built when they are asked for."""
+
+    basis: Basis  # Q (d_model, k)
+    core: Tensor  # (k, r)
+
+    def at(self, indices: Tensor) -> Side:
+        """Some of the vectors."""
+        return Side(self.basis, self.core[:, indices])
+
+    @cached_property
+    def vectors(self) -> Tensor:
+        """The vectors themselves, (d_model, r)."""
+        return self.basis.lift(self.core)
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """``U diag(S) Vᵀ`` of one channel of M, all modes or a few; vectors stay factored until they are asked for."""
+
+    spectrum: Spectrum
+    S: Tensor  # (r,)
+    left: Side
+    right: Side  # the very same in the symmetric channel
+    R_Q: Tensor  # (k, d_head), W_Qᵀ in the basis of the left side
+    R_K: Tensor  # (k, d_head), W_Kᵀ in the basis of the right side
+
+    def modes(self, indices: Sequence[int]) -> Decomposition:
+        """The modes at ``indices`` alone."""
+        at = torch.as_tensor(list(indices), dtype=torch.long, device=self.S.device)
+        left = self.left.at(at)
+        right = left if self.right is self.left else self.right.at(at)
+        return Decomposition(self.spectrum, self.S[at], left, right, self.R_Q, self.R_K)
+
+    @property
+    def U(self) -> Tensor:
+        """Left vectors, (d_model, r)."""
+        return self.left.vectors
+
+    @property
+    def V(self) -> Tensor:
+        """Right vectors, (d_model, r)."""
+        return self.right.vectors
+
+    @property
+    def W_Q_U(self) -> Tensor:
+        """``W_Q U`` (d_head, r), from the small cores."""
+        return self.R_Q.mT @ self.left.core
+
+    @property
+    def W_K_V(self) -> Tensor:
+        """``W_K V`` (d_head, r), from the small cores."""
+        return self.R_K.mT @ self.right.core
+
+
+@dataclass(frozen=True)
 class QKProduct:
     """``M = W_Qᵀ W_K`` of one query head and its key head, never materialised.
 
@@ -141,12 +195,7 @@ class QKProduct:
     @classmethod
     def of(cls, W_Q: Tensor, W_K: Tensor) -> QKProduct:
         """Product of two (d_head, d_model) weights."""
-        return cls(Factor.of(W_Q), Factor.of(W_K))
-
-    @cached_property
-    def frobenius(self) -> float:
-        """``‖M‖_F = ‖R_q R_kᵀ‖_F``."""
-        return float(torch.linalg.matrix_norm(self.query.R @ self.key.R.mT))
+        return cls(Factor(W_Q), Factor(W_K))
 
     @cached_property
     def symmetric_share(self) -> float:
@@ -154,28 +203,30 @@ class QKProduct:
 
         ``‖(M + Mᵀ)/2‖² = (‖M‖² + tr(M M)) / 2`` and ``tr(M M) = tr(G G)`` with ``G = W_K W_Qᵀ``.
         """
-        if self.frobenius == 0.0:
+        frobenius = float(torch.linalg.matrix_norm(self.core))
+        if frobenius == 0.0:
             return 0.0
         G = self.key.W @ self.query.W.mT  # (d_head, d_head)
         trace = float((G * G.mT).sum())
-        return min(1.0, max(0.0, 0.5 * (1.0 + trace / self.frobenius**2)))  # rounding may step outside
+        return min(1.0, max(0.0, 0.5 * (1.0 + trace / frobenius**2)))  # rounding may step outside
 
-    def singular_values(self) -> Tensor:
-        """Singular values of M, (min(d_head, d_model),), without vectors."""
-        S: Tensor = torch.linalg.svdvals(self.query.R @ self.key.R.mT)
-        return S
-
-    def values(self, channel: Channel) -> Tensor:
-        """The ``S`` of :meth:`spectrum`, without vectors."""
-        if channel is Channel.full:
-            return self.singular_values()
-        _, C = self._joint_core()
-        if channel is Channel.symmetric:
-            values: Tensor = torch.linalg.eigvalsh((C + C.mT) / 2)
-            return values[values.abs().argsort(descending=True, stable=True)]
-        return _pairs(torch.linalg.eigvalsh(1j * (C - C.mT) / 2))
+    @cached_property
+    def core(self) -> Tensor:
+        """``R_q R_kᵀ``, (k, k): M in the orthonormal bases of its two weights."""
+        return self.query.R @ self.key.R.mT
 
     def spectrum(self, channel: Channel) -> Spectrum:
+        """The values of :meth:`decompose`, without vectors."""
+        if channel is Channel.full:
+            return self._spectrum(channel, torch.linalg.svdvals(self.core), self.core)
+        _, R_Q, R_K = self._joint()
+        C = R_Q @ R_K.mT
+        if channel is Channel.symmetric:
+            values = torch.linalg.eigvalsh((C + C.mT) / 2)
+            return self._spectrum(channel, values[_by_size(values)], C)
+        return self._spectrum(channel, _pairs(torch.linalg.eigvalsh(1j * (C - C.mT) / 2)), C)
+
+    def decompose(self, channel: Channel) -> Decomposition:
         """Decompose one channel; O(d_model d_head²).
 
         full           SVD of the core ``R_q R_kᵀ``; ``U = Q_q U_c``, ``V = Q_k V_c``
@@ -184,32 +235,40 @@ class QKProduct:
                        ``+s`` gives the exact pair ``A x = s y``, ``A y = -s x``
         """
         if channel is Channel.full:
-            U, S, Vh = torch.linalg.svd(self.query.R @ self.key.R.mT, full_matrices=False)
-            return self._spectrum(channel, S, (self.query.basis, U), (self.key.basis, Vh.mT))
-        B, C = self._joint_core()
+            U, S, Vh = torch.linalg.svd(self.core, full_matrices=False)
+            left, right = Side(self.query.basis, U), Side(self.key.basis, Vh.mT)
+            spectrum = self._spectrum(channel, S, self.core)
+            return Decomposition(spectrum, S, left, right, self.query.R, self.key.R)
+        B, R_Q, R_K = self._joint()
+        C = R_Q @ R_K.mT
         if channel is Channel.symmetric:
             values, E = torch.linalg.eigh((C + C.mT) / 2)
-            order = values.abs().argsort(descending=True, stable=True)
-            return self._spectrum(channel, values[order], (B, E[:, order]), (B, E[:, order]))
+            order = _by_size(values)
+            S, both = values[order], Side(B, E[:, order])
+            return Decomposition(self._spectrum(channel, S, C), S, both, both, R_Q, R_K)
         values, W = torch.linalg.eigh(1j * (C - C.mT) / 2)
         S = _pairs(values)
         W = W.flip(1)[:, : len(S) // 2] * 2**0.5
         U = torch.stack([W.imag, -W.real], dim=-1).flatten(-2)  # y_1, -x_1, y_2, -x_2, ...
         V = torch.stack([W.real, W.imag], dim=-1).flatten(-2)  # x_1,  y_1, x_2,  y_2, ...
-        return self._spectrum(channel, S, (B, U), (B, V))
+        return Decomposition(self._spectrum(channel, S, C), S, Side(B, U), Side(B, V), R_Q, R_K)
 
-    def _joint_core(self) -> tuple[Basis, Tensor]:
-        """``B`` (d_model, b), an orthonormal basis that holds both row spaces, and ``C = Bᵀ M B`` (b, b)."""
-        B, R = Basis.of(torch.cat([self.query.W.mT, self.key.W.mT], dim=-1))
+    def _joint(self) -> tuple[Basis, Tensor, Tensor]:
+        """An orthonormal basis (d_model, b) of both row spaces together, and ``R_Q``, ``R_K`` (b, d_head) in it."""
+        B, R = Basis.of(torch.cat([self.query.W, self.key.W], dim=-2).mT)
         d_head = self.query.W.shape[0]
-        return B, R[:, :d_head] @ R[:, d_head:].mT
+        return B, R[:, :d_head], R[:, d_head:]
 
-    def _spectrum(
-        self, channel: Channel, S: Tensor, left: tuple[Basis, Tensor], right: tuple[Basis, Tensor]
-    ) -> Spectrum:
+    def _spectrum(self, channel: Channel, S: Tensor, core: Tensor) -> Spectrum:
+        """``core`` is M in orthonormal bases, and as large."""
+        frobenius = float(torch.linalg.matrix_norm(core))
         # Zero compared with M, not with its own largest value: a half that M does not have is all rounding.
-        tolerance = resolve_rcond(self.query.W.shape[-1], S.dtype) * self.frobenius
-        return Spectrum(channel, S, int((S.abs() > tolerance).sum()), left, right)
+        tolerance = resolve_rcond(self.query.W.shape[-1], S.dtype) * frobenius
+        return Spectrum(channel, S, int((S.abs() > tolerance).sum()), frobenius)
+
+
+def _by_size(values: Tensor) -> Tensor:
+    return values.abs().argsort(descending=True, stable=True)
 
 
 def _pairs(values: Tensor) -> Tensor:
