@@ -21,7 +21,7 @@ import torch
 
 from qkpatch.crew import Crew
 from qkpatch.model import open_model
-from qkpatch.patch import head_generator
+from qkpatch.editing import head_generator
 from qkpatch.settings import Request
 from qkpatch.spectral.edit import edit_and_round
 from qkpatch.spectral.rule import Channel, EditRule, Select
