@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 
 from qkpatch.crew import Crew
-from qkpatch.model import open_model
 from qkpatch.editing import head_generator
+from qkpatch.model import open_model
 from qkpatch.settings import Request
 from qkpatch.spectral.edit import edit_and_round
 from qkpatch.spectral.rule import Channel, EditRule, Select
-from qkpatch.weights import open_layer
+from qkpatch.weights import open_layer, use_one_blas_thread
 
 from .shapes import LLAMA_7B, TINY, Shape, build
 
@@ -33,6 +33,7 @@ from .shapes import LLAMA_7B, TINY, Shape, build
 def main(shape: Shape, channel: Channel) -> None:
     """Edit every head of one layer, write nothing, and print what it took."""
     with tempfile.TemporaryDirectory(prefix="qkpatch-bench-") as folder, Crew(1):
+        use_one_blas_thread()
         edit_layer(TINY, channel, Path(folder))  # loads code
         build(shape, Path(folder))
         before, wall, cpu = _reset_peak(), time.perf_counter(), time.process_time()
