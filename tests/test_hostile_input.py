@@ -152,7 +152,9 @@ class TestConfig:
     def test_an_unknown_setting_lists_the_known_ones(self, tiny: Tiny, run, tmp_path: Path) -> None:
         (tmp_path / "edit.yaml").write_text("out: x\n")
         result = run("plan", tiny.path, "--config", tmp_path / "edit.yaml")
-        known = "alpha, attention, channel, fold_norm, heads, layers, modes, recipe, seed, select"
+        known = (
+            "alpha, attention, channel, fold_norm, heads, layers, max_shard_size, modes, recipe, seed, select"
+        )
         assert f"known here: {known}" in result.stderr
 
     def test_a_yaml_list_of_layers_is_a_layer_list(self, tiny: Tiny, run, tmp_path: Path) -> None:
