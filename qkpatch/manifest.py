@@ -12,7 +12,8 @@ from importlib.metadata import version
 from typing import NamedTuple
 
 from qkpatch.canonical import Json, canonical_json
-from qkpatch.checkpoint.output import Output
+from qkpatch.checkpoint.linking import cached_sum
+from qkpatch.checkpoint.output import Output, OutputFile
 from qkpatch.checkpoint.reshard import parse_size
 from qkpatch.checkpoint.tree import load_json
 from qkpatch.errors import CheckpointError, UsageError
@@ -143,6 +144,7 @@ class FileRecord:
     size: int
     action: str  # "copied", "patched", or "resharded"
     sha256: str | None = None  # where digests of files are wanted
+    source_sha256: str | None = None  # of the file in SOURCE, where the Hub cache names it by that
 
 
 @dataclass(frozen=True)
@@ -305,7 +307,8 @@ def planned_manifest(plan: EditPlan, device: str) -> Manifest:
         output={"max_shard_size": plan.max_shard_size},
         edits=tuple(EditRecord.planned(target, plan.output) for target in plan.edits),
         files=tuple(
-            FileRecord(name, file.size, _action(name, plan)) for name, file in plan.output.files.items()
+            FileRecord(name, file.size, _action(name, plan), source_sha256=_source_sum(file))
+            for name, file in plan.output.files.items()
         ),
         warnings=plan.warnings,
     )
@@ -315,3 +318,7 @@ def _action(name: str, plan: EditPlan) -> str:
     if name in plan.edits_by_file:
         return "patched"
     return "copied" if plan.output.files[name].original is not None else "resharded"
+
+
+def _source_sum(file: OutputFile) -> str | None:
+    return None if file.original is None else cached_sum(file.original)

@@ -131,6 +131,13 @@ class TestDigests:
         assert run("apply", snapshot, "-o", out, "--digest", "files").exit_code == 0
         check = subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=out, check=False)
         assert check.returncode == 0
+        shards = {file["name"]: file for file in record(out)["files"]}
+        before = hashlib.sha256((tiny.path / "model.safetensors").read_bytes()).hexdigest()
+        assert shards["model.safetensors"]["source_sha256"] == before
+        assert shards["model.safetensors"]["sha256"] != before
+        assert shards["big.bin"]["source_sha256"] == shards["big.bin"]["sha256"]
+        assert run("verify", out, "--source", snapshot).exit_code == 0
+        assert run("verify", out, "--source", tiny.path).exit_code == 0
 
 
 class TestLinks:
