@@ -20,6 +20,7 @@ R = TypeVar("R")
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of malloc.h
 _KEPT = 32 << 20  # bytes: the largest that malloc.h allows
+_NEVER = 1 << 30  # no run has as much to give back
 
 
 class Stopped(BaseException):
@@ -107,4 +108,4 @@ def _share_free_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_ARENA_MAX, 1)
         mallopt(_M_MMAP_THRESHOLD, _KEPT)
-        mallopt(_M_TRIM_THRESHOLD, _KEPT)
+        mallopt(_M_TRIM_THRESHOLD, _NEVER)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,7 +22,8 @@ from typer.testing import Result
 
 from qkpatch.errors import NumericalError, UsageError
 from qkpatch.spectral.edit import QueryEdit, edit_and_round, edit_query, measure, select_modes
-from qkpatch.spectral.product import Decomposition, QKProduct, effective_rank, energy_share
+from qkpatch.spectral.lazy import cached_property
+from qkpatch.spectral.product import Decomposition, Factor, QKProduct, effective_rank, energy_share
 from qkpatch.spectral.rounding import Rounded, round_once
 from qkpatch.spectral.rule import Channel, EditRule, Select
 
@@ -622,3 +625,20 @@ def test_rounding_adds_at_most_half_an_ulp_to_the_reported_gains(dtype: torch.dt
     assert report.values_after == pytest.approx(
         torch.linalg.svdvals(stored.double().T @ W[1])[:8].tolist(), abs=1e-12
     )
+
+
+def test_threads_do_not_wait_for_each_other_to_factor_a_head() -> None:
+    """In Python 3.11 ``functools.cached_property`` has one lock for all instances."""
+    both = threading.Barrier(2, timeout=10)
+
+    class Slow:
+        @cached_property
+        def value(self) -> int:
+            both.wait()
+            return id(self)
+
+    heads = [Slow(), Slow()]
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda head: head.value, heads)) == [id(head) for head in heads]
+    assert [head.value for head in heads] == [id(head) for head in heads]  # and none computes again
+    assert isinstance(vars(Factor)["_qr"], cached_property)

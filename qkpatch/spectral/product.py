@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from qkpatch.spectral.lazy import cached_property
 from qkpatch.spectral.rule import Channel
 
 
