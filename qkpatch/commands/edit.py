@@ -95,8 +95,8 @@ def apply(
     writing = Writing(digest, link or link_cache, link_cache, resume, overwrite)
 
     with signals_held():  # torch's imports swallow what is raised in their midst
-        from qkpatch.patch import apply_plan  # torch, from here on
-        from qkpatch.weights import choose_device
+        from qkpatch.device import choose_device  # torch, from here on
+        from qkpatch.patch import apply_plan
 
     n_heads = len(plan.edits) * len(plan.settings.heads)
     with bars(plan.output_bytes, n_heads, quiet=quiet or as_json) as observer:

@@ -51,9 +51,9 @@ def edit_layer(shape: Shape, channel: Channel, folder: Path) -> None:
     target, *_ = model.targets(model.settings(Request(layers="0")))
     rule = EditRule(channel, Select.dominant, 4, 0.5)
     with open_layer(model, target, torch.device("cpu")) as weights:
-        for of in weights.heads(tuple(range(shape.heads))):
-            generator = head_generator(0, target, of.head)
-            stored = edit_and_round(of.product, rule, partial(weights.store, of.head), generator)
+        for of in weights.batches(tuple(range(shape.heads)), 1):
+            generators = [head_generator(0, target, head) for head in of.heads]
+            stored = edit_and_round(of.product, rule, partial(weights.store, of.heads), generators)
             del of, stored
 
 
