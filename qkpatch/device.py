@@ -1,4 +1,9 @@
-"""Where heads are computed: the device, how many heads at once, and in which stream."""
+"""Where heads are computed: the device, how many heads at once, and in which stream.
+
+The dtype is float64 on every card. Nine edited layers of a 7B model take about 0.2 · 10¹² operations, less than a
+second at the 1/64 rate of consumer cards. In float32, small numbers of a weight would end several units in the last
+place off, because the change is as exact as the largest (``test_float32_is_not_enough``).
+"""
 
 from __future__ import annotations
 
@@ -47,11 +52,22 @@ def heads_together(device: torch.device, per_head: int, threads: int) -> int:
 
 @contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
-    """On CUDA a stream for each thread, so that one computes while another reads, sends or waits for LAPACK."""
+    """On CUDA a stream for each thread, so that one computes while another reads, sends or waits for LAPACK.
+
+    Raises:
+        UsageError: the card's memory is taken.
+    """
     if device.type != "cuda":
         yield
         return
     if not hasattr(_OF_THREAD, "stream"):  # once, because each stream keeps the memory that it has used
         _OF_THREAD.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(_OF_THREAD.stream):
-        yield
+    try:
+        with torch.cuda.stream(_OF_THREAD.stream):
+            yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise UsageError(
+            f"{device} has no memory left for a few heads: {error}",
+            where="--device",
+            fix="use fewer --threads, or --device cpu",
+        ) from error

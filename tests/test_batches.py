@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
 from qkpatch import device, patch, spectra
+from qkpatch.errors import UsageError
 from qkpatch.spectral.product import Factor, QKProduct
 from qkpatch.spectral.rule import Channel, Select
 
@@ -217,3 +221,41 @@ class TestHowMany:
     def test_as_many_as_fit_on_cuda(self, memory: int, threads: int, expected: int, free) -> None:
         free(memory)
         assert device.heads_together(torch.device("cuda"), 100, threads) == expected
+
+
+class TestOwnStream:
+    """``own_stream`` with a card that is not there."""
+
+    @pytest.fixture
+    def streams(self, monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+        made: list[torch.device] = []
+        monkeypatch.setattr(torch.cuda, "Stream", lambda where: made.append(where) or len(made))
+        monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+        monkeypatch.setattr(device, "_OF_THREAD", threading.local())
+        return made
+
+    def test_each_thread_has_one_and_keeps_it(self, streams: list[torch.device]) -> None:
+        card, both = torch.device("cuda:1"), threading.Barrier(2)
+
+        def work() -> int:
+            both.wait()
+            for _ in range(3):
+                with device.own_stream(card):
+                    pass
+            return device._OF_THREAD.stream
+
+        with ThreadPoolExecutor(2) as pool:
+            found = [pool.submit(work) for _ in range(2)]
+            assert sorted(one.result() for one in found) == [1, 2]
+        assert streams == [card, card]
+
+    def test_a_cpu_has_none(self, streams: list[torch.device]) -> None:
+        with device.own_stream(torch.device("cpu")):
+            pass
+        assert not streams
+
+    def test_a_full_card_is_told(self, streams: list[torch.device]) -> None:
+        with pytest.raises(UsageError) as told, device.own_stream(torch.device("cuda")):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        assert told.value.where == "--device"
+        assert "has no memory left for a few heads" in told.value.what

@@ -651,3 +651,19 @@ def test_rounding_adds_at_most_half_an_ulp_to_the_reported_gains(dtype: torch.dt
     assert report.values_after == pytest.approx(
         torch.linalg.svdvals(stored.double().T @ W[1])[:8].tolist(), abs=1e-12
     )
+
+
+def test_float32_is_not_enough() -> None:
+    W = [w.to(torch.bfloat16) for w in head(128, 4096)]
+    rule = EditRule(Channel.full, Select.dominant, 4, 0.5)
+    double, single = (
+        round_once(
+            edit_query(QKProduct.of(*(w[None].to(dtype) for w in W)), rule, [torch.Generator()]).W_Q,
+            torch.bfloat16,
+        )
+        .double()
+        .numpy()
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert np.allclose(double, single, rtol=2e-2, atol=1e-4)
+    assert oracle.ulps(double, single, "BF16") > 1
