@@ -9,8 +9,8 @@ from qkpatch.errors import UsageError
 from qkpatch.heads import HeadLayout
 
 # Measured: 250 to 270 MiB for the smallest checkpoint, nearly all of it `import torch` (CPU build of 2.13), and on top
-# per thread, in arrays of d_head × d_model float64 (`python -m scripts.bench.heads`), 9 in the full channel, 14 in
-# the others, and up to 18 where the norm before attention is folded in.
+# per thread, in arrays of d_head × d_model float64: 9 to 13 in the full channel, 14 to 16 in the others, and up to 18
+# where the norm before attention is folded in (`python -m scripts.bench.heads`, and whole runs).
 BASE = 270 << 20
 WORK_ARRAYS = 18
 BYTES_PER_TENSOR = 1100  # of a parsed header; a mixture of experts can have 10^5 tensors

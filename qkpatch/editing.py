@@ -12,12 +12,13 @@ import torch
 
 from qkpatch.copier import Copier, Observer
 from qkpatch.crew import Crew
+from qkpatch.device import choose_device, computing, heads_together
 from qkpatch.errors import NumericalError
 from qkpatch.manifest import HeadRecord
 from qkpatch.plan import EditPlan
-from qkpatch.spectral.edit import Folding, edit_and_round
+from qkpatch.spectral.edit import Folding, HeadError, edit_and_round
 from qkpatch.targets import LayerTarget
-from qkpatch.weights import LayerWeights, choose_device, open_layer, use_one_blas_thread
+from qkpatch.weights import LayerWeights, open_layer
 
 _HEADS_AT_A_TIME = 4  # of one tensor, by one thread: enough to share keys and open files
 
@@ -30,13 +31,13 @@ class _Chunk:
     heads: tuple[int, ...]
 
 
-def _chunks(plan: EditPlan) -> Iterator[_Chunk]:
+def _chunks(plan: EditPlan, at_least: int) -> Iterator[_Chunk]:
     """All heads to edit; those that share a key head stay together."""
     for target in plan.edits:
         chunk: list[int] = []
         for _, group in groupby(plan.settings.heads, target.layout.kv_head):
             chunk += group
-            if len(chunk) >= _HEADS_AT_A_TIME:
+            if len(chunk) >= at_least:
                 yield _Chunk(target, tuple(chunk))
                 chunk = []
         if chunk:
@@ -67,18 +68,21 @@ class Editor:
         Raises:
             NumericalError: NaN or Inf, or a tensor that the edit would leave as it was.
         """
+        together = heads_together(self.device, plan.head_memory, crew.threads)
 
         def edit(chunk: _Chunk) -> tuple[LayerTarget, list[tuple[HeadRecord, bool]]]:
-            use_one_blas_thread()
-            with open_layer(plan.model, chunk.target, self.device) as weights:
+            with (
+                computing(self.device),
+                open_layer(plan.model, chunk.target, self.device) as weights,
+            ):
                 done = []
-                for record in _edit_heads(plan, chunk, weights, copier):
+                for record in _edit_heads(plan, chunk, together, weights, copier):
                     crew.check()
                     observer.edited(1)
                     done.append(record)
             return chunk.target, done
 
-        results = crew.map(edit, _chunks(plan))
+        results = crew.map(edit, _chunks(plan, max(together, _HEADS_AT_A_TIME)))
         for target, parts in groupby(results, lambda result: result[0]):
             heads = [head for _, part in parts for head in part]
             if not any(is_changed for _, is_changed in heads):
@@ -92,27 +96,28 @@ class Editor:
 
 
 def _edit_heads(
-    plan: EditPlan, chunk: _Chunk, weights: LayerWeights, copier: Copier
+    plan: EditPlan, chunk: _Chunk, together: int, weights: LayerWeights, copier: Copier
 ) -> Iterator[tuple[HeadRecord, bool]]:
     """Edit and write a few heads; each one's record, and whether any value changed."""
     target, settings, gain = chunk.target, plan.settings, weights.invertible_gain()
-    for of in weights.heads(chunk.heads):
-        generator = head_generator(settings.seed, target, of.head)
+    for of in weights.batches(chunk.heads, together):
+        generators = [head_generator(settings.seed, target, head) for head in of.heads]
         folding = None if gain is None else Folding(of.W_Q, gain)
         try:
-            store = functools.partial(weights.store, of.head)
-            stored, report = edit_and_round(of.product, settings.rule, store, generator, folding)
-        except NumericalError as error:
-            where = f"head {of.head} of {target.query.name}, {target.query.dtype}"
+            store = functools.partial(weights.store, of.heads)
+            stored, reports = edit_and_round(of.product, settings.rule, store, generators, folding)
+        except HeadError as error:
+            where = f"head {of.heads[error.index]} of {target.query.name}, {target.query.dtype}"
             raise NumericalError(error.what, where=where, fix=error.fix) from error
-        # By value: a −0.0 that became 0.0 is no edit, and stays.
-        is_changed = not torch.equal(stored.values, of.W_Q)
-        for ref, begin, end, at in plan.head_ranges(target, of.head):
-            data = stored.bytes_of(ref) if is_changed else weights.raw(ref, begin, end)
-            copier.write(plan.output.place(ref).shard, data, at)
-        record = HeadRecord(head=of.head, kv_head=target.layout.kv_head(of.head), **vars(report))
-        del of, stored, store, folding  # before the next head is read
-        yield record, is_changed
+        for i, head in enumerate(of.heads):
+            # By value: a −0.0 that became 0.0 is no edit, and stays.
+            is_changed = not torch.equal(stored.values[i], of.W_Q[i])
+            for ref, begin, end, at in plan.head_ranges(target, head):
+                data = stored.pieces[i][ref] if is_changed else weights.raw(ref, begin, end)
+                copier.write(plan.output.place(ref).shard, data, at)
+            record = HeadRecord(head=head, kv_head=target.layout.kv_head(head), **vars(reports[i]))
+            yield record, is_changed
+        del of, stored, store, folding  # before the next heads are read
 
 
 def head_generator(seed: int, target: LayerTarget, head: int) -> torch.Generator:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from qkpatch.budget import head_memory
 from qkpatch.crew import Crew
+from qkpatch.device import computing, heads_together
 from qkpatch.model import Model
 from qkpatch.spectral.product import QKProduct, effective_rank, energy_share
 from qkpatch.spectral.rule import Channel
 from qkpatch.targets import LayerTarget
-from qkpatch.weights import open_layer, use_one_blas_thread
+from qkpatch.weights import open_layer
 
 
 @dataclass(frozen=True)
@@ -49,34 +51,38 @@ def layer_spectra(
     """The spectra of each target in turn; ``modes`` is the r of energy share and gap."""
 
     def of_target(target: LayerTarget) -> LayerSpectra:
-        use_one_blas_thread()
-        found = []
-        with open_layer(model, target, device) as weights:
-            for of in weights.heads(heads):
+        found: list[HeadSpectrum] = []
+        with computing(device), open_layer(model, target, device) as weights:
+            for of in weights.batches(heads, together):
                 crew.check()
-                found.append(_head_spectrum(of.head, target.layout.kv_head(of.head), of.product, modes))
+                kv_heads = [target.layout.kv_head(head) for head in of.heads]
+                found += _head_spectra(of.heads, kv_heads, of.product, modes)
         return LayerSpectra(target.layer, target.attention, tuple(found))
 
+    together = heads_together(device, head_memory(target.layout for target in targets), threads)
     with Crew(threads) as crew:
         yield from crew.map(of_target, targets)
 
 
-def _head_spectrum(head: int, kv_head: int, product: QKProduct, modes: int) -> HeadSpectrum:
-    spectrum = product.spectrum(Channel.full)
-    S = spectrum.S
-    values = tuple(S.tolist())
-    gap = (
-        (values[modes - 1] - values[modes]) / values[modes - 1]
-        if modes < len(values) and values[modes - 1]
-        else None
-    )
-    return HeadSpectrum(
-        head=head,
-        kv_head=kv_head,
-        singular_values=values,
-        frobenius=spectrum.frobenius,
-        symmetric_share=product.symmetric_share,
-        energy_share=energy_share(S, modes),
-        effective_rank=effective_rank(S),
-        gap=gap,
-    )
+def _head_spectra(
+    heads: Sequence[int], kv_heads: Sequence[int], product: QKProduct, modes: int
+) -> Iterator[HeadSpectrum]:
+    shares = product.symmetric_shares()
+    for i, spectrum in enumerate(product.spectra(Channel.full)):
+        S = spectrum.S
+        values = tuple(S.tolist())
+        gap = (
+            (values[modes - 1] - values[modes]) / values[modes - 1]
+            if modes < len(values) and values[modes - 1]
+            else None
+        )
+        yield HeadSpectrum(
+            head=heads[i],
+            kv_head=kv_heads[i],
+            singular_values=values,
+            frobenius=spectrum.frobenius,
+            symmetric_share=shares[i],
+            energy_share=energy_share(S, modes),
+            effective_rank=effective_rank(S),
+            gap=gap,
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,13 +11,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from qkpatch.checkpoint.files import open_read, read_exact
+from qkpatch.checkpoint.files import open_read, read_exact, read_into
 from qkpatch.checkpoint.header import TensorRef
-from qkpatch.errors import NumericalError, UsageError
+from qkpatch.errors import NumericalError
 from qkpatch.fp8 import BLOCK, scale_range
 from qkpatch.model import Model
 from qkpatch.recipe import NormKind
-from qkpatch.settings import check_device_name
 from qkpatch.spectral.fp8 import dequantise, requantise
 from qkpatch.spectral.product import Factor, QKProduct, is_finite, largest
 from qkpatch.spectral.rounding import round_once
@@ -36,63 +35,33 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.uint8,  # an exponent
 }
 _E8M0_BIAS = 127  # a scale stored as an exponent: 2^(byte − 127)
 
 
-def choose_device(name: str) -> torch.device:
-    """``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:i``.
-
-    Raises:
-        UsageError: an unknown name, or a device that is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    check_device_name(name)
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"{name} is not there: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA device(s)",
-            where="--device",
-            fix="use --device cpu",
-        )
-    return device
-
-
-def use_one_blas_thread() -> None:
-    """For each thread that computes; the setting is a thread's own.
-
-    One head's factorisations are too small to share: QR of 4096 × 128 on two cores takes 15 ms with one BLAS thread;
-    with two, 10 to 14 ms when nothing else runs and 117 ms when something does. One thread each also gives the same
-    bits whatever the machine.
-    """
-    torch.set_num_threads(1)
-
-
 @dataclass(frozen=True)
 class HeadWeights:
-    """One query head: its weight as stored, and its product, in which norms' gains may be folded."""
+    """Some query heads: their weights as stored, and their products, in which norms' gains may be folded."""
 
-    head: int
-    W_Q: Tensor  # (d_head, d_model), compute dtype
+    heads: tuple[int, ...]
+    W_Q: Tensor  # (n, d_head, d_model), compute dtype
     product: QKProduct
 
 
 @dataclass(frozen=True)
-class StoredHead:
-    """An edited head, rounded, and the bytes that hold it."""
+class StoredHeads:
+    """Edited heads, rounded, and the bytes that hold them."""
 
-    values: Tensor  # what a loader reads, (d_head, d_model), compute dtype
-    pieces: tuple[tuple[TensorRef, bytearray], ...]  # per written tensor, the bytes of the head
-
-    def bytes_of(self, ref: TensorRef) -> bytearray:
-        """What the head's range of a written tensor is to hold."""
-        return dict(self.pieces)[ref]
+    values: Tensor  # what a loader reads, (n, d_head, d_model), compute dtype
+    pieces: tuple[
+        Mapping[TensorRef, bytearray], ...
+    ]  # of each head, what its range of a written tensor is to hold
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """Reads heads of one layer, a head at a time, with ``pread``; memory does not grow with the tensor."""
+    """Reads heads of one layer, some at a time, with ``pread``; memory does not grow with the tensor."""
 
     target: LayerTarget
     device: torch.device
@@ -126,68 +95,73 @@ class LayerWeights:
             )
         return gain
 
-    def heads(self, heads: tuple[int, ...]) -> Iterator[HeadWeights]:
-        """Each query head with its product; consecutive heads of a group share one key factor where they can."""
+    def batches(self, heads: tuple[int, ...], size: int) -> Iterator[HeadWeights]:
+        """Query heads with their products, ``size`` at a time; heads of a group share one key factor where they can."""
         layout = self.target.layout
-        current: tuple[int, int] | None = None
-        for head in heads:
-            kv_head = layout.kv_head(head)
+        current: tuple[tuple[int, int], ...] = ()
+        for first in range(0, len(heads), size):
+            batch = heads[first : first + size]
             # Query gains of a head's own make the weighted keys that head's own, too.
-            owner = (kv_head, head if self._has_gain_per_head(self.target.query_norm) else -1)
-            if owner != current:
-                current, key = owner, Factor(self._folded(self._key(kv_head, head)))
-                self._check(self.target.key, key.W, f"key head {kv_head}")
-            W_Q = self._query(head)
-            product = QKProduct(Factor(self._folded(W_Q)), key)
-            self._check(self.target.query, product.query.W, f"query head {head}")
-            yield HeadWeights(head, W_Q, product)
+            is_own = self._has_gain_per_head(self.target.query_norm)
+            owners = [(layout.kv_head(head), head if is_own else -1) for head in batch]
+            distinct = tuple(dict.fromkeys(owners))
+            if distinct != current:
+                current, keys = distinct, Factor(self._folded(self._keys(distinct)))
+                self._check(self.target.key, keys.W, [f"key head {kv_head}" for kv_head, _ in distinct])
+            W_Q = self._queries(batch)
+            product = QKProduct(Factor(self._folded(W_Q)), keys.take([distinct.index(o) for o in owners]))
+            self._check(self.target.query, product.query.W, [f"query head {head}" for head in batch])
+            yield HeadWeights(batch, W_Q, product)
             del W_Q, product  # before the next ones are read
 
-    def _key(self, kv_head: int, head: int) -> Tensor:
-        """W_K of a key head; under query-key norms, with all that is linear in them: ``diag(g_q ⊙ g_k) W_K``.
+    def _keys(self, owners: Sequence[tuple[int, int]]) -> Tensor:
+        """W_K of key heads; under query-key norms, with all that is linear in them: ``diag(g_q ⊙ g_k) W_K``.
 
         With the gains on the key side, ``M = W_Qᵀ diag(g_q ⊙ g_k) W_K`` is a product like any other, and the
         edit, which acts on the query's input side, commutes with them. LayerNorm subtracts the mean of both,
         ``C = I − 11ᵀ/d_head``: ``M = W_Qᵀ C diag(g_q ⊙ g_k) C W_K``.
         """
         target, layout = self.target, self.target.layout
-        at = layout.key_range(target.key, kv_head)
-        W_K = self._matrix(target.key, target.key_scale, at)
+        at = [layout.key_range(target.key, kv_head) for kv_head, _ in owners]
+        W_K = self._matrices(target.key, target.key_scale, at)
         if target.norms is None or target.query_norm is None or target.key_norm is None:
             return W_K
-        gain = self._gain(target.query_norm, head) * self._gain(target.key_norm, kv_head)
+        gain = self._gains(target.query_norm, [head for _, head in owners])
+        gain = (gain * self._gains(target.key_norm, [kv_head for kv_head, _ in owners]))[..., None]
         if target.norms.kind is NormKind.rms:
-            return gain[:, None] * W_K
-        W_K = gain[:, None] * (W_K - W_K.mean(0))
-        return W_K - W_K.mean(0)
+            return gain * W_K
+        W_K = gain * (W_K - W_K.mean(-2, keepdim=True))
+        return W_K - W_K.mean(-2, keepdim=True)
 
     def _has_gain_per_head(self, norm: TensorRef | None) -> bool:
         return norm is not None and norm.shape != (self.target.layout.d_head,)
 
-    def _gain(self, norm: TensorRef, head: int) -> Tensor:
-        values = self._read(norm, (norm.begin, norm.end), "a query-key norm")
-        if self._has_gain_per_head(norm):
-            values = values.view(-1, self.target.layout.d_head)[head]
+    def _gains(self, norm: TensorRef, heads: Sequence[int]) -> Tensor:
+        """Gains of each head, or one for all of them; (n or 1, d_head)."""
+        values = self._read(norm, (norm.begin, norm.end), "a query-key norm").view(
+            -1, self.target.layout.d_head
+        )
         is_stored_less_one = self.target.norms is not None and self.target.norms.plus_one
-        return values + float(is_stored_less_one)
+        return (values[heads] if self._has_gain_per_head(norm) else values) + float(is_stored_less_one)
 
     def _folded(self, W: Tensor) -> Tensor:
         return W if self.input_gain is None else W * self.input_gain
 
-    def _check(self, ref: TensorRef, W: Tensor, what: str) -> None:
-        """Refuse a weight, all gains in it, that holds what is no number or cannot be squared."""
-        if SMALLEST < float(torch.linalg.vector_norm(W)) < LARGEST:
-            return
-        size = largest(W)
-        if not math.isfinite(size):
-            raise self._damaged(ref, what)
-        if size and not SMALLEST < size < LARGEST:
-            raise NumericalError(
-                f"{what} of layer {self.target.layer} has values around {size:.0e}, "
-                f"beyond what {COMPUTE_DTYPE} can square",
-                where=f"{ref.name} in {ref.shard}",
-                fix="are these weights what they should be?",
-            )
+    def _check(self, ref: TensorRef, W: Tensor, names: Sequence[str]) -> None:
+        """Refuse weights, all gains in them, that hold what is no number or cannot be squared."""
+        for i, norm in enumerate(torch.linalg.matrix_norm(W).tolist()):
+            if SMALLEST < norm < LARGEST:
+                continue
+            size = largest(W[i])
+            if not math.isfinite(size):
+                raise self._damaged(ref, names[i])
+            if size and not SMALLEST < size < LARGEST:
+                raise NumericalError(
+                    f"{names[i]} of layer {self.target.layer} has values around {size:.0e}, "
+                    f"beyond what {COMPUTE_DTYPE} can square",
+                    where=f"{ref.name} in {ref.shard}",
+                    fix="are these weights what they should be?",
+                )
 
     def _damaged(self, ref: TensorRef, what: str) -> NumericalError:
         return NumericalError(
@@ -196,45 +170,49 @@ class LayerWeights:
             fix="the checkpoint is damaged; download it again",
         )
 
-    def store(self, head: int, W: Tensor) -> StoredHead:
-        """``W`` (d_head, d_model) rounded once to what the head's rows are stored as.
+    def store(self, heads: Sequence[int], W: Tensor) -> StoredHeads:
+        """``W`` (n, d_head, d_model) rounded once to what the heads' rows are stored as.
 
         Raises:
             NumericalError: a scale of block FP8 overflows.
         """
-        (ref, begin, end), *_ = self.target.written_ranges(head)
-        scale = self.target.query_scale
+        query, scale = self.target.query, self.target.query_scale
         if scale is None:
-            rounded = round_once(W, DTYPES[ref.dtype])
-            return StoredHead(rounded.to(COMPUTE_DTYPE), ((ref, to_bytes(rounded)),))
-        codes, scales = requantise(W, self._scales(ref, scale, (begin, end)), BLOCK)
-        pieces = ((ref, to_bytes(codes)), (scale, self._scale_bytes(scale, scales)))
-        return StoredHead(dequantise(codes, scales, BLOCK), pieces)
+            rounded = round_once(W, DTYPES[query.dtype])
+            codes = rounded.cpu()
+            return StoredHeads(
+                rounded.to(COMPUTE_DTYPE), tuple({query: to_bytes(of_head)} for of_head in codes)
+            )
+        at = [self.target.layout.query_range(query, head) for head in heads]
+        rows, scales = requantise(W.flatten(0, 1), self._scales(query, scale, at), BLOCK)
+        codes, by_head = rows.cpu().view(W.shape), self._stored_scales(scale, scales.cpu()).view(len(W), -1)
+        pieces = ({query: to_bytes(c), scale: to_bytes(s)} for c, s in zip(codes, by_head, strict=True))
+        return StoredHeads(dequantise(rows, scales, BLOCK).view(W.shape), tuple(pieces))
 
     def raw(self, ref: TensorRef, begin: int, end: int) -> bytearray:
         """Bytes of a tensor as they are stored."""
         return read_exact(self.fds[ref.shard], end - begin, begin, ref.shard)
 
-    def _query(self, head: int) -> Tensor:
+    def _queries(self, heads: Sequence[int]) -> Tensor:
         ref = self.target.query
-        at = self.target.layout.query_range(ref, head)
-        return self._matrix(ref, self.target.query_scale, at)
+        at = [self.target.layout.query_range(ref, head) for head in heads]
+        return self._matrices(ref, self.target.query_scale, at)
 
-    def _matrix(self, ref: TensorRef, scale: TensorRef | None, at: tuple[int, int]) -> Tensor:
+    def _matrices(self, ref: TensorRef, scale: TensorRef | None, at: Sequence[tuple[int, int]]) -> Tensor:
+        """Heads at byte ranges, (n, d_head, d_model)."""
         layout = self.target.layout
-        values = self._values(ref, at).view(layout.d_head, layout.d_model)
-        return values if scale is None else dequantise(values, self._scales(ref, scale, at), BLOCK)
+        rows = self._values(ref, at).view(-1, layout.d_model)
+        if scale is not None:
+            rows = dequantise(rows, self._scales(ref, scale, at), BLOCK)
+        return rows.view(-1, layout.d_head, layout.d_model)
 
-    def _scales(self, ref: TensorRef, scale: TensorRef, at: tuple[int, int]) -> Tensor:
+    def _scales(self, ref: TensorRef, scale: TensorRef, at: Sequence[tuple[int, int]]) -> Tensor:
         """The scales of whole blocks of rows, (blocks of rows, blocks of columns)."""
-        place = scale_range(ref, scale, *at)
+        places = [scale_range(ref, scale, *of_head) for of_head in at]
+        scales = self._values(scale, places)
         if scale.dtype == "F8_E8M0":
-            raw = self.raw(scale, *place)
-            exponents = torch.frombuffer(raw, dtype=torch.uint8).to(self.device, COMPUTE_DTYPE)
-            scales = torch.where(exponents < 255, (exponents - _E8M0_BIAS).exp2(), torch.nan)
-        else:
-            scales = self._read(scale, place, "a scale")
-        if not bool((scales > 0).all()):
+            scales = torch.where(scales < 255, (scales - _E8M0_BIAS).exp2(), torch.nan)
+        if not bool(((scales > 0) & (scales < torch.inf)).all()):
             raise NumericalError(
                 f"a scale of layer {self.target.layer} is not a positive number",
                 where=f"{scale.name} in {scale.shard}",
@@ -242,7 +220,7 @@ class LayerWeights:
             )
         return scales.view(-1, scale.shape[1])
 
-    def _scale_bytes(self, scale: TensorRef, scales: Tensor) -> bytearray:
+    def _stored_scales(self, scale: TensorRef, scales: Tensor) -> Tensor:
         if scale.dtype == "F8_E8M0":
             stored, dtype = scales.log2() + _E8M0_BIAS, torch.uint8
             fits = bool((stored < 255).all())
@@ -255,16 +233,26 @@ class LayerWeights:
                 where=f"{scale.name} in {scale.shard}",
                 fix="use a larger --alpha or fewer --modes",
             )
-        return to_bytes(stored.to(dtype))
+        return stored.to(dtype)
 
     def _read(self, ref: TensorRef, byte_range: tuple[int, int], what: str) -> Tensor:
-        values = self._values(ref, byte_range)
+        values = self._values(ref, [byte_range])
         if not is_finite(values):
             raise self._damaged(ref, what)
         return values
 
-    def _values(self, ref: TensorRef, byte_range: tuple[int, int]) -> Tensor:
-        raw = torch.frombuffer(self.raw(ref, *byte_range), dtype=DTYPES[ref.dtype])
+    def _values(self, ref: TensorRef, byte_ranges: Sequence[tuple[int, int]]) -> Tensor:
+        """What is stored at byte ranges, end to end."""
+        buffer, filled = bytearray(sum(end - begin for begin, end in byte_ranges)), 0
+        for begin, end in byte_ranges:
+            piece = memoryview(buffer)[filled : filled + end - begin]
+            read_into(self.fds[ref.shard], piece, begin, ref.shard)
+            filled += len(piece)
+        raw = torch.frombuffer(buffer, dtype=DTYPES[ref.dtype])
+        if (
+            self.device.type == "cuda"
+        ):  # from pinned memory, so that this stream's other work is not waited for
+            raw = raw.pin_memory().to(self.device, non_blocking=True)
         return raw.to(device=self.device, dtype=COMPUTE_DTYPE)
 
 

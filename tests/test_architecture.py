@@ -17,7 +17,7 @@ FLOORS = [
     ["spectral", "checkpoint", "selection", "strict", "rows", "crew", "writing", "canonical", "wrapping"],
     ["recipe", "refusals", "fp8", "difference"],
     ["recipe_file", "heads", "settings", "describe", "diff", "diff_text"],
-    ["catalogue", "tower", "budget"],
+    ["catalogue", "tower", "budget", "device"],
     ["locate", "targets"],
     ["model"],
     ["plan", "weights", "diagnosis"],
@@ -45,8 +45,8 @@ ONLY_IN = {
     "huggingface_hub": {"checkpoint.hub"},
     "safetensors": {"verify"},
     "torch": {
-        "weights", "spectra", "editing", "spectral.product", "spectral.edit", "spectral.rounding", "spectral.fp8",
-        "spectral.change",
+        "weights", "spectra", "editing", "device", "spectral.product", "spectral.edit", "spectral.rounding",
+        "spectral.fp8", "spectral.change",
     },
     "click": set(),  # Typer vendors its own
 }  # fmt: skip

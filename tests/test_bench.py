@@ -164,3 +164,22 @@ def test_a_process_is_measured_alone_however_large_its_parent() -> None:
     assert 64 << 20 < usage.peak_rss < 200 << 20 < len(ballast)
     assert 64 << 20 < usage.peak_anonymous <= usage.peak_rss
     assert usage.wall > 0.2
+
+
+def test_the_cost_of_a_head_is_measured_in_each_channel() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.bench.heads",
+        "--threads",
+        "2",
+        "--heads",
+        "4",
+        "--kv-heads",
+        "2",
+    ]
+    command += ["--hidden", "256", "--d-head", "32"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["full", "symmetric", "antisymmetric"]
+    assert all(float(line.split()[1]) > 0 and "float64 arrays at the peak" in line for line in lines)

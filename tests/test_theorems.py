@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from typer.testing import Result
 from qkpatch.errors import NumericalError, UsageError
 from qkpatch.spectral.edit import QueryEdit, edit_and_round, edit_query, measure, select_modes
 from qkpatch.spectral.lazy import cached_property
-from qkpatch.spectral.product import Decomposition, Factor, QKProduct, effective_rank, energy_share
+from qkpatch.spectral.product import Factor, QKProduct, Spectrum, effective_rank, energy_share
 from qkpatch.spectral.rounding import Rounded, round_once
 from qkpatch.spectral.rule import Channel, EditRule, Select
 
@@ -71,6 +72,22 @@ def head_of(U: Tensor, S: Tensor, V: Tensor, seed: int = 0) -> Head:
     return T.T @ (U * S).T, torch.linalg.inv(T) @ V.T
 
 
+@dataclass(frozen=True)
+class Edited:
+    """The edit of one head."""
+
+    W_Q: Tensor
+    spectrum: Spectrum
+    indices: tuple[int, ...]
+    directions: Tensor | None
+    gap: float | None
+    realised_share: float | None
+
+
+def product(W: Head) -> QKProduct:
+    return QKProduct.of(W[0][None], W[1][None])
+
+
 def edited(
     W: Head,
     channel: Channel = Channel.full,
@@ -78,22 +95,38 @@ def edited(
     modes: int = 2,
     alpha: float = 0.0,
     seed: int = 0,
+) -> Edited:
+    edit = edit_as_is(W, channel, select, modes, alpha, seed)
+    directions = None if edit.directions is None else edit.directions[0]
+    return Edited(
+        edit.W_Q[0], edit.spectra[0], edit.indices[0], directions, edit.gaps[0], edit.realised_shares[0]
+    )
+
+
+def edit_as_is(
+    W: Head, channel: Channel, select: Select, modes: int, alpha: float, seed: int = 0
 ) -> QueryEdit:
     rule = EditRule(channel, select, modes, alpha)
-    return edit_query(QKProduct.of(*W), rule, torch.Generator().manual_seed(seed))
+    return edit_query(product(W), rule, [torch.Generator().manual_seed(seed)])
 
 
-def directions(edit: QueryEdit) -> Tensor:
+def directions(edit: Edited) -> Tensor:
     assert edit.directions is not None
     return edit.directions
 
 
-def decomposed(W: Head, channel: Channel = Channel.full) -> Decomposition:
-    return QKProduct.of(*W).decompose(channel)
+def spectrum_of(W: Head, channel: Channel = Channel.full) -> Spectrum:
+    return product(W).spectra(channel)[0]
 
 
-def dense(modes: Decomposition, S: Tensor | None = None) -> Tensor:
-    return (modes.U * (modes.S if S is None else S)) @ modes.V.T
+def modes_of(W: Head, channel: Channel, indices: Iterable[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S and V of some modes."""
+    modes = product(W).decompose(channel)[1].modes([tuple(indices)])
+    return modes.U[0], modes.S[0], modes.V[0]
+
+
+def dense(U: Tensor, S: Tensor, V: Tensor) -> Tensor:
+    return (U * S) @ V.T
 
 
 def part(W: Head, channel: Channel) -> Tensor:
@@ -143,11 +176,11 @@ def test_the_edited_product_has_the_scaled_singular_values_and_the_old_vectors(
 ) -> None:
     W = head(*shape, seed=seed)
     edit = edited(W, modes=modes, alpha=alpha)
-    all_modes = decomposed(W).modes(range(edit.spectrum.rank))
-    scaled = all_modes.S.clone()
+    U, S, V = modes_of(W, Channel.full, range(edit.spectrum.rank))
+    scaled = S.clone()
     scaled[list(edit.indices)] *= alpha
     M = edit.W_Q.T @ W[1]
-    assert close(M, dense(all_modes, scaled))
+    assert close(M, dense(U, scaled, V))
     values = torch.linalg.svdvals(M)[: len(scaled)]
     assert close(values, scaled.sort(descending=True).values)
 
@@ -215,9 +248,8 @@ def test_alpha_one_is_the_identity_bit_for_bit(channel: Channel, select: Select)
 def test_keys_and_the_original_queries_stay_as_they_were(channel: Channel, select: Select) -> None:
     W_Q, W_K = head()
     copies = W_Q.clone(), W_K.clone()
-    edit_and_round(
-        QKProduct.of(W_Q, W_K), EditRule(channel, select, 2, 0.5), store(torch.bfloat16), torch.Generator()
-    )
+    rule = EditRule(channel, select, 2, 0.5)
+    edit_and_round(product((W_Q, W_K)), rule, store(torch.bfloat16), [torch.Generator()])
     assert torch.equal(W_Q, copies[0])
     assert torch.equal(W_K, copies[1])
 
@@ -296,8 +328,8 @@ def test_a_product_without_this_half_has_no_modes_in_it(channel: Channel) -> Non
     _, W_K = head()
     W_Q = torch.block_diag(QUARTER, QUARTER) @ W_K if channel is Channel.symmetric else W_K.clone()
     other = next(half for half in HALVES if half is not channel)
-    assert QKProduct.of(W_Q, W_K).spectrum(other).rank > 0
-    assert QKProduct.of(W_Q, W_K).spectrum(channel).rank == 0
+    assert spectrum_of((W_Q, W_K), other).rank > 0
+    assert spectrum_of((W_Q, W_K), channel).rank == 0
 
 
 # Gauge.
@@ -347,11 +379,11 @@ def test_equal_planes_of_the_antisymmetric_half_are_still_exact_pairs() -> None:
     B = orthonormal(9, 6, 3)
     W = head_of(B, S, B @ torch.block_diag(QUARTER, QUARTER, QUARTER))
     A = part(W, Channel.antisymmetric)
-    modes = decomposed(W, Channel.antisymmetric).modes(range(6))
-    assert modes.spectrum.rank == 6
-    assert close(modes.S, S)
-    assert close(modes.U.T @ modes.U, torch.eye(6, dtype=torch.float64))
-    assert close(dense(modes), A)
+    U, found, V = modes_of(W, Channel.antisymmetric, range(6))
+    assert spectrum_of(W, Channel.antisymmetric).rank == 6
+    assert close(found, S)
+    assert close(U.T @ U, torch.eye(6, dtype=torch.float64))
+    assert close(dense(U, found, V), A)
 
 
 @pytest.mark.parametrize("channel", ["full", "symmetric", "antisymmetric"])
@@ -386,17 +418,17 @@ def test_a_halfs_modes_sum_to_it_with_its_dense_values(
     channel: Channel, shape: tuple[int, int], seed: int
 ) -> None:
     W = head(*shape, seed=seed)
-    spectrum = QKProduct.of(*W).spectrum(channel)
+    spectrum = spectrum_of(W, channel)
     exact = oracle.decompose(W[0].numpy(), W[1].numpy(), channel.value)
-    modes = decomposed(W, channel).modes(range(spectrum.rank))
+    U, S, V = modes_of(W, channel, range(spectrum.rank))
     assert spectrum.rank == len(exact.S)
-    assert close(dense(modes), part(W, channel))
-    assert close(modes.U.T @ modes.U, torch.eye(spectrum.rank, dtype=torch.float64))
-    assert close(modes.S.abs(), torch.from_numpy(np.abs(exact.S)))
+    assert close(dense(U, S, V), part(W, channel))
+    assert close(U.T @ U, torch.eye(spectrum.rank, dtype=torch.float64))
+    assert close(S.abs(), torch.from_numpy(np.abs(exact.S)))
     assert (spectrum.S.abs().diff() <= 0).all()
     if channel is Channel.symmetric:
-        assert torch.equal(modes.U, modes.V)
-        assert close(modes.S.sort().values, torch.from_numpy(np.sort(exact.S)))
+        assert torch.equal(U, V)
+        assert close(S.sort().values, torch.from_numpy(np.sort(exact.S)))
 
 
 @theorem
@@ -425,14 +457,14 @@ def test_the_realised_share_is_what_the_keys_let_through_of_the_change(
     W_Q, W_K = head(seed=seed)
     assume(np.linalg.cond(W_K) < 1e3)
     edit = edited((W_Q, W_K), channel, modes=modes, alpha=alpha)
-    chosen = decomposed((W_Q, W_K), channel).modes(edit.indices)
-    wanted = (1 - alpha) * dense(chosen)  # ΔM
+    U, S, V = modes_of((W_Q, W_K), channel, edit.indices)
+    wanted = (1 - alpha) * dense(U, S, V)  # ΔM
     reached = (edit.W_Q - W_Q).T @ W_K
     missed = float((reached + wanted).norm() / wanted.norm()) ** 2
     assert edit.realised_share == pytest.approx(1 - missed, abs=1e-9)
     P_K = W_K.pinverse() @ W_K
-    shares = (P_K @ chosen.V).square().sum(0)
-    assert edit.realised_share == pytest.approx(float(shares @ chosen.S**2 / chosen.S.square().sum()))
+    shares = (P_K @ V).square().sum(0)
+    assert edit.realised_share == pytest.approx(float(shares @ S**2 / S.square().sum()))
     assert 0.01 < edit.realised_share < 0.999
     # No other change of the query comes closer: what is left lies outside the keys' row space.
     assert close((reached + wanted) @ W_K.T, torch.zeros_like(W_Q.T))
@@ -458,15 +490,13 @@ def test_the_norms_and_shares_of_a_product_are_those_of_the_dense_matrix(
     shape: tuple[int, int], seed: int
 ) -> None:
     W = head(*shape, seed=seed)
-    product, M = QKProduct.of(*W), W[0].T @ W[1]
+    M, found = W[0].T @ W[1], spectrum_of(W).S
     S = torch.linalg.svdvals(M)[: min(shape)]
     symmetric = float((part(W, Channel.symmetric).norm() / M.norm()) ** 2)
-    assert product.spectrum(Channel.full).frobenius == pytest.approx(float(M.norm()))
-    assert product.symmetric_share == pytest.approx(symmetric)
-    assert close(product.spectrum(Channel.full).S, S)
-    assert energy_share(product.spectrum(Channel.full).S, 1) == pytest.approx(
-        float(S[0] ** 2 / M.norm() ** 2)
-    )
+    assert spectrum_of(W).frobenius == pytest.approx(float(M.norm()))
+    assert product(W).symmetric_shares() == pytest.approx([symmetric])
+    assert close(found, S)
+    assert energy_share(found, 1) == pytest.approx(float(S[0] ** 2 / M.norm() ** 2))
     p = S / S.sum()
     assert effective_rank(S) == pytest.approx(float(torch.exp(-(p * p.log()).sum())))
 
@@ -476,7 +506,7 @@ def test_the_norms_and_shares_of_a_product_are_those_of_the_dense_matrix(
 def test_the_symmetric_share_of_one_half_alone_is_zero_or_one(seed: int) -> None:
     _, W_K = head(seed=seed)
     for turn, expected in ((torch.block_diag(QUARTER, QUARTER), 0.0), (torch.eye(4).double(), 1.0)):
-        share = QKProduct.of(turn @ W_K, W_K).symmetric_share
+        (share,) = product((turn @ W_K, W_K)).symmetric_shares()
         assert share == pytest.approx(expected, abs=1e-12)
         assert 0 <= share <= 1
 
@@ -490,7 +520,7 @@ def test_the_symmetric_share_of_one_half_alone_is_zero_or_one(seed: int) -> None
 def test_random_modes_are_none_of_the_dominant_ones(
     channel: Channel, shape: tuple[int, int], seed: int, modes: int
 ) -> None:
-    spectrum = QKProduct.of(*head(*shape, seed=seed)).spectrum(channel)
+    spectrum = spectrum_of(head(*shape, seed=seed), channel)
 
     def draw(select: Select) -> tuple[int, ...]:
         generator = torch.Generator().manual_seed(seed)
@@ -510,7 +540,7 @@ def test_random_modes_are_none_of_the_dominant_ones(
 def test_another_seed_draws_other_modes_until_each_has_been_drawn(channel: Channel) -> None:
     W = head(6, 20)
     draws = {edited(W, channel, Select.random, 2, seed=seed).indices for seed in range(100)}
-    rest = range(2, QKProduct.of(*W).spectrum(channel).rank)
+    rest = range(2, spectrum_of(W, channel).rank)
     assert {j for draw in draws for j in draw} == set(rest)
     pairs = len(rest) // 2 if channel is Channel.antisymmetric else math.comb(len(rest), 2)
     assert len(draws) > 0.6 * min(pairs, 100)
@@ -605,19 +635,18 @@ def test_no_shrink_matches_an_edit_larger_than_the_query() -> None:
 
 def test_without_rounding_the_gain_of_every_edited_mode_is_alpha() -> None:
     W = head(6, 20)
-    product = QKProduct.of(*W)
     for select in (Select.dominant, Select.random, Select.bottom, Select.subspace):
-        edit = edited(W, select=select, modes=3, alpha=0.3)
-        assert measure(product, edit, edit.W_Q).gains == pytest.approx([0.3] * 3)
-        assert measure(product, edit, W[0]).gains == pytest.approx([1.0] * 3)
+        edit = edit_as_is(W, Channel.full, select, modes=3, alpha=0.3)
+        assert measure(product(W), edit, edit.W_Q)[0].gains == pytest.approx([0.3] * 3)
+        assert measure(product(W), edit, W[0][None])[0].gains == pytest.approx([1.0] * 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_rounding_adds_at_most_half_an_ulp_to_the_reported_gains(dtype: torch.dtype) -> None:
     W = tuple(w.to(dtype).double() for w in head(8, 32))
     rule = EditRule(Channel.full, Select.dominant, 3, 0.0)
-    rounded, report = edit_and_round(QKProduct.of(*W), rule, store(dtype), torch.Generator())
-    stored = rounded.W
+    rounded, (report,) = edit_and_round(product((W[0], W[1])), rule, store(dtype), [torch.Generator()])
+    stored = rounded.W[0]
     assert stored.dtype == dtype
     gains = torch.tensor(report.gains)
     assert 0 < gains.abs().max() < torch.finfo(dtype).eps
@@ -642,3 +671,19 @@ def test_threads_do_not_wait_for_each_other_to_factor_a_head() -> None:
         assert list(pool.map(lambda head: head.value, heads)) == [id(head) for head in heads]
     assert [head.value for head in heads] == [id(head) for head in heads]  # and none computes again
     assert isinstance(vars(Factor)["_qr"], cached_property)
+
+
+def test_float32_is_not_enough() -> None:
+    W = [w.to(torch.bfloat16) for w in head(128, 4096)]
+    rule = EditRule(Channel.full, Select.dominant, 4, 0.5)
+    double, single = (
+        round_once(
+            edit_query(QKProduct.of(*(w[None].to(dtype) for w in W)), rule, [torch.Generator()]).W_Q,
+            torch.bfloat16,
+        )
+        .double()
+        .numpy()
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert np.allclose(double, single, rtol=2e-2, atol=1e-4)
+    assert oracle.ulps(double, single, "BF16") > 1

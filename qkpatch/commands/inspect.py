@@ -71,8 +71,8 @@ def inspect(
     n_threads = choose_threads(threads, per_head, len(model.checkpoint.tensors))
 
     with signals_held():
+        from qkpatch.device import choose_device
         from qkpatch.spectra import layer_spectra
-        from qkpatch.weights import choose_device
 
     def looked_at() -> Iterator[LayerSpectra]:
         # On one terminal, lines that come meanwhile would run into the bars.

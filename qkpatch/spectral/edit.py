@@ -1,4 +1,4 @@
-"""The edit of one head: choose modes, scale them, map the result back to the query weights in closed form.
+"""The edit of some heads: choose modes, scale them, map the result back to the query weights in closed form.
 
 full channel (the paper's object), with ``U_r`` the selected left singular vectors:
 
@@ -19,7 +19,7 @@ is reached is reported as ``realised_share``. Controls (ours, not the paper's):
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -27,45 +27,54 @@ import torch
 from torch import Tensor
 
 from qkpatch.errors import NumericalError, UsageError
-from qkpatch.spectral.product import Decomposition, Factor, QKProduct, Spectrum, is_finite
+from qkpatch.spectral.product import Decomposition, Factor, QKProduct, Spectrum, is_finite, to_host
 from qkpatch.spectral.rule import Channel, EditRule, Select
 
 
 class Stored(Protocol):
-    """An edited weight as it is stored."""
+    """Edited weights as they are stored."""
 
     @property
     def values(self) -> Tensor:
-        """What a loader reads, (d_head, d_model), compute dtype."""
+        """What a loader reads, (n, d_head, d_model), compute dtype."""
 
 
 S = TypeVar("S", bound=Stored)
+
+
+class HeadError(NumericalError):
+    """A head that cannot be edited; ``index`` is its place among those that are computed together."""
+
+    def __init__(self, index: int, what: str, *, fix: str) -> None:
+        super().__init__(what, fix=fix)
+        self.index = index
 
 
 @dataclass(frozen=True)
 class Probe:
     """``y_jᵀ W_Q x_j`` per mode; those of an edit add up to 1 for the unedited query."""
 
-    X: Tensor  # (d_model, r)
-    Y: Tensor  # (d_head, r)
+    X: Tensor  # (n, d_model, r)
+    Y: Tensor  # (n, d_head, r), on the CPU
 
     def of(self, W_Q: Tensor) -> Tensor:
-        """The figures, (r,)."""
-        return ((W_Q @ self.X) * self.Y).sum(0)
+        """The figures, (n, r), on the CPU."""
+        return (to_host(W_Q @ self.X) * self.Y).sum(-2)
 
 
 @dataclass(frozen=True)
 class QueryEdit:
-    """The edited query weight of one head, before rounding, and what was done to reach it."""
+    """The edited query weights of some heads, before rounding, and what was done to reach them."""
 
-    W_Q: Tensor  # (d_head, d_model), compute dtype
-    size: Tensor  # ‖ΔW_Q‖_F
-    spectrum: Spectrum  # of the unedited product, in the rule's channel
-    indices: tuple[int, ...]  # the selected modes; empty for subspace and shrink
-    directions: Tensor | None  # U_r, or a subspace's basis, (d_model, r); None for shrink
-    probes: tuple[Probe, ...]  # what a mode's coefficient is measured by; empty for shrink
-    gap: float | None
-    realised_share: float | None  # None in the full channel, and where no mode is selected
+    W_Q: Tensor  # (n, d_head, d_model), compute dtype
+    size: Tensor  # ‖ΔW_Q‖_F, (n,)
+    spectra: tuple[Spectrum, ...]  # of the unedited products, in the rule's channel
+    indices: tuple[tuple[int, ...], ...]  # the selected modes; empty for subspace and shrink
+    directions: Tensor | None  # U_r, or a subspace's basis, (n, d_model, r), padded by zeros; None for shrink
+    counts: tuple[int, ...]  # how many directions there are
+    probes: tuple[Probe, ...]  # what their coefficients are measured by; empty for shrink
+    gaps: tuple[float | None, ...]
+    realised_shares: tuple[float | None, ...]  # None in the full channel, and where no mode is selected
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,7 @@ class HeadReport:
 class Folding:
     """What a product with the gain of the norm before attention was made from."""
 
-    W_Q: Tensor  # (d_head, d_model), without the gain
+    W_Q: Tensor  # (n, d_head, d_model), without the gain
     gain: Tensor  # γ (d_model,), no element near zero
 
 
@@ -112,150 +121,172 @@ def select_modes(spectrum: Spectrum, rule: EditRule, generator: torch.Generator)
     return tuple(range(min(r, rank)))
 
 
-def edit_query(product: QKProduct, rule: EditRule, generator: torch.Generator) -> QueryEdit:
-    """Edit one head by ``rule``; ``generator`` (CPU) feeds the random selections.
+def edit_query(product: QKProduct, rule: EditRule, generators: Sequence[torch.Generator]) -> QueryEdit:
+    """Edit heads by ``rule``; each one's generator (CPU) feeds its random selection.
 
     Raises:
-        NumericalError: no ``shrink`` is as large as the dominant edit.
+        HeadError: no ``shrink`` is as large as the dominant edit.
         UsageError: ``subspace`` with a channel other than full.
     """
     W_Q = product.query.W
     if rule.select is Select.subspace:
-        return _edit_subspace(product, rule, generator)
-    decomposition = product.decompose(rule.channel)
-    spectrum = decomposition.spectrum
-    indices = select_modes(spectrum, rule, generator)
-    modes = decomposition.modes(indices)
-    A, realised_share = _delta(product, modes, rule)
+        return _edit_subspace(product, rule, generators)
+    spectra, all_modes = product.decompose(rule.channel)
+    indices = tuple(select_modes(s, rule, g) for s, g in zip(spectra, generators, strict=True))
+    modes = all_modes.modes(indices)
+    A, shares = _delta(product, modes, rule)
     size = torch.linalg.matrix_norm(A)  # u_j are orthonormal, so ‖A U_rᵀ‖ = ‖A‖
-    gap = spectrum.gap(indices)
+    gaps = tuple(s.gap(chosen) for s, chosen in zip(spectra, indices, strict=True))
+    nothing: tuple[None, ...] = (None,) * len(W_Q)
     if rule.select is Select.shrink:
-        whole = torch.linalg.matrix_norm(W_Q)
-        factor = _shrink_factor(float(size), float(whole))
-        return QueryEdit(W_Q * factor, whole * (1 - factor), spectrum, (), None, (), gap, None)
-    W_Q_edited = torch.addmm(W_Q, A, modes.U.mT)
-    return QueryEdit(
-        W_Q_edited, size, spectrum, indices, modes.U, _probes(modes, rule.channel), gap, realised_share
-    )
+        whole = to_host(torch.linalg.matrix_norm(W_Q))
+        kept = torch.tensor(_shrink_factors(size.tolist(), whole.tolist()), dtype=torch.float64)
+        shrunk = W_Q * kept[:, None, None].to(W_Q)
+        none = ((),) * len(W_Q)
+        return QueryEdit(shrunk, whole * (1 - kept), spectra, none, None, (1,) * len(W_Q), (), gaps, nothing)
+    probes, counts = _probes(modes, rule.channel), tuple(map(len, indices))
+    edited = torch.baddbmm(W_Q, A.to(W_Q), modes.U.mT)
+    return QueryEdit(edited, size, spectra, indices, modes.U, counts, probes, gaps, shares or nothing)
 
 
 def edit_and_round(
     product: QKProduct,
     rule: EditRule,
     store: Callable[[Tensor], S],
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
     folding: Folding | None = None,
-) -> tuple[S, HeadReport]:
-    """Edit one head and round it once, by ``store``: what is stored, and what it does.
+) -> tuple[S, tuple[HeadReport, ...]]:
+    """Edit heads and round them once, by ``store``: what is stored, and what it does.
 
     Where a gain is folded into the product, ``M̃ = diag(γ) M diag(γ)``, the change is mapped back by ``diag(1/γ)``
     before it is rounded; the report stays in the folded basis.
 
     Raises:
-        NumericalError: the stored result holds NaN or Inf; and as :func:`edit_query`.
+        HeadError: the stored result holds NaN or Inf; and as :func:`edit_query`.
     """
-    edit = edit_query(product, rule, generator)
+    edit = edit_query(product, rule, generators)
     stored = store(edit.W_Q if folding is None else folding.W_Q + (edit.W_Q - product.query.W) / folding.gain)
     if not is_finite(stored.values):
-        raise NumericalError(
+        raise HeadError(
+            [is_finite(W) for W in stored.values].index(False),
             "the edited weight does not fit in the stored dtype: NaN or Inf",
             fix="use a larger --alpha or fewer --modes",
         )
     return stored, measure(product, edit, stored.values if folding is None else stored.values * folding.gain)
 
 
-def measure(product: QKProduct, edit: QueryEdit, W_Q_stored: Tensor) -> HeadReport:
-    """What the rounded ``W_Q_stored`` (compute dtype, stored values) does to the head's product."""
-    W_Q, before = product.query.W, edit.spectrum
-    after = QKProduct(Factor(W_Q_stored), product.key).spectrum(before.channel)
+def measure(product: QKProduct, edit: QueryEdit, W_Q_stored: Tensor) -> tuple[HeadReport, ...]:
+    """What the rounded ``W_Q_stored`` (compute dtype, stored values) does to each head's product."""
+    W_Q = product.query.W
+    after = QKProduct(Factor(W_Q_stored), product.key).spectra(edit.spectra[0].channel)
     # One array for both differences: at these sizes fresh memory costs as much as arithmetic.
     difference = W_Q_stored - edit.W_Q
     rounding = torch.linalg.matrix_norm(difference)
     change = torch.linalg.matrix_norm(torch.sub(W_Q_stored, W_Q, out=difference))
-    return HeadReport(
-        modes=edit.indices,
-        rank=before.rank,
-        values_before=tuple(before.S.tolist()),
-        values_after=tuple(after.S.tolist()),
-        gap=edit.gap,
-        frobenius_before=before.frobenius,
-        frobenius_after=after.frobenius,
-        relative_change=_ratio(change, torch.linalg.matrix_norm(W_Q)),
-        rounding_error=_ratio(rounding, edit.size),
-        realised_share=edit.realised_share,
-        gains=_gains(edit, W_Q, W_Q_stored),
-    )
-
-
-def _edit_subspace(product: QKProduct, rule: EditRule, generator: torch.Generator) -> QueryEdit:
-    if rule.channel is not Channel.full:
-        raise UsageError("a random subspace belongs to no channel", fix="drop --channel")
-    W_Q = product.query.W
-    G = _haar_subspace(product.query, rule.modes, generator)
-    W_Q_G = W_Q @ G
-    A = W_Q_G * (rule.alpha - 1)
-    size = W_Q_G.square().sum(0)  # 0 where it underflows
-    probe = Probe(G, torch.where(size > 0, W_Q_G / size, 0.0))  # how much of it the query still reads
-    return QueryEdit(
-        torch.addmm(W_Q, A, G.mT),
-        torch.linalg.matrix_norm(A),
-        product.spectrum(rule.channel),
-        (),
-        G,
-        (probe,),
-        None,
-        None,
-    )
-
-
-def _shrink_factor(reference: float, whole: float) -> float:
-    if reference > whole * (1 + 1e-9):  # equal up to rounding is a shrink to zero
-        raise NumericalError(
-            f"no shrink matches the dominant edit: ‖ΔW_Q‖ {reference:.4g} > ‖W_Q‖ {whole:.4g}",
-            fix="use fewer modes or a larger --alpha",
+    norms = torch.stack([rounding, change, torch.linalg.matrix_norm(W_Q)], dim=-1).tolist()
+    gains = _gains(edit, W_Q, W_Q_stored)
+    return tuple(
+        HeadReport(
+            modes=edit.indices[i],
+            rank=edit.spectra[i].rank,
+            values_before=tuple(edit.spectra[i].S.tolist()),
+            values_after=tuple(after[i].S.tolist()),
+            gap=edit.gaps[i],
+            frobenius_before=edit.spectra[i].frobenius,
+            frobenius_after=after[i].frobenius,
+            relative_change=_ratio(changed, whole),
+            rounding_error=_ratio(rounded, float(edit.size[i])),
+            realised_share=edit.realised_shares[i],
+            gains=tuple(gains[i][: edit.counts[i]]),
         )
-    return max(0.0, 1 - reference / whole) if whole else 1.0
+        for i, (rounded, changed, whole) in enumerate(norms)
+    )
 
 
-def _delta(product: QKProduct, modes: Decomposition, rule: EditRule) -> tuple[Tensor, float | None]:
-    """``A`` (d_head, r) of ``ΔW_Q = A U_rᵀ`` for the selected modes, and the share of ΔM that it realises."""
+def _delta(
+    product: QKProduct, modes: Decomposition, rule: EditRule
+) -> tuple[Tensor, tuple[float | None, ...] | None]:
+    """``A`` (n, d_head, r) of ``ΔW_Q = A U_rᵀ`` for the selected modes, and the share of ΔM that it realises."""
     scale = 1 - rule.alpha
     if rule.channel is Channel.full:
         return -scale * modes.W_Q_U, None
-    # (W_K⁺)ᵀ v_j = R_k⁺ Q_kᵀ v_j, shape (d_head, r)
+    # (W_K⁺)ᵀ v_j = R_k⁺ Q_kᵀ v_j, shape (n, d_head, r)
     mapped = product.key.pinv_core @ product.key.basis.coordinates(modes.V)
-    reached = torch.linalg.vector_norm(product.key.R @ mapped, dim=0)  # |P_K v_j|
+    reached = torch.linalg.vector_norm(product.key.R @ mapped, dim=-2)  # |P_K v_j|
     # u_j are orthonormal, so ‖ΔM‖² and its reached part are sums over modes.
     weight = modes.S.square()
-    share = _ratio((weight * reached.square()).sum(), weight.sum()) if modes.S.numel() else None
-    return -scale * (mapped * modes.S), share
+    parts = torch.stack([(weight * reached.square()).sum(-1), weight.sum(-1)], dim=-1).tolist()
+    return -scale * (mapped * modes.S[:, None]), tuple(
+        part / whole if whole else None for part, whole in parts
+    )
+
+
+def _edit_subspace(product: QKProduct, rule: EditRule, generators: Sequence[torch.Generator]) -> QueryEdit:
+    if rule.channel is not Channel.full:
+        raise UsageError("a random subspace belongs to no channel", fix="drop --channel")
+    query = product.query
+    core, counts = _haar_subspaces(query, rule.modes, generators)
+    G = query.basis.lift(core)
+    W_Q_G = query.R.mT @ core
+    A = (rule.alpha - 1) * W_Q_G
+    size = W_Q_G.square().sum(-2, keepdim=True)  # 0 where it underflows
+    probe = Probe(G, torch.where(size > 0, W_Q_G / size, 0.0))  # how much of it the query still reads
+    edited = torch.baddbmm(query.W, A.to(query.W), G.mT)
+    none, nothing = ((),) * len(counts), (None,) * len(counts)
+    spectra, moved = product.spectra(rule.channel), torch.linalg.matrix_norm(A)
+    return QueryEdit(edited, moved, spectra, none, G, counts, (probe,), nothing, nothing)
+
+
+def _haar_subspaces(
+    query: Factor, r: int, generators: Sequence[torch.Generator]
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Uniformly random subspaces of the row spaces of W_Q: coordinates (n, k, r), padded by zeros; how many there are.
+
+    The rank of a row space is that under the factor's ``rcond``.
+    """
+    U, S, _ = torch.linalg.svd(query.R, full_matrices=False)
+    core, counts = U.new_zeros(*U.shape[:-1], min(r, U.shape[-1])), []
+    for i, generator in enumerate(generators):
+        # Strictly greater: a zero matrix has rank 0, not full rank.
+        rank = int((S[i] > query.rcond * S[i].max()).sum())
+        counts.append(min(r, rank))
+        # Drawn on the CPU so that every device sees the same numbers.
+        gaussian = torch.randn(rank, counts[i], generator=generator, dtype=torch.float64)
+        core[i, :, : counts[i]] = U[i, :, :rank] @ torch.linalg.qr(gaussian)[0]
+    return core, tuple(counts)
+
+
+def _shrink_factors(references: Sequence[float], sizes: Sequence[float]) -> list[float]:
+    factors = []
+    for i, (reference, size) in enumerate(zip(references, sizes, strict=True)):
+        if reference > size * (1 + 1e-9):  # equal up to rounding is a shrink to zero
+            raise HeadError(
+                i,
+                f"no shrink matches the dominant edit: ‖ΔW_Q‖ {reference:.4g} > ‖W_Q‖ {size:.4g}",
+                fix="use fewer modes or a larger --alpha",
+            )
+        factors.append(max(0.0, 1 - reference / size) if size else 1.0)
+    return factors
 
 
 def _probes(modes: Decomposition, channel: Channel) -> tuple[Probe, ...]:
     """``u_jᵀ M' v_j / s_j``; for half a matrix the mean of that and, transposed, of ``± v_jᵀ M' u_j / s_j``."""
+    S = torch.where(modes.S == 0, 1.0, modes.S)[:, None]  # where there is no such mode
     if channel is not Channel.antisymmetric:  # in the symmetric one the two are the same
-        return (Probe(modes.U, modes.W_K_V / modes.S),)
+        return (Probe(modes.U, modes.W_K_V / S),)
     W_K_U = modes.R_K.mT @ modes.left.core  # both sides have one basis here
-    return Probe(modes.U, modes.W_K_V / (2 * modes.S)), Probe(modes.V, -W_K_U / (2 * modes.S))
+    return Probe(modes.U, modes.W_K_V / (2 * S)), Probe(modes.V, -W_K_U / (2 * S))
 
 
-def _gains(edit: QueryEdit, W_Q: Tensor, W_Q_new: Tensor) -> tuple[float, ...]:
+def _gains(edit: QueryEdit, W_Q: Tensor, W_Q_new: Tensor) -> list[list[float]]:
     """Per edited mode, its coefficient in the edited channel over its coefficient before."""
     if not edit.probes:  # shrink: one factor for the whole head
-        old, new = W_Q.flatten(), W_Q_new.flatten()
-        return (_ratio(torch.dot(new, old), torch.dot(old, old)),)
-    return tuple(torch.stack([probe.of(W_Q_new) for probe in edit.probes]).sum(0).tolist())
+        old, new = W_Q.flatten(1), W_Q_new.flatten(1)
+        products = torch.stack([torch.linalg.vecdot(new, old), torch.linalg.vecdot(old, old)], dim=-1)
+        return [[_ratio(part, whole)] for part, whole in products.tolist()]
+    gains: list[list[float]] = torch.stack([probe.of(W_Q_new) for probe in edit.probes]).sum(0).tolist()
+    return gains
 
 
-def _haar_subspace(query: Factor, r: int, generator: torch.Generator) -> Tensor:
-    """Orthonormal basis (d_model, ≤ r) of a uniformly random subspace of the row space of W_Q."""
-    basis = query.row_space
-    rank = basis.shape[1]
-    # Drawn on the CPU so that every device sees the same numbers.
-    gaussian = torch.randn(rank, min(r, rank), generator=generator, dtype=torch.float64)
-    coordinates: Tensor = torch.linalg.qr(gaussian.to(basis.device, basis.dtype))[0]
-    return basis @ coordinates
-
-
-def _ratio(part: Tensor, whole: Tensor) -> float:
-    return float(part / whole) if float(whole) else 0.0
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0

@@ -1,4 +1,10 @@
-"""``QKProduct``: the query-key product of one head, kept factored, and its ``Spectrum`` per channel."""
+"""``QKProduct``: the query-key products of some heads, kept factored, and their ``Spectrum`` per channel.
+
+Heads are computed together: every tensor has a leading dimension ``n`` for them. What is as long as ``d_model``
+stays on the device of the weights. The small cores go to the CPU, where LAPACK decomposes each in float64: so
+devices differ by rounding only, and a GPU is not held up by matrices that are too small for it (of 128 × 128,
+cuSOLVER's ``gesvd`` and ``gesvdj`` decompose one after the other).
+"""
 
 from __future__ import annotations
 
@@ -36,77 +42,97 @@ def is_finite(x: Tensor) -> bool:
     )  # squares may overflow
 
 
+def to_host(x: Tensor) -> Tensor:
+    """What is small, where it is computed with."""
+    return x.to("cpu", torch.float64)
+
+
 @dataclass(frozen=True)
 class Basis:
-    """Orthonormal columns ``Q`` (d_model, k) of a QR, kept as Householder reflectors: applied, never formed."""
+    """Orthonormal columns ``Q`` (n, d_model, k) of a QR, kept as Householder reflectors: applied, never formed.
 
-    reflectors: Tensor  # (d_model, n), n ≥ k
-    tau: Tensor  # (k,)
+    On CUDA, torch calls cuSOLVER's ``geqrf`` and ``ormqr`` for one matrix after the other, without waiting between.
+    """
+
+    reflectors: Tensor  # (n, d_model, m), m ≥ k
+    tau: Tensor  # (n, k)
 
     @classmethod
     def of(cls, A: Tensor) -> tuple[Basis, Tensor]:
-        """``A = Q R``: ``A`` (d_model, n), ``R`` (k, n), ``k = min(d_model, n)``. Equivalent to ``numpy.linalg.qr``."""
+        """``A = Q R``: ``A`` (n, d_model, m), ``R`` (n, k, m) on the CPU, ``k = min(d_model, m)``.
+
+        Equivalent to ``numpy.linalg.qr``.
+        """
         reflectors, tau = torch.geqrf(A)
-        return cls(reflectors, tau), reflectors[: len(tau)].triu()
+        return cls(reflectors, tau), to_host(reflectors[..., : tau.shape[-1], :].triu())
 
     def lift(self, core: Tensor) -> Tensor:
-        """``Q core``, for ``core`` (k, r)."""
-        padded = core.new_zeros(len(self.reflectors), core.shape[1])
-        padded[: len(core)] = core
+        """``Q core``, for ``core`` (n, k, r) on the CPU."""
+        n, d_model, _ = self.reflectors.shape
+        padded = self.reflectors.new_zeros(n, d_model, core.shape[-1])
+        padded[:, : core.shape[1]].copy_(core)
         lifted: Tensor = torch.ormqr(self.reflectors, self.tau, padded)
         return lifted
 
     def coordinates(self, vectors: Tensor) -> Tensor:
-        """``Qᵀ vectors``, for ``vectors`` (d_model, r)."""
-        turned: Tensor = torch.ormqr(self.reflectors, self.tau, vectors, transpose=True)
-        return turned[: len(self.tau)]
+        """``Qᵀ vectors`` on the CPU, for ``vectors`` (n, d_model, r)."""
+        turned = torch.ormqr(self.reflectors, self.tau, vectors, transpose=True)
+        return to_host(turned[:, : self.tau.shape[-1]])
+
+    def take(self, at: Sequence[int]) -> Basis:
+        """The bases at ``at``, which may repeat."""
+        return Basis(self.reflectors[at], self.tau[at])
 
 
 @dataclass(frozen=True)
 class Factor:
-    """One head's weight and its thin QR, ``Wᵀ = Q R``: computed when asked for, shared by all heads of a key head."""
+    """Weights of some heads and their thin QRs, ``Wᵀ = Q R``, computed when they are asked for."""
 
-    W: Tensor  # (d_head, d_model)
+    W: Tensor  # (n, d_head, d_model)
+    known: tuple[Basis, Tensor] | None = None
 
     @cached_property
     def _qr(self) -> tuple[Basis, Tensor]:
-        return Basis.of(self.W.mT)
+        return self.known or Basis.of(self.W.mT)
 
     @property
     def basis(self) -> Basis:
-        """``Q`` (d_model, k), ``k = min(d_head, d_model)``."""
+        """``Q`` (n, d_model, k), ``k = min(d_head, d_model)``."""
         return self._qr[0]
 
     @property
     def R(self) -> Tensor:
-        """``R`` (k, d_head)."""
+        """``R`` (n, k, d_head), on the CPU."""
         return self._qr[1]
+
+    def take(self, at: Sequence[int]) -> Factor:
+        """The factors at ``at``, which may repeat: heads that share keys share their QR."""
+        if list(at) == list(range(len(self.W))):
+            return self
+        return Factor(self.W[at], (self.basis.take(at), self.R[at]))
+
+    @property
+    def rcond(self) -> float:
+        """:func:`resolve_rcond` of these weights."""
+        return resolve_rcond(self.W.shape[-1], self.W.dtype)
 
     @cached_property
     def pinv_core(self) -> Tensor:
-        """``R⁺`` by SVD with :func:`resolve_rcond`, so that ``(W⁺)ᵀ = R⁺ Qᵀ``; shape (d_head, k)."""
-        inverse: Tensor = torch.linalg.pinv(self.R, rtol=resolve_rcond(self.W.shape[-1], self.W.dtype))
+        """``R⁺`` by SVD with :attr:`rcond`, so that ``(W⁺)ᵀ = R⁺ Qᵀ``; shape (n, d_head, k), on the CPU."""
+        inverse: Tensor = torch.linalg.pinv(self.R, rtol=self.rcond)
         return inverse
-
-    @property
-    def row_space(self) -> Tensor:
-        """Orthonormal basis (d_model, rank) of the row space of ``W``; rank under :func:`resolve_rcond`."""
-        U, S, _ = torch.linalg.svd(self.R, full_matrices=False)
-        # Strictly greater: a zero matrix has rank 0, not full rank.
-        rank = int((S > resolve_rcond(self.W.shape[-1], self.W.dtype) * S.max()).sum())
-        return self.basis.lift(U[:, :rank])
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The values of one channel of M, strongest mode first.
+    """The values of one channel of one head's M, strongest mode first.
 
     ``S`` holds singular values (full, antisymmetric: the latter in equal adjacent pairs) or signed
     eigenvalues ordered by size (symmetric).
     """
 
     channel: Channel
-    S: Tensor  # (n_modes,)
+    S: Tensor  # (n_modes,), on the CPU
     rank: int
     frobenius: float  # ‖M‖_F, of all channels together
 
@@ -130,104 +156,102 @@ class Spectrum:
 class Side:
     """Orthonormal vectors ``Q core``, built when they are asked for."""
 
-    basis: Basis  # Q (d_model, k)
-    core: Tensor  # (k, r)
-
-    def at(self, indices: Tensor) -> Side:
-        """Some of the vectors."""
-        return Side(self.basis, self.core[:, indices])
+    basis: Basis  # Q (n, d_model, k)
+    core: Tensor  # (n, k, r), on the CPU
 
     @cached_property
     def vectors(self) -> Tensor:
-        """The vectors themselves, (d_model, r)."""
+        """The vectors themselves, (n, d_model, r)."""
         return self.basis.lift(self.core)
 
 
 @dataclass(frozen=True)
 class Decomposition:
-    """``U diag(S) Vᵀ`` of one channel of M, all modes or a few; vectors stay factored until they are asked for."""
+    """``U diag(S) Vᵀ`` of one channel of each head's M, all modes or a few; vectors stay factored."""
 
-    spectrum: Spectrum
-    S: Tensor  # (r,)
+    S: Tensor  # (n, r), on the CPU
     left: Side
     right: Side  # the very same in the symmetric channel
-    R_Q: Tensor  # (k, d_head), W_Qᵀ in the basis of the left side
-    R_K: Tensor  # (k, d_head), W_Kᵀ in the basis of the right side
+    R_Q: Tensor  # (n, k, d_head), W_Qᵀ in the basis of the left side
+    R_K: Tensor  # (n, k, d_head), W_Kᵀ in the basis of the right side
 
-    def modes(self, indices: Sequence[int]) -> Decomposition:
-        """The modes at ``indices`` alone."""
-        at = torch.as_tensor(list(indices), dtype=torch.long, device=self.S.device)
-        left = self.left.at(at)
-        right = left if self.right is self.left else self.right.at(at)
-        return Decomposition(self.spectrum, self.S[at], left, right, self.R_Q, self.R_K)
+    def modes(self, indices: Sequence[Sequence[int]]) -> Decomposition:
+        """Some modes of each head alone; where a head has fewer than another, the rest of its ``U, S, V`` is zero."""
+        at, is_mode = padded_indices(indices)
+        left = Side(self.left.basis, pick(self.left.core, at, is_mode))
+        right = left
+        if self.right is not self.left:
+            right = Side(self.right.basis, pick(self.right.core, at, is_mode))
+        return Decomposition(self.S.gather(1, at) * is_mode, left, right, self.R_Q, self.R_K)
 
     @property
     def U(self) -> Tensor:
-        """Left vectors, (d_model, r)."""
+        """Left vectors, (n, d_model, r)."""
         return self.left.vectors
 
     @property
     def V(self) -> Tensor:
-        """Right vectors, (d_model, r)."""
+        """Right vectors, (n, d_model, r)."""
         return self.right.vectors
 
     @property
     def W_Q_U(self) -> Tensor:
-        """``W_Q U`` (d_head, r), from the small cores."""
+        """``W_Q U`` (n, d_head, r), from the small cores."""
         return self.R_Q.mT @ self.left.core
 
     @property
     def W_K_V(self) -> Tensor:
-        """``W_K V`` (d_head, r), from the small cores."""
+        """``W_K V`` (n, d_head, r), from the small cores."""
         return self.R_K.mT @ self.right.core
 
 
 @dataclass(frozen=True)
 class QKProduct:
-    """``M = W_Qᵀ W_K`` of one query head and its key head, never materialised.
+    """``M = W_Qᵀ W_K`` of some query heads and their key heads, never materialised.
 
     Equivalent to TransformerLens' ``FactoredMatrix(W_Qᵀ, W_K)``.
     """
 
     query: Factor
-    key: Factor
+    key: Factor  # one for each query head
 
     @classmethod
     def of(cls, W_Q: Tensor, W_K: Tensor) -> QKProduct:
-        """Product of two (d_head, d_model) weights."""
+        """Products of two (n, d_head, d_model) weights."""
         return cls(Factor(W_Q), Factor(W_K))
 
     @cached_property
-    def symmetric_share(self) -> float:
+    def core(self) -> Tensor:
+        """``R_q R_kᵀ``, (n, k, k): M in the orthonormal bases of its two weights."""
+        return self.query.R @ self.key.R.mT
+
+    def symmetric_shares(self) -> list[float]:
         """``‖(M + Mᵀ)/2‖² / ‖M‖²``, between 0 and 1; 0.5 when symmetric and antisymmetric parts weigh the same.
 
         ``‖(M + Mᵀ)/2‖² = (‖M‖² + tr(M M)) / 2`` and ``tr(M M) = tr(G G)`` with ``G = W_K W_Qᵀ``.
         """
-        frobenius = float(torch.linalg.matrix_norm(self.core))
-        if frobenius == 0.0:
-            return 0.0
-        G = self.key.W @ self.query.W.mT  # (d_head, d_head)
-        trace = float((G * G.mT).sum())
-        return min(1.0, max(0.0, 0.5 * (1.0 + trace / frobenius**2)))  # rounding may step outside
+        G = to_host(self.key.W @ self.query.W.mT)  # (n, d_head, d_head)
+        traces = (G * G.mT).sum((-2, -1)).tolist()
+        norms = torch.linalg.matrix_norm(self.core).tolist()
+        # Rounding may step outside.
+        return [
+            min(1.0, max(0.0, 0.5 * (1.0 + trace / norm**2))) if norm else 0.0
+            for trace, norm in zip(traces, norms, strict=True)
+        ]
 
-    @cached_property
-    def core(self) -> Tensor:
-        """``R_q R_kᵀ``, (k, k): M in the orthonormal bases of its two weights."""
-        return self.query.R @ self.key.R.mT
-
-    def spectrum(self, channel: Channel) -> Spectrum:
+    def spectra(self, channel: Channel) -> tuple[Spectrum, ...]:
         """The values of :meth:`decompose`, without vectors."""
         if channel is Channel.full:
-            return self._spectrum(channel, torch.linalg.svdvals(self.core), self.core)
+            return self._spectra(channel, torch.linalg.svdvals(self.core), self.core)
         _, R_Q, R_K = self._joint()
         C = R_Q @ R_K.mT
         if channel is Channel.symmetric:
             values = torch.linalg.eigvalsh((C + C.mT) / 2)
-            return self._spectrum(channel, values[_by_size(values)], C)
-        return self._spectrum(channel, _pairs(torch.linalg.eigvalsh(1j * (C - C.mT) / 2)), C)
+            return self._spectra(channel, values.gather(1, _by_size(values)), C)
+        return self._spectra(channel, _pairs(torch.linalg.eigvalsh(1j * (C - C.mT) / 2)), C)
 
-    def decompose(self, channel: Channel) -> Decomposition:
-        """Decompose one channel; O(d_model d_head²).
+    def decompose(self, channel: Channel) -> tuple[tuple[Spectrum, ...], Decomposition]:
+        """Decompose one channel; O(d_model d_head²) per head.
 
         full           SVD of the core ``R_q R_kᵀ``; ``U = Q_q U_c``, ``V = Q_k V_c``
         symmetric      eigendecomposition of ``(C + Cᵀ)/2``, ``C = Bᵀ M B``, ``B = orth([W_Qᵀ, W_Kᵀ])``
@@ -237,43 +261,59 @@ class QKProduct:
         if channel is Channel.full:
             U, S, Vh = torch.linalg.svd(self.core, full_matrices=False)
             left, right = Side(self.query.basis, U), Side(self.key.basis, Vh.mT)
-            spectrum = self._spectrum(channel, S, self.core)
-            return Decomposition(spectrum, S, left, right, self.query.R, self.key.R)
+            modes = Decomposition(S, left, right, self.query.R, self.key.R)
+            return self._spectra(channel, S, self.core), modes
         B, R_Q, R_K = self._joint()
         C = R_Q @ R_K.mT
         if channel is Channel.symmetric:
             values, E = torch.linalg.eigh((C + C.mT) / 2)
             order = _by_size(values)
-            S, both = values[order], Side(B, E[:, order])
-            return Decomposition(self._spectrum(channel, S, C), S, both, both, R_Q, R_K)
+            S, both = values.gather(1, order), Side(B, pick(E, order))
+            return self._spectra(channel, S, C), Decomposition(S, both, both, R_Q, R_K)
         values, W = torch.linalg.eigh(1j * (C - C.mT) / 2)
         S = _pairs(values)
-        W = W.flip(1)[:, : len(S) // 2] * 2**0.5
+        W = W.flip(-1)[..., : S.shape[-1] // 2] * 2**0.5
         U = torch.stack([W.imag, -W.real], dim=-1).flatten(-2)  # y_1, -x_1, y_2, -x_2, ...
         V = torch.stack([W.real, W.imag], dim=-1).flatten(-2)  # x_1,  y_1, x_2,  y_2, ...
-        return Decomposition(self._spectrum(channel, S, C), S, Side(B, U), Side(B, V), R_Q, R_K)
+        return self._spectra(channel, S, C), Decomposition(S, Side(B, U), Side(B, V), R_Q, R_K)
 
     def _joint(self) -> tuple[Basis, Tensor, Tensor]:
-        """An orthonormal basis (d_model, b) of both row spaces together, and ``R_Q``, ``R_K`` (b, d_head) in it."""
+        """An orthonormal basis (n, d_model, b) of both row spaces together, and ``R_Q``, ``R_K`` (n, b, d_head)."""
         B, R = Basis.of(torch.cat([self.query.W, self.key.W], dim=-2).mT)
-        d_head = self.query.W.shape[0]
-        return B, R[:, :d_head], R[:, d_head:]
+        d_head = self.query.W.shape[-2]
+        return B, R[..., :d_head], R[..., d_head:]
 
-    def _spectrum(self, channel: Channel, S: Tensor, core: Tensor) -> Spectrum:
-        """``core`` is M in orthonormal bases, and as large."""
-        frobenius = float(torch.linalg.matrix_norm(core))
+    def _spectra(self, channel: Channel, S: Tensor, cores: Tensor) -> tuple[Spectrum, ...]:
+        """``cores`` are M in orthonormal bases, and as large."""
+        norms = torch.linalg.matrix_norm(cores).tolist()
         # Zero compared with M, not with its own largest value: a half that M does not have is all rounding.
-        tolerance = resolve_rcond(self.query.W.shape[-1], S.dtype) * frobenius
-        return Spectrum(channel, S, int((S.abs() > tolerance).sum()), frobenius)
+        return tuple(
+            Spectrum(channel, s, int((s.abs() > self.query.rcond * norm).sum()), norm)
+            for s, norm in zip(S, norms, strict=True)
+        )
+
+
+def padded_indices(indices: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Indices of each head, and which of them are none but fill it up to the longest; both (n, r)."""
+    r = max(map(len, indices), default=0)
+    at = torch.tensor([[*of_head, *[0] * (r - len(of_head))] for of_head in indices], dtype=torch.long)
+    is_one = torch.tensor([[j < len(of_head) for j in range(r)] for of_head in indices], dtype=torch.bool)
+    return at.view(len(indices), r), is_one.view(len(indices), r)
+
+
+def pick(core: Tensor, at: Tensor, is_one: Tensor | None = None) -> Tensor:
+    """The columns ``at`` (n, r) of ``core`` (n, k, m); zero where they are none."""
+    columns = core.gather(-1, at[:, None, :].expand(-1, core.shape[1], -1))
+    return columns if is_one is None else columns * is_one[:, None, :]
 
 
 def _by_size(values: Tensor) -> Tensor:
-    return values.abs().argsort(descending=True, stable=True)
+    return values.abs().argsort(dim=-1, descending=True, stable=True)
 
 
 def _pairs(values: Tensor) -> Tensor:
     """The positive half of a Hermitian spectrum that is symmetric about zero, strongest first, each twice."""
-    return values.flip(0)[: len(values) // 2].clamp_min(0.0).repeat_interleave(2)
+    return values.flip(-1)[..., : values.shape[-1] // 2].clamp_min(0.0).repeat_interleave(2, dim=-1)
 
 
 def energy_share(S: Tensor, r: int) -> float:

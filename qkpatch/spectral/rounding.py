@@ -48,7 +48,8 @@ def round_once(x: Tensor, dtype: torch.dtype) -> Tensor:
     few = math.gcd(x.numel(), _TOGETHER)
     at = (low_bits.view(-1, few).amin(1) == 0).nonzero().squeeze(1)
     if at.numel():
-        rounded.view(-1, few)[at] = _to_odd(x.reshape(-1, few)[at]).to(dtype)
+        bits = torch.uint8 if rounded.element_size() == 1 else torch.int16  # not all indexing knows float8
+        rounded.view(bits).view(-1, few)[at] = _to_odd(x.reshape(-1, few)[at]).to(dtype).view(bits)
     return rounded
 
 
