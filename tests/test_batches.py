@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -16,6 +17,7 @@ import test_fp8
 import test_norms
 import torch
 from conftest import build_tiny
+from pretended_card import CARD, Card
 from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
@@ -259,3 +261,88 @@ class TestOwnStream:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         assert told.value.where == "--device"
         assert "has no memory left for a few heads" in told.value.what
+
+
+class TestACard:
+    """All that is done to tensors on a card can be done there, and none of it mixes them with the host's."""
+
+    @pytest.fixture
+    def calls(self, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+        """``--device cuda`` is a pretended one, three heads at a time; what runs on it."""
+        calls: Counter[str] = Counter()
+        monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+        monkeypatch.setattr(
+            device, "choose_device", lambda name: CARD if name == "cuda" else torch.device(name)
+        )
+        for module in (patch, spectra):
+            monkeypatch.setattr(module, "heads_together", lambda where, *_: 3 if where == CARD else 1)
+            monkeypatch.setattr(
+                module, "own_stream", lambda where: Card(calls) if where == CARD else nullcontext()
+            )
+        return calls
+
+    def both(self, run, source: Path, *flags: object) -> dict[str, Any]:
+        found = []
+        for name in ("cpu", "cuda"):
+            out = source.parent / name
+            result = run("apply", source, *flags, "--device", name, "-o", out)
+            assert result.exit_code == 0, result.output or result.exception
+            manifest = json.loads((out / "qkpatch.json").read_text())
+            found.append(({p.name: p.read_bytes() for p in out.glob("*.safetensors")}, manifest))
+        assert found[0][0] == found[1][0] != {p.name: p.read_bytes() for p in source.glob("*.safetensors")}
+        figures = [numbers(manifest["edits"]) for _, manifest in found]
+        assert figures[1] == pytest.approx(figures[0], rel=1e-9, abs=1e-14)
+        return found[1][1]
+
+    @every_rule
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+    def test_every_rule(
+        self, channel: str, select: str, dtype: torch.dtype, calls: Counter[str], run, tmp_path: Path
+    ) -> None:
+        tiny = build_tiny(tmp_path / "source", dtype=dtype)
+        flags = ("--layers", "0-1", "--modes", 2, "--channel", channel, "--select", select)
+        assert self.both(run, tiny.path, *flags)["compute"]["device"].startswith("cuda")
+        assert calls["geqrf"] >= 3 * 2 * 2 - 4
+        assert not calls.keys() & {"_linalg_svd", "_linalg_eigh"}
+
+    @pytest.mark.parametrize("name", test_norms.CASES)
+    def test_norms(self, name: str, calls: Counter[str], run, tmp_path: Path) -> None:
+        source = test_norms.build(tmp_path / "source", test_norms.CASES[name])
+        self.both(run, source, "--recipe", tmp_path / "probe.yaml", "--layers", 1, "--modes", 2)
+        assert calls["geqrf"]
+
+    @every_rule
+    def test_a_folded_norm(self, channel: str, select: str, calls: Counter[str], run, tmp_path: Path) -> None:
+        source = test_fold_norm.build(tmp_path / "source", "gemma3-text")
+        flags = ("--layers", 1, "--modes", 2, "--channel", channel, "--select", select)
+        self.both(run, source, *flags, "--fold-norm")
+        assert calls["geqrf"]
+
+    @pytest.mark.parametrize("scales", [torch.float32, torch.uint8], ids=["F32", "F8_E8M0"])
+    def test_block_fp8(self, scales: torch.dtype, calls: Counter[str], run, tmp_path: Path) -> None:
+        test_fp8.build(tmp_path / "source", scales)
+        self.both(run, tmp_path / "source", "--layers", "0-1", "--modes", 2, "--alpha", 0)
+        assert calls["geqrf"]
+
+    def test_spectra(self, calls: Counter[str], run, tmp_path: Path) -> None:
+        tiny = build_tiny(tmp_path / "source")
+        on_cpu, on_card = (
+            json.loads(run("inspect", tiny.path, "--modes", 2, "--json", "--device", name).stdout)
+            for name in ("cpu", "cuda")
+        )
+        assert numbers(on_card) == pytest.approx(numbers(on_cpu), rel=1e-12, abs=1e-14)
+        assert calls["geqrf"]
+
+    def test_a_nan_is_found_there(self, calls: Counter[str], run, tmp_path: Path) -> None:
+        tiny = build_tiny(tmp_path / "source")
+        rewrite(tiny.path, tiny.name(1, "q"), slice(16, 24), torch.nan)
+        flags = ("--layers", 1, "--modes", 2, "--device", "cuda")
+        assert "query head 2" in run("apply", tiny.path, *flags, "-o", tmp_path / "out").output
+
+    def test_mixing_would_be_noticed(self, calls: Counter[str]) -> None:
+        with Card(calls):
+            on_card = torch.ones(3).to(CARD)
+            assert on_card.device == CARD
+            with pytest.raises(RuntimeError, match="on the card and on the host"):
+                on_card + torch.ones(3)
