@@ -272,13 +272,14 @@ class TestACard:
         calls: Counter[str] = Counter()
         monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-        monkeypatch.setattr(
-            device, "choose_device", lambda name: CARD if name == "cuda" else torch.device(name)
-        )
-        for module in (patch, spectra):
+        for module in (device, editing):
+            monkeypatch.setattr(
+                module, "choose_device", lambda name: CARD if name == "cuda" else torch.device(name)
+            )
+        for module in (editing, spectra):
             monkeypatch.setattr(module, "heads_together", lambda where, *_: 3 if where == CARD else 1)
             monkeypatch.setattr(
-                module, "own_stream", lambda where: Card(calls) if where == CARD else nullcontext()
+                module, "computing", lambda where: Card(calls) if where == CARD else nullcontext()
             )
         return calls
 
