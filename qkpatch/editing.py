@@ -70,7 +70,7 @@ class Editor:
 
         def edit(chunk: _Chunk) -> tuple[LayerTarget, list[tuple[HeadRecord, bool]]]:
             use_one_blas_thread()
-            with open_layer(plan.model, chunk.target, self.device) as weights:
+            with open_layer(plan.model, chunk.target, self.device, chunk.heads) as weights:
                 done = []
                 for record in _edit_heads(plan, chunk, weights, copier):
                     crew.check()

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qkpatch.checkpoint.tree import read_whole, source_file
+from qkpatch.checkpoint.tree import source_file
 from qkpatch.settings import Request, parse_request
 from qkpatch.spectral.rule import Channel, Select
 
@@ -97,4 +97,4 @@ def edit_request(
     if config is None:
         return flags
     file = source_file(config, config.name)  # a regular one: a pipe or a device would never end
-    return flags.over(parse_request(read_whole(config, file.id), str(config)))
+    return flags.over(parse_request(file.read(), str(config)))

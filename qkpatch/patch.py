@@ -125,7 +125,7 @@ def _editor(device: str) -> Editor:
 
 def _fingerprint(plan: EditPlan) -> str:
     """What a run must have in common with one that it resumes: the plan, the stack, and the very files of SOURCE."""
-    files = {name: str(file.id) for name, file in plan.model.checkpoint.files.items()}
+    files = {name: file.content for name, file in plan.model.checkpoint.files.items()}
     document = {**planned_manifest(plan, "").to_json(), "source_files": files}
     return hashlib.sha256(canonical_json(document).encode()).hexdigest()
 

@@ -51,7 +51,7 @@ def layer_spectra(
     def of_target(target: LayerTarget) -> LayerSpectra:
         use_one_blas_thread()
         found = []
-        with open_layer(model, target, device) as weights:
+        with open_layer(model, target, device, heads) as weights:
             for of in weights.heads(heads):
                 crew.check()
                 found.append(_head_spectrum(of.head, target.layout.kv_head(of.head), of.product, modes))

@@ -42,7 +42,7 @@ ONLY_IN = {
     },
     "rich": {"console", "tables"},
     "yaml": {"strict"},
-    "huggingface_hub": {"checkpoint.hub"},
+    "huggingface_hub": {"checkpoint.hub", "checkpoint.hub_errors", "checkpoint.transfer"},
     "safetensors": {"verify"},
     "torch": {
         "weights", "spectra", "editing", "spectral.product", "spectral.edit", "spectral.rounding", "spectral.fp8",

@@ -34,6 +34,7 @@ from qkpatch.settings import Request, check_device_name
 from qkpatch.writing import Digest, Writing
 
 if TYPE_CHECKING:
+    from qkpatch.locate import Access
     from qkpatch.plan import EditPlan
 
 
@@ -83,6 +84,7 @@ def apply(
     """Write an edited copy of SOURCE to OUT, with a manifest of what was changed."""
     from qkpatch.budget import choose_threads
     from qkpatch.console import bars, print_text, show_warnings
+    from qkpatch.locate import Access
     from qkpatch.patch import apply_plan
     from qkpatch.tables import show_applied
 
@@ -103,7 +105,7 @@ def apply(
     if dry_run:
         _preview(source, request, out, device, threads, as_json=as_json, quiet=quiet, overwrite=overwrite)
         return
-    plan = decide(source, request, out, device, overwrite=overwrite)
+    plan = decide(source, request, out, device, Access.download, overwrite=overwrite)
     n_threads = choose_threads(threads, plan.head_memory, len(plan.model.checkpoint.tensors))
     writing = Writing(digest, link or link_cache, link_cache, resume, overwrite)
 
@@ -161,7 +163,9 @@ def plan(
     _preview(source, request, out, device, threads, as_json=as_json, quiet=quiet, overwrite=overwrite)
 
 
-def decide(source: str, request: Request, out: Path | None, device: str, *, overwrite: bool) -> EditPlan:
+def decide(
+    source: str, request: Request, out: Path | None, device: str, access: Access, *, overwrite: bool
+) -> EditPlan:
     """The plan, with everything refused that can be; what is wrong already does not wait for a download."""
     from qkpatch.checkpoint.target import check_apart, check_out
     from qkpatch.locate import local_path
@@ -170,7 +174,7 @@ def decide(source: str, request: Request, out: Path | None, device: str, *, over
     check_device_name(device)
     if out is not None:
         check_out(out, local_path(source), overwrite=overwrite)
-    plan = make_plan(source, request)
+    plan = make_plan(source, request, access)
     if out is not None:
         check_apart(out, plan.model.checkpoint)
     return plan
@@ -191,10 +195,11 @@ def _preview(
     from qkpatch.canonical import canonical_json
     from qkpatch.checkpoint.space import free_bytes
     from qkpatch.console import print_text, show_warnings
+    from qkpatch.locate import Access
     from qkpatch.manifest import planned_manifest
     from qkpatch.tables import show_plan
 
-    plan = decide(source, request, out, device, overwrite=overwrite)
+    plan = decide(source, request, out, device, Access.ranges, overwrite=overwrite)
     n_tensors = len(plan.model.checkpoint.tensors)
     n_threads = choose_threads(threads, plan.head_memory, n_tensors)
     memory = peak_memory(n_threads, plan.head_memory, n_tensors)

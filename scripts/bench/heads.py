@@ -51,8 +51,9 @@ def edit_layer(shape: Shape, channel: Channel, folder: Path) -> None:
     model = open_model(str(build(shape, folder)))
     target, *_ = model.targets(model.settings(Request(layers="0")))
     rule = EditRule(channel, Select.dominant, 4, 0.5)
-    with open_layer(model, target, torch.device("cpu")) as weights:
-        for of in weights.heads(tuple(range(shape.heads))):
+    heads = tuple(range(shape.heads))
+    with open_layer(model, target, torch.device("cpu"), heads) as weights:
+        for of in weights.heads(heads):
             generator = head_generator(0, target, of.head)
             stored = edit_and_round(of.product, rule, partial(weights.store, of.head), generator)
             del of, stored
