@@ -26,6 +26,7 @@ from qkpatch.checkpoint.linking import known_sum, linkable, linked
 from qkpatch.checkpoint.output import OutputFile
 from qkpatch.checkpoint.tree import LocalFile
 from qkpatch.crew import Crew
+from qkpatch.errors import HubError
 from qkpatch.plan import EditPlan
 from qkpatch.writing import Digest, Writing
 
@@ -147,7 +148,8 @@ class Copier:
     def _fill(self, file: OutputFile, fd: int, lane: Lane, crew: Crew) -> tuple[str, str | None]:
         """Copy what the edit does not write; the means of most of it, and the digest of the whole, edited rows too."""
         takes_sum = self._writing.digest is Digest.files and self._known_sum(file) is None
-        digest = hashlib.sha256(file.own) if takes_sum else None
+        expected = self._expected_sum(file)
+        digest = hashlib.sha256(file.own) if takes_sum or expected else None
         used: Counter[str] = Counter()
         ranges, position = self._plan.written_ranges(file.name), len(file.own)
         self._observer.copied(position)
@@ -161,7 +163,13 @@ class Copier:
                     position = extent.upto
         self._pass(file, ranges, (position, file.size), crew, digest)
         used.setdefault("none", 0)
-        return used.most_common(1)[0][0], digest.hexdigest() if digest else None
+        if expected and digest and digest.hexdigest() != expected:
+            raise HubError(
+                "what came is not what the Hub lists: its SHA-256 is another",
+                where=file.name,
+                fix="run again; if it stays, the file on the Hub is damaged",
+            )
+        return used.most_common(1)[0][0], digest.hexdigest() if digest and takes_sum else None
 
     def _pass(
         self,
@@ -196,6 +204,10 @@ class Copier:
                 os.close(fd)
                 self._slots.release()
         return sha256
+
+    def _expected_sum(self, file: OutputFile) -> str | None:
+        """What a file that comes from elsewhere, and is not edited, must have."""
+        return None if file.original is None or file.name in self._fds else file.original.known_sum
 
     def _known_sum(self, file: OutputFile) -> str | None:
         return None if file.original is None or file.name in self._fds else known_sum(file.original)

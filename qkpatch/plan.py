@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from qkpatch.budget import head_memory
+from qkpatch.canonical import canonical_json
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.output import Output
 from qkpatch.checkpoint.reshard import parse_size, reshard
@@ -77,6 +79,14 @@ class EditPlan:
     def head_memory(self) -> int:
         """Bytes that a thread takes while it edits one head."""
         return head_memory(edit.layout for edit in self.edits)
+
+    @property
+    def default_name(self) -> str:
+        """What OUT is called where nobody names it: after SOURCE, which tells evaluators the family, and the edit."""
+        name = self.model.source.name.rpartition("/")[2].removesuffix(".safetensors")
+        edit = {key: value for key, value in self.settings.to_json().items() if key != "from_recipe"}
+        document = {"recipe": self.model.recipe.name, "edit": edit, "max_shard_size": self.max_shard_size}
+        return f"{name}-qkpatch-{hashlib.sha256(canonical_json(document).encode()).hexdigest()[:8]}"
 
     @property
     def action(self) -> str:

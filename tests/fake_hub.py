@@ -91,7 +91,7 @@ class Request:
 class Fault:
     """What goes wrong with the next ``times`` requests whose path matches."""
 
-    kind: str  # "status 503", "cut", "stall", "whole", "other range", "other etag", "other commit", "gzip"
+    kind: str  # "status 503", "cut", "stall", "whole", "other range", "other etag", "other commit", "gzip", "damage"
     match: str = ""
     times: int = 1
     headers: dict[str, str] = field(default_factory=dict)
@@ -277,6 +277,8 @@ class _Base(BaseHTTPRequestHandler):
             file.seek(begin)
             while begin < last:
                 data = file.read(min(PIECE, last - begin))
+                if kind == "damage":
+                    data = bytes([data[0] ^ 1]) + data[1:]
                 self.wfile.write(data)
                 begin += len(data)
                 with self.state.lock:

@@ -58,6 +58,11 @@ class Stored:
         """All tensors by name."""
         return {ref.name: ref for header in self.headers.values() for ref in header.tensors.values()}
 
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files.values())
+
     def has_beside(self, name: str) -> bool:
         """Whether the directory holds something of that name, be it one of :attr:`files` or not."""
         return not self.single_file and self.root is not None and (self.root / name).exists()
