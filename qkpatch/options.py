@@ -66,6 +66,14 @@ ShardOpt = Annotated[
         show_default="as SOURCE",
     ),
 ]
+PushOpt = Annotated[
+    str | None,
+    typer.Option("--push", metavar="ORG/NAME", help="Publish OUT there, in one commit.", show_default=False),
+]
+PrivateOpt = Annotated[bool, typer.Option("--private", help="With --push: a new repository is private.")]
+CreatePrOpt = Annotated[
+    bool, typer.Option("--create-pr", help="With --push: a pull request instead of a commit.")
+]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 DebugOpt = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", envvar="QKPATCH_DEBUG")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import attrgetter
@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from qkpatch.canonical import canonical_json
+from qkpatch.card import is_card_over
 from qkpatch.catalogue import shipped_recipes
 from qkpatch.checkpoint.files import Progress, Readable, read_exact, sha256_range
 from qkpatch.checkpoint.header import TensorRef
@@ -24,6 +25,8 @@ from qkpatch.locate import locate
 from qkpatch.manifest import FileRecord, Manifest, planned_manifest
 from qkpatch.plan import EditPlan, make_plan
 from qkpatch.sums import sums_text
+
+CARD_NAME, GIT_NAME = "README.md", ".gitattributes"
 
 # What of a recipe decides an edit; the rest is for people, and may change from version to version.
 _RECIPE_KEYS = ("name", "prefix", "config", "tensors", "others")
@@ -58,7 +61,8 @@ def verify(out: Path, source: str, progress: Progress, recipe: str | None = None
 
     The recorded edit is planned anew on SOURCE, and the manifest must agree with that plan in all but its
     figures. The same files; every byte equal but the rows of the planned heads; each edited tensor's digest
-    before and after as recorded; every shard accepted by the safetensors library too. ``progress`` hears of
+    before and after as recorded; every shard accepted by the safetensors library too. Where OUT was published,
+    its model card is another, and has SOURCE's text below its own. ``progress`` hears of
     bytes compared. ``recipe`` says where a recipe of the user's own is.
 
     Raises:
@@ -94,8 +98,14 @@ def verify(out: Path, source: str, progress: Progress, recipe: str | None = None
     present, _ = walk_files(out, skip=())
     present.pop(MANIFEST_NAME, None)
     sums = present.pop(SUMS_NAME, None) if SUMS_NAME not in output.files else None
-    found += _file_sets(output, present)
-    found += _check_sums(manifest, out, sums, present)
+    is_published = _has_own_card(output, present)
+    if is_published:  # on the Hub, which adds its own .gitattributes
+        for name in (CARD_NAME, GIT_NAME):
+            if name == CARD_NAME or name not in output.files:
+                present.pop(name, None)
+    found += _file_sets(output, present, {CARD_NAME} if is_published else set())
+    if sums is not None or not is_published:
+        found += _check_sums(manifest, out, sums, present)
     edited_bytes = 0
     for name in sorted(output.files.keys() & present.keys()):
         allowed = [] if plan is None else plan.written_ranges(name)
@@ -134,8 +144,18 @@ def _check_sums(
                     yield Mismatch(file.name, "does not have the recorded digest (sha256)")
 
 
-def _file_sets(output: Output, present: dict[str, LocalFile]) -> Iterator[Mismatch]:
-    for name in sorted(output.files.keys() - present.keys()):
+def _has_own_card(output: Output, present: dict[str, LocalFile]) -> bool:
+    """Whether OUT was published: its card is qkpatch's, with the text of SOURCE's below."""
+    card, base = present.get(CARD_NAME), output.files.get(CARD_NAME)
+    original = None if base is None else base.original
+    texts = [None if f is None else f.read().decode("utf-8", "replace") for f in (card, original)]
+    return texts[0] is not None and texts[0] != texts[1] and is_card_over(texts[0], texts[1])
+
+
+def _file_sets(
+    output: Output, present: dict[str, LocalFile], replaced: Collection[str]
+) -> Iterator[Mismatch]:
+    for name in sorted(output.files.keys() - present.keys() - set(replaced)):
         yield Mismatch(name, "is missing from OUT")
     for name in sorted(present.keys() - output.files.keys()):
         yield Mismatch(name, "is in OUT and not in SOURCE")

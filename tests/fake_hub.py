@@ -381,7 +381,7 @@ class _Handler(_Base):
     def _create(self, asked: dict[str, Any]) -> None:
         name = f"{asked['organization']}/{asked['name']}"
         if name in self.state.created or name in self.state.repos:
-            self._send(409, b'{"error": "You already created this model repo"}', {})
+            self._send(409, json.dumps({"url": f"{self.state.endpoint}/{name}"}).encode(), {})
             return
         self.state.created[name] = asked
         self._send_json({"url": f"{self.state.endpoint}/{name}", "name": name, "id": name})
@@ -451,7 +451,7 @@ class _Handler(_Base):
     def _model_info(self, name: str, revision: str) -> None:
         if repo := self._repo(name, revision):
             siblings = [{"rfilename": file} for file in repo.files]
-            self._send_json({"id": name, "sha": repo.commit, "siblings": siblings})
+            self._send_json({"id": name, "sha": repo.commit, "siblings": siblings, "private": False})
 
     def _file(self, name: str, revision: str, file: str) -> None:
         repo = self._repo(name, revision)

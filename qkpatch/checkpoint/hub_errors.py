@@ -37,7 +37,7 @@ def hub_errors(where: str) -> Iterator[None]:
         yield
     except HFValidationError as error:
         raise HubError(f"not a name that the Hub allows: {error}", where=where, fix="check it") from error
-    except (OSError, ValueError, httpx().HTTPError, *_others()) as error:
+    except (OSError, ValueError, KeyError, httpx().HTTPError, *_others()) as error:
         if isinstance(error, HubError):
             raise
         raise _explained(error, where) from error
@@ -47,7 +47,7 @@ def _others() -> tuple[type[Exception], ...]:
     """Errors of the library that are none of the usual kinds."""
     from huggingface_hub import errors
 
-    return (errors.RevisionResolutionError, errors.EntryNotFoundError)
+    return (errors.RevisionResolutionError, errors.EntryNotFoundError, errors.FileDuplicationError)
 
 
 def _explained(error: Exception, where: str) -> HubError:
@@ -83,6 +83,9 @@ def _explained(error: Exception, where: str) -> HubError:
         )
     elif _status(error) == 403:
         what, fix = f"the Hub forbids it: {error}", "does the token have the right to do this?"
+    elif isinstance(error, errors.FileDuplicationError):
+        what = f"the Hub cannot copy the base repository's files: {error}"
+        fix = "are both repositories in one storage region? If not, send everything: hf upload"
     elif isinstance(error, errors.HfHubHTTPError):
         what, fix = f"the Hub answered: {error}", "try again later"
     else:  # a broken connection, a full disk, or an answer that is no Hub's

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qkpatch.boundary import command
+from qkpatch.commands.publishing import publication_of, push_target, source_card
 from qkpatch.errors import UsageError
 from qkpatch.options import (
     AlphaOpt,
     AttentionOpt,
     ChannelOpt,
     ConfigOpt,
+    CreatePrOpt,
     DebugOpt,
     DeviceOpt,
     FoldOpt,
@@ -22,6 +24,8 @@ from qkpatch.options import (
     JsonOpt,
     LayersOpt,
     ModesOpt,
+    PrivateOpt,
+    PushOpt,
     QuietOpt,
     RecipeOpt,
     SeedOpt,
@@ -92,6 +96,9 @@ def apply(
     resume: Annotated[
         bool, typer.Option("--resume", help="Take over what a killed run of the same edit had done.")
     ] = False,
+    push: PushOpt = None,
+    private: PrivateOpt = False,
+    create_pr: CreatePrOpt = False,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
     debug: DebugOpt = False,
@@ -101,8 +108,9 @@ def apply(
     from qkpatch.checkpoint.target import check_out
     from qkpatch.console import bars, note, print_text, show_warnings, silent
     from qkpatch.locate import Access
+    from qkpatch.manifest import planned_manifest
     from qkpatch.patch import apply_plan
-    from qkpatch.tables import show_applied
+    from qkpatch.tables import show_applied, show_publication
 
     request = edit_request(
         layers,
@@ -118,8 +126,15 @@ def apply(
         config,
         max_shard_size,
     )
+    target = push_target(push, private=private, create_pr=create_pr)
     if dry_run:
-        _preview(source, request, out, device, threads, as_json=as_json, quiet=quiet, overwrite=overwrite)
+        plan = _preview(
+            source, request, out, device, threads, as_json=as_json, quiet=quiet, overwrite=overwrite
+        )
+        if target is not None:
+            publication = publication_of(planned_manifest(plan, device), target, source_card(plan))
+            if not (quiet or as_json):
+                show_publication(publication)
         return
     say = silent if quiet else note
     writing = Writing(digest, link or link_cache, link_cache, resume, overwrite)
@@ -132,6 +147,9 @@ def apply(
         out = Path(plan.default_name)
         check_out(out, plan.model.source.path, overwrite=overwrite)
         say(f"OUT is not named, so it is {out} in the current directory")
+    base_card = source_card(plan)
+    if target is not None:
+        publication_of(planned_manifest(plan, device), target, base_card)  # what is refused is refused now
     n_threads = choose_threads(threads, plan.head_memory, len(plan.model.checkpoint.tensors))
     n_heads, verb = len(plan.edits) * len(plan.settings.heads), "download" if no_cache else "copy"
     with bars(plan.output_bytes, n_heads, quiet=quiet or as_json, verb=verb) as observer:
@@ -142,6 +160,9 @@ def apply(
         print_text(manifest.dumps())
     elif not quiet:
         show_applied(plan, manifest, source, out)
+    if target is not None:
+        address = publication_of(manifest, target, base_card).carry_out(out)
+        say(f"Published: {address}")
 
 
 @command
@@ -234,7 +255,7 @@ def _preview(
     as_json: bool,
     quiet: bool,
     overwrite: bool,
-) -> None:
+) -> EditPlan:
     from qkpatch.budget import choose_threads, peak_memory
     from qkpatch.canonical import canonical_json
     from qkpatch.checkpoint.space import free_bytes
@@ -261,3 +282,4 @@ def _preview(
         print_text(canonical_json({**planned_manifest(plan, device).to_json(), "costs": costs}))
     elif not quiet:
         show_plan(plan, free_disk, memory, n_threads)
+    return plan
