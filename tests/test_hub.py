@@ -74,6 +74,15 @@ def assert_explains(code: int, stderr: str, stdout: str, *said: str) -> None:
     assert len(stderr.strip().splitlines()) <= 6
 
 
+def test_the_processes_run_the_version_that_is_to_be_tested(home: Path) -> None:
+    find = "import huggingface_hub as h; print(h.__version__); print(h.__file__)"
+    environment = hub_environment(ELSEWHERE, home)
+    version, file = subprocess.check_output([sys.executable, "-c", find], env=environment, text=True).split()
+    other = os.environ.get("QKPATCH_TEST_HUB_PATH")
+    assert (other is not None) == version.startswith("1.")
+    assert other is None or Path(file).is_relative_to(other)
+
+
 # -------- what arrives
 
 

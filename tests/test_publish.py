@@ -271,7 +271,7 @@ def push(environment: dict[str, str], out: Path, *more: str) -> Any:
 
 
 def test_apply_and_push_copy_what_is_untouched_and_send_the_rest_in_one_commit(
-    hub: FakeHub, published: Repo, environment: dict[str, str], tmp_path: Path
+    hub: FakeHub, published: Repo, environment: dict[str, str], tmp_path: Path, run: Callable[..., Result]
 ) -> None:
     out = tmp_path / "out"
     result = push(environment, out, "--private")
@@ -316,10 +316,10 @@ def test_apply_and_push_copy_what_is_untouched_and_send_the_rest_in_one_commit(
     # What is on the Hub then is proved like what lies in OUT, and stays refused where more differs.
     (out / "README.md").write_text(card)
     (out / ".gitattributes").write_text("*.safetensors filter=lfs\n")
-    assert run_qkpatch(environment, "verify", out, "--source", "org/base").returncode == 0
+    assert run("verify", out, "--source", published.path).exit_code == 0
     (out / "README.md").write_text(card.replace("*good*", "*better*"))
-    changed = run_qkpatch(environment, "verify", out, "--source", "org/base")
-    assert changed.returncode == 1
+    changed = run("verify", out, "--source", published.path)
+    assert changed.exit_code == 1
     assert "README.md" in changed.stdout
 
 
