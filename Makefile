@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: all check docs format test fixtures demo smoke fuzz stress bench clean
+.PHONY: all check docs format test test-hub-floor fixtures demo smoke fuzz stress bench clean
 all: check test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -60,6 +60,18 @@ ROUNDS ?= 50
 
 stress: $(STAMP)  ## kills, faults and races, ROUNDS times as many as `make test` has; 50 take an hour
 	QKPATCH_ROUNDS=$(ROUNDS) QKPATCH_SEED=$(SEED) $(BIN)/python -m pytest tests/test_faults.py
+
+# The oldest huggingface_hub that pyproject.toml allows: in a folder of its own, which the tested processes look in first.
+HUB_FLOOR := .cache/hub-floor
+HUB_TESTS := tests/test_hub.py tests/test_remote.py tests/test_no_cache.py tests/test_publish.py
+
+$(HUB_FLOOR)/.installed: pyproject.toml
+	rm -rf $(HUB_FLOOR)
+	$(BIN)/python -m pip install --quiet --target $(HUB_FLOOR) 'huggingface_hub==1.26.0'
+	touch $@
+
+test-hub-floor: $(STAMP) $(HUB_FLOOR)/.installed  ## all that speaks to the Hub, with the oldest huggingface_hub allowed
+	QKPATCH_TEST_HUB_PATH=$(CURDIR)/$(HUB_FLOOR) $(BIN)/python -m pytest $(HUB_TESTS)
 
 SCALE ?= small
 BENCH ?=

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qkpatch.checkpoint.tree import read_whole, source_file
+from qkpatch.checkpoint.tree import source_file
 from qkpatch.describe import near_names
 from qkpatch.errors import AmbiguousError, RecipeError, UsageError
 from qkpatch.recipe import Recipe
@@ -26,7 +26,7 @@ def shipped_recipes() -> Mapping[str, Recipe]:
 
 def load_recipe(path: Path) -> Recipe:
     """Read one recipe file; its name must be the file's."""
-    recipe = parse_recipe(read_whole(path, source_file(path, path.name).id), str(path))
+    recipe = parse_recipe(source_file(path, path.name).read(), str(path))
     if recipe.name != path.stem:
         raise RecipeError(f"$.name: {recipe.name!r} is not the file's name", where=str(path))
     if recipe.name == CHECK:

@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from qkpatch import __version__
+from qkpatch.commands.card import card
 from qkpatch.commands.diff import diff
 from qkpatch.commands.edit import apply, plan
 from qkpatch.commands.inspect import inspect
@@ -39,7 +40,7 @@ def root(
         raise typer.Exit()
 
 
-for _command in (apply, plan, inspect, verify, diff, recipes):
+for _command in (apply, plan, inspect, verify, diff, recipes, card):
     app.command()(_command)
 
 

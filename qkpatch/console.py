@@ -116,6 +116,10 @@ def note(text: str) -> None:
         _console(stderr=True).print(safe(text), soft_wrap=True)
 
 
+def silent(text: str) -> None:
+    """In place of :func:`note`, where nothing is to be said."""
+
+
 class Unseen:
     """Progress that nobody sees; implements ``patch.Observer``."""
 

@@ -16,14 +16,17 @@ from threading import BoundedSemaphore, Condition
 from types import TracebackType
 from typing import NamedTuple, Protocol
 
-from qkpatch.checkpoint.copying import Lane, Passage, clone, data_size
+from qkpatch.checkpoint.arriving import way
+from qkpatch.checkpoint.copying import Lane, clone, data_size
 from qkpatch.checkpoint.files import open_read, os_errors, sha256_range, update_digest, write_exact
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.journal import NAME as JOURNAL_NAME
 from qkpatch.checkpoint.journal import Journal, State
-from qkpatch.checkpoint.linking import cached_sum, linked, may_link
+from qkpatch.checkpoint.linking import known_sum, linkable, linked
 from qkpatch.checkpoint.output import OutputFile
+from qkpatch.checkpoint.tree import LocalFile
 from qkpatch.crew import Crew
+from qkpatch.errors import HubError
 from qkpatch.plan import EditPlan
 from qkpatch.writing import Digest, Writing
 
@@ -124,12 +127,12 @@ class Copier:
 
     def _one(self, file: OutputFile, lane: Lane, crew: Crew) -> tuple[int | None, str, str | None]:
         """Copy, share or link one file: the open copy, unless nothing is left to do; the means; the digest taken."""
-        original, means = file.original, None
+        means = None
         if file.name in self._fds:
             fd, means = self._fds[file.name], self._ready.get(file.name)
         elif self._journal.state(self._staging / file.name, file) is State.copied:
             fd, means = None, "resumed"
-        elif original and _may_link(file, self._writing) and linked(original, self._staging / file.name):
+        elif (of := _linkable(file, self._writing)) and linked(of, self._staging / file.name):
             fd, means = None, "hardlink"
         else:
             while not self._slots.acquire(timeout=0.1):
@@ -145,21 +148,28 @@ class Copier:
     def _fill(self, file: OutputFile, fd: int, lane: Lane, crew: Crew) -> tuple[str, str | None]:
         """Copy what the edit does not write; the means of most of it, and the digest of the whole, edited rows too."""
         takes_sum = self._writing.digest is Digest.files and self._known_sum(file) is None
-        digest = hashlib.sha256(file.own) if takes_sum else None
+        expected = self._expected_sum(file)
+        digest = hashlib.sha256(file.own) if takes_sum or expected else None
         used: Counter[str] = Counter()
         ranges, position = self._plan.written_ranges(file.name), len(file.own)
         self._observer.copied(position)
         for source, extents in groupby(file.around(ranges), attrgetter("file")):
-            with open_read(source.path, source.id) as opened, Passage(lane, opened, fd, source.path) as way:
+            with source.open() as opened, way(lane, opened, fd, source.where) as passage:
                 for extent in extents:
                     self._pass(file, ranges, (position, extent.at), crew, digest)
                     progress = partial(self._progress, crew)
-                    means = way.copy(extent.begin, extent.end, extent.at, progress, digest)
+                    means = passage.copy(extent.begin, extent.end, extent.at, progress, digest)
                     used[means] += extent.end - extent.begin
                     position = extent.upto
         self._pass(file, ranges, (position, file.size), crew, digest)
         used.setdefault("none", 0)
-        return used.most_common(1)[0][0], digest.hexdigest() if digest else None
+        if expected and digest and digest.hexdigest() != expected:
+            raise HubError(
+                "what came is not what the Hub lists: its SHA-256 is another",
+                where=file.name,
+                fix="run again; if it stays, the file on the Hub is damaged",
+            )
+        return used.most_common(1)[0][0], digest.hexdigest() if digest and takes_sum else None
 
     def _pass(
         self,
@@ -195,8 +205,12 @@ class Copier:
                 self._slots.release()
         return sha256
 
+    def _expected_sum(self, file: OutputFile) -> str | None:
+        """What a file that comes from elsewhere, and is not edited, must have."""
+        return None if file.original is None or file.name in self._fds else file.original.known_sum
+
     def _known_sum(self, file: OutputFile) -> str | None:
-        return None if file.original is None or file.name in self._fds else cached_sum(file.original)
+        return None if file.original is None or file.name in self._fds else known_sum(file.original)
 
     def _close_copies(self) -> None:
         """After a failure: tasks that were never begun leave theirs open."""
@@ -239,8 +253,8 @@ class Copier:
     def source_sum(self, ref: TensorRef) -> str:
         """SHA-256 of a tensor's bytes in SOURCE."""
         file = self._plan.model.checkpoint.files[ref.shard]
-        with open_read(file.path, file.id) as fd:
-            return sha256_range(fd, ref.begin, ref.end, file.path)
+        with file.open() as fd:
+            return sha256_range(fd, ref.begin, ref.end, file.where)
 
     def staged_sum(self, ref: TensorRef) -> str:
         """SHA-256 of an edited tensor's bytes as they reached the file."""
@@ -294,14 +308,14 @@ def _cloned(file: OutputFile, fd: int) -> bool:
     original = file.original
     if original is None or not file.size:
         return False
-    with open_read(original.path, original.id) as source:
-        return clone(source, fd)
+    with original.open() as source:
+        return isinstance(source, int) and clone(source, fd)
 
 
-def _may_link(file: OutputFile, writing: Writing) -> bool:
+def _linkable(file: OutputFile, writing: Writing) -> LocalFile | None:
     if file.original is None or not (writing.link or writing.link_cache):
-        return False
-    return may_link(file.original, even_cached=writing.link_cache)
+        return None
+    return linkable(file.original, even_cached=writing.link_cache)
 
 
 def _sync(fd: int, path: Path) -> None:
@@ -315,13 +329,13 @@ def space_needed(plan: EditPlan, staging: Path, journal: Journal, writing: Writi
         _written_bytes(file)
         for name, file in plan.output.files.items()
         if journal.state(staging / name, file) is None
-        and (name in plan.edits_by_file or not _may_link(file, writing))
+        and (name in plan.edits_by_file or _linkable(file, writing) is None)
     )
 
 
 def _written_bytes(file: OutputFile) -> int:
     total = len(file.own)
     for extent in file.extents:
-        with open_read(extent.file.path, extent.file.id) as fd:
+        with extent.file.open() as fd:
             total += data_size(fd, extent.begin, extent.end)
     return total

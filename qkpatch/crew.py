@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TypeVar
 
 from qkpatch.errors import UsageError
-from qkpatch.interrupts import signals_held, signals_masked
+from qkpatch.interrupts import signals_held, signals_masked, stoppable
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -90,7 +90,8 @@ class Crew:
     def _run(self, task: Callable[[], R]) -> R:
         self.check()
         try:
-            return task()
+            with stoppable(self.check):
+                return task()
         except BaseException as error:
             if not self._stop.is_set():  # of two that fail at once either may be told
                 self._failure = error

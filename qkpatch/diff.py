@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
-from qkpatch.checkpoint.files import Progress, open_read
+from qkpatch.checkpoint.files import Progress
 from qkpatch.checkpoint.header import Header, TensorRef
 from qkpatch.checkpoint.side_by_side import CHUNK, Reader, Span
 from qkpatch.checkpoint.source import MANIFEST_NAME, Stored
@@ -54,12 +54,12 @@ def difference(a: Stored, b: Stored, progress: Progress) -> Difference:
     differing: dict[str, TensorDifference] = {}
     for pairs in _by_shards(_common(a.tensors, b.tensors)):
         file_a, file_b = a.files[pairs[0][0].shard], b.files[pairs[0][1].shard]
-        with open_read(file_a.path, file_a.id) as fd_a, open_read(file_b.path, file_b.id) as fd_b:
+        with file_a.open() as fd_a, file_b.open() as fd_b:
             for x, y in pairs:
                 change = None
                 if _is_comparable(x, y):
-                    span_a = Span(fd_a, x.begin, x.end, file_a.path)
-                    span_b = Span(fd_b, y.begin, y.end, file_b.path)
+                    span_a = Span(fd_a, x.begin, x.end, file_a.where)
+                    span_b = Span(fd_b, y.begin, y.end, file_b.where)
                     change = _change(reader, span_a, span_b, x.dtype, y.dtype, progress)
                 if change is not None or not _is_same_type(x, y):
                     differing[x.name] = TensorDifference(x, y, change)
@@ -161,8 +161,8 @@ def _first_difference(
 ) -> int | None:
     """Where two files begin to differ, or one ends; with ``end``, before that byte."""
     size = min(a.size, b.size) if end is None else end
-    with open_read(a.path, a.id) as fd_a, open_read(b.path, b.id) as fd_b:
-        spans = Span(fd_a, 0, size, a.path), Span(fd_b, 0, size, b.path)
+    with a.open() as fd_a, b.open() as fd_b:
+        spans = Span(fd_a, 0, size, a.where), Span(fd_b, 0, size, b.where)
         for number, (x, y) in enumerate(reader.pairs(*spans)):
             if x != y:
                 return number * CHUNK + next(i for i in range(len(x)) if x[i] != y[i])
@@ -209,6 +209,6 @@ def _uncompared(a: Stored, b: Stored) -> Iterator[Uncompared]:
     for name in sorted({side.index for side in (a, b) if side.index is not None}):
         yield Uncompared(name, a.index == name, b.index == name, "the division into shards")
     for name in BOOKKEEPING:
-        in_a, in_b = (not side.single_file and (side.root / name).exists() for side in (a, b))
+        in_a, in_b = (side.has_beside(name) for side in (a, b))
         if in_a or in_b:
             yield Uncompared(name, in_a, in_b, "bookkeeping")

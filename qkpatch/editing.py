@@ -73,7 +73,7 @@ class Editor:
         def edit(chunk: _Chunk) -> tuple[LayerTarget, list[tuple[HeadRecord, bool]]]:
             with (
                 computing(self.device),
-                open_layer(plan.model, chunk.target, self.device) as weights,
+                open_layer(plan.model, chunk.target, self.device, chunk.heads) as weights,
             ):
                 done = []
                 for record in _edit_heads(plan, chunk, together, weights, copier):

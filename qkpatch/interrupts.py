@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -83,6 +84,26 @@ def signals_let_through() -> Iterator[None]:
         yield
     finally:
         _arrivals.held = held
+
+
+_task = threading.local()
+
+
+@contextmanager
+def stoppable(check: Callable[[], None]) -> Iterator[None]:
+    """A task of this thread, which ``check`` ends by raising."""
+    _task.check = check
+    try:
+        yield
+    finally:
+        del _task.check
+
+
+def check_stop() -> None:
+    """To be called now and then by whatever waits for long; raises where this thread's task is to end."""
+    check = getattr(_task, "check", None)
+    if check is not None:
+        check()
 
 
 @contextmanager

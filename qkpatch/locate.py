@@ -4,28 +4,43 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from qkpatch.catalogue import get_recipe, shipped_recipes
-from qkpatch.checkpoint.hub import HubId, download
+from qkpatch.checkpoint.hub import HubId, download, look
+from qkpatch.checkpoint.remote import RemoteRepo
 from qkpatch.describe import near_names
 from qkpatch.errors import FileSystemError, UsageError
 from qkpatch.recipe import Recipe
+
+
+class Access(Enum):
+    """How a repository on the Hub is read."""
+
+    download = "into the Hub cache, all of it"
+    ranges = "where it is, by byte ranges, unless the Hub cache has all of it"
+    no_cache = "where it is, whatever the Hub cache has"
 
 
 @dataclass(frozen=True)
 class Source:
     """A located checkpoint; ``name`` never holds an absolute path."""
 
-    path: Path
+    place: Path | RemoteRepo
     kind: str  # "directory", "file" or "hub"
     name: str
     requested_revision: str | None = None
     commit: str | None = None
     recipe: Recipe | None = None  # when SOURCE was a recipe's name
 
+    @property
+    def path(self) -> Path | None:
+        """Where it lies on this machine."""
+        return self.place if isinstance(self.place, Path) else None
 
-def locate(text: str) -> Source:
+
+def locate(text: str, access: Access = Access.download) -> Source:
     """Find SOURCE: an existing path first, then a recipe name, then ``org/name[@revision]`` on the Hub.
 
     Raises:
@@ -47,8 +62,8 @@ def locate(text: str) -> Source:
             where=text,
             fix=f"check the path; {near_names(text, shipped_recipes())}",
         )
-    snapshot = download(hub_id)
-    return Source(snapshot.path, "hub", snapshot.repo, snapshot.requested_revision, snapshot.commit, recipe)
+    found = download(hub_id) if access is Access.download else look(hub_id, use_cache=access is Access.ranges)
+    return Source(found.place, "hub", found.repo, found.requested_revision, found.commit, recipe)
 
 
 def local_path(text: str) -> Path | None:

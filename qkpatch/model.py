@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from qkpatch.catalogue import choose_recipe, get_recipe, is_recipe_file, query_like
 from qkpatch.checkpoint.source import Checkpoint, open_checkpoint
 from qkpatch.errors import AmbiguousError, CheckpointError, UsageError
-from qkpatch.locate import Source, locate
+from qkpatch.locate import Access, Source, locate
 from qkpatch.recipe import Recipe, TensorNames
 from qkpatch.refusals import refuse_known
 from qkpatch.selection import format_ranges
@@ -98,7 +98,12 @@ class Model:
                 )
 
 
-def open_model(source: str, recipe_name: str | None = None, attention: str | None = None) -> Model:
+def open_model(
+    source: str,
+    recipe_name: str | None = None,
+    attention: str | None = None,
+    access: Access = Access.download,
+) -> Model:
     """Locate SOURCE, read its headers, find the recipe that fits and the sets of tensors named by ``attention``.
 
     Raises:
@@ -108,8 +113,8 @@ def open_model(source: str, recipe_name: str | None = None, attention: str | Non
         QKPatchError: as :func:`locate`, :func:`open_checkpoint` and :func:`read_tower`.
     """
     named = get_recipe(recipe_name) if recipe_name is not None else None
-    located = locate(source)
-    checkpoint = open_checkpoint(located.path)
+    located = locate(source, access)
+    checkpoint = open_checkpoint(located.place)
     recipe = named or located.recipe or choose_recipe(checkpoint.config, checkpoint.tensors)
     wanted = [recipe.tensors.attention] if attention is None else [a.strip() for a in attention.split(",")]
     sets = tuple(
@@ -197,6 +202,6 @@ def _prefix_error(
     like = ", ".join(query_like(checkpoint.tensors)) or "nothing like a query projection"
     return AmbiguousError(
         f"recipe {recipe.name} matches no tensor: it expects {expected}; the checkpoint has {like}",
-        where=str(checkpoint.root.name),
+        where=checkpoint.where.rpartition("/")[2],
         fix="choose another recipe with --recipe",
     )

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qkpatch.checkpoint.tree import read_whole, source_file
+from qkpatch.checkpoint.tree import source_file
 from qkpatch.settings import Request, parse_request
 from qkpatch.spectral.rule import Channel, Select
 
@@ -66,6 +66,14 @@ ShardOpt = Annotated[
         show_default="as SOURCE",
     ),
 ]
+PushOpt = Annotated[
+    str | None,
+    typer.Option("--push", metavar="ORG/NAME", help="Publish OUT there, in one commit.", show_default=False),
+]
+PrivateOpt = Annotated[bool, typer.Option("--private", help="With --push: a new repository is private.")]
+CreatePrOpt = Annotated[
+    bool, typer.Option("--create-pr", help="With --push: a pull request instead of a commit.")
+]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 DebugOpt = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", envvar="QKPATCH_DEBUG")]
@@ -97,4 +105,4 @@ def edit_request(
     if config is None:
         return flags
     file = source_file(config, config.name)  # a regular one: a pipe or a device would never end
-    return flags.over(parse_request(read_whole(config, file.id), str(config)))
+    return flags.over(parse_request(file.read(), str(config)))

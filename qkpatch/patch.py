@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
@@ -23,6 +23,7 @@ from qkpatch.checkpoint.staging import Staging
 from qkpatch.checkpoint.target import check_apart, check_out
 from qkpatch.copier import Carried, Copier, Observer, space_needed
 from qkpatch.crew import Crew
+from qkpatch.errors import HubError
 from qkpatch.interrupts import signals_held, signals_let_through
 from qkpatch.manifest import EditRecord, HeadRecord, Manifest, planned_manifest
 from qkpatch.plan import EditPlan
@@ -66,7 +67,7 @@ def apply_plan(
         _editor(device)
     fingerprint = _fingerprint(plan)
     started = _now()
-    with signals_held(), ExitStack() as stack:
+    with _resumable(), signals_held(), ExitStack() as stack:
         staging = stack.enter_context(Staging(out, fingerprint if writing.resume else None))
         journal = stack.enter_context(Journal(staging.path, fingerprint))
         check_space(out, space_needed(plan, staging.path, journal, writing), checkpoint.files.values())
@@ -115,6 +116,16 @@ def apply_plan(
     return manifest
 
 
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Where the Hub fails half way, what had come is kept; say so."""
+    try:
+        yield
+    except HubError as error:
+        kept = "with --resume, which takes over the files that had come whole"
+        raise HubError(error.what, where=error.where, fix=f"{error.fix}, {kept}") from error
+
+
 def _editor(device: str) -> Editor:
     """The part that computes; ``import torch`` takes a second, in which files are being copied already."""
     with signals_held():  # torch's imports swallow what is raised in their midst
@@ -125,7 +136,7 @@ def _editor(device: str) -> Editor:
 
 def _fingerprint(plan: EditPlan) -> str:
     """What a run must have in common with one that it resumes: the plan, the stack, and the very files of SOURCE."""
-    files = {name: str(file.id) for name, file in plan.model.checkpoint.files.items()}
+    files = {name: file.content for name, file in plan.model.checkpoint.files.items()}
     document = {**planned_manifest(plan, "").to_json(), "source_files": files}
     return hashlib.sha256(canonical_json(document).encode()).hexdigest()
 

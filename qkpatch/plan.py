@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from qkpatch.budget import head_memory
+from qkpatch.canonical import canonical_json
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.output import Output
 from qkpatch.checkpoint.reshard import parse_size, reshard
+from qkpatch.checkpoint.tree import LocalFile, SourceFile
+from qkpatch.locate import Access
 from qkpatch.model import Model, open_model
 from qkpatch.recipe_file import UNTESTED
 from qkpatch.selection import abbreviate, format_ranges
@@ -77,6 +81,14 @@ class EditPlan:
         return head_memory(edit.layout for edit in self.edits)
 
     @property
+    def default_name(self) -> str:
+        """What OUT is called where nobody names it: after SOURCE, which tells evaluators the family, and the edit."""
+        name = self.model.source.name.rpartition("/")[2].removesuffix(".safetensors")
+        edit = {key: value for key, value in self.settings.to_json().items() if key != "from_recipe"}
+        document = {"recipe": self.model.recipe.name, "edit": edit, "max_shard_size": self.max_shard_size}
+        return f"{name}-qkpatch-{hashlib.sha256(canonical_json(document).encode()).hexdigest()[:8]}"
+
+    @property
     def action(self) -> str:
         """The edit in one line for people."""
         rule = self.settings.rule
@@ -90,7 +102,7 @@ class EditPlan:
         return f"{what}, {rule.channel.value} channel{folded}"
 
 
-def make_plan(source: str, request: Request) -> EditPlan:
+def make_plan(source: str, request: Request, access: Access = Access.download) -> EditPlan:
     """Decide everything and refuse everything that can be refused, before the first byte is written.
 
     Raises:
@@ -98,7 +110,7 @@ def make_plan(source: str, request: Request) -> EditPlan:
         QKPatchError: as :func:`open_model`, :meth:`Model.target` and :func:`reshard`.
     """
     check_request(request)
-    model = open_model(source, request.recipe, request.attention)
+    model = open_model(source, request.recipe, request.attention, access)
     settings = model.settings(request)
     targets = model.targets(settings)
     edits = () if settings.rule.is_noop else targets
@@ -144,8 +156,8 @@ def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, 
         warnings.append(
             f"recipe {model.recipe.name} says that it is untested: compare it with the model's own code"
         )
-    root = checkpoint.root.resolve()
-    strays = [name for name, file in checkpoint.files.items() if _leads_out(file.path, root)]
+    root = None if checkpoint.root is None else checkpoint.root.resolve()
+    strays = [name for name, file in checkpoint.files.items() if _leads_out(file, root)]
     if strays:
         warnings.append(
             f"{len(strays)} file(s) are links that lead out of SOURCE, and what they lead to is copied: "
@@ -176,9 +188,11 @@ def _norm_warnings(model: Model, rule: EditRule, targets: tuple[LayerTarget, ...
     return ["queries are normalised per head, so shrinking W_Q changes nothing in the model's output"]
 
 
-def _leads_out(path: Path, root: Path) -> bool:
+def _leads_out(file: SourceFile, root: Path | None) -> bool:
     """Whether a file of SOURCE is a link out of its resolved ``root``, other than to the Hub cache's own blobs."""
-    real = path.resolve()
+    if root is None or not isinstance(file, LocalFile):
+        return False
+    real = file.path.resolve()
     return root not in real.parents and real.parent.name != "blobs"
 
 

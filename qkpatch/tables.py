@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qkpatch.manifest import Manifest
     from qkpatch.model import Model
     from qkpatch.plan import EditPlan
+    from qkpatch.publication import Publication
     from qkpatch.settings import EditSettings
     from qkpatch.spectra import LayerSpectra
     from qkpatch.verify import Verification
@@ -147,6 +148,26 @@ def show_spectra(
         console.print(table)
 
 
+def show_publication(publication: Publication) -> None:
+    """The commit, file by file."""
+    target, base = publication.target, publication.base
+    kind = "Pull request to" if target.create_pr else "Commit to"
+    with results() as console:
+        console.print(
+            f"{kind} [bold]{safe(target.repo)}[/]{' (private)' if target.private else ''}: {safe(publication.summary)}",
+            soft_wrap=True,
+        )
+        table = _table("action", "size", "file")
+        for step in publication.steps:
+            how = f"copy from {base.repo}@{base.commit[:12]}" if step.is_copy and base else "upload"
+            table.add_row(safe(how), size_text(step.size), safe(step.name))
+        console.print(table)
+        copied = sum(step.size for step in publication.steps if step.is_copy)
+        console.print(
+            f"{size_text(publication.sent_bytes)} to upload, {size_text(copied)} copied on the Hub's side"
+        )
+
+
 def show_verification(result: Verification, out: Path) -> None:
     """The verdict, and every mismatch."""
     with results() as console:
@@ -166,7 +187,7 @@ def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         is_text = column.startswith(
-            ("recipe", "rows", "default", "tested", "dtype", "shard", "key", "attention")
+            ("recipe", "rows", "default", "tested", "dtype", "shard", "key", "attention", "action", "file")
         )
         table.add_column(column, justify="left" if is_text else "right", overflow="fold")
     return table

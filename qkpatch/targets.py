@@ -55,6 +55,30 @@ class LayerTarget:
         """Every tensor that is edited: the query weight, and its scales where it has some."""
         return (self.query,) if self.query_scale is None else (self.query, self.query_scale)
 
+    def read_ranges(self, heads: Sequence[int]) -> dict[str, list[tuple[int, int]]]:
+        """The bytes that products of ``heads`` are read from, by shard: their rows, scales, and norms' gains."""
+        layout = self.layout
+        found: dict[TensorRef, set[tuple[int, int]]] = {}
+        for head in heads:
+            for ref, scale, at in (
+                (self.query, self.query_scale, layout.query_range(self.query, head)),
+                (self.key, self.key_scale, layout.key_range(self.key, layout.kv_head(head))),
+            ):
+                found.setdefault(ref, set()).add(at)
+                if scale is not None:
+                    found.setdefault(scale, set()).add(scale_range(ref, scale, *at))
+        for norm in (self.query_norm, self.key_norm, self.input_norm):
+            if norm is not None:
+                found.setdefault(norm, set()).add((norm.begin, norm.end))
+        shards: dict[str, list[tuple[int, int]]] = {}
+        for ref, ranges in found.items():
+            shards.setdefault(ref.shard, []).extend(sorted(ranges))
+        return shards
+
+    def read_bytes(self, heads: Sequence[int]) -> int:
+        """How many bytes :meth:`read_ranges` are."""
+        return sum(end - begin for ranges in self.read_ranges(heads).values() for begin, end in ranges)
+
     def written_ranges(self, head: int) -> tuple[tuple[TensorRef, int, int], ...]:
         """The bytes that the edit of a head may change: tensor, begin, end in its shard."""
         begin, end = self.layout.query_range(self.query, head)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import attrgetter
@@ -12,18 +12,21 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from qkpatch.canonical import canonical_json
+from qkpatch.card import is_card_over
 from qkpatch.catalogue import shipped_recipes
-from qkpatch.checkpoint.files import Progress, open_read, read_exact, sha256_range
+from qkpatch.checkpoint.files import Progress, Readable, read_exact, sha256_range
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.output import Extent, Output, OutputFile
 from qkpatch.checkpoint.side_by_side import Reader, Span
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME, Checkpoint, open_checkpoint
-from qkpatch.checkpoint.tree import SourceFile, read_whole, walk_files
+from qkpatch.checkpoint.tree import LocalFile, SourceFile, source_file, walk_files
 from qkpatch.errors import AmbiguousError, CheckpointError, UnsupportedError, UsageError
 from qkpatch.locate import locate
 from qkpatch.manifest import FileRecord, Manifest, planned_manifest
 from qkpatch.plan import EditPlan, make_plan
 from qkpatch.sums import sums_text
+
+CARD_NAME, GIT_NAME = "README.md", ".gitattributes"
 
 # What of a recipe decides an edit; the rest is for people, and may change from version to version.
 _RECIPE_KEYS = ("name", "prefix", "config", "tensors", "others")
@@ -58,7 +61,8 @@ def verify(out: Path, source: str, progress: Progress, recipe: str | None = None
 
     The recorded edit is planned anew on SOURCE, and the manifest must agree with that plan in all but its
     figures. The same files; every byte equal but the rows of the planned heads; each edited tensor's digest
-    before and after as recorded; every shard accepted by the safetensors library too. ``progress`` hears of
+    before and after as recorded; every shard accepted by the safetensors library too. Where OUT was published,
+    its model card is another, and has SOURCE's text below its own. ``progress`` hears of
     bytes compared. ``recipe`` says where a recipe of the user's own is.
 
     Raises:
@@ -71,7 +75,9 @@ def verify(out: Path, source: str, progress: Progress, recipe: str | None = None
             where=str(out),
             fix="is this the directory that qkpatch apply wrote?",
         )
-    manifest = Manifest.loads(read_whole(out / MANIFEST_NAME), f"{out.name}/{MANIFEST_NAME}")
+    manifest = Manifest.loads(
+        source_file(out / MANIFEST_NAME, MANIFEST_NAME).read(), f"{out.name}/{MANIFEST_NAME}"
+    )
     request = replace(manifest.request(), recipe=recipe or manifest.recipe["name"])
     if recipe is None and request.recipe not in shipped_recipes():
         raise CheckpointError(
@@ -87,13 +93,19 @@ def verify(out: Path, source: str, progress: Progress, recipe: str | None = None
         found.append(Mismatch(MANIFEST_NAME, f"its edit cannot be made on SOURCE: {error}"))
     else:
         found += _differences(manifest, planned_manifest(plan, ""), plan)
-    checkpoint = open_checkpoint(locate(source).path) if plan is None else plan.model.checkpoint
+    checkpoint = open_checkpoint(locate(source).place) if plan is None else plan.model.checkpoint
     output = Output.copy_of(checkpoint) if plan is None else plan.output
     present, _ = walk_files(out, skip=())
     present.pop(MANIFEST_NAME, None)
     sums = present.pop(SUMS_NAME, None) if SUMS_NAME not in output.files else None
-    found += _file_sets(output, present)
-    found += _check_sums(manifest, out, sums, present)
+    is_published = _has_own_card(output, present)
+    if is_published:  # on the Hub, which adds its own .gitattributes
+        for name in (CARD_NAME, GIT_NAME):
+            if name == CARD_NAME or name not in output.files:
+                present.pop(name, None)
+    found += _file_sets(output, present, {CARD_NAME} if is_published else set())
+    if sums is not None or not is_published:
+        found += _check_sums(manifest, out, sums, present)
     edited_bytes = 0
     for name in sorted(output.files.keys() & present.keys()):
         allowed = [] if plan is None else plan.written_ranges(name)
@@ -113,27 +125,37 @@ def verify(out: Path, source: str, progress: Progress, recipe: str | None = None
 
 
 def _check_sums(
-    manifest: Manifest, out: Path, sums: SourceFile | None, present: dict[str, SourceFile]
+    manifest: Manifest, out: Path, sums: LocalFile | None, present: dict[str, LocalFile]
 ) -> Iterator[Mismatch]:
     """Digests of whole files, where the manifest has them: they, SHA256SUMS and the files must agree."""
     wanted = [file for file in manifest.files if file.sha256 is not None]
     if not wanted and sums is None:
         return
-    record = read_whole(out / MANIFEST_NAME)
+    record = source_file(out / MANIFEST_NAME, MANIFEST_NAME).read()
     if sums is None or len(wanted) < len(manifest.files):
         yield Mismatch(SUMS_NAME, "is there for some files only, or not at all")
-    elif read_whole(sums.path, sums.id) != sums_text(manifest, record).encode():
+    elif sums.read() != sums_text(manifest, record).encode():
         yield Mismatch(SUMS_NAME, "does not say what the manifest says")
     for file in wanted:
         found = present.get(file.name)
         if found is not None:
-            with open_read(found.path, found.id) as fd:
+            with found.open() as fd:
                 if sha256_range(fd, 0, found.size, found.path) != file.sha256:
                     yield Mismatch(file.name, "does not have the recorded digest (sha256)")
 
 
-def _file_sets(output: Output, present: dict[str, SourceFile]) -> Iterator[Mismatch]:
-    for name in sorted(output.files.keys() - present.keys()):
+def _has_own_card(output: Output, present: dict[str, LocalFile]) -> bool:
+    """Whether OUT was published: its card is qkpatch's, with the text of SOURCE's below."""
+    card, base = present.get(CARD_NAME), output.files.get(CARD_NAME)
+    original = None if base is None else base.original
+    texts = [None if f is None else f.read().decode("utf-8", "replace") for f in (card, original)]
+    return texts[0] is not None and texts[0] != texts[1] and is_card_over(texts[0], texts[1])
+
+
+def _file_sets(
+    output: Output, present: dict[str, LocalFile], replaced: Collection[str]
+) -> Iterator[Mismatch]:
+    for name in sorted(output.files.keys() - present.keys() - set(replaced)):
         yield Mismatch(name, "is missing from OUT")
     for name in sorted(present.keys() - output.files.keys()):
         yield Mismatch(name, "is in OUT and not in SOURCE")
@@ -188,7 +210,7 @@ def _known_first(file: FileRecord) -> FileRecord:
 
 def _compare(
     wanted: OutputFile,
-    out: SourceFile,
+    out: LocalFile,
     allowed: list[tuple[int, int]],
     checkpoint: Checkpoint,
     progress: Progress,
@@ -197,12 +219,12 @@ def _compare(
     if wanted.size != out.size:
         yield Mismatch(wanted.name, f"has {out.size} bytes, and should have {wanted.size}")
         return
-    with open_read(out.path, out.id) as b:
+    with out.open() as b:
         if bytes(read_exact(b, len(wanted.own), 0, out.path)) != wanted.own:
             yield Mismatch(wanted.name, "the header or index is not as qkpatch writes it")
             return
         for source, extents in groupby(wanted.around(allowed), attrgetter("file")):
-            with open_read(source.path, source.id) as a:
+            with source.open() as a:
                 for extent in extents:
                     difference = _first_difference(a, b, extent, wanted.name, progress)
                     if difference is not None:
@@ -215,7 +237,7 @@ def _compare(
         progress(len(wanted.own) + sum(end - begin for begin, end in allowed))
 
 
-def _check_edits(manifest: Manifest, plan: EditPlan, present: dict[str, SourceFile]) -> Iterator[Mismatch]:
+def _check_edits(manifest: Manifest, plan: EditPlan, present: dict[str, LocalFile]) -> Iterator[Mismatch]:
     """The digests of edited tensors, on both sides, and that an edit is there at all."""
     sources, recorded = plan.model.checkpoint.files, {edit.tensor: edit for edit in manifest.edits}
     for target in plan.edits:
@@ -236,11 +258,11 @@ def _check_edits(manifest: Manifest, plan: EditPlan, present: dict[str, SourceFi
 
 
 def _digest(file: SourceFile, ref: TensorRef) -> str:
-    with open_read(file.path, file.id) as fd:
-        return sha256_range(fd, ref.begin, ref.end, file.path)
+    with file.open() as fd:
+        return sha256_range(fd, ref.begin, ref.end, file.where)
 
 
-def _first_difference(a: int, b: int, extent: Extent, where: str, progress: Progress) -> int | None:
+def _first_difference(a: Readable, b: Readable, extent: Extent, where: str, progress: Progress) -> int | None:
     """The offset in OUT."""
     offset = extent.at
     pairs = Reader().pairs(
@@ -266,11 +288,11 @@ def _place(checkpoint: Checkpoint, shard: str, offset: int) -> str:
     return ""
 
 
-def _library_verdict(wanted: OutputFile, out: SourceFile) -> Iterator[Mismatch]:
+def _library_verdict(wanted: OutputFile, out: LocalFile) -> Iterator[Mismatch]:
     """The safetensors library must open what it opened in SOURCE; it does not know every dtype we carry over."""
-    if all(_library_accepts(extent.file.path) for extent in wanted.extents) and not _library_accepts(
-        out.path
-    ):
+    sources = [extent.file for extent in wanted.extents]
+    accepted = all(isinstance(file, LocalFile) and _library_accepts(file.path) for file in sources)
+    if accepted and not _library_accepts(out.path):
         yield Mismatch(out.name, "the safetensors library opens it in SOURCE and refuses it in OUT")
 
 

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from qkpatch.checkpoint.files import open_read, read_exact, read_into
+from qkpatch.checkpoint.files import Readable, read_exact, read_into
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.errors import NumericalError
 from qkpatch.fp8 import BLOCK, scale_range
@@ -65,7 +65,7 @@ class LayerWeights:
 
     target: LayerTarget
     device: torch.device
-    fds: Mapping[str, int]  # open shards, by name
+    fds: Mapping[str, Readable]  # open shards, by name
 
     @cached_property
     def input_gain(self) -> Tensor | None:
@@ -257,13 +257,16 @@ class LayerWeights:
 
 
 @contextmanager
-def open_layer(model: Model, target: LayerTarget, device: torch.device) -> Iterator[LayerWeights]:
-    """Open the shards of a layer's weights for reading; they must be as the plan saw them."""
+def open_layer(
+    model: Model, target: LayerTarget, device: torch.device, heads: tuple[int, ...]
+) -> Iterator[LayerWeights]:
+    """Open the shards of a layer's weights for reading ``heads``; they must be as the plan saw them."""
     with ExitStack() as stack:
-        fds = {}
-        for shard in dict.fromkeys(ref.shard for ref in target.refs):
-            file = model.checkpoint.files[shard]
-            fds[shard] = stack.enter_context(open_read(file.path, file.id))
+        files = model.checkpoint.files
+        fds = {
+            shard: stack.enter_context(files[shard].open(ranges))
+            for shard, ranges in target.read_ranges(heads).items()
+        }
         yield LayerWeights(target, device, fds)
 
 

@@ -24,6 +24,7 @@ from qkpatch.canonical import canonical_json
 from qkpatch.catalogue import shipped_recipes
 from qkpatch.checkpoint.header import DTYPE_BITS, MAX_HEADER_SIZE, Header, read_header
 from qkpatch.checkpoint.source import _read_config, open_checkpoint
+from qkpatch.checkpoint.tree import source_file
 from qkpatch.errors import (
     CheckpointError,
     HeaderError,
@@ -693,7 +694,7 @@ def check_config(content: bytes) -> None:
     path = _sharded().parent / f"{_sharded().name}.json"
     path.write_bytes(content)
     try:
-        config = _read_config(path)
+        config = _read_config(source_file(path, path.name))
     except CheckpointError:
         return
     for name in CONFIG_RECIPES:

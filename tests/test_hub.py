@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import ssl
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Tiny, build_tiny
-from fake_hub import TOKEN, FakeHub, Repo, fake_hub, hub_environment, run_qkpatch
+from fake_hub import TOKEN, FakeHub, Fault, Repo, fake_hub, hub_environment, run_qkpatch
 from typer.testing import Result
 
 ELSEWHERE = "http://127.0.0.1:9"  # the discard port: nobody answers
@@ -68,6 +74,15 @@ def assert_explains(code: int, stderr: str, stdout: str, *said: str) -> None:
     assert len(stderr.strip().splitlines()) <= 6
 
 
+def test_the_processes_run_the_version_that_is_to_be_tested(home: Path) -> None:
+    find = "import huggingface_hub as h; print(h.__version__); print(h.__file__)"
+    environment = hub_environment(ELSEWHERE, home)
+    version, file = subprocess.check_output([sys.executable, "-c", find], env=environment, text=True).split()
+    other = os.environ.get("QKPATCH_TEST_HUB_PATH")
+    assert (other is not None) == version.startswith("1.")
+    assert other is None or Path(file).is_relative_to(other)
+
+
 # -------- what arrives
 
 
@@ -80,6 +95,8 @@ def test_a_repository_is_patched_exactly_as_its_directory_is(
     from_hub, from_disk = contents(tmp_path / "hub"), contents(tmp_path / "local")
     ours, theirs = json.loads(from_hub.pop("qkpatch.json")), json.loads(from_disk.pop("qkpatch.json"))
     assert from_hub == from_disk
+    for file in (*ours["files"], *theirs["files"]):
+        file.pop("source_sha256")  # only the Hub told it
     assert {key for key in ours if ours[key] != theirs[key]} <= {"source", "run"}
     assert ours["source"] == {
         "kind": "hub",
@@ -87,11 +104,11 @@ def test_a_repository_is_patched_exactly_as_its_directory_is(
         "requested_revision": None,
         "commit": published.commit,
     }
-    assert {request.token for request in hub.log} == {TOKEN}
+    assert {(request.host, request.token) for request in hub.log} == {("hub", TOKEN), ("cdn", None)}
     for text in (result.stdout, result.stderr, json.dumps(ours)):
         assert TOKEN not in text
     cached = home / "hub" / "models--org--tiny" / "snapshots" / published.commit
-    assert contents(cached) == published.files
+    assert contents(cached) == contents(published.path)
 
 
 @pytest.mark.parametrize("kind", ["branch", "commit"])
@@ -130,10 +147,10 @@ def test_quiet_keeps_quiet_while_downloading(hub: FakeHub, published: Repo, home
 
 
 def test_offline_a_cached_repository_is_found_without_a_request(
-    hub: FakeHub, published: Repo, home: Path
+    hub: FakeHub, published: Repo, home: Path, tmp_path: Path
 ) -> None:
     online = hub_environment(hub.endpoint, home)
-    assert run_qkpatch(online, "plan", "org/tiny", "--quiet").returncode == 0
+    assert run_qkpatch(online, "apply", "org/tiny", "-o", tmp_path / "out", "--quiet").returncode == 0
     hub.log.clear()
     offline = hub_environment(hub.endpoint, home, HF_HUB_OFFLINE="1")
     result = run_qkpatch(offline, "plan", "org/tiny", "--json")
@@ -187,6 +204,79 @@ def test_a_gated_repository_is_an_error_with_a_way_out(hub: FakeHub, tiny: Tiny,
 def test_an_unknown_revision_is_an_error_with_a_way_out(hub: FakeHub, published: Repo, home: Path) -> None:
     result = run_qkpatch(hub_environment(hub.endpoint, home), "plan", "org/tiny@nowhere")
     assert_explains(result.returncode, result.stderr, result.stdout, "no such branch", "org/tiny@nowhere")
+
+
+def test_an_expired_token_is_an_error_with_a_way_out(hub: FakeHub, published: Repo, home: Path) -> None:
+    hub.bad_token = True
+    result = run_qkpatch(hub_environment(hub.endpoint, home), "plan", "org/tiny")
+    assert_explains(result.returncode, result.stderr, result.stdout, "does not accept the token", "HF_TOKEN")
+
+
+def test_a_rate_limit_is_an_error_with_a_way_out(hub: FakeHub, published: Repo, home: Path) -> None:
+    hub.faults.append(Fault("status 429", "/api/models", 99))
+    result = run_qkpatch(hub_environment(hub.endpoint, home), "plan", "org/tiny")
+    assert_explains(result.returncode, result.stderr, result.stdout, "rate limit", "HF_TOKEN")
+
+
+def test_a_connection_that_is_not_secure_is_an_error_with_a_way_out(hub: FakeHub, home: Path) -> None:
+    endpoint = hub.endpoint.replace("http:", "https:")  # where no TLS is spoken
+    result = run_qkpatch(hub_environment(endpoint, home), "plan", "org/tiny")
+    assert_explains(result.returncode, result.stderr, result.stdout, "no secure connection", "SSL_CERT_FILE")
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate with")
+def test_a_certificate_that_nobody_vouches_for_is_an_error_with_a_way_out(
+    hub: FakeHub, home: Path, tmp_path: Path
+) -> None:
+    make = (
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1 -keyout key.pem -out cert.pem"
+    )
+    subprocess.run(make.split(), cwd=tmp_path, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        endpoint = f"https://127.0.0.1:{server.server_port}"
+        result = run_qkpatch(hub_environment(endpoint, home), "plan", "org/tiny")
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert_explains(result.returncode, result.stderr, result.stdout, "no secure connection", "SSL_CERT_FILE")
+
+
+def test_a_repository_without_safetensors_is_an_error_that_names_what_is_there(
+    hub: FakeHub, home: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "pytorch_model.bin").write_bytes(b"0")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "README.md").write_text("nothing here")
+    hub.repos |= {"org/old": Repo(tmp_path / "old"), "org/docs": Repo(tmp_path / "docs")}
+    for repo, said in (
+        ("org/old", "only pickled weights: pytorch_model.bin"),
+        ("org/docs", "only README.md"),
+    ):
+        result = run_qkpatch(hub_environment(hub.endpoint, home), "plan", repo)
+        assert result.returncode == 3, result.stderr
+        assert said in result.stderr
+        assert repo in result.stderr
+
+
+def test_offline_with_a_part_of_a_snapshot_is_an_error_with_a_way_out(
+    hub: FakeHub, published: Repo, home: Path
+) -> None:
+    fetch = "from huggingface_hub import snapshot_download; snapshot_download('org/tiny')"
+    online = hub_environment(hub.endpoint, home)
+    subprocess.run([sys.executable, "-c", fetch], env=online, check=True)
+    next((home / "hub").rglob("snapshots/*/model.safetensors")).unlink()
+    result = run_qkpatch({**online, "HF_HUB_OFFLINE": "1"}, "plan", "org/tiny")
+    assert_explains(
+        result.returncode, result.stderr, result.stdout, "only a part of it is in the local cache"
+    )
 
 
 def test_offline_without_a_cache_is_an_error_with_a_way_out(

@@ -15,7 +15,7 @@ from itertools import cycle, pairwise
 from pathlib import Path
 from types import TracebackType
 
-from qkpatch.checkpoint.files import Progress, os_errors, read_into
+from qkpatch.checkpoint.files import Progress, Readable, os_errors, read_into
 from qkpatch.errors import FileSystemError
 
 # One system call copies at most this much, so that progress moves and Ctrl-C is heard.
@@ -73,7 +73,7 @@ class Passage:
     the processor time of ``copy_file_range``, which the edit can use, and leaves other programs' files in the cache.
     """
 
-    def __init__(self, lane: Lane, source: int, target: int, where: Path) -> None:
+    def __init__(self, lane: Lane, source: int, target: int, where: str) -> None:
         self._lane, self._where = lane, where
         self._source, self._target = source, target
         self._raw_source, self._raw_target = (
@@ -202,8 +202,10 @@ def _past_cache(fd: int, access: int) -> int | None:
     return None
 
 
-def data_size(fd: int, begin: int, end: int) -> int:
+def data_size(fd: Readable, begin: int, end: int) -> int:
     """Bytes of ``begin:end`` that a copy writes: all but the holes."""
+    if not isinstance(fd, int):
+        return end - begin
     return sum(last - first for first, last in _data(fd, begin, end))
 
 

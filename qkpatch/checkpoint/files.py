@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from qkpatch.errors import FileSystemError
 
@@ -24,6 +25,23 @@ _ADVICE = {
 }
 
 Progress = Callable[[int], None]
+
+
+class Remote(Protocol):
+    """A file that is open elsewhere, and read by byte ranges."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` from ``offset`` on, or raise."""
+
+    def pieces(self, begin: int, end: int) -> Iterator[memoryview]:
+        """The bytes ``begin:end`` in order; each piece holds until the next one is asked for."""
+
+
+Readable = int | Remote  # a file descriptor, or a file elsewhere
 
 
 @contextmanager
@@ -81,7 +99,12 @@ def check_unchanged(fd: int, path: Path, expected: FileId | None) -> None:
         )
 
 
-def read_exact(fd: int, size: int, offset: int, where: str | Path) -> bytearray:
+def size_of(fd: Readable) -> int:
+    """Bytes of an open file."""
+    return os.fstat(fd).st_size if isinstance(fd, int) else fd.size
+
+
+def read_exact(fd: Readable, size: int, offset: int, where: str | Path) -> bytearray:
     """``size`` bytes at ``offset``; the file position stays.
 
     Raises:
@@ -92,9 +115,12 @@ def read_exact(fd: int, size: int, offset: int, where: str | Path) -> bytearray:
     return buffer
 
 
-def read_into(fd: int, buffer: bytearray | memoryview, offset: int, where: str | Path) -> None:
+def read_into(fd: Readable, buffer: bytearray | memoryview, offset: int, where: str | Path) -> None:
     """Fill ``buffer`` from ``offset`` on; otherwise as :func:`read_exact`."""
     view = memoryview(buffer)
+    if not isinstance(fd, int):
+        fd.read_into(view, offset)
+        return
     size, done = len(buffer), 0
     with os_errors("read", where):
         while done < size:
@@ -117,15 +143,19 @@ def write_exact(fd: int, data: bytes | bytearray | memoryview, offset: int, wher
             done += os.pwrite(fd, view[done:], offset + done)
 
 
-def sha256_range(fd: int, begin: int, end: int, where: str | Path) -> str:
+def sha256_range(fd: Readable, begin: int, end: int, where: str | Path) -> str:
     """SHA-256 of the bytes ``begin:end`` of an open file, in bounded memory."""
     digest = hashlib.sha256()
     update_digest(digest, fd, begin, end, where)
     return digest.hexdigest()
 
 
-def update_digest(digest: hashlib._Hash, fd: int, begin: int, end: int, where: str | Path) -> None:
+def update_digest(digest: hashlib._Hash, fd: Readable, begin: int, end: int, where: str | Path) -> None:
     """Feed the bytes ``begin:end`` of an open file to ``digest``."""
+    if not isinstance(fd, int):
+        for piece in fd.pieces(begin, end):
+            digest.update(piece)
+        return
     buffer = bytearray(min(READ_CHUNK, end - begin))  # one for all: fresh memory costs more than reading
     for offset in range(begin, end, len(buffer) or 1):
         view = memoryview(buffer)[: end - offset]

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TypeGuard, cast
 
+from qkpatch.checkpoint.files import Readable, read_exact, size_of
 from qkpatch.errors import FileSystemError, HeaderError
 
 MAX_HEADER_SIZE = 100_000_000
@@ -78,9 +79,9 @@ class Header:
     metadata: Mapping[str, str] | None
 
 
-def read_header(fd: int, shard: str) -> Header:
+def read_header(fd: Readable, shard: str) -> Header:
     """Read the header of an open file, whose position stays; FileSystemError only where reading fails."""
-    file_size = os.fstat(fd).st_size
+    file_size = size_of(fd)
     start = _pread(fd, 32, 0, shard)
     if start.startswith(b"version https://git-lfs"):
         fix = "run `git lfs pull`, or download the file from the Hub"
@@ -116,8 +117,10 @@ def _shown(text: object) -> str:
     return safe if len(safe) <= 200 else safe[:200] + "..."
 
 
-def _pread(fd: int, size: int, offset: int, shard: str) -> bytes:
+def _pread(fd: Readable, size: int, offset: int, shard: str) -> bytes:
     """The ``size`` bytes from ``offset`` on; fewer only where the file ends."""
+    if not isinstance(fd, int):
+        return bytes(read_exact(fd, min(size, fd.size - offset), offset, shard))
     read = bytearray()
     try:
         while len(read) < size and (part := os.pread(fd, size - len(read), offset + len(read))):

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from qkpatch.checkpoint.files import FileId, os_errors
-from qkpatch.checkpoint.tree import SourceFile
+from qkpatch.checkpoint.tree import LocalFile, SourceFile
 
 
 def is_cached(real: Path) -> bool:
@@ -15,18 +15,22 @@ def is_cached(real: Path) -> bool:
     return real.parent.name == "blobs" and real.parent.parent.name.startswith(("models--", "datasets--"))
 
 
-def cached_sum(file: SourceFile) -> str | None:
-    """The SHA-256 of a file in the Hub cache that came by its large-file storage: such files are named by it."""
+def known_sum(file: SourceFile) -> str | None:
+    """The SHA-256 of a file of the Hub's large-file storage: listed there, and its name in the Hub cache."""
+    if not isinstance(file, LocalFile):
+        return file.known_sum
     real = Path(os.path.realpath(file.path))
     return real.name if is_cached(real) and re.fullmatch("[0-9a-f]{64}", real.name) else None
 
 
-def may_link(file: SourceFile, *, even_cached: bool) -> bool:
-    """Whether a hard link may stand for a copy of ``file``."""
-    return even_cached or not is_cached(Path(os.path.realpath(file.path)))
+def linkable(file: SourceFile, *, even_cached: bool) -> LocalFile | None:
+    """``file``, where a hard link may stand for a copy of it."""
+    if not isinstance(file, LocalFile):
+        return None
+    return file if even_cached or not is_cached(Path(os.path.realpath(file.path))) else None
 
 
-def linked(file: SourceFile, staged: Path) -> bool:
+def linked(file: LocalFile, staged: Path) -> bool:
     """Make ``staged`` a hard link to ``file``, links resolved; False where the file system cannot."""
     with os_errors("link", staged):
         staged.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from qkpatch.checkpoint.header import DTYPE_BITS, MAX_HEADER_SIZE, TensorRef
 from qkpatch.checkpoint.output import Extent, Output, OutputFile
 from qkpatch.checkpoint.source import INDEX_SUFFIX, Stored
-from qkpatch.checkpoint.tree import load_json, read_whole
+from qkpatch.checkpoint.tree import load_json
 from qkpatch.errors import CheckpointError, UsageError
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -179,7 +179,7 @@ def _index(source: Stored, moved: Mapping[str, TensorRef]) -> bytes:
     document: dict[str, object] = {}
     if source.index is not None:
         file = source.files[source.index]
-        document = load_json(read_whole(file.path, file.id), file.name, unique=True)
+        document = load_json(file.read(), file.name, unique=True)
     metadata = document.get("metadata")
     total = sum(ref.nbytes for ref in moved.values())
     document["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": total}

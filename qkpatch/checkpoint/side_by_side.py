@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from qkpatch.checkpoint.files import read_into
+from qkpatch.checkpoint.files import Readable, read_into
 
 CHUNK = 1 << 20
 
@@ -14,7 +14,7 @@ CHUNK = 1 << 20
 class Span(NamedTuple):
     """A half-open byte range of an open file."""
 
-    fd: int
+    fd: Readable
     begin: int
     end: int
     where: str | Path

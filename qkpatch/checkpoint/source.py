@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from qkpatch.checkpoint.files import open_read, os_errors
+from qkpatch.checkpoint.files import os_errors
 from qkpatch.checkpoint.header import Header, TensorRef, read_header
+from qkpatch.checkpoint.remote import RemoteRepo
 from qkpatch.checkpoint.tree import (
     MAX_CONFIG_BYTES,
     SourceFile,
+    is_plain_relative,
     load_json,
-    read_whole,
     source_file,
     walk_files,
 )
@@ -33,12 +35,16 @@ WEIGHT_SUFFIXES = (
 )  # fmt: skip
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
+_OPEN_AT_A_TIME = 16
+_MOST_HEADERS = 64 << 10  # bytes: most headers are shorter, and the rest of a longer one is read after
+
 
 @dataclass(frozen=True)
 class Stored:
-    """Tensors and other files of a directory, or one ``.safetensors`` file by itself; of what model is not asked."""
+    """Tensors and other files of a directory, a repository, or one ``.safetensors`` file; of what model is not said."""
 
-    root: Path
+    where: str  # what messages call it
+    root: Path | None  # the directory; None where it is on the Hub
     single_file: bool
     index: str | None  # the file that says which shard holds which tensor
     headers: Mapping[str, Header]  # weight shards, by file name
@@ -52,28 +58,37 @@ class Stored:
         """All tensors by name."""
         return {ref.name: ref for header in self.headers.values() for ref in header.tensors.values()}
 
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files.values())
+
+    def has_beside(self, name: str) -> bool:
+        """Whether the directory holds something of that name, be it one of :attr:`files` or not."""
+        return not self.single_file and self.root is not None and (self.root / name).exists()
+
 
 @dataclass(frozen=True)
 class Checkpoint(Stored):
-    """A local checkpoint with what ``config.json`` says of its model; beside a single file, too."""
+    """A checkpoint with what ``config.json`` says of its model; beside a single file, too."""
 
     config: Mapping[str, Any]
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(place: Path | RemoteRepo) -> Checkpoint:
     """As :func:`open_stored`, and ``config.json``.
 
     Raises:
         CheckpointError: also, no config.json, or one that is not an object.
         QKPatchError: as :func:`open_stored`.
     """
-    stored = open_stored(path)
-    config = _read_config(stored.root / "config.json")
+    stored = open_stored(place)
+    config = _read_config(_config_file(stored))
     return Checkpoint(**{field.name: getattr(stored, field.name) for field in fields(stored)}, config=config)
 
 
-def open_stored(path: Path) -> Stored:
-    """Read all headers under ``path`` and check them against index and file sizes.
+def open_stored(place: Path | RemoteRepo) -> Stored:
+    """Read all headers at ``place`` and check them against index and file sizes.
 
     Raises:
         UnsupportedError: no safetensors weights, such as pickles only.
@@ -82,36 +97,42 @@ def open_stored(path: Path) -> Stored:
         HeaderError: a shard breaks the format.
         FileSystemError: something cannot be read.
     """
-    with os_errors("read", path):
-        status = path.stat()
-    if stat.S_ISREG(status.st_mode):
-        return _open_single(path)
-    if not stat.S_ISDIR(status.st_mode):
-        raise FileSystemError("neither a directory nor a file", where=str(path))
-    files, directories = walk_files(path)
+    files: dict[str, SourceFile]
+    if isinstance(place, RemoteRepo):
+        files, directories, where, root = dict(place.files), place.directories, place.where, None
+    else:
+        with os_errors("read", place):
+            status = place.stat()
+        if stat.S_ISREG(status.st_mode):
+            return _open_single(place)
+        if not stat.S_ISDIR(status.st_mode):
+            raise FileSystemError("neither a directory nor a file", where=str(place))
+        found, directories = walk_files(place)
+        files, where, root = {**found}, str(place), place
     previous = files.pop(MANIFEST_NAME, None)
     if previous is not None:
         files.pop(SUMS_NAME, None)  # of that edit, and untrue of the next
     if MANIFEST_NAME in directories:
         raise CheckpointError(
             f"{MANIFEST_NAME} is a directory, and OUT's manifest bears that name",
-            where=str(path),
+            where=where,
             fix="rename it",
         )
-    shards, index = _find_shards(path, files)
-    headers = {name: _header(files[name]) for name in shards}
+    shards, index = _find_shards(where, files)
+    headers = _headers([files[name] for name in shards])
     _check_homes(headers)
     if index is not None:
         _check_index(headers, index)
     return Stored(
-        root=path,
+        where=where,
+        root=root,
         single_file=False,
         index=None if index is None else index.name,
         headers=headers,
         files=files,
         directories=directories,
         twins=tuple(n for n in files if n.endswith(WEIGHT_SUFFIXES) and n not in headers),
-        previous_manifest=None if previous is None else read_whole(previous.path, previous.id),
+        previous_manifest=None if previous is None else previous.read(),
     )
 
 
@@ -123,12 +144,12 @@ def _open_single(path: Path) -> Stored:
             fix="convert it with the safetensors library, or point qkpatch at the directory",
         )
     file = source_file(path, path.name)
-    header = _header(file)
     return Stored(
+        where=str(path),
         root=path.parent,
         single_file=True,
         index=None,
-        headers={file.name: header},
+        headers=_headers([file]),
         files={file.name: file},
         directories=(),
         twins=(),
@@ -142,7 +163,7 @@ class _Index:
     weight_map: Mapping[str, str]  # tensor -> shard
 
 
-def _find_shards(root: Path, files: Mapping[str, SourceFile]) -> tuple[list[str], _Index | None]:
+def _find_shards(where: str, files: Mapping[str, SourceFile]) -> tuple[list[str], _Index | None]:
     """File names of the weight shards, and the index where there is one."""
     top = [name for name in files if "/" not in name]
     indices = [name for name in top if name.endswith(INDEX_SUFFIX)]
@@ -150,7 +171,7 @@ def _find_shards(root: Path, files: Mapping[str, SourceFile]) -> tuple[list[str]
         indices = [PREFERRED_INDEX]
     if len(indices) > 1:
         raise AmbiguousError(
-            f"several indices: {', '.join(indices)}", where=str(root), fix="keep the one to patch in SOURCE"
+            f"several indices: {', '.join(indices)}", where=where, fix="keep the one to patch in SOURCE"
         )
     singles = [name for name in top if name.endswith(".safetensors")]
     if indices:
@@ -168,7 +189,7 @@ def _find_shards(root: Path, files: Mapping[str, SourceFile]) -> tuple[list[str]
             raise AmbiguousError(
                 f"{PREFERRED_SINGLE} beside {index.name}, which does not name it: transformers loads it instead of "
                 "the shards, so an edit of the shards would do nothing there",
-                where=str(root),
+                where=where,
                 fix="remove the stale one, or point qkpatch at a single file",
             )
         return shards, index
@@ -179,7 +200,7 @@ def _find_shards(root: Path, files: Mapping[str, SourceFile]) -> tuple[list[str]
     if singles:
         raise AmbiguousError(
             f"{len(singles)} .safetensors files and no index: {_some(singles)}",
-            where=str(root),
+            where=where,
             fix=f"restore {PREFERRED_INDEX}, or point qkpatch at one file",
         )
     pickles = [name for name in files if name.endswith(PICKLE_SUFFIXES)]
@@ -187,41 +208,29 @@ def _find_shards(root: Path, files: Mapping[str, SourceFile]) -> tuple[list[str]
     if pickles:
         raise UnsupportedError(
             f"only pickled weights: {_some(pickles)}; qkpatch never unpickles",
-            where=str(root),
+            where=where,
             fix="convert them: load the model in transformers and call save_pretrained(..., safe_serialization=True)",
         )
     raise UnsupportedError(
-        f"no .safetensors weights{f', only {_some(others)}' if others else ''}",
-        where=str(root),
+        f"no .safetensors weights, only {_some(others or sorted(files) or ['an empty folder'])}",
+        where=where,
         fix="point SOURCE at a Hugging Face checkpoint directory or a .safetensors file",
     )
 
 
 def _read_index(file: SourceFile) -> _Index:
-    document = load_json(read_whole(file.path, file.id), file.name, unique=True)
+    document = load_json(file.read(), file.name, unique=True)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError("no weight_map, or an empty one", where=file.name)
     for tensor, shard in weight_map.items():
-        if not isinstance(shard, str) or not _is_plain_relative(shard):
+        if not isinstance(shard, str) or not is_plain_relative(shard):
             raise CheckpointError(
                 f"tensor {tensor!r} is said to be in {shard!r}, not a plain path inside the checkpoint",
                 where=file.name,
                 fix="do not use this checkpoint: its index is broken or hostile",
             )
     return _Index(file.name, weight_map)
-
-
-def _is_plain_relative(name: str) -> bool:
-    path = PurePosixPath(name)
-    return (
-        not path.is_absolute()
-        and ".." not in path.parts
-        and str(path) == name
-        and name not in ("", ".")
-        and "\\" not in name
-        and "\0" not in name
-    )
 
 
 def _check_homes(headers: Mapping[str, Header]) -> None:
@@ -254,23 +263,38 @@ def _check_index(headers: Mapping[str, Header], index: _Index) -> None:
         )
 
 
-def _header(file: SourceFile) -> Header:
-    with open_read(file.path, file.id) as fd:
-        return read_header(fd, file.name)
+def _headers(files: Sequence[SourceFile]) -> dict[str, Header]:
+    """The headers, by file; a few files are open at a time, since those that are elsewhere come side by side."""
+    headers = {}
+    for at in range(0, len(files), _OPEN_AT_A_TIME):
+        with ExitStack() as stack:
+            some = files[at : at + _OPEN_AT_A_TIME]
+            opened = [stack.enter_context(file.open([(0, min(file.size, _MOST_HEADERS))])) for file in some]
+            for file, one in zip(some, opened, strict=True):
+                headers[file.name] = read_header(one, file.name)
+    return headers
 
 
-def _read_config(path: Path) -> Mapping[str, Any]:
-    if not path.exists():
+def _config_file(stored: Stored) -> SourceFile:
+    name = "config.json"
+    file = stored.files.get(name)
+    if stored.single_file and stored.root is not None and (stored.root / name).exists():
+        file = source_file(stored.root / name, name)
+    if file is None:
         raise CheckpointError(
             "there is no config.json, which says how many heads the model has",
-            where=str(path.parent),
+            where=str(stored.root or stored.where),
             fix="put the model's config.json beside the weights",
         )
-    config = load_json(read_whole(path, source_file(path, path.name).id, MAX_CONFIG_BYTES), path.name)
+    return file
+
+
+def _read_config(file: SourceFile) -> Mapping[str, Any]:
+    config = load_json(file.read(MAX_CONFIG_BYTES), file.name)
     if not isinstance(config, dict):
-        raise CheckpointError("not a JSON object", where=path.name)
+        raise CheckpointError("not a JSON object", where=file.name)
     if not isinstance(config.get("model_type"), str | None):
-        raise CheckpointError("not a text", where=f"{path.name}: model_type")
+        raise CheckpointError("not a text", where=f"{file.name}: model_type")
     return config
 
 

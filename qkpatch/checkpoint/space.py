@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qkpatch.checkpoint.copying import clone
 from qkpatch.checkpoint.files import os_errors
-from qkpatch.checkpoint.tree import SourceFile
+from qkpatch.checkpoint.tree import LocalFile, SourceFile
 from qkpatch.errors import FileSystemError
 
 
@@ -34,7 +34,8 @@ def check_space(out: Path, needed: int, files: Collection[SourceFile]) -> None:
 
 def _shares_blocks(out: Path, files: Collection[SourceFile]) -> bool:
     """Whether the largest source file can be cloned beside OUT (btrfs, xfs); tried on a file without a name."""
-    largest = max(files, key=lambda file: file.size, default=None)
+    local = (file for file in files if isinstance(file, LocalFile))
+    largest = max(local, key=lambda file: file.size, default=None)
     if largest is None:
         return False
     try:

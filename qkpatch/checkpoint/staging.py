@@ -22,7 +22,7 @@ from types import TracebackType
 from qkpatch.checkpoint.files import os_errors
 from qkpatch.checkpoint.journal import is_of
 from qkpatch.checkpoint.target import refuse_foreign_files, target_path
-from qkpatch.errors import FileSystemError, UsageError
+from qkpatch.errors import FileSystemError, HubError, UsageError
 from qkpatch.interrupts import signals_held
 
 _RENAME_NOREPLACE = 1
@@ -32,7 +32,10 @@ _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 
 
 class Staging:
-    """A locked staging directory for ``out``; gone on leaving the ``with`` block unless published."""
+    """A locked staging directory for ``out``; gone on leaving the ``with`` block unless published.
+
+    Where the Hub failed it stays, for a run that resumes: what had come need not come again.
+    """
 
     def __init__(self, out: Path, resume: str | None = None) -> None:
         """``resume`` is the fingerprint of the run whose leftovers are taken over, where there are any."""
@@ -74,6 +77,9 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, HubError):
+            self._unlock()
+            return
         self._clean()
         if error is None and self.path.exists():
             raise FileSystemError(

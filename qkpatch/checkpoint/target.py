@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME, Checkpoint
-from qkpatch.checkpoint.tree import load_json
+from qkpatch.checkpoint.tree import LocalFile, load_json
 from qkpatch.errors import FileSystemError, QKPatchError, UsageError
 
 # File systems allow 255 bytes; the names of staging and of a replaced output are OUT's and up to 19 more.
@@ -71,8 +71,10 @@ def check_apart(out: Path, checkpoint: Checkpoint) -> None:
     Raises:
         UsageError: they overlap.
     """
+    if checkpoint.root is None:
+        return
     directories = [checkpoint.root / name for name in checkpoint.directories]
-    files = [file.path for file in checkpoint.files.values()]
+    files = [file.path for file in checkpoint.files.values() if isinstance(file, LocalFile)]
     if not checkpoint.single_file:
         directories.append(checkpoint.root)
     _refuse_overlap(out, inside=directories, holding=[*directories, *files])

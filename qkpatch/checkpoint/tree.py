@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Collection
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from qkpatch.checkpoint.files import FileId, open_read, os_errors, read_exact
+from qkpatch.checkpoint.files import FileId, Readable, open_read, os_errors, read_exact
 from qkpatch.checkpoint.header import half_surrogate
 from qkpatch.errors import CheckpointError, FileSystemError
 
@@ -22,25 +24,85 @@ MAX_CONFIG_BYTES = (
 
 
 @dataclass(frozen=True)
-class SourceFile:
-    """One file to carry over, by its POSIX path relative to the checkpoint root."""
+class SourceFile(ABC):
+    """One file of a checkpoint, by its POSIX path relative to the checkpoint root."""
 
     name: str
-    path: Path
-    id: FileId
+    size: int
     mode: int
+    where: str  # what messages call it
 
     @property
-    def size(self) -> int:
-        """Bytes."""
-        return self.id.size
+    @abstractmethod
+    def content(self) -> str:
+        """What identifies its bytes without reading them."""
+
+    @property
+    def known_sum(self) -> str | None:
+        """Its SHA-256, where somebody told it; not taken here."""
+        return None
+
+    @abstractmethod
+    def open(self, ranges: Sequence[tuple[int, int]] = ()) -> AbstractContextManager[Readable]:
+        """Open it for reading; ``ranges`` tells what will be read, where that is known.
+
+        Raises:
+            FileSystemError: not readable, or changed since it was listed or while it is open.
+        """
+
+    def read(self, limit: int = MAX_JSON_BYTES) -> bytes:
+        """All of a small file.
+
+        Raises:
+            CheckpointError: it has more than ``limit`` bytes.
+        """
+        self.check_size(limit)
+        with self.open([(0, self.size)]) as opened:
+            return bytes(read_exact(opened, self.size, 0, self.where))
+
+    def check_size(self, limit: int) -> None:
+        """Raise :class:`CheckpointError` where it has more than ``limit`` bytes."""
+        if self.size > limit:
+            raise CheckpointError(
+                f"{self.size} bytes, more than any real file of this kind", where=self.where
+            )
+
+
+@dataclass(frozen=True)
+class LocalFile(SourceFile):
+    """A file on this machine."""
+
+    path: Path
+    id: FileId
+
+    @property
+    def content(self) -> str:
+        """Device, inode, size and time."""
+        return str(self.id)
+
+    def open(self, ranges: Sequence[tuple[int, int]] = ()) -> AbstractContextManager[int]:
+        """A descriptor, as :func:`open_read`."""
+        return open_read(self.path, self.id)
+
+
+def is_plain_relative(name: str) -> bool:
+    """Whether ``name`` is a path that stays inside the checkpoint, written in the one plain way."""
+    path = PurePosixPath(name)
+    return (
+        not path.is_absolute()
+        and ".." not in path.parts
+        and str(path) == name
+        and name not in ("", ".")
+        and "\\" not in name
+        and "\0" not in name
+    )
 
 
 def walk_files(
     root: Path, skip: Collection[str] = BOOKKEEPING
-) -> tuple[dict[str, SourceFile], tuple[str, ...]]:
+) -> tuple[dict[str, LocalFile], tuple[str, ...]]:
     """All regular files below ``root`` with links followed, sorted by name, and all sub-directories, less ``skip``."""
-    files: dict[str, SourceFile] = {}
+    files: dict[str, LocalFile] = {}
     directories: list[str] = []
 
     def visit(directory: Path, prefix: str, ancestors: tuple[Path, ...]) -> None:
@@ -69,22 +131,14 @@ def walk_files(
     return dict(sorted(files.items())), tuple(directories)
 
 
-def source_file(path: Path, name: str, fix: str | None = None) -> SourceFile:
+def source_file(path: Path, name: str, fix: str | None = None) -> LocalFile:
     """The regular file at ``path``, links followed; anything else is a :class:`FileSystemError`."""
     with os_errors("read", path):
         status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise FileSystemError("not a regular file", where=str(path), fix=fix)
-    return SourceFile(name, path, FileId.of(status), stat.S_IMODE(status.st_mode))
-
-
-def read_whole(path: Path, expected: FileId | None = None, limit: int = MAX_JSON_BYTES) -> bytes:
-    """A small file's bytes."""
-    with open_read(path, expected) as fd:
-        size = os.fstat(fd).st_size
-        if size > limit:
-            raise CheckpointError(f"{size} bytes, more than any real file of this kind", where=str(path))
-        return bytes(read_exact(fd, size, 0, path))
+    mode = stat.S_IMODE(status.st_mode)
+    return LocalFile(name, status.st_size, mode, str(path), path, FileId.of(status))
 
 
 def load_json(raw: bytes, where: str, *, unique: bool = False) -> Any:

@@ -35,7 +35,7 @@ def diff(
     from qkpatch.locate import locate
 
     sources = [locate(source) for source in (a, b)]
-    stored_a, stored_b = (open_stored(source.path) for source in sources)
+    stored_a, stored_b = (open_stored(source.place) for source in sources)
     with bars(bytes_to_compare(stored_a, stored_b), 0, quiet=quiet or as_json, verb="compare") as observer:
         result = difference(stored_a, stored_b, observer.copied)
     if as_json:

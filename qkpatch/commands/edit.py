@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qkpatch.boundary import command
+from qkpatch.commands.publishing import publication_of, push_target, source_card
+from qkpatch.errors import UsageError
 from qkpatch.options import (
     AlphaOpt,
     AttentionOpt,
     ChannelOpt,
     ConfigOpt,
+    CreatePrOpt,
     DebugOpt,
     DeviceOpt,
     FoldOpt,
@@ -20,6 +24,8 @@ from qkpatch.options import (
     JsonOpt,
     LayersOpt,
     ModesOpt,
+    PrivateOpt,
+    PushOpt,
     QuietOpt,
     RecipeOpt,
     SeedOpt,
@@ -34,6 +40,7 @@ from qkpatch.settings import Request, check_device_name
 from qkpatch.writing import Digest, Writing
 
 if TYPE_CHECKING:
+    from qkpatch.locate import Access
     from qkpatch.plan import EditPlan
 
 
@@ -41,8 +48,15 @@ if TYPE_CHECKING:
 def apply(
     source: SourceArg,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Directory to write.", show_default=False, callback=expanded)
-    ],
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Directory to write.",
+            show_default="SOURCE's name, qkpatch, a hash of the edit",
+            callback=expanded,
+        ),
+    ] = None,
     layers: LayersOpt = None,
     modes: ModesOpt = None,
     alpha: AlphaOpt = None,
@@ -73,18 +87,30 @@ def apply(
     link_cache: Annotated[
         bool, typer.Option("--link-cache", help="The same, even to files in the Hub cache.")
     ] = False,
+    no_cache: Annotated[
+        bool,
+        typer.Option(
+            "--no-cache", help="From the Hub straight into OUT: one copy on the disk, none in the cache."
+        ),
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Take over what a killed run of the same edit had done.")
     ] = False,
+    push: PushOpt = None,
+    private: PrivateOpt = False,
+    create_pr: CreatePrOpt = False,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
     debug: DebugOpt = False,
 ) -> None:
     """Write an edited copy of SOURCE to OUT, with a manifest of what was changed."""
     from qkpatch.budget import choose_threads
-    from qkpatch.console import bars, print_text, show_warnings
+    from qkpatch.checkpoint.target import check_out
+    from qkpatch.console import bars, note, print_text, show_warnings, silent
+    from qkpatch.locate import Access
+    from qkpatch.manifest import planned_manifest
     from qkpatch.patch import apply_plan
-    from qkpatch.tables import show_applied
+    from qkpatch.tables import show_applied, show_publication
 
     request = edit_request(
         layers,
@@ -100,15 +126,33 @@ def apply(
         config,
         max_shard_size,
     )
+    target = push_target(push, private=private, create_pr=create_pr)
     if dry_run:
-        _preview(source, request, out, device, threads, as_json=as_json, quiet=quiet, overwrite=overwrite)
+        plan = _preview(
+            source, request, out, device, threads, as_json=as_json, quiet=quiet, overwrite=overwrite
+        )
+        if target is not None:
+            publication = publication_of(planned_manifest(plan, device), target, source_card(plan))
+            if not (quiet or as_json):
+                show_publication(publication)
         return
-    plan = decide(source, request, out, device, overwrite=overwrite)
-    n_threads = choose_threads(threads, plan.head_memory, len(plan.model.checkpoint.tensors))
+    say = silent if quiet else note
     writing = Writing(digest, link or link_cache, link_cache, resume, overwrite)
-
-    n_heads = len(plan.edits) * len(plan.settings.heads)
-    with bars(plan.output_bytes, n_heads, quiet=quiet or as_json) as observer:
+    if no_cache:
+        check_no_cache(source, writing)
+    plan = decide(
+        source, request, out, device, Access.no_cache if no_cache else Access.download, overwrite, say
+    )
+    if out is None:
+        out = Path(plan.default_name)
+        check_out(out, plan.model.source.path, overwrite=overwrite)
+        say(f"OUT is not named, so it is {out} in the current directory")
+    base_card = source_card(plan)
+    if target is not None:
+        publication_of(planned_manifest(plan, device), target, base_card)  # what is refused is refused now
+    n_threads = choose_threads(threads, plan.head_memory, len(plan.model.checkpoint.tensors))
+    n_heads, verb = len(plan.edits) * len(plan.settings.heads), "download" if no_cache else "copy"
+    with bars(plan.output_bytes, n_heads, quiet=quiet or as_json, verb=verb) as observer:
         manifest = apply_plan(plan, out, device=device, threads=n_threads, observer=observer, writing=writing)
     if not quiet:
         show_warnings(manifest.warnings)
@@ -116,6 +160,9 @@ def apply(
         print_text(manifest.dumps())
     elif not quiet:
         show_applied(plan, manifest, source, out)
+    if target is not None:
+        address = publication_of(manifest, target, base_card).carry_out(out)
+        say(f"Published: {address}")
 
 
 @command
@@ -161,19 +208,41 @@ def plan(
     _preview(source, request, out, device, threads, as_json=as_json, quiet=quiet, overwrite=overwrite)
 
 
-def decide(source: str, request: Request, out: Path | None, device: str, *, overwrite: bool) -> EditPlan:
+def decide(
+    source: str,
+    request: Request,
+    out: Path | None,
+    device: str,
+    access: Access,
+    overwrite: bool,
+    say: Callable[[str], None],
+) -> EditPlan:
     """The plan, with everything refused that can be; what is wrong already does not wait for a download."""
     from qkpatch.checkpoint.target import check_apart, check_out
-    from qkpatch.locate import local_path
+    from qkpatch.console import size_text
+    from qkpatch.locate import Access, local_path
     from qkpatch.plan import make_plan
 
     check_device_name(device)
     if out is not None:
         check_out(out, local_path(source), overwrite=overwrite)
-    plan = make_plan(source, request)
+    plan = make_plan(source, request, Access.ranges if access is Access.download else access)
+    if access is Access.download and plan.model.source.path is None:
+        say(f"{plan.model.source.name}: {size_text(plan.model.checkpoint.size)} into the Hub cache")
+        plan = make_plan(source, request, access)
     if out is not None:
         check_apart(out, plan.model.checkpoint)
     return plan
+
+
+def check_no_cache(source: str, writing: Writing) -> None:
+    """Refuse ``--no-cache`` where it means nothing."""
+    from qkpatch.locate import local_path
+
+    if local_path(source) is not None:
+        raise UsageError("SOURCE is on this machine already", where="--no-cache", fix="leave it out")
+    if writing.link:
+        raise UsageError("nothing is there to link to", where="--link", fix="leave out --link or --no-cache")
 
 
 def _preview(
@@ -186,15 +255,16 @@ def _preview(
     as_json: bool,
     quiet: bool,
     overwrite: bool,
-) -> None:
+) -> EditPlan:
     from qkpatch.budget import choose_threads, peak_memory
     from qkpatch.canonical import canonical_json
     from qkpatch.checkpoint.space import free_bytes
-    from qkpatch.console import print_text, show_warnings
+    from qkpatch.console import print_text, show_warnings, silent
+    from qkpatch.locate import Access
     from qkpatch.manifest import planned_manifest
     from qkpatch.tables import show_plan
 
-    plan = decide(source, request, out, device, overwrite=overwrite)
+    plan = decide(source, request, out, device, Access.ranges, overwrite, silent)
     n_tensors = len(plan.model.checkpoint.tensors)
     n_threads = choose_threads(threads, plan.head_memory, n_tensors)
     memory = peak_memory(n_threads, plan.head_memory, n_tensors)
@@ -212,3 +282,4 @@ def _preview(
         print_text(canonical_json({**planned_manifest(plan, device).to_json(), "costs": costs}))
     elif not quiet:
         show_plan(plan, free_disk, memory, n_threads)
+    return plan

@@ -52,6 +52,7 @@ def inspect(
     from qkpatch.budget import choose_threads, head_memory
     from qkpatch.console import bars, print_csv, print_json
     from qkpatch.errors import UsageError
+    from qkpatch.locate import Access
     from qkpatch.model import open_model
     from qkpatch.selection import format_ranges
     from qkpatch.settings import check_request
@@ -64,11 +65,13 @@ def inspect(
     )
     check_device_name(device)
     check_request(request)
-    model = open_model(source, recipe, attention)
+    model = open_model(source, recipe, attention, Access.ranges)
     chosen = model.settings(request.over(Request(layers=format_ranges(model.editable_layers))))
     targets = model.targets(chosen)
-    per_head = head_memory(target.layout for target in targets)
-    n_threads = choose_threads(threads, per_head, len(model.checkpoint.tensors))
+    per_thread = head_memory(target.layout for target in targets)
+    if model.source.path is None:  # a layer that is read where it is waits in memory
+        per_thread += max(target.read_bytes(chosen.heads) for target in targets)
+    n_threads = choose_threads(threads, per_thread, len(model.checkpoint.tensors))
 
     with signals_held():
         from qkpatch.device import choose_device

@@ -19,7 +19,7 @@ from qkpatch.diagnosis.evidence import Median, median_reader, norm_kind, speaks_
 from qkpatch.diagnosis.slim import slim
 from qkpatch.diagnosis.survey import LANGUAGE, QueryGroup, TextNumbers, query_groups, text_numbers
 from qkpatch.errors import UnsupportedError, UsageError
-from qkpatch.locate import Source, locate
+from qkpatch.locate import Access, Source, locate
 from qkpatch.recipe import NormKind, Recipe
 from qkpatch.recipe_file import parse_recipe
 
@@ -130,11 +130,11 @@ def diagnose(source: str) -> Diagnosis:
         QKPatchError: as :func:`locate` and :func:`open_checkpoint`; what a recipe refuses is told, not raised.
     """
     try:
-        located = locate(source)
+        located = locate(source, Access.ranges)
     except UsageError as error:
         near = near_names(source, shipped_recipes())
         raise UsageError(error.what, where=error.where, fix=f"check the path; {near}") from None
-    whole = open_checkpoint(located.path)
+    whole = open_checkpoint(located.place)
     checkpoint = slim(whole)
     config, tensors = checkpoint.config, checkpoint.tensors
     numbers = text_numbers(config)
