@@ -52,7 +52,7 @@ RecipeOpt = Annotated[
 ConfigOpt = Annotated[
     Path | None, typer.Option(help="The same settings as a YAML file; flags win.", metavar="EDIT.yaml")
 ]
-DeviceOpt = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:i.")]
+DeviceOpt = Annotated[str, typer.Option(help="cpu, cuda, cuda:i, or auto: cuda where there is one.")]
 ThreadsOpt = Annotated[
     int | None,
     typer.Option(help="Heads that are computed side by side.", show_default="processors, within 450 MiB"),

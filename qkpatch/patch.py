@@ -45,7 +45,7 @@ def apply_plan(
     out: Path,
     *,
     observer: Observer,
-    device: str = "auto",
+    device: str = "cpu",
     threads: int = 1,
     writing: Writing = PLAIN,
 ) -> Manifest:

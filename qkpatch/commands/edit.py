@@ -68,7 +68,7 @@ def apply(
     attention: AttentionOpt = None,
     fold_norm: FoldOpt = False,
     config: ConfigOpt = None,
-    device: DeviceOpt = "auto",
+    device: DeviceOpt = "cpu",
     threads: ThreadsOpt = None,
     max_shard_size: ShardOpt = None,
     dry_run: Annotated[
@@ -182,7 +182,7 @@ def plan(
     attention: AttentionOpt = None,
     fold_norm: FoldOpt = False,
     config: ConfigOpt = None,
-    device: DeviceOpt = "auto",
+    device: DeviceOpt = "cpu",
     threads: ThreadsOpt = None,
     max_shard_size: ShardOpt = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="OUT may be an earlier output.")] = False,

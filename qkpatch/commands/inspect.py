@@ -42,7 +42,7 @@ def inspect(
     recipe: RecipeOpt = None,
     attention: AttentionOpt = None,
     fold_norm: FoldOpt = False,
-    device: DeviceOpt = "auto",
+    device: DeviceOpt = "cpu",
     threads: ThreadsOpt = None,
     as_json: JsonOpt = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print one line per singular value.")] = False,
