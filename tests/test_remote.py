@@ -166,6 +166,11 @@ def inspect(hub: FakeHub, home: Path) -> subprocess.CompletedProcess[str]:
         (Fault("gzip", "safetensors", 99), "compressed"),
         (Fault("status 416", "safetensors", 99), "there are fewer"),
         (Fault("status 403", "safetensors", 99, host="hub"), "forbids"),
+        (
+            Fault("status 403", "safetensors", 99, {"X-Error-Code": "GatedRepo"}, host="hub"),
+            "accept its terms",
+        ),
+        (Fault("status 404", "config.json", 99, {"X-Error-Code": "EntryNotFound"}), "no such file any more"),
     ],
 )
 def test_an_answer_that_is_not_what_was_asked_for_is_refused(
