@@ -98,7 +98,7 @@ def test_keys_tell_settings_apart() -> None:
     budget = toy.Budget()
     settings = list(toy.grid(budget, 9))
     assert len({e.key for e in settings}) == len(settings)
-    controls = list(toy.companions(settings[0], budget.draws))
+    controls = list(toy.companions(settings[0], budget))
     assert len({e.key for e in controls}) == len(controls)
     assert sum(e.how == "random" for e in controls) == 10
     every = list(language.settings(language.Budget(), 30))
@@ -314,12 +314,12 @@ def test_losses_are_those_of_transformers_whichever_layers_are_taken_as_done(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     monkeypatch.setattr(language, "WINDOW", 48)
-    reader = language.Reader(smollm2, tmp_path, language.Budget(windows=2, windows_of_draws=1))
-    edit = Edit((10, 11), 4, 0.5)
+    reader = language.Reader(smollm2, tmp_path, language.Budget(windows=2, few_windows=1))
+    edit = Edit(tuple(range(10, 20)), 4, 0.5)
     _, base = reader.losses(None)
     change, after = reader.losses(edit)
-    _, drawn = reader.losses(replace(edit, how="random", draw=3))
-    assert (len(base), len(after), len(drawn)) == (2, 2, 1)
+    _, few = reader.losses(replace(edit, how="random", draw=3))
+    assert (len(base), len(after), len(few)) == (2, 2, 1)
     assert change > 0
     assert not np.array_equal(base, after)
     loaded = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16).eval()

@@ -27,8 +27,18 @@ from scripts.evidence.statistics import REPLICATES
 
 REPO = Path(__file__).resolve().parent.parent.parent
 TINY = (
-    toy.Budget(validation_scenes=8, test_scenes=12, draws=2, modes=(1,), alphas=(0.5,), ranges=("middle",)),
-    language.Budget(windows=2, windows_of_draws=1, draws=2, modes=(4,), alphas=(0.5,), other_ranges=()),
+    toy.Budget(
+        validation_scenes=8,
+        test_scenes=12,
+        draws=2,
+        draws_of_others=1,
+        modes=(1,),
+        alphas=(0.5,),
+        ranges=("middle",),
+    ),
+    language.Budget(
+        windows=2, few_windows=1, draws=2, draws_of_others=1, modes=(4,), alphas=(0.5,), other_ranges=()
+    ),
 )
 FULL = (toy.Budget(), language.Budget())
 
@@ -56,21 +66,20 @@ def main() -> None:
         )
 
     results: Path = arguments.results
-    jobs: list[Job] = [
-        (f"validation {path.name}", partial(_validate, path, results, toy_budget)) for path in paths
-    ]
-    if not arguments.no_language:
+    jobs: list[Job] = []
+    if not arguments.no_language:  # the longest, so it goes first
         jobs.append(("language", partial(_read, arguments.language, results, language_budget)))
+    jobs += [(f"validation {path.name}", partial(_validate, path, results, toy_budget)) for path in paths]
     _run_all(jobs, arguments.jobs)
     subjects = [toy.Subject(path, results, toy_budget) for path in paths]
     chosen = choices(subjects, toy_budget)
     for name, edit in chosen.items():
         _tell(f"{name}: {edit.key}")
-    on_test = [e for edit in chosen.values() for e in toy.companions(edit, toy_budget.draws)]
+    on_test = [e for edit in chosen.values() for e in toy.companions(edit, toy_budget)]
     jobs = [(f"test {path.name}", partial(_test, path, results, on_test, toy_budget)) for path in paths]
     _run_all(jobs, arguments.jobs)
 
-    replicates = 200 if arguments.tiny else REPLICATES
+    replicates = 20 if arguments.tiny else REPLICATES
     reader = None if arguments.no_language else language.Reader(arguments.language, results, language_budget)
     _tell("bootstrap and report")
     write_report(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from qkpatch.spectral.rule import Channel
-from scripts.evidence.edits import DRAWN, Edit
+from scripts.evidence.edits import Edit
 from scripts.evidence.statistics import (
     REPLICATES,
     Array,
@@ -52,19 +52,14 @@ class Findings:
     ) -> None:
         self.subjects, self.chosen, self.budget, self._replicates = subjects, chosen, budget, replicates
 
-    def stack(self, edit: Edit | None, figure: str, draws: int = 1) -> Array:
+    def stack(self, edit: Edit | None, figure: str) -> Array:
         """Columns of a figure on test scenes, (models, draws, scenes, 2)."""
-        edits = (
-            [edit] if edit is None or edit.how not in DRAWN else [replace(edit, draw=d) for d in range(draws)]
-        )
+        edits = [edit] if edit is None else [replace(edit, draw=d) for d in range(self.budget.draws_of(edit))]
         return np.stack([np.stack([s.test(e).columns(figure) for e in edits]) for s in self.subjects])
 
     def compare(self, question: str, figure: str, setting: str, a: Edit, b: Edit | None) -> Comparison:
         """``a − b`` in a figure; perplexity as a difference of logarithms."""
-        draws = self.budget.draws
-        found = difference(
-            self.stack(a, figure, draws), self.stack(b, figure, draws), ratio, replicates=self._replicates
-        )
+        found = difference(self.stack(a, figure), self.stack(b, figure), ratio, replicates=self._replicates)
         return Comparison(question, figure, setting, a.kind, "base" if b is None else b.kind, found)
 
     def primary(self) -> list[Comparison]:
@@ -137,7 +132,7 @@ class Findings:
         for setting, edit in self.chosen.items():
             rows: dict[str, dict[str, float]] = {}
             for other in _kinds(edit):
-                draws = self.budget.draws if other.how in DRAWN else 1
+                draws = self.budget.draws_of(other)
                 each = [
                     self.figures([s.test(replace(other, draw=d)) for s in self.subjects])
                     for d in range(draws)

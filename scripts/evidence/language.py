@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -26,15 +27,23 @@ WINDOW, BATCH = 512, 8  # tokens of a window, windows at a time
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is measured; drawn controls are measured on fewer windows, the same for all draws."""
+    """How much is measured: the reference setting on all windows, everything else on the first few."""
 
     windows: int = 104  # 53,144 predicted tokens
-    windows_of_draws: int = 24
-    draws: int = 10
+    few_windows: int = 12
+    draws: int = 10  # of random modes, as many and of equal norm
+    draws_of_others: int = 3  # of subspaces and of noise
     modes: tuple[int, ...] = (1, 4, 8)
     alphas: tuple[float, ...] = (0.0, 0.5, 0.8)
-    ranges: tuple[str, ...] = ("middle",)
-    other_ranges: tuple[str, ...] = ("early", "late", "all")  # at 4 modes and α 0.5, dominant and shrink
+    reference: tuple[int, float] = (4, 0.5)  # modes and α of the tool's default
+    other_ranges: tuple[str, ...] = ("early", "late", "all")  # at the reference, dominant and shrink
+
+    def windows_for(self, edit: Edit | None, middle: tuple[int, ...]) -> int:
+        """On how many windows a setting is measured."""
+        if edit is None:
+            return self.windows
+        is_reference = (edit.modes, edit.alpha) == self.reference and edit.layers == middle
+        return self.windows if is_reference and edit.how not in DRAWN else self.few_windows
 
 
 def text() -> str:
@@ -77,9 +86,7 @@ class Reader:
 
     def losses(self, edit: Edit | None) -> tuple[float, Array]:
         """‖ΔW_Q‖ / ‖W_Q‖, and the mean loss (nats per token) of each window."""
-        windows = (
-            self._budget.windows_of_draws if edit is not None and edit.how in DRAWN else self._budget.windows
-        )
+        windows = self._budget.windows_for(edit, thirds(self.editor.n_layers)["middle"])
         key = f"{self._identity} {windows} {'base' if edit is None else edit.key}"
 
         def make() -> dict[str, Any]:
@@ -95,13 +102,13 @@ class Reader:
     def _read(self, first: int, windows: int) -> list[float]:
         """Mean loss per window; ``first`` is the lowest layer that is edited, below which nothing changes."""
         if self._prefix is None or self._prefix[0] != first:
-            parts = torch.split(self._ids, BATCH)
-            self._prefix = (
-                first,
-                [self._layers(self._model.model.embed_tokens(ids), 0, first) for ids in parts],
-            )
-        losses: list[float] = []
-        for ids, hidden in zip(torch.split(self._ids[:windows], BATCH), self._prefix[1], strict=False):
+            self._prefix = (first, [])
+        done, losses = self._prefix[1], []
+        for number, batch in enumerate(torch.split(self._ids, BATCH)[: math.ceil(windows / BATCH)]):
+            if number == len(done):
+                done.append(self._layers(self._model.model.embed_tokens(batch), 0, first))
+            ids = batch[: windows - number * BATCH]
+            hidden = done[number]
             hidden = self._layers(hidden[: len(ids)], first, len(self._model.model.layers))
             hidden = self._model.model.norm(hidden)
             for row, states in zip(ids, hidden, strict=True):
@@ -119,24 +126,22 @@ class Reader:
 
 
 def settings(budget: Budget, n_layers: int) -> Iterator[Edit]:
-    """What is measured: a grid of dominant edits and controls in the middle, a few elsewhere."""
+    """Dominant edits and fixed controls in the middle, drawn ones at the reference, and a few elsewhere."""
     ranges = thirds(n_layers)
     fixed: tuple[How, ...] = ("bottom", "shrink")
-    for name in budget.ranges:
-        for modes in budget.modes:
-            for alpha in budget.alphas:
-                plain = Edit(ranges[name], modes, alpha)
-                yield from (replace(plain, channel=channel) for channel in CHANNELS)
-                yield from (replace(plain, how=how) for how in fixed)
-                is_reference = modes == 4 and alpha in (0.0, 0.5)
-                for how in DRAWN:
-                    yield from (
-                        replace(plain, how=how, draw=draw)
-                        for draw in range(budget.draws if is_reference else 1)
-                    )
+    for modes in budget.modes:
+        for alpha in budget.alphas:
+            plain = Edit(ranges["middle"], modes, alpha)
+            yield from (replace(plain, channel=channel) for channel in CHANNELS)
+            yield from (replace(plain, how=how) for how in fixed)
+    modes, alpha = budget.reference
+    reference = Edit(ranges["middle"], modes, alpha)
+    for how in DRAWN:
+        draws = budget.draws if how in ("random", "equal-norm") else budget.draws_of_others
+        yield from (replace(reference, how=how, draw=draw) for draw in range(draws))
+    yield from (replace(reference, alpha=0.0, how="random", draw=draw) for draw in range(budget.draws))
     for name in budget.other_ranges:
-        plain = Edit(ranges[name], 4, 0.5)
-        yield from (plain, replace(plain, how="shrink"))
+        yield from (replace(reference, layers=ranges[name], how=how) for how in ("dominant", "shrink"))
 
 
 def run(reader: Reader, budget: Budget, tell: Callable[[str], None]) -> None:

@@ -49,22 +49,22 @@ def _row(reader: Reader, draws: Sequence[Edit], base: Any) -> dict[str, Any]:
 
 def prose_of_language(found: Mapping[str, Any], budget: Mapping[str, Any]) -> list[str]:
     """The report's part on real text weights."""
-    head = ["layers", "r", "α", "kind", "‖ΔW_Q‖/‖W_Q‖", "Δ loss, nats", "95 % interval", "draws, lowest to highest",
+    head = ["layers", "r", "α", "kind", "‖ΔW_Q‖/‖W_Q‖", "tokens", "Δ loss, nats", "95 % interval", "draws, lowest to highest",
             "Δ perplexity", "Δ loss per ‖ΔW_Q‖/‖W_Q‖"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for row in found["rows"]:
         loss = row["loss"]
         several = row["draws"] > 1
         draws = f"{row['draws']}: {row['lowest_draw']:+.4f} to {row['highest_draw']:+.4f}" if several else "–"
-        cells = [format_ranges(row["layers"]), str(row["modes"]), f"{row['alpha']:g}", row["kind"], f"{row['change']:.3f}",
+        cells = [format_ranges(row["layers"]), str(row["modes"]), f"{row['alpha']:g}", row["kind"], f"{row['change']:.3f}", f"{row['tokens']:,}",
                  f"{loss['estimate']:+.4f}", f"{loss['low']:+.4f} to {loss['high']:+.4f}", draws,
                  f"{row['perplexity']:+.1%}", f"{loss['estimate'] / row['change']:+.3f}"]  # fmt: skip
         lines.append("| " + " | ".join(cells).replace("-0", "−0").replace("-1", "−1") + " |")
     return [
         "## What it costs real text weights",
         f"SmolLM2-135M-Instruct (30 layers, 9 query and 3 key heads of 64), in bfloat16 as stored; loss on {found['tokens']:,} tokens of Python's help "
-        f"topics (`pydoc_data.topics`, windows of {WINDOW} tokens), {found['base_loss']:.4f} nats before any edit. Random kinds are measured on "
-        f"{budget['windows_of_draws'] * (WINDOW - 1):,} of them, against the loss before on the same ones; intervals are over windows and draws. One model and one kind of text.",
+        f"topics (`pydoc_data.topics`, windows of {WINDOW} tokens), {found['base_loss']:.4f} nats before any edit. Settings other than the reference, and drawn ones, are measured on "
+        f"the first {budget['few_windows'] * (WINDOW - 1):,} of them, against the loss before on the same ones; intervals are over windows and draws. One model and one kind of text.",
         "![change of loss against the size of the edit](language.png)",
         "\n".join(lines),
     ]  # fmt: skip

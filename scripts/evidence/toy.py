@@ -35,12 +35,19 @@ RECALL_ALLOWANCE = 0.02
 class Budget:
     """How much is measured."""
 
-    validation_scenes: int = 300
+    validation_scenes: int = 200
     test_scenes: int = 1000
-    draws: int = 10
+    draws: int = 10  # of random modes, as many and of equal norm
+    draws_of_others: int = 3  # of subspaces and of noise
     modes: tuple[int, ...] = (1, 4, 8)
     alphas: tuple[float, ...] = (0.0, 0.5, 0.8)
     ranges: tuple[str, ...] = ("early", "middle", "late", "all")
+
+    def draws_of(self, edit: Edit | None) -> int:
+        """How often a setting is drawn on test scenes; once where nothing is drawn."""
+        if edit is None or edit.how not in DRAWN:
+            return 1
+        return self.draws if edit.how in ("random", "equal-norm") else self.draws_of_others
 
 
 @dataclass(frozen=True)
@@ -114,13 +121,13 @@ class Subject:
         return Seen.by(self._model, list(islice(scenes("broken", SCENE_SEED, stream), n)))
 
     def validation(self, edit: Edit | None) -> Measured:
-        """Captions and perplexity of the true ones, on validation scenes."""
-        return self._measured("validation", edit, with_answers=False)
+        """Captions, on validation scenes."""
+        return self._measured("validation", edit, is_full=False)
 
     def test(self, edit: Edit | None, stop_bias: float = 0.0) -> Measured:
-        """Everything, on test scenes; only captions for draws after the first and under a stop bias."""
-        full = not stop_bias and (edit is None or edit.how not in DRAWN or edit.draw == 0)
-        return self._measured("test", edit, stop_bias, with_losses=full, with_answers=full)
+        """Captions on test scenes; perplexity and answers too, but for draws after the first and under a stop bias."""
+        is_full = not stop_bias and (edit is None or edit.how not in DRAWN or edit.draw == 0)
+        return self._measured("test", edit, stop_bias, is_full=is_full)
 
     def wrong_picture(self) -> Measured:
         """The unedited model's test captions, scored against the next scene: what it says without looking."""
@@ -130,15 +137,7 @@ class Subject:
         n = self._budget.validation_scenes if part == "validation" else self._budget.test_scenes
         return f"{part} {n}"
 
-    def _measured(
-        self,
-        part: str,
-        edit: Edit | None,
-        stop_bias: float = 0.0,
-        *,
-        with_losses: bool = True,
-        with_answers: bool,
-    ) -> Measured:
+    def _measured(self, part: str, edit: Edit | None, stop_bias: float = 0.0, *, is_full: bool) -> Measured:
         name = "base" if edit is None else edit.key
         key = f"{self._sizes(part)} {name}" + (f", stop bias {stop_bias:g}" if stop_bias else "")
 
@@ -148,8 +147,8 @@ class Subject:
             layers = self._model.model.language_model.layers
             with nullcontext() if edited is None else applied(layers, edited):
                 said = captions(self._model, seen, stop_bias)
-                losses = caption_losses(self._model, seen) if with_losses else None
-                right = answers(self._model, seen) if with_answers else None
+                losses = caption_losses(self._model, seen) if is_full else None
+                right = answers(self._model, seen) if is_full else None
             return {
                 "change": 0.0 if edited is None else edited.change,
                 "scores": _scores(said, seen),
@@ -182,14 +181,15 @@ def grid(budget: Budget, n_layers: int) -> Iterator[Edit]:
                 yield from (replace(plain, how=how) for how in others)
 
 
-def companions(edit: Edit, draws: int) -> Iterator[Edit]:
+def companions(edit: Edit, budget: Budget) -> Iterator[Edit]:
     """The controls of a setting on test scenes, at the same layers, modes and α."""
     plain = replace(edit, channel=Channel.full, how="dominant")
     yield from (replace(plain, channel=channel) for channel in CHANNELS)
     yield replace(plain, channel=Channel.antisymmetric, sized_like=Channel.symmetric)
     yield from (replace(plain, how=how) for how in ("bottom", "shrink"))
     for how in DRAWN:
-        yield from (replace(plain, how=how, draw=draw) for draw in range(draws))
+        drawn = replace(plain, how=how)
+        yield from (replace(drawn, draw=draw) for draw in range(budget.draws_of(drawn)))
 
 
 def default_setting(n_layers: int) -> Edit:
