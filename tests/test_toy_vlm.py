@@ -258,5 +258,5 @@ def test_the_shipped_toy_looks_at_the_picture_and_hallucinates() -> None:
 
     elsewhere = captioning.Seen((*seen.scenes[1:], seen.scenes[0]), seen.features)
     assert chair(seen).recall > 0.7
-    assert 0.1 < chair(seen).chair_s < 0.7
+    assert 0.05 < chair(seen).chair_s < 0.7
     assert chair(elsewhere).chair_s > 0.95

@@ -26,6 +26,7 @@ def compare(before: Path, after: Path, picture: Path, n_scenes: int) -> None:
     chosen = list(islice(scenes("broken", DEMO_SEED, DEMO_STREAM), n_scenes))
     said = [_captions(path, chosen) for path in (before, after)]
     shown = pick(chosen, said[0], said[1])
+    print(f"Of {n_scenes} scenes, the first {SHOWN} of which other things are said after the edit:")
     for i in shown:
         print(f"\nthere:  {', '.join(sorted(chosen[i].names))}")
         for name, captions_ in zip(("before", "after"), said, strict=True):
@@ -44,9 +45,9 @@ def compare(before: Path, after: Path, picture: Path, n_scenes: int) -> None:
 
 
 def pick(chosen: Sequence[Scene], before: Sequence[Caption], after: Sequence[Caption]) -> list[int]:
-    """The first scenes whose captions differ, filled up with the first that do not; in order."""
-    differ = [i for i in range(len(chosen)) if before[i] != after[i]]
-    same = [i for i in range(len(chosen)) if before[i] == after[i]]
+    """The first scenes of which other things are said, filled up with the first of which the same is; in order."""
+    differ = [i for i in range(len(chosen)) if set(before[i]) != set(after[i])]
+    same = [i for i in range(len(chosen)) if set(before[i]) == set(after[i])]
     return sorted((differ + same)[:SHOWN])
 
 
@@ -64,7 +65,7 @@ def draw(rows: Sequence[tuple[Scene, Caption, Caption]], path: Path) -> None:
     side = scale * rows[0][0].picture.shape[0]
     height = side + 18 * line
     sheet = Image.new("RGB", (len(rows) * (side + margin) + margin, height), "white")
-    pen = ImageDraw.Draw(sheet)
+    pen, bottom = ImageDraw.Draw(sheet), 0
     for column, (scene, before, after) in enumerate(rows):
         x, y = margin + column * (side + margin), margin
         picture = Image.fromarray(scene.picture).resize((side, side), Image.Resampling.NEAREST)
@@ -72,7 +73,8 @@ def draw(rows: Sequence[tuple[Scene, Caption, Caption]], path: Path) -> None:
         y += side + line // 2
         y = _write(pen, (x, y), side, "there:", sorted(scene.names), scene)
         y = _write(pen, (x, y), side, "before:", before, scene)
-        _write(pen, (x, y), side, "after:", after, scene)
+        bottom = max(bottom, _write(pen, (x, y), side, "after:", after, scene))
+    sheet = sheet.crop((0, 0, sheet.width, bottom + margin // 2))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
