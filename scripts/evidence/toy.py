@@ -36,7 +36,7 @@ class Budget:
     """How much is measured."""
 
     validation_scenes: int = 200
-    test_scenes: int = 1000
+    test_scenes: int = 1500
     draws: int = 10  # of random modes, as many and of equal norm
     draws_of_others: int = 3  # of subspaces and of noise
     modes: tuple[int, ...] = (1, 4, 8)
