@@ -37,7 +37,14 @@ TINY = (
         ranges=("middle",),
     ),
     language.Budget(
-        windows=2, few_windows=1, draws=2, draws_of_others=1, modes=(4,), alphas=(0.5,), other_ranges=()
+        windows=2,
+        few_windows=1,
+        draws=2,
+        draws_of_others=1,
+        modes=(4,),
+        alphas=(0.5,),
+        candidates=((4, 0.5),),
+        other_ranges=(),
     ),
 )
 FULL = (toy.Budget(), language.Budget())
@@ -71,14 +78,14 @@ def main() -> None:
         jobs.append(("language", partial(_read, arguments.language, results, language_budget)))
     jobs += [(f"validation {path.name}", partial(_validate, path, results, toy_budget)) for path in paths]
     _run_all(jobs, arguments.jobs)
-    subjects = [toy.Subject(path, results, toy_budget) for path in paths]
-    chosen = choices(subjects, toy_budget)
+    chosen = choices([toy.Subject(path, results, toy_budget) for path in paths], toy_budget)
     for name, edit in chosen.items():
         _tell(f"{name}: {edit.key}")
     on_test = [e for edit in chosen.values() for e in toy.companions(edit, toy_budget)]
     jobs = [(f"test {path.name}", partial(_test, path, results, on_test, toy_budget)) for path in paths]
     _run_all(jobs, arguments.jobs)
 
+    subjects = [toy.Subject(path, results, toy_budget) for path in paths]  # with what the jobs have stored
     replicates = 20 if arguments.tiny else REPLICATES
     reader = None if arguments.no_language else language.Reader(arguments.language, results, language_budget)
     _tell("bootstrap and report")
@@ -93,10 +100,10 @@ def main() -> None:
 
 
 def choices(subjects: list[toy.Subject], budget: toy.Budget) -> dict[str, Edit]:
-    """The settings that are looked at on test scenes: what validation chooses, and the tool's default."""
+    """The settings that are looked at on test scenes: what validation chooses, and the candidates for a default."""
     n_layers = subjects[0].editor.n_layers
     dominant = [e for e in toy.grid(budget, n_layers) if e.kind == "dominant"]
-    return {"chosen": toy.choose(subjects, dominant), "default": toy.default_setting(n_layers)}
+    return {"chosen": toy.choose(subjects, dominant), **toy.candidates(n_layers)}
 
 
 def _validate(path: Path, results: Path, budget: toy.Budget) -> None:

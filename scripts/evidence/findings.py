@@ -63,7 +63,7 @@ class Findings:
         return Comparison(question, figure, setting, a.kind, "base" if b is None else b.kind, found)
 
     def primary(self) -> list[Comparison]:
-        """The four questions, asked of the setting that validation chose and of the tool's default."""
+        """The four questions, asked of the setting that validation chose and of the candidates for a default."""
         found = []
         for setting, edit in self.chosen.items():
             symmetric = replace(edit, channel=Channel.symmetric)

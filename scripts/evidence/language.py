@@ -27,7 +27,7 @@ WINDOW, BATCH = 512, 8  # tokens of a window, windows at a time
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is measured: the reference setting on all windows, everything else on the first few."""
+    """How much is measured: what a default is chosen from on all windows, everything else on the first few."""
 
     windows: int = 104  # 53,144 predicted tokens
     few_windows: int = 12
@@ -35,15 +35,27 @@ class Budget:
     draws_of_others: int = 3  # of subspaces and of noise
     modes: tuple[int, ...] = (1, 4, 8)
     alphas: tuple[float, ...] = (0.0, 0.5, 0.8)
-    reference: tuple[int, float] = (4, 0.5)  # modes and α of the tool's default
+    candidates: tuple[tuple[int, float], ...] = (
+        (4, 0.5),
+        (4, 0.7),
+        (4, 0.8),
+        (8, 0.8),
+    )  # modes and α for a default
     other_ranges: tuple[str, ...] = ("early", "late", "all")  # at the reference, dominant and shrink
 
     def windows_for(self, edit: Edit | None, middle: tuple[int, ...]) -> int:
         """On how many windows a setting is measured."""
         if edit is None:
             return self.windows
-        is_reference = (edit.modes, edit.alpha) == self.reference and edit.layers == middle
-        return self.windows if is_reference and edit.how not in DRAWN else self.few_windows
+        at = (edit.modes, edit.alpha)
+        is_wanted = (edit.kind in ("dominant", "shrink") and at in self.candidates) or at == self.candidates[
+            0
+        ]
+        return (
+            self.windows
+            if is_wanted and edit.layers == middle and edit.how not in DRAWN
+            else self.few_windows
+        )
 
 
 def text() -> str:
@@ -126,7 +138,7 @@ class Reader:
 
 
 def settings(budget: Budget, n_layers: int) -> Iterator[Edit]:
-    """Dominant edits and fixed controls in the middle, drawn ones at the reference, and a few elsewhere."""
+    """Dominant edits and fixed controls in the middle, drawn ones at one setting, and a few elsewhere."""
     ranges = thirds(n_layers)
     fixed: tuple[How, ...] = ("bottom", "shrink")
     for modes in budget.modes:
@@ -134,7 +146,10 @@ def settings(budget: Budget, n_layers: int) -> Iterator[Edit]:
             plain = Edit(ranges["middle"], modes, alpha)
             yield from (replace(plain, channel=channel) for channel in CHANNELS)
             yield from (replace(plain, how=how) for how in fixed)
-    modes, alpha = budget.reference
+    for modes, alpha in budget.candidates:
+        if modes not in budget.modes or alpha not in budget.alphas:
+            yield from (Edit(ranges["middle"], modes, alpha, how) for how in ("dominant", "shrink"))
+    modes, alpha = budget.candidates[0]
     reference = Edit(ranges["middle"], modes, alpha)
     for how in DRAWN:
         draws = budget.draws if how in ("random", "equal-norm") else budget.draws_of_others

@@ -8,7 +8,7 @@ models are few: an interval over models is a rough one, and is given beside the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -20,6 +20,7 @@ Array = NDArray[np.float64]
 Figure = Callable[[Array], Array]
 
 REPLICATES = 10_000
+_AT_A_TIME = 500
 
 
 @dataclass(frozen=True)
@@ -61,26 +62,18 @@ def difference(
     """
     rng = np.random.default_rng(seed)
     each = _by_model(a, figure) - _by_model(b, figure)
-    everything, scenes_only = np.empty(replicates), np.empty(replicates)
     n_models, n_scenes = a.shape[0], a.shape[2]
-    for i in range(replicates):
-        # Weights are how often each scene was drawn: a product of matrices instead of copies.
-        weight = np.bincount(rng.integers(n_scenes, size=n_scenes), minlength=n_scenes).astype(np.float64)
-        figures_a, figures_b = figure(_weighted(a, weight)), figure(_weighted(b, weight))
-        scenes_only[i] = (figures_a.mean(1) - figures_b.mean(1)).mean()
-        models = rng.integers(n_models, size=(n_models,))
-        drawn = [
-            figures[
-                models[:, None],
-                rng.integers(figures.shape[1], size=(n_models, figures.shape[1]), dtype=np.int64),
-            ]
-            for figures in (figures_a, figures_b)
-        ]
-        everything[i] = (drawn[0].mean(1) - drawn[1].mean(1)).mean()
-    estimate = float(each.mean())
-    return Difference(
-        _interval(estimate, everything), _interval(estimate, scenes_only), tuple(float(x) for x in each)
-    )
+    everything, scenes_only = [], []
+    for weights in _resampled(n_scenes, replicates, rng):
+        both = figure(_weighted(a, weights)), figure(_weighted(b, weights))  # (replicates, models, draws)
+        scenes_only.append((both[0].mean(2) - both[1].mean(2)).mean(1))
+        n, models = len(weights), rng.integers(n_models, size=(len(weights), n_models, 1))
+        drawn = []
+        for figures in both:
+            draws = rng.integers(figures.shape[2], size=(n, n_models, figures.shape[2]))
+            drawn.append(figures[np.arange(n)[:, None, None], models, draws].mean(2))
+        everything.append((drawn[0] - drawn[1]).mean(1))
+    return _difference(each, everything, scenes_only)
 
 
 def excess_over_curve(
@@ -110,17 +103,13 @@ def excess_over_curve(
             found.append(effect[0, model] - expected)
         return np.array(found)
 
-    each = excess(columns.sum(3))
-    everything, scenes_only = np.empty(replicates), np.empty(replicates)
-    for i in range(replicates):
-        weight = np.bincount(rng.integers(n_scenes, size=n_scenes), minlength=n_scenes).astype(np.float64)
-        found = excess(np.einsum("ktmsc,s->ktmc", columns, weight, optimize=True))
-        scenes_only[i] = found.mean()
-        everything[i] = found[rng.integers(n_models, size=n_models)].mean()
-    estimate = float(each.mean())
-    return Difference(
-        _interval(estimate, everything), _interval(estimate, scenes_only), tuple(float(x) for x in each)
-    )
+    everything, scenes_only = [], []
+    for weights in _resampled(n_scenes, replicates, rng):
+        found = np.array([excess(sums) for sums in _weighted(columns, weights)])  # (replicates, models)
+        scenes_only.append(found.mean(1))
+        models = rng.integers(n_models, size=(len(weights), n_models))
+        everything.append(np.take_along_axis(found, models, 1).mean(1))
+    return _difference(excess(columns.sum(3)), everything, scenes_only)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -154,10 +143,24 @@ def scenes_needed(
     return math.ceil((root / delta) ** 2)
 
 
-def _weighted(x: Array, weight: Array) -> Array:
-    """Sums over scenes, (models, draws, columns)."""
-    sums: Array = np.einsum("mdsc,s->mdc", x, weight, optimize=True)
+def _resampled(n_scenes: int, replicates: int, rng: np.random.Generator) -> Iterator[Array]:
+    """How often each scene was drawn, (some replicates, scenes): a product of matrices in place of copies."""
+    for first in range(0, replicates, _AT_A_TIME):
+        n = min(_AT_A_TIME, replicates - first)
+        drawn = rng.integers(n_scenes, size=(n, n_scenes))
+        yield np.stack([np.bincount(row, minlength=n_scenes) for row in drawn]).astype(np.float64)
+
+
+def _weighted(x: Array, weights: Array) -> Array:
+    """Sums over scenes: (..., scenes, columns) and (replicates, scenes) to (replicates, ..., columns)."""
+    sums: Array = np.tensordot(weights, x, axes=(1, x.ndim - 2))
     return sums
+
+
+def _difference(each: Array, everything: Sequence[Array], scenes_only: Sequence[Array]) -> Difference:
+    estimate = float(each.mean())
+    intervals = [_interval(estimate, np.concatenate(parts)) for parts in (everything, scenes_only)]
+    return Difference(intervals[0], intervals[1], tuple(float(x) for x in each))
 
 
 def _by_model(x: Array, figure: Figure) -> Array:

@@ -36,7 +36,7 @@ class Budget:
     """How much is measured."""
 
     validation_scenes: int = 200
-    test_scenes: int = 1500
+    test_scenes: int = 1000
     draws: int = 10  # of random modes, as many and of equal norm
     draws_of_others: int = 3  # of subspaces and of noise
     modes: tuple[int, ...] = (1, 4, 8)
@@ -192,9 +192,9 @@ def companions(edit: Edit, budget: Budget) -> Iterator[Edit]:
         yield from (replace(drawn, draw=draw) for draw in range(budget.draws_of(drawn)))
 
 
-def default_setting(n_layers: int) -> Edit:
-    """What ``qkpatch apply`` does where nothing is said."""
-    return Edit(thirds(n_layers)["middle"], 4, 0.5)
+def candidates(n_layers: int) -> dict[str, Edit]:
+    """What ``qkpatch apply`` could do where nothing is said: the middle third and 4 modes, at two strengths."""
+    return {f"α {alpha:g}": Edit(thirds(n_layers)["middle"], 4, alpha) for alpha in (0.5, 0.8)}
 
 
 def choose(subjects: list[Subject], settings: list[Edit]) -> Edit:
