@@ -30,6 +30,7 @@ TINY = (
     toy.Budget(
         validation_scenes=8,
         test_scenes=12,
+        asked_scenes=6,
         draws=2,
         draws_of_others=1,
         modes=(1,),

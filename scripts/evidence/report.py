@@ -95,7 +95,7 @@ def markdown(document: Mapping[str, Any]) -> str:
         "Made by `make evidence`; every number is in [report.json](report.json). What is measured and how, and what to run on a "
         "real model: [README.md](README.md).",
         "## The four questions, on a toy",
-        f"{len(models)} trained toys, {budget['test_scenes']} test scenes each, {budget['draws']} draws of random modes and of as many as make the norm equal, {budget['draws_of_others']} of subspaces and of noise. "
+        f"{len(models)} trained toys, {budget['test_scenes']:,} test scenes each (answers and perplexity: {budget['asked_scenes']}, four questions of each ability), {budget['draws']} draws of random modes and of as many as make the norm equal, {budget['draws_of_others']} of subspaces and of noise. "
         "Δ is in points of the figure (CHAIR_s: percent of captions that name something absent; lower is better; accuracies: higher is "
         "better). Intervals are 95 % bootstrap intervals, once over scenes, models and draws together, once over scenes alone. Holm's correction is over all "
         f"{len(document['primary'])} rows of this table; nothing else in this report is corrected for multiplicity.",

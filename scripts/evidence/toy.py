@@ -37,6 +37,7 @@ class Budget:
 
     validation_scenes: int = 200
     test_scenes: int = 1000
+    asked_scenes: int = 400  # of the test scenes, for answers and perplexity: 1,600 questions of each ability
     draws: int = 10  # of random modes, as many and of equal norm
     draws_of_others: int = 3  # of subspaces and of noise
     modes: tuple[int, ...] = (1, 4, 8)
@@ -56,8 +57,8 @@ class Measured:
 
     change: float
     scores: Array  # (scenes, 4): mentions, absent, found, present
-    losses: Array | None  # (scenes, 2): nats, tokens
-    right: Array | None  # (scenes, 3): right answers by ability
+    losses: Array | None  # (asked scenes, 2): nats, tokens
+    right: Array | None  # (asked scenes, 3): right answers by ability
 
     @classmethod
     def read(cls, raw: dict[str, Any]) -> Measured:
@@ -76,7 +77,8 @@ class Measured:
             return self.losses
         if figure in ABILITIES:
             assert self.right is not None
-            return np.stack([self.right[:, ABILITIES.index(figure)], ASKED_OF_EACH * ones], -1)
+            right = self.right[:, ABILITIES.index(figure)]
+            return np.stack([right, np.full_like(right, ASKED_OF_EACH)], -1)
         pairs = {
             "chair_s": ((absent > 0).astype(float), ones),
             "chair_i": (absent, mentions),
@@ -117,6 +119,11 @@ class Subject:
     def _test(self) -> Seen:
         return self._look(TEST_STREAM, self._budget.test_scenes)
 
+    @cached_property
+    def _asked(self) -> Seen:
+        n = self._budget.asked_scenes
+        return Seen(self._test.scenes[:n], self._test.features[:n])
+
     def _look(self, stream: int, n: int) -> Seen:
         return Seen.by(self._model, list(islice(scenes("broken", SCENE_SEED, stream), n)))
 
@@ -135,7 +142,7 @@ class Subject:
 
     def _sizes(self, part: str) -> str:
         n = self._budget.validation_scenes if part == "validation" else self._budget.test_scenes
-        return f"{part} {n}"
+        return f"{part} {n}" if part == "validation" else f"{part} {n} asked {self._budget.asked_scenes}"
 
     def _measured(self, part: str, edit: Edit | None, stop_bias: float = 0.0, *, is_full: bool) -> Measured:
         name = "base" if edit is None else edit.key
@@ -147,8 +154,8 @@ class Subject:
             layers = self._model.model.language_model.layers
             with nullcontext() if edited is None else applied(layers, edited):
                 said = captions(self._model, seen, stop_bias)
-                losses = caption_losses(self._model, seen) if is_full else None
-                right = answers(self._model, seen) if is_full else None
+                losses = caption_losses(self._model, self._asked) if is_full else None
+                right = answers(self._model, self._asked) if is_full else None
             return {
                 "change": 0.0 if edited is None else edited.change,
                 "scores": _scores(said, seen),
