@@ -98,7 +98,7 @@ def test_keys_tell_settings_apart() -> None:
     budget = toy.Budget()
     settings = list(toy.grid(budget, 9))
     assert len({e.key for e in settings}) == len(settings)
-    controls = list(toy.companions(settings[0], budget))
+    controls = list(toy.companions(settings[0], budget, in_full=True))
     assert len({e.key for e in controls}) == len(controls)
     assert sum(e.how == "random" for e in controls) == 10
     every = list(language.settings(language.Budget(), 30))
@@ -317,7 +317,7 @@ def test_losses_are_those_of_transformers_whichever_layers_are_taken_as_done(
 
     monkeypatch.setattr(language, "WINDOW", 48)
     reader = language.Reader(smollm2, tmp_path, language.Budget(windows=2, few_windows=1))
-    edit = Edit(tuple(range(10, 20)), 4, 0.5)
+    edit = Edit(tuple(range(10, 20)), 4, 0.8)
     _, base = reader.losses(None)
     change, after = reader.losses(edit)
     _, few = reader.losses(replace(edit, how="random", draw=3))

@@ -34,6 +34,7 @@ TINY = (
         draws=2,
         draws_of_others=1,
         modes=(1,),
+        modes_of_drawn=(1,),
         alphas=(0.5,),
         ranges=("middle",),
     ),
@@ -82,7 +83,11 @@ def main() -> None:
     chosen = choices([toy.Subject(path, results, toy_budget) for path in paths], toy_budget)
     for name, edit in chosen.items():
         _tell(f"{name}: {edit.key}")
-    on_test = [e for edit in chosen.values() for e in toy.companions(edit, toy_budget)]
+    on_test = [
+        e
+        for name, edit in chosen.items()
+        for e in toy.companions(edit, toy_budget, in_full=name == toy.CHOSEN)
+    ]
     jobs = [(f"test {path.name}", partial(_test, path, results, on_test, toy_budget)) for path in paths]
     _run_all(jobs, arguments.jobs)
 
@@ -104,7 +109,7 @@ def choices(subjects: list[toy.Subject], budget: toy.Budget) -> dict[str, Edit]:
     """The settings that are looked at on test scenes: what validation chooses, and the candidates for a default."""
     n_layers = subjects[0].editor.n_layers
     dominant = [e for e in toy.grid(budget, n_layers) if e.kind == "dominant"]
-    return {"chosen": toy.choose(subjects, dominant), **toy.candidates(n_layers)}
+    return {toy.CHOSEN: toy.choose(subjects, dominant), **toy.candidates(n_layers)}
 
 
 def _validate(path: Path, results: Path, budget: toy.Budget) -> None:

@@ -21,7 +21,7 @@ from scripts.evidence.statistics import (
     ratio,
     smallest_detectable,
 )
-from scripts.evidence.toy import STOP_BIASES, Budget, Measured, Subject, grid
+from scripts.evidence.toy import CHOSEN, STOP_BIASES, Budget, Measured, Subject, companions, grid
 from scripts.toy_vlm.scenes import ABILITIES
 
 CAPTION_FIGURES = ("chair_s", "chair_i", "recall", "length")
@@ -86,6 +86,8 @@ class Findings:
         for setting, edit in self.chosen.items():
             for figure in ("chair_s", "chair_i", "recall", "length", "perplexity"):
                 found.append(self.compare("dominant − base", figure, setting, edit, None))
+            if setting != CHOSEN:
+                continue
             for how in ("subspace", "equal-norm", "noise", "bottom"):
                 other = replace(edit, how=how)
                 found.append(self.compare(f"dominant − {how}", "chair_s", setting, edit, other))
@@ -131,7 +133,7 @@ class Findings:
         table: dict[str, dict[str, dict[str, float]]] = {}
         for setting, edit in self.chosen.items():
             rows: dict[str, dict[str, float]] = {}
-            for other in _kinds(edit):
+            for other in self._kinds(setting, edit):
                 draws = self.budget.draws_of(other)
                 each = [
                     self.figures([s.test(replace(other, draw=d)) for s in self.subjects])
@@ -174,6 +176,11 @@ class Findings:
             )  # fmt: skip
         return rows
 
+    def _kinds(self, setting: str, edit: Edit) -> list[Edit]:
+        """The setting and its controls, one of each kind."""
+        every = companions(edit, self.budget, in_full=setting == CHOSEN)
+        return [e for e in every if e.draw == 0]
+
     def power(self, comparisons: Sequence[Comparison]) -> dict[str, float]:
         """Per comparison of CHAIR_s, the difference that would have been found four times in five."""
         return {
@@ -181,14 +188,6 @@ class Findings:
             for c in comparisons
             if c.figure == "chair_s"
         }
-
-
-def _kinds(edit: Edit) -> list[Edit]:
-    """The edit and its controls, one of each kind."""
-    channels = [replace(edit, channel=channel) for channel in (Channel.symmetric, Channel.antisymmetric)]
-    rescaled = replace(edit, channel=Channel.antisymmetric, sized_like=Channel.symmetric)
-    controls = ("random", "equal-norm", "subspace", "noise", "bottom", "shrink")
-    return [edit, *channels, rescaled, *(replace(edit, how=how) for how in controls)]  # type: ignore[arg-type]
 
 
 def _has(measured: Measured, figure: str) -> bool:

@@ -30,17 +30,12 @@ class Budget:
     """How much is measured: what a default is chosen from on all windows, everything else on the first few."""
 
     windows: int = 104  # 53,144 predicted tokens
-    few_windows: int = 8
+    few_windows: int = 6
     draws: int = 10  # of random modes, as many and of equal norm
     draws_of_others: int = 3  # of subspaces and of noise
     modes: tuple[int, ...] = (1, 4, 8)
-    alphas: tuple[float, ...] = (0.0, 0.5, 0.8)
-    candidates: tuple[tuple[int, float], ...] = (
-        (4, 0.5),
-        (4, 0.7),
-        (4, 0.8),
-        (8, 0.8),
-    )  # modes and α for a default
+    alphas: tuple[float, ...] = (0.0, 0.5, 0.7, 0.8)
+    candidates: tuple[tuple[int, float], ...] = ((4, 0.5), (4, 0.8))  # modes and α for a default
     other_ranges: tuple[str, ...] = ("early", "late", "all")  # at the reference, dominant and shrink
 
     def windows_for(self, edit: Edit | None, middle: tuple[int, ...]) -> int:
@@ -48,14 +43,8 @@ class Budget:
         if edit is None:
             return self.windows
         at = (edit.modes, edit.alpha)
-        is_wanted = (edit.kind in ("dominant", "shrink") and at in self.candidates) or at == self.candidates[
-            0
-        ]
-        return (
-            self.windows
-            if is_wanted and edit.layers == middle and edit.how not in DRAWN
-            else self.few_windows
-        )
+        is_wanted = at in self.candidates and edit.kind in ("dominant", "shrink") and edit.layers == middle
+        return self.windows if is_wanted else self.few_windows
 
 
 def text() -> str:
@@ -146,15 +135,11 @@ def settings(budget: Budget, n_layers: int) -> Iterator[Edit]:
             plain = Edit(ranges["middle"], modes, alpha)
             yield from (replace(plain, channel=channel) for channel in CHANNELS)
             yield from (replace(plain, how=how) for how in fixed)
-    for modes, alpha in budget.candidates:
-        if modes not in budget.modes or alpha not in budget.alphas:
-            yield from (Edit(ranges["middle"], modes, alpha, how) for how in ("dominant", "shrink"))
     modes, alpha = budget.candidates[0]
     reference = Edit(ranges["middle"], modes, alpha)
     for how in DRAWN:
         draws = budget.draws if how in ("random", "equal-norm") else budget.draws_of_others
         yield from (replace(reference, how=how, draw=draw) for draw in range(draws))
-    yield from (replace(reference, alpha=0.0, how="random", draw=draw) for draw in range(budget.draws))
     for name in budget.other_ranges:
         yield from (replace(reference, layers=ranges[name], how=how) for how in ("dominant", "shrink"))
 

@@ -74,7 +74,7 @@ def _figures(document: Mapping[str, Any], findings: Findings, out: Path) -> None
             for rows in document["test"].values()
             if kind in rows
         ]
-        for kind in document["test"]["chosen"]
+        for kind in document["test"][toy.CHOSEN]
     }
     curve = [(row["recall"], row["chair_s"]) for row in document["stop_curve"]]
     trade_off(curve, points, out / "stopping.png")

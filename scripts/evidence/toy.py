@@ -26,6 +26,7 @@ from scripts.toy_vlm.training import sha256
 VERSION = 1  # raise it when what is measured changes: it makes stored results stale
 SCENE_SEED, VALIDATION_STREAM, TEST_STREAM = 2026, 1, 2
 STOP_BIASES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
+CHOSEN = "chosen"  # the name of the setting that validation picks
 CHANNELS: tuple[Channel, ...] = (Channel.full, Channel.symmetric, Channel.antisymmetric)
 # The rule of choice: lowest CHAIR_s on validation scenes, at no more than this loss of recall. Means over models.
 RECALL_ALLOWANCE = 0.02
@@ -36,11 +37,12 @@ class Budget:
     """How much is measured."""
 
     validation_scenes: int = 200
-    test_scenes: int = 1000
+    test_scenes: int = 800
     asked_scenes: int = 400  # of the test scenes, for answers and perplexity: 1,600 questions of each ability
     draws: int = 10  # of random modes, as many and of equal norm
     draws_of_others: int = 3  # of subspaces and of noise
     modes: tuple[int, ...] = (1, 4, 8)
+    modes_of_drawn: tuple[int, ...] = (4,)  # in the grid
     alphas: tuple[float, ...] = (0.0, 0.5, 0.8)
     ranges: tuple[str, ...] = ("early", "middle", "late", "all")
 
@@ -179,22 +181,25 @@ def _scores(said: list[tuple[str, ...]], seen: Seen) -> list[tuple[int, int, int
 
 def grid(budget: Budget, n_layers: int) -> Iterator[Edit]:
     """Every setting of the validation grid: dominant in three channels, and each control (drawn ones once)."""
-    others: tuple[How, ...] = ("bottom", "shrink", *DRAWN)
+    fixed: tuple[How, ...] = ("bottom", "shrink")
     for name in budget.ranges:
         for modes in budget.modes:
             for alpha in budget.alphas:
                 plain = Edit(thirds(n_layers)[name], modes, alpha)
                 yield from (replace(plain, channel=channel) for channel in CHANNELS)
-                yield from (replace(plain, how=how) for how in others)
+                controls = (*fixed, *DRAWN) if modes in budget.modes_of_drawn else fixed
+                yield from (replace(plain, how=how) for how in controls)
 
 
-def companions(edit: Edit, budget: Budget) -> Iterator[Edit]:
-    """The controls of a setting on test scenes, at the same layers, modes and α."""
+def companions(edit: Edit, budget: Budget, *, in_full: bool) -> Iterator[Edit]:
+    """The setting and its controls at the same layers, modes and α; all of them, or those of the main questions."""
     plain = replace(edit, channel=Channel.full, how="dominant")
     yield from (replace(plain, channel=channel) for channel in CHANNELS)
-    yield replace(plain, channel=Channel.antisymmetric, sized_like=Channel.symmetric)
-    yield from (replace(plain, how=how) for how in ("bottom", "shrink"))
-    for how in DRAWN:
+    yield replace(plain, how="shrink")
+    if in_full:
+        yield replace(plain, how="bottom")
+        yield replace(plain, channel=Channel.antisymmetric, sized_like=Channel.symmetric)
+    for how in DRAWN if in_full else ("random",):
         drawn = replace(plain, how=how)
         yield from (replace(drawn, draw=draw) for draw in range(budget.draws_of(drawn)))
 
