@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: all check docs format test test-hub-floor fixtures demo smoke fuzz stress bench clean
+.PHONY: all check docs format test test-hub-floor fixtures demo toy evidence smoke fuzz stress bench clean
 all: check test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -31,8 +31,18 @@ fixtures: $(STAMP)  ## real checkpoints for tests and demo, built once under .ca
 test: $(STAMP) fixtures
 	$(BIN)/python -m pytest
 
-demo: $(STAMP) fixtures  ## the main job on real weights
+demo: $(STAMP)  ## the main job on a toy VLM, offline; ends with a picture, out/captions.png
 	bash scripts/demo.sh $(BIN)
+
+TOY  ?= 0
+
+toy: $(STAMP)  ## train the toy of seed TOY anew, on one core in about ten minutes, as demo/toy-TOY was
+	$(BIN)/python -m scripts.toy_vlm train --seed $(TOY) --out .cache/toy/toy-$(TOY)
+
+JOBS ?= 2
+
+evidence: $(STAMP) fixtures  ## does the edit do what is claimed? on JOBS cores; goes on where it was stopped
+	$(BIN)/python -m scripts.evidence --jobs $(JOBS)
 
 smoke: $(STAMP)  ## the built wheel alone, with runtime dependencies only
 	bash scripts/smoke.sh $(PYTHON)

@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# The main job on real weights: look, plan, edit, prove, and let both models speak.
+# The main job on a toy that can see: look, plan, edit, prove, and caption the same scenes before and after.
 #   scripts/demo.sh BIN        BIN is the bin directory of an environment with qkpatch (make demo sets it up)
 set -euo pipefail
 bin=$1
-source=.cache/fixtures/smolvlm-layout
-out=out
+source=demo/toy-0
+out=out/toy-0
+picture=out/captions.png
 
 run() { printf '\n$ %s\n' "$*"; "$bin/$1" "${@:2}"; }
 
-run qkpatch inspect $source --layers 10-18
-run qkpatch plan $source --layers 10-18 --modes 4
-run qkpatch apply $source --layers 10-18 --modes 4 -o $out --overwrite
+mkdir -p out
+run qkpatch inspect $source
+run qkpatch plan $source
+run qkpatch apply $source -o $out --overwrite
 run qkpatch verify $out --source $source
-run python scripts/generate.py $source $out
+run python -m scripts.toy_vlm compare $source $out --picture $picture

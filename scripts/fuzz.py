@@ -126,7 +126,7 @@ def main() -> None:
             rng.random() < 0.3
         ):  # most of what is new to the coverage is broken early; changes of it get no further
             data = rng.choice(seeds)
-        return target.mutate(data, rng)[:max_size]
+        return bytes(target.mutate(data, rng)[:max_size])
 
     flags = [
         f"-runs={options.runs}",
