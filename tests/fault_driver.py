@@ -45,11 +45,10 @@ def harm(run: dict[str, Any]) -> None:
 
 def slow_down(name: str, delay: float) -> None:
     """A system call by its name in ``os``, the edit's writing of ``rows``, or the copying of other bytes."""
-    from qkpatch import copier
+    from qkpatch.checkpoint.copying import Passage
+    from qkpatch.copier import Copier
 
-    where, name = {"rows": (copier.Copier, "write"), "copying": (copier.Passage, "copy")}.get(
-        name, (os, name)
-    )
+    where, name = {"rows": (Copier, "write"), "copying": (Passage, "copy")}.get(name, (os, name))
     function = getattr(where, name)
 
     def slowed(*args: Any, **kwargs: Any) -> Any:
