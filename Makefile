@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: all check docs format test test-hub-floor fixtures demo toy evidence smoke fuzz stress bench clean
+.PHONY: all check docs format test test-hub-floor hub-bytes fixtures demo toy evidence smoke fuzz stress bench clean
 all: check test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -82,6 +82,9 @@ $(HUB_FLOOR)/.installed: pyproject.toml
 
 test-hub-floor: $(STAMP) $(HUB_FLOOR)/.installed  ## all that speaks to the Hub, with the oldest huggingface_hub allowed
 	QKPATCH_TEST_HUB_PATH=$(CURDIR)/$(HUB_FLOOR) $(BIN)/python -m pytest $(HUB_TESTS)
+
+hub-bytes: $(STAMP)  ## what plan and inspect fetch of a model of 7B; takes 0.8 GB of disk
+	$(BIN)/python scripts/hub_bytes.py
 
 SCALE ?= small
 BENCH ?=
