@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -238,13 +239,18 @@ def test_ctrl_c_ends_a_command_that_waits_for_the_hub(hub: FakeHub, published: R
     hub.faults.append(Fault("status 429", "cdn|signed", 99, {"Retry-After": "50"}, host="cdn"))
     environment = hub_environment(hub.endpoint, home)
     arguments = command("inspect", "org/wide")
-    with subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # whatever the surroundings ignore
+    pipe = subprocess.PIPE
+    with subprocess.Popen(arguments, env=environment, stderr=pipe, text=True, preexec_fn=heed) as process:
         deadline = time.monotonic() + 30
         while not any(request.host == "cdn" for request in hub.log) and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=10)
+        try:
+            _, stderr = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert process.returncode == 130, stderr
     assert "Interrupted" in stderr
 
