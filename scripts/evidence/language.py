@@ -30,7 +30,7 @@ class Budget:
     """How much is measured: what a default is chosen from on all windows, everything else on the first few."""
 
     windows: int = 104  # 53,144 predicted tokens
-    few_windows: int = 6
+    few_windows: int = 4
     draws: int = 10  # of random modes, as many and of equal norm
     draws_of_others: int = 3  # of subspaces and of noise
     modes: tuple[int, ...] = (1, 4, 8)

@@ -37,7 +37,7 @@ class Budget:
     """How much is measured."""
 
     validation_scenes: int = 200
-    test_scenes: int = 800
+    test_scenes: int = 500
     asked_scenes: int = 400  # of the test scenes, for answers and perplexity: 1,600 questions of each ability
     draws: int = 10  # of random modes, as many and of equal norm
     draws_of_others: int = 3  # of subspaces and of noise
