@@ -109,7 +109,9 @@ def choices(subjects: list[toy.Subject], budget: toy.Budget) -> dict[str, Edit]:
     """The settings that are looked at on test scenes: what validation chooses, and the candidates for a default."""
     n_layers = subjects[0].editor.n_layers
     dominant = [e for e in toy.grid(budget, n_layers) if e.kind == "dominant"]
-    return {toy.CHOSEN: toy.choose(subjects, dominant), **toy.candidates(n_layers)}
+    chosen = toy.choose(subjects, dominant)
+    others = {name: edit for name, edit in toy.candidates(n_layers).items() if edit != chosen}
+    return {toy.CHOSEN: chosen, **others}
 
 
 def _validate(path: Path, results: Path, budget: toy.Budget) -> None:
