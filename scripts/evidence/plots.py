@@ -43,7 +43,6 @@ def effect_by_change(
                 axis.plot(*zip(*mine, strict=True), marker, ms=4.5, color=colour, label=kind, alpha=0.85)
         axis.axhline(0, color="#bbbbbb", lw=0.8, zorder=0)
         axis.set_title(title, fontsize=10)
-        axis.set_xscale("log")
         axis.set_xlabel("‖ΔW_Q‖ / ‖W_Q‖ of all layers")
         if ylim:
             axis.set_ylim(*ylim)
