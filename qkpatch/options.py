@@ -36,7 +36,7 @@ ModesOpt = Annotated[int | None, typer.Option(help="Modes per head.", show_defau
 AlphaOpt = Annotated[
     float | None,
     typer.Option(
-        help="Factor of the selected modes, 0 to 1: 0 removes them, 1 changes nothing.", show_default="0.5"
+        help="Factor of the selected modes, 0 to 1: 0 removes them, 1 changes nothing.", show_default="0.8"
     ),
 ]
 ChannelOpt = Annotated[Channel | None, typer.Option(help="Part of the product to edit.", show_default="full")]

@@ -124,7 +124,7 @@ class TestSettings:
         assert "recipe's default: layers, modes" in result.stdout
         edit = manifest_of(tmp_path / "out")["edit"]
         assert edit["layers"] == [1]  # the middle third of 3
-        assert (edit["modes"], edit["alpha"], edit["from_recipe"]) == (4, 0.5, ["layers", "modes"])
+        assert (edit["modes"], edit["alpha"], edit["from_recipe"]) == (4, 0.8, ["layers", "modes"])
 
     def test_the_file_says_what_the_flags_do_not(self, tiny: Tiny, run, tmp_path: Path) -> None:
         config = tmp_path / "edit.yaml"
