@@ -21,17 +21,19 @@ Run = Callable[..., Any]
 
 EDITS = {
     "defaults": (),
+    "all of the middle": ("--alpha", 0.5),
     "removed": ("--layers", "10-11", "--modes", 1, "--alpha", 0),
-    "symmetric": ("--layers", "10-11", "--channel", "symmetric"),
-    "antisymmetric": ("--layers", "10-11", "--channel", "antisymmetric", "--modes", 3),
-    "random": ("--layers", "10-11", "--select", "random", "--seed", 7),
-    "subspace": ("--layers", "10-11", "--select", "subspace", "--seed", 7),
-    "shrink": ("--layers", "10-11", "--select", "shrink"),
-    "folded": ("--layers", "10-11", "--fold-norm"),
-    "sharded": ("--layers", "10-11", "--max-shard-size", "50MB"),
+    "symmetric": ("--layers", "10-11", "--alpha", 0.5, "--channel", "symmetric"),
+    "antisymmetric": ("--layers", "10-11", "--alpha", 0.5, "--channel", "antisymmetric", "--modes", 3),
+    "random": ("--layers", "10-11", "--alpha", 0.5, "--select", "random", "--seed", 7),
+    "subspace": ("--layers", "10-11", "--alpha", 0.5, "--select", "subspace", "--seed", 7),
+    "shrink": ("--layers", "10-11", "--alpha", 0.5, "--select", "shrink"),
+    "folded": ("--layers", "10-11", "--alpha", 0.5, "--fold-norm"),
+    "sharded": ("--layers", "10-11", "--alpha", 0.5, "--max-shard-size", "50MB"),
 }
 PINS = {
-    "defaults": {"4f4b8d244372a3b6f061a04fc31754f1ec92462b108792312e77e6d129ceefc8"},
+    "defaults": {"e1c38a1d53b830a98b9f9374f4d3829987395e0986740d7714ee030ea2681ef2"},
+    "all of the middle": {"4f4b8d244372a3b6f061a04fc31754f1ec92462b108792312e77e6d129ceefc8"},
     "removed": {"ef1cda006728dd2a3d1d14b97b76af96dceff5aeb65f313aabc2311674620a44"},
     "symmetric": {"16b18a777d5256c4eaaff867f01297f35efecca6f90ec461518ff4240f943169"},
     "antisymmetric": {"dd11e5a0e13f260d0f0f1ea78b2267b7787d8d9bbf451cafd38bf07c8da07fb7"},
@@ -73,7 +75,7 @@ def test_real_weights(smollm2: Path, tmp_path: Path, run: Run, name: str) -> Non
 
 @pytest.mark.fixtures
 def test_a_language_tower(smolvlm: Path, tmp_path: Path, run: Run) -> None:
-    assert run("apply", smolvlm, "-o", tmp_path / "out").exit_code == 0
+    assert run("apply", smolvlm, "-o", tmp_path / "out", "--alpha", 0.5).exit_code == 0
     check("smolvlm", tmp_path / "out")
 
 
@@ -87,5 +89,5 @@ def test_made_up_weights(tmp_path: Path, run: Run, dtype: torch.dtype) -> None:
         values = (numbers * 2654435761 % 2**32 >> 16) - 2**15
         tensors[name] = (values.double() / 2**17).to(dtype).view(tensor.shape)
     save_file(tensors, file)
-    assert run("apply", tiny.path, "-o", tmp_path / "out", "--modes", 2).exit_code == 0
+    assert run("apply", tiny.path, "-o", tmp_path / "out", "--modes", 2, "--alpha", 0.5).exit_code == 0
     check(str(dtype).removeprefix("torch."), tmp_path / "out")
