@@ -144,7 +144,7 @@ def test_the_card_tells_the_edit_and_claims_nothing(out: Path, run: Callable[...
     assert "Nothing was measured for this model" in text
     assert "finding, not a measurement of this model" in text
     assert "qkpatch apply base --recipe llama" in text
-    assert "| factor α | 0.5 |" in text
+    assert "| factor α | 0.8 |" in text
     assert "model.layers.1.self_attn.q_proj.weight" in text
     assert text.endswith("\n# Base\n\nIt is *good*. --- or so.\n")
     assert {path: path.read_bytes() for path in out.iterdir()} == before
@@ -279,7 +279,7 @@ def test_apply_and_push_copy_what_is_untouched_and_send_the_rest_in_one_commit(
     (commit,) = hub.commits
     assert (commit.repo, commit.is_pull_request) == ("me/new", False)
     assert commit.summary.startswith(
-        "QK product steering of org/base: layers 1, 4 dominant mode(s), alpha 0.5"
+        "QK product steering of org/base: layers 1, 4 dominant mode(s), alpha 0.8"
     )
     assert f"Published: {hub.endpoint}/me/new/commit/" in result.stderr
     # The patched shard is sent; the others are copied from the base, at its commit.
