@@ -13,6 +13,8 @@ from conftest import build_tiny
 from safetensors.torch import load_file
 from typer.testing import Result
 
+from qkpatch.settings import DEFAULT_ALPHA
+
 H, K, D_HEAD, D_MODEL = 4, 2, 8, 24
 NUMBERS = {
     "num_hidden_layers": 3, "hidden_size": D_MODEL, "num_attention_heads": H, "num_key_value_heads": K,
@@ -54,7 +56,9 @@ def apply(run, source: Path, *flags: object, out: str = "out") -> dict[str, Any]
     return manifest
 
 
-def check_edit(source: Path, out: Path, edit: dict[str, Any], modes: int = 2, alpha: float = 0.5) -> None:
+def check_edit(
+    source: Path, out: Path, edit: dict[str, Any], modes: int = 2, alpha: float = DEFAULT_ALPHA
+) -> None:
     """Each head of one edited tensor against the dense oracle."""
     before, after = (load_file(path / "model.safetensors") for path in (source, out))
     d, n_kv = edit["head_dim"], edit["num_key_value_heads"]

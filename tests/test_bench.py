@@ -55,7 +55,8 @@ def test_the_loop_makes_the_same_edit_and_a_built_checkpoint_is_used_again(run, 
     assert shapes.is_built(shapes.TINY, tmp_path)
     assert not shapes.is_built(replace(shapes.TINY, vocab=64), tmp_path)
     loop.main(source, tmp_path / "loop", shapes.TINY.layers, contest.MODES, torch.float64)
-    flags = ("--layers", shapes.TINY.layers, "--modes", contest.MODES)
+    assert loop.ALPHA == contest.ALPHA
+    flags = ("--layers", shapes.TINY.layers, "--modes", contest.MODES, "--alpha", contest.ALPHA)
     assert run("apply", source, "-o", tmp_path / "out", *flags).exit_code == 0
     changed = 0
     for path in sorted(source.glob("*.safetensors")):

@@ -16,6 +16,7 @@ from .shapes import Shape
 
 HERE = Path(__file__).resolve().parent
 MODES = 4
+ALPHA = 0.5  # as in loop.py
 MERGEKIT = "mergekit==0.1.5"
 
 Command = list[str | Path]
@@ -58,7 +59,7 @@ def copying(*flags: str) -> Callable[[Shape, Path, Path], list[Command]]:
 
 def _apply(shape: Shape, source: Path, out: Path) -> list[Command]:
     command: Command = [sys.executable, "-m", "qkpatch", "apply", source, "-o", out, "--quiet"]
-    return [[*command, "--layers", shape.layers, "--modes", str(MODES)]]
+    return [[*command, "--layers", shape.layers, "--modes", str(MODES), "--alpha", str(ALPHA)]]
 
 
 def _loop(shape: Shape, source: Path, out: Path) -> list[Command]:
