@@ -60,10 +60,8 @@ class EditPlan:
 
     def writes_all_of(self, edit: LayerTarget) -> bool:
         """Whether every byte of the tensors that an edit writes is in planned rows."""
-        ranges = [
-            (ref, begin, end) for h in self.settings.heads for ref, begin, end in edit.written_ranges(h)
-        ]
-        return sum(ref.nbytes for ref in edit.written) == sum(end - begin for _, begin, end in ranges)
+        planned = (end - begin for h in self.settings.heads for _, begin, end in edit.written_ranges(h))
+        return sum(planned) == sum(ref.nbytes for ref in edit.written)
 
     @property
     def edited_bytes(self) -> int:
