@@ -22,9 +22,9 @@ from qkpatch.checkpoint.files import open_read, os_errors, sha256_range, update_
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.journal import NAME as JOURNAL_NAME
 from qkpatch.checkpoint.journal import Journal, State
-from qkpatch.checkpoint.linking import known_sum, linkable, linked
+from qkpatch.checkpoint.linking import linkable, linked
 from qkpatch.checkpoint.output import OutputFile
-from qkpatch.checkpoint.tree import LocalFile
+from qkpatch.checkpoint.tree import LocalFile, SourceFile
 from qkpatch.crew import Crew
 from qkpatch.errors import HubError
 from qkpatch.plan import EditPlan
@@ -207,10 +207,11 @@ class Copier:
 
     def _expected_sum(self, file: OutputFile) -> str | None:
         """What a file that comes from elsewhere, and is not edited, must have."""
-        return None if file.original is None or file.name in self._fds else file.original.known_sum
+        original = None if file.name in self._fds else file.original
+        return None if original is None or isinstance(original, LocalFile) else _listed_sum(original)
 
     def _known_sum(self, file: OutputFile) -> str | None:
-        return None if file.original is None or file.name in self._fds else known_sum(file.original)
+        return None if file.original is None or file.name in self._fds else _listed_sum(file.original)
 
     def _close_copies(self) -> None:
         """After a failure: tasks that were never begun leave theirs open."""
@@ -310,6 +311,10 @@ def _cloned(file: OutputFile, fd: int) -> bool:
         return False
     with original.open() as source:
         return isinstance(source, int) and clone(source, fd)
+
+
+def _listed_sum(file: SourceFile) -> str | None:
+    return None if file.listed is None else file.listed.sha256
 
 
 def _linkable(file: OutputFile, writing: Writing) -> LocalFile | None:

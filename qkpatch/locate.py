@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qkpatch.catalogue import get_recipe, shipped_recipes
 from qkpatch.checkpoint.hub import HubId, download, look
+from qkpatch.checkpoint.hub_cache import snapshot_at
 from qkpatch.checkpoint.remote import RemoteRepo
 from qkpatch.describe import near_names
 from qkpatch.errors import FileSystemError, UsageError
@@ -85,14 +86,12 @@ def local_path(text: str) -> Path | None:
 
 
 def _local(path: Path) -> Source:
-    real = path.resolve()
     if path.is_file():
         return Source(path, "file", _text(path.name))
-    # A directory inside the Hub cache says itself what it is: models--org--name/snapshots/<commit>.
-    if real.parent.name == "snapshots" and real.parent.parent.name.startswith("models--"):
-        repo = real.parent.parent.name.removeprefix("models--").replace("--", "/")
-        return Source(path, "hub", repo, None, real.name)
-    return Source(path, "directory", _text(real.name))
+    snapshot = snapshot_at(path)
+    if snapshot is not None:
+        return Source(path, "hub", snapshot.repo, None, snapshot.commit)
+    return Source(path, "directory", _text(path.resolve().name))
 
 
 def _text(name: str) -> str:

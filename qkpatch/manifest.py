@@ -12,7 +12,6 @@ from importlib.metadata import version
 from typing import NamedTuple
 
 from qkpatch.canonical import Json, canonical_json
-from qkpatch.checkpoint.linking import known_sum
 from qkpatch.checkpoint.output import Output, OutputFile
 from qkpatch.checkpoint.reshard import parse_size
 from qkpatch.checkpoint.tree import load_json
@@ -321,4 +320,5 @@ def _action(name: str, plan: EditPlan) -> str:
 
 
 def _source_sum(file: OutputFile) -> str | None:
-    return None if file.original is None else known_sum(file.original)
+    listed = None if file.original is None else file.original.listed
+    return None if listed is None else listed.sha256

@@ -6,14 +6,12 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from qkpatch.budget import head_memory
 from qkpatch.canonical import canonical_json
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.output import Output
 from qkpatch.checkpoint.reshard import parse_size, reshard
-from qkpatch.checkpoint.tree import LocalFile, SourceFile
 from qkpatch.locate import Access
 from qkpatch.model import Model, open_model
 from qkpatch.recipe_file import UNTESTED
@@ -154,8 +152,7 @@ def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, 
         warnings.append(
             f"recipe {model.recipe.name} says that it is untested: compare it with the model's own code"
         )
-    root = None if checkpoint.root is None else checkpoint.root.resolve()
-    strays = [name for name, file in checkpoint.files.items() if _leads_out(file, root)]
+    strays = checkpoint.from_outside
     if strays:
         warnings.append(
             f"{len(strays)} file(s) are links that lead out of SOURCE, and what they lead to is copied: "
@@ -184,14 +181,6 @@ def _norm_warnings(model: Model, rule: EditRule, targets: tuple[LayerTarget, ...
     if any(target.query.name.removesuffix("weight") + "bias" in target.biases for target in targets):
         return ["queries are normalised per head, so shrinking W_Q only gives their bias more weight"]
     return ["queries are normalised per head, so shrinking W_Q changes nothing in the model's output"]
-
-
-def _leads_out(file: SourceFile, root: Path | None) -> bool:
-    """Whether a file of SOURCE is a link out of its resolved ``root``, other than to the Hub cache's own blobs."""
-    if root is None or not isinstance(file, LocalFile):
-        return False
-    real = file.path.resolve()
-    return root not in real.parents and real.parent.name != "blobs"
 
 
 def _has_adapter(target: LayerTarget, adapters: Iterable[str]) -> bool:

@@ -42,7 +42,10 @@ ONLY_IN = {
     },
     "rich": {"console", "tables"},
     "yaml": {"strict"},
-    "huggingface_hub": {"checkpoint.hub", "checkpoint.hub_errors", "checkpoint.transfer", "checkpoint.publish"},
+    "huggingface_hub": {
+        "checkpoint.hub", "checkpoint.hub_cache", "checkpoint.hub_errors", "checkpoint.transfer",
+        "checkpoint.publish",
+    },
     "safetensors": {"verify"},
     "torch": {
         "weights", "spectra", "editing", "device", "spectral.product", "spectral.edit", "spectral.rounding",

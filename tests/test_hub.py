@@ -174,8 +174,9 @@ def make_snapshot(cache: Path, files: dict[str, bytes], commit: str) -> Path:
 
 
 def test_a_cache_snapshot_as_source_keeps_its_blobs_and_names_its_commit(
-    tiny: Tiny, tmp_path: Path, run: Callable[..., Result]
+    tiny: Tiny, tmp_path: Path, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     commit = "c0ffee" + "0" * 34
     snapshot = make_snapshot(tmp_path / "hub", contents(tiny.path), commit)
     before = contents(tmp_path / "hub")
@@ -185,6 +186,15 @@ def test_a_cache_snapshot_as_source_keeps_its_blobs_and_names_its_commit(
     source = manifest_of(tmp_path / "out")["source"]
     assert (source["kind"], source["name"], source["commit"]) == ("hub", "org/tiny", commit)
     assert run("verify", tmp_path / "out", "--source", snapshot).exit_code == 0
+
+
+def test_a_folder_that_only_looks_like_a_cache_snapshot_is_a_directory(
+    tiny: Tiny, tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    snapshot = make_snapshot(tmp_path / "elsewhere", contents(tiny.path), "c0ffee" + "0" * 34)
+    assert run("apply", snapshot, "-o", tmp_path / "out").exit_code == 0
+    source = manifest_of(tmp_path / "out")["source"]
+    assert (source["kind"], source["commit"]) == ("directory", None)
 
 
 # -------- failures

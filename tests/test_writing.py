@@ -114,12 +114,15 @@ class TestDigests:
         assert (tmp_path / "out" / "SHA256SUMS").read_text() == "mine"
         assert run("verify", tmp_path / "out", "--source", source.path).exit_code == 0
 
-    def test_files_of_the_hub_cache_have_their_digest_for_a_name(self, run: Run, tmp_path: Path) -> None:
+    def test_files_of_the_hub_cache_have_their_digest_for_a_name(
+        self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         import hashlib
 
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         tiny = build_tiny(tmp_path / "tiny")
         repository = tmp_path / "models--org--name"
-        snapshot = repository / "snapshots" / "0123456789abcdef"
+        snapshot = repository / "snapshots" / ("0123456789" * 4)
         (repository / "blobs").mkdir(parents=True)
         snapshot.mkdir(parents=True)
         (tiny.path / "big.bin").write_bytes(b"weights")

@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -65,11 +65,17 @@ class FileId:
     inode: int
     size: int
     mtime_ns: int
+    ctime_ns: int  # which cannot be set by hand: content that changed under a restored time is noticed
 
     @classmethod
     def of(cls, status: os.stat_result) -> FileId:
         """The identity in a ``stat`` result."""
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+    @property
+    def but_for_links(self) -> FileId:
+        """The same whatever hard links are made to the file, which move its ctime."""
+        return replace(self, ctime_ns=0)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import PurePosixPath
 
+from qkpatch.checkpoint.content import Content
 from qkpatch.checkpoint.ranges import Fetchers, RangeReader
 from qkpatch.checkpoint.transfer import Listed, Transfer
 from qkpatch.checkpoint.tree import BOOKKEEPING, MAX_JSON_BYTES, SourceFile, is_plain_relative
@@ -20,31 +21,32 @@ _MODE = 0o644  # the Hub knows of no other
 class RemoteFile(SourceFile):
     """A file of a repository at one commit."""
 
-    listed: Listed
+    entry: Listed
     transfer: Transfer = field(compare=False, repr=False)
     fetchers: Fetchers = field(compare=False, repr=False)
 
     @property
     def content(self) -> str:
         """Git's name of it."""
-        return self.listed.blob
+        return self.entry.blob
 
     @property
-    def known_sum(self) -> str | None:
-        """As the Hub lists it, of large files."""
-        return self.listed.sha256
+    def listed(self) -> Content | None:
+        """Its SHA-256, or of small files Git's name."""
+        entry = self.entry
+        return Content("git", entry.blob) if entry.sha256 is None else Content("sha256", entry.sha256)
 
     @contextmanager
     def open(self, ranges: Sequence[tuple[int, int]] = ()) -> Iterator[RangeReader]:
         """A reader; ``ranges`` begin to arrive at once, and are kept until it is closed."""
-        fetch = partial(self.transfer.fetch, self.listed)
+        fetch = partial(self.transfer.fetch, self.entry)
         with closing(RangeReader(self.size, fetch, self.fetchers, ranges)) as reader:
             yield reader
 
     def read(self, limit: int = MAX_JSON_BYTES) -> bytes:
         """All of a small file, in one request: the Hub may not know ranges of those that are in Git itself."""
         self.check_size(limit)
-        return self.transfer.whole(self.listed)
+        return self.transfer.whole(self.entry)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,11 @@ from typing import Any
 
 from qkpatch.checkpoint.files import os_errors
 from qkpatch.checkpoint.header import Header, TensorRef, read_header
+from qkpatch.checkpoint.hub_cache import leads_out
 from qkpatch.checkpoint.remote import RemoteRepo
 from qkpatch.checkpoint.tree import (
     MAX_CONFIG_BYTES,
+    LocalFile,
     SourceFile,
     is_plain_relative,
     load_json,
@@ -62,6 +64,14 @@ class Stored:
     def size(self) -> int:
         """Bytes of all files."""
         return sum(file.size for file in self.files.values())
+
+    @cached_property
+    def from_outside(self) -> tuple[str, ...]:
+        """Files that are links to something outside the directory, other than to a snapshot's own blobs."""
+        if self.root is None or self.single_file:
+            return ()
+        local = (file for file in self.files.values() if isinstance(file, LocalFile))
+        return tuple(file.name for file in local if leads_out(file.path, self.root))
 
     def has_beside(self, name: str) -> bool:
         """Whether the directory holds something of that name, be it one of :attr:`files` or not."""

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from qkpatch.checkpoint.content import Content
 from qkpatch.checkpoint.files import FileId, Readable, open_read, os_errors, read_exact
 from qkpatch.checkpoint.header import half_surrogate
+from qkpatch.checkpoint.hub_cache import blob_of, is_in_cache
 from qkpatch.errors import CheckpointError, FileSystemError
 
 BOOKKEEPING = (".git", ".cache/huggingface")  # of git and huggingface_hub, not the model's
@@ -38,8 +40,8 @@ class SourceFile(ABC):
         """What identifies its bytes without reading them."""
 
     @property
-    def known_sum(self) -> str | None:
-        """Its SHA-256, where somebody told it; not taken here."""
+    def listed(self) -> Content | None:
+        """What the Hub says it holds, where it is the Hub's; not checked here."""
         return None
 
     @abstractmethod
@@ -77,8 +79,14 @@ class LocalFile(SourceFile):
 
     @property
     def content(self) -> str:
-        """Device, inode, size and time."""
+        """Device, inode, size and times."""
         return str(self.id)
+
+    @property
+    def listed(self) -> Content | None:
+        """The name of its blob in the Hub cache."""
+        blob = blob_of(self.path)
+        return None if blob is None or not is_in_cache(blob) else Content.of_name(blob.name)
 
     def open(self, ranges: Sequence[tuple[int, int]] = ()) -> AbstractContextManager[int]:
         """A descriptor, as :func:`open_read`."""

@@ -1,0 +1,99 @@
+"""``Content``: what a store says a file holds, by digest; and whether OUT still holds it, but for the planned rows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
+from typing import NamedTuple
+
+from qkpatch.checkpoint.files import Readable, update_digest
+
+
+@dataclass(frozen=True)
+class Content:
+    """The name of some bytes: a SHA-256, or where Git holds them itself, Git's SHA-1."""
+
+    algorithm: str  # "sha256" or "git"
+    digest: str
+
+    @classmethod
+    def of_name(cls, name: str) -> Content | None:
+        """What a blob of that name in the Hub cache is: 64 hexadecimal digits are a SHA-256, 40 are Git's."""
+        if not set(name) <= set("0123456789abcdef"):
+            return None
+        kind = {64: "sha256", 40: "git"}.get(len(name))
+        return None if kind is None else cls(kind, name)
+
+    @property
+    def sha256(self) -> str | None:
+        """The SHA-256, where it is one."""
+        return self.digest if self.algorithm == "sha256" else None
+
+    def hasher(self, size: int) -> hashlib._Hash:
+        """What computes a digest of this kind of ``size`` bytes that are still to be fed."""
+        if self.algorithm == "sha256":
+            return hashlib.sha256()
+        return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+
+    def is_of(self, data: bytes) -> bool:
+        """Whether ``data`` is that content."""
+        digest = self.hasher(len(data))
+        digest.update(data)
+        return digest.hexdigest() == self.digest
+
+
+class Held(NamedTuple):
+    """The bytes ``begin:end`` of a file of SOURCE, which OUT holds in ``name`` from ``at`` on."""
+
+    begin: int
+    end: int
+    name: str
+    at: int
+
+
+Opened = Callable[[str], AbstractContextManager[Readable]]
+
+
+def gaps(size: int, held: Iterable[Held]) -> list[tuple[int, int]]:
+    """What of a file of ``size`` bytes OUT does not hold, ascending."""
+    found, position = [], 0
+    for begin, end, _, _ in sorted(held):
+        if position < begin:
+            found.append((position, begin))
+        position = end
+    if position < size:
+        found.append((position, size))
+    return found
+
+
+def feed_source(
+    digest: hashlib._Hash, source: Readable, size: int, held: Sequence[Held], opened: Opened, where: str
+) -> None:
+    """Feed a file of SOURCE to ``digest``, as OUT has it: what OUT does not hold is read from ``source``.
+
+    Where the digest is that of SOURCE's file, OUT's bytes are SOURCE's, whatever is read from where.
+
+    Args:
+        digest: of the whole file.
+        source: the file, open, of which only the :func:`gaps` are read.
+        size: of the file.
+        held: what OUT holds of it.
+        opened: opens a file of OUT, by name.
+        where: what messages call the file.
+    """
+    rest = deque(gaps(size, held))
+    position = 0
+    for name, parts in groupby(sorted(held), attrgetter("name")):
+        with opened(name) as file:
+            for begin, end, _, at in parts:
+                if rest and rest[0][0] == position and position < begin:
+                    update_digest(digest, source, *rest.popleft(), where)
+                update_digest(digest, file, at, at + end - begin, name)
+                position = end
+    for begin, end in rest:
+        update_digest(digest, source, begin, end, where)

@@ -1,0 +1,63 @@
+"""The Hub cache as paths tell it: ``models--org--name/snapshots/<commit>/file``, a link to ``../../blobs/<digest>``."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+_MOST_LINKS = 8
+_COMMIT = re.compile("[0-9a-f]{40}")
+
+
+class Snapshot(NamedTuple):
+    """A repository's files at a commit, in the cache."""
+
+    repo: str
+    commit: str
+
+
+def blob_of(path: Path) -> Path | None:
+    """The entry of a ``blobs`` directory that ``path`` is or leads to; None where it leads to none.
+
+    The entry may be a link itself, to a store that all repositories share; its name is the content's digest.
+    """
+    for _ in range(_MOST_LINKS):
+        if path.parent.name == "blobs" and path.parent.parent.name.startswith(("models--", "datasets--")):
+            return path
+        try:
+            target = path.readlink()
+        except OSError:
+            return None
+        path = Path(os.path.normpath(Path(os.path.realpath(path.parent)) / target))
+    return None
+
+
+def snapshot_at(path: Path) -> Snapshot | None:
+    """Which snapshot a directory is; None for one outside the cache of this machine, whatever it is called."""
+    real = Path(os.path.realpath(path))
+    folder = real.parent.parent
+    if real.parent.name != "snapshots" or not folder.name.startswith("models--"):
+        return None
+    if not _COMMIT.fullmatch(real.name) or not is_in_cache(real):
+        return None
+    return Snapshot(folder.name.removeprefix("models--").replace("--", "/"), real.name)
+
+
+def leads_out(path: Path, root: Path) -> bool:
+    """Whether a file below ``root`` lies elsewhere, links resolved, and not in the blobs of the snapshot that it is."""
+    real, top = Path(os.path.realpath(path)), Path(os.path.realpath(root))
+    homes = [top]
+    if top.parent.name == "snapshots" and top.parent.parent.name.startswith("models--"):
+        homes.append(top.parent.parent / "blobs")
+        if snapshot_at(top) is not None:
+            homes.append(top.parent.parent.parent / "blobs")  # which all repositories share
+    return not any(home in real.parents for home in homes)
+
+
+def is_in_cache(path: Path) -> bool:
+    """Whether a path lies in the cache that huggingface_hub uses here."""
+    from huggingface_hub import constants
+
+    return Path(os.path.realpath(constants.HF_HUB_CACHE)) in Path(os.path.realpath(path.parent)).parents

@@ -1,0 +1,166 @@
+"""``Rooted``: a directory used by descriptor. No name below it is looked up through a link, so none leads out of it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+
+from qkpatch.checkpoint.files import os_errors
+from qkpatch.errors import FileSystemError
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Rooted:
+    """An open directory; names are plain POSIX paths relative to it.
+
+    Whoever may rename the directory itself, or put links in place of what lies in it, cannot redirect what is read
+    and written here: every step of a path is opened from the one before, and a link is an error.
+    """
+
+    def __init__(self, path: Path, *, within: Rooted | None = None, name: str = "") -> None:
+        """``path`` is for messages; it is opened by its own name, or as ``name`` within another one.
+
+        Raises:
+            FileSystemError: there is no such directory, or it cannot be opened.
+        """
+        self.path = path
+        self.fd = -1
+        with os_errors("open the directory", path):
+            self.fd = (
+                os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                if within is None
+                else os.open(name, _DIRECTORY, dir_fd=within.fd)
+            )
+
+    def __enter__(self) -> Rooted:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the directory; once more does nothing."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    @contextmanager
+    def _parent(self, name: str) -> Iterator[tuple[int, str]]:
+        """The open directory that holds ``name``, and its last part."""
+        *folders, last = PurePosixPath(name).parts
+        fd, is_own = self.fd, False
+        try:
+            for folder in folders:
+                inner = os.open(folder, _DIRECTORY, dir_fd=fd)
+                if is_own:
+                    os.close(fd)
+                fd, is_own = inner, True
+            yield fd, last
+        finally:
+            if is_own:
+                os.close(fd)
+
+    def status(self, name: str) -> os.stat_result | None:
+        """``lstat``; None where there is nothing of that name, or no directory where one should be."""
+        try:
+            with self._parent(name) as (fd, last):
+                return os.stat(last, dir_fd=fd, follow_symlinks=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            if error.errno != errno.ELOOP:  # a link where a directory should be
+                raise
+            return None
+
+    def open(self, name: str, flags: int = os.O_RDONLY, mode: int = 0o600) -> int:
+        """A descriptor; ``flags`` as of :func:`os.open`, and no link is followed.
+
+        Raises:
+            OSError: as :func:`os.open`; ELOOP or ENOTDIR where a link stands in the way.
+        """
+        with self._parent(name) as (fd, last):
+            return os.open(last, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=fd)
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator[int]:
+        """A descriptor of a regular file for reading.
+
+        Raises:
+            FileSystemError: it is not there, or no regular file, or not readable.
+        """
+        where = self.path / name
+        with os_errors("read", where):
+            # Without O_NONBLOCK a pipe without a writer would be waited for.
+            fd = self.open(name, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise FileSystemError("not a regular file", where=str(where))
+            yield fd
+        finally:
+            os.close(fd)
+
+    def mkdir(self, name: str, mode: int = 0o700) -> None:
+        """Make a directory; its parent is there."""
+        with self._parent(name) as (fd, last):
+            os.mkdir(last, mode, dir_fd=fd)
+
+    def chmod(self, name: str, mode: int) -> None:
+        """Set a directory's mode."""
+        with self._parent(name) as (fd, last):
+            inner = os.open(last, _DIRECTORY, dir_fd=fd)
+            try:
+                os.fchmod(inner, mode)
+            finally:
+                os.close(inner)
+
+    def unlink(self, name: str) -> None:
+        """Remove a file, or a link itself."""
+        with self._parent(name) as (fd, last):
+            os.unlink(last, dir_fd=fd)
+
+    def link(self, source: str, name: str) -> None:
+        """Make ``name`` a hard link to the file at the path ``source``."""
+        with self._parent(name) as (fd, last):
+            os.link(source, last, dst_dir_fd=fd)
+
+    def sync(self, name: str = ".") -> None:
+        """Wait until a directory's entries are on the disk."""
+        with os_errors("sync", self.path / name):
+            if name == ".":
+                os.fsync(self.fd)
+                return
+            fd = self.open(name, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+    def walk(self) -> Iterator[tuple[str, os.stat_result]]:
+        """Everything below, sorted, directories before what is in them; links are told, never followed."""
+        yield from self._walk(self.fd, "")
+
+    def _walk(self, fd: int, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
+        with os_errors("list", self.path / prefix):
+            names = sorted(os.listdir(fd))
+        for last in names:
+            name = prefix + last
+            try:
+                status = os.stat(last, dir_fd=fd, follow_symlinks=False)
+            except FileNotFoundError:
+                continue  # gone meanwhile
+            yield name, status
+            if stat.S_ISDIR(status.st_mode):
+                with os_errors("list", self.path / name):
+                    inner = os.open(last, _DIRECTORY, dir_fd=fd)
+                try:
+                    yield from self._walk(inner, f"{name}/")
+                finally:
+                    os.close(inner)
