@@ -68,7 +68,8 @@ fuzz: $(FUZZ_VENV)/.installed  ## readers of foreign files, RUNS times and at mo
 
 ROUNDS ?= 50
 
-stress: $(STAMP)  ## kills, faults and races, ROUNDS times as many as `make test` has; 50 take an hour
+stress: $(STAMP)  ## attacks at the borders, then kills, faults and races, ROUNDS times those of `make test`; 50 take an hour
+	$(BIN)/python -m pytest -m stress
 	QKPATCH_ROUNDS=$(ROUNDS) QKPATCH_SEED=$(SEED) $(BIN)/python -m pytest tests/test_faults.py
 
 # The oldest huggingface_hub that pyproject.toml allows: in a folder of its own, which the tested processes look in first.
