@@ -16,6 +16,7 @@ from qkpatch.device import choose_device, computing, heads_together
 from qkpatch.errors import NumericalError
 from qkpatch.manifest import HeadRecord
 from qkpatch.plan import EditPlan
+from qkpatch.sources import Sources
 from qkpatch.spectral.edit import Folding, HeadError, edit_and_round
 from qkpatch.targets import LayerTarget
 from qkpatch.weights import LayerWeights, open_layer
@@ -61,7 +62,7 @@ class Editor:
         return str(torch.__version__)
 
     def edited(
-        self, plan: EditPlan, crew: Crew, copier: Copier, observer: Observer
+        self, plan: EditPlan, sources: Sources, crew: Crew, copier: Copier, observer: Observer
     ) -> Iterator[tuple[LayerTarget, tuple[HeadRecord, ...]]]:
         """Edit all planned heads; each target with its heads' records when it is done.
 
@@ -73,7 +74,7 @@ class Editor:
         def edit(chunk: _Chunk) -> tuple[LayerTarget, list[tuple[HeadRecord, bool]]]:
             with (
                 computing(self.device),
-                open_layer(plan.model, chunk.target, self.device, chunk.heads) as weights,
+                open_layer(sources.open, chunk.target, self.device, chunk.heads) as weights,
             ):
                 done = []
                 for record in _edit_heads(plan, chunk, together, weights, copier):

@@ -34,6 +34,7 @@ class Source:
     requested_revision: str | None = None
     commit: str | None = None
     recipe: Recipe | None = None  # when SOURCE was a recipe's name
+    checked: frozenset[str] = frozenset()  # files that were downloaded just now and are what the Hub lists
 
     @property
     def path(self) -> Path | None:
@@ -64,7 +65,9 @@ def locate(text: str, access: Access = Access.download) -> Source:
             fix=f"check the path; {near_names(text, shipped_recipes())}",
         )
     found = download(hub_id) if access is Access.download else look(hub_id, use_cache=access is Access.ranges)
-    return Source(found.place, "hub", found.repo, found.requested_revision, found.commit, recipe)
+    return Source(
+        found.place, "hub", found.repo, found.requested_revision, found.commit, recipe, found.checked
+    )
 
 
 def local_path(text: str) -> Path | None:

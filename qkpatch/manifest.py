@@ -279,6 +279,7 @@ def planned_manifest(plan: EditPlan, device: str) -> Manifest:
         "name": model.source.name,
         "requested_revision": model.source.requested_revision,
         "commit": model.source.commit,
+        "checked": None,
     }
     if checkpoint.previous_manifest is not None:
         source["previous_edit"] = Manifest.loads(checkpoint.previous_manifest, "SOURCE's qkpatch.json").edit

@@ -51,7 +51,9 @@ class Repo:
         return name.endswith(self.lfs)
 
     def oid(self, name: str) -> str:
-        return _sha1(self._identity(name))
+        """As Git names it."""
+        content = self._identity(name)
+        return _sha1(b"blob %d\0" % len(content) + content)
 
     def sha256(self, name: str) -> str:
         return hashlib.sha256(self._identity(name)).hexdigest()

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from qkpatch.checkpoint.content import Content, damaged
+from qkpatch.checkpoint.files import open_read, size_of, update_digest
+from qkpatch.checkpoint.hub_cache import blob_of, blobs_of
 from qkpatch.checkpoint.hub_errors import hub_errors, is_out_of_reach
 from qkpatch.checkpoint.remote import RemoteRepo
 from qkpatch.checkpoint.transfer import Listed
 from qkpatch.errors import HubError
+
+_HASHING = 4  # files at a time: SHA-256 is slower than most disks
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,7 @@ class Found:
     repo: str
     requested_revision: str | None
     commit: str
+    checked: frozenset[str] = frozenset()  # files that are what the Hub lists, by their digests
 
 
 def download(hub_id: HubId) -> Found:
@@ -55,10 +63,41 @@ def download(hub_id: HubId) -> Found:
     """
     from huggingface_hub import snapshot_download
 
+    before = blobs_of(hub_id.repo)
     with hub_errors(str(hub_id)):
         path = Path(snapshot_download(hub_id.repo, revision=hub_id.revision))
     # snapshots/<commit>: the cache's layout names the commit that the revision resolved to.
-    return Found(path, hub_id.repo, hub_id.revision, path.name)
+    checked = _check_new(path, before)
+    return Found(path, hub_id.repo, hub_id.revision, path.name, checked)
+
+
+def _check_new(snapshot: Path, before: Collection[str]) -> frozenset[str]:
+    """Hash what came into the cache just now, since the library checks sizes alone; the names of those files.
+
+    Raises:
+        HubError: a file is not what its blob's name says; it is removed, so that the next run downloads it anew.
+    """
+    names = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
+    blobs = {name: blob for name in names if (blob := blob_of(snapshot / name)) and blob.name not in before}
+
+    def check(name: str) -> None:
+        blob = blobs[name]
+        content = Content.of_name(blob.name)
+        with open_read(blob) as fd:
+            size = size_of(fd)
+            digest = None if content is None else content.hasher(size)
+            if digest is None or content is None:
+                return  # an address of another kind than the Hub's
+            update_digest(digest, fd, 0, size, blob)
+        if digest.hexdigest() != content.digest:
+            for path in (blob.resolve(), blob):
+                path.unlink(missing_ok=True)
+            raise damaged(f"{snapshot.parent.parent.name}: {name}")
+
+    with ThreadPoolExecutor(_HASHING) as pool:
+        for _ in pool.map(check, blobs):
+            pass
+    return frozenset(blobs)
 
 
 def look(hub_id: HubId, *, use_cache: bool = True) -> Found:

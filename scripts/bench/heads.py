@@ -80,7 +80,7 @@ def _edit(
     device: torch.device,
 ) -> Heads:
     found: dict[int, bytearray] = {}
-    with computing(device), open_layer(model, target, device, heads) as weights:
+    with computing(device), open_layer(model.checkpoint.opened, target, device, heads) as weights:
         for of in weights.batches(heads, together):
             generators = [head_generator(0, target, head) for head in of.heads]
             stored, _ = edit_and_round(of.product, rule, partial(weights.store, of.heads), generators)
@@ -96,7 +96,7 @@ def _differing(stored: Heads, model: Model, channel: Channel, crew: Crew) -> str
     rule, cpu = EditRule(channel, Select.dominant, 4, 0.5), torch.device("cpu")
     count, most = 0, 0
     some = tuple(range(0, target.layout.n_heads, 4))
-    with open_layer(model, target, cpu, some) as weights:
+    with open_layer(model.checkpoint.opened, target, cpu, some) as weights:
         for of in weights.batches(some, 1):
             (head,) = of.heads
             expected, _ = edit_and_round(

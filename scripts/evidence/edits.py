@@ -91,7 +91,8 @@ class Editor:
         self._targets: dict[int, LayerTarget] = {}
         for target in self._plan.edits:
             heads = self._plan.settings.heads
-            with open_layer(self._plan.model, target, torch.device("cpu"), heads) as weights:
+            opened = self._plan.model.checkpoint.opened
+            with open_layer(opened, target, torch.device("cpu"), heads) as weights:
                 self._heads[target.layer] = [of.product for of in weights.batches(heads, 1)]
             self._targets[target.layer] = target
         products = [product for of_layer in self._heads.values() for product in of_layer]
