@@ -123,6 +123,7 @@ class FakeHub:
     fault: str | None = None  # "hang up", "error 503" or "not a hub"
     faults: list[Fault] = field(default_factory=list)
     sent: dict[str, int] = field(default_factory=dict)  # bytes of bodies, by path
+    substitutes: dict[str, Path] = field(default_factory=dict)  # delivered in place of a file, by its name
     bad_token: bool = False
     created: dict[str, dict[str, Any]] = field(default_factory=dict)
     uploads: dict[str, bytes] = field(default_factory=dict)  # by SHA-256
@@ -252,6 +253,7 @@ class _Base(BaseHTTPRequestHandler):
             headers["ETag"] = '"other"'
         if kind == "gzip":
             headers["Content-Encoding"] = "gzip"
+        path = self.state.substitutes.get(path.name, path)
         size = path.stat().st_size
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if span is None or kind == "whole":

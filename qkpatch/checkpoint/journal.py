@@ -62,14 +62,9 @@ class Journal:
     def note(self, fd: int, file: OutputFile, state: State) -> None:
         """Say that the open copy of ``file`` is on the disk in ``state``."""
         status = os.fstat(fd)
-        self._append(
-            {
-                "name": file.name,
-                "state": state.value,
-                "inode": status.st_ino,
-                "ctime_ns": status.st_ctime_ns,
-            }
-        )
+        note = {"state": state.value, "inode": status.st_ino, "ctime_ns": status.st_ctime_ns}
+        self._done[file.name] = note
+        self._append({"name": file.name, **note})
 
     def _append(self, line: dict[str, Any]) -> None:
         with os_errors("write", self._where):

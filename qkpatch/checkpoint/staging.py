@@ -86,8 +86,7 @@ class Staging:
             raise
         try:
             fcntl.flock(room.fd, fcntl.LOCK_EX)
-            status = self._parent.status(self.path.name)
-            if status is None or not os.path.samestat(os.fstat(room.fd), status):
+            if not _is_still(room, self._parent.status(self.path.name)):
                 return
             self.room, self._is_held = room, True
         finally:
@@ -226,9 +225,15 @@ def _is_ours(room: Rooted) -> bool:
 def _clear(parent: Rooted, room: Rooted) -> bool:
     """Remove a staging directory and all in it, as far as that can be done; whether it is gone."""
     room.clear()  # the journal last: what a kill leaves of it is still plainly ours
-    with suppress(OSError):
-        os.rmdir(room.path.name, dir_fd=parent.fd)
-    return parent.status(room.path.name) is None
+    name = room.path.name
+    if _is_still(room, parent.status(name)):
+        with suppress(OSError):
+            os.rmdir(name, dir_fd=parent.fd)
+    return not _is_still(room, parent.status(name))
+
+
+def _is_still(room: Rooted, status: os.stat_result | None) -> bool:
+    return status is not None and os.path.samestat(os.fstat(room.fd), status)
 
 
 def _remove(parent: Rooted, room: Rooted) -> None:
