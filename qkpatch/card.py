@@ -87,9 +87,9 @@ def _command(manifest: Manifest) -> str:
     request = manifest.request()
     flags = {
         "recipe": request.recipe,
-        "attention": request.attention,
-        "layers": request.layers,
-        "heads": request.heads,
+        "attention": ",".join(request.attention or ()),
+        "layers": format_ranges(request.layers or ()),
+        "heads": format_ranges(request.heads or ()),
         "modes": request.modes,
         "alpha": None if request.alpha is None else f"{request.alpha:g}",
         "channel": None if request.channel is None else request.channel.value,

@@ -13,14 +13,11 @@ from typing import NamedTuple
 
 from qkpatch.canonical import Json, canonical_json
 from qkpatch.checkpoint.output import Output, OutputFile
-from qkpatch.checkpoint.reshard import parse_size
 from qkpatch.checkpoint.tree import load_json
 from qkpatch.errors import CheckpointError, UsageError
 from qkpatch.plan import EditPlan
+from qkpatch.request import Request
 from qkpatch.rows import RowLayout
-from qkpatch.selection import format_ranges, parse_ranges
-from qkpatch.settings import Request
-from qkpatch.spectral.rule import Channel, Select
 from qkpatch.targets import LayerTarget
 
 SCHEMA = "qkpatch/1"
@@ -217,18 +214,18 @@ class Manifest:
     def request(self) -> Request:
         """The request that leads to the recorded edit on the same SOURCE."""
         edit = self.edit
-        return Request(
+        return Request.of(
             recipe=self.recipe["name"],
-            attention=",".join(edit["attention"]),
-            layers=format_ranges(sorted([*edit["layers"], *edit["skipped_layers"]])),
-            heads=format_ranges(edit["heads"]),
+            attention=edit["attention"],
+            layers=[*edit["layers"], *edit["skipped_layers"]],
+            heads=edit["heads"],
             modes=edit["modes"],
             alpha=edit["alpha"],
-            channel=Channel(edit["channel"]),
-            select=Select(edit["select"]),
+            channel=edit["channel"],
+            select=edit["select"],
             seed=edit["seed"],
             fold_norm=edit["fold_norm"],
-            max_shard_size=None if (size := self.output["max_shard_size"]) is None else str(size),
+            max_shard_size=self.output["max_shard_size"],
         )
 
     def _check(self) -> None:
@@ -236,12 +233,10 @@ class Manifest:
         request = self.request()
         if not (isinstance(request.recipe, str) and isinstance(request.alpha, int | float)):
             raise TypeError("the recipe is not a name, or alpha not a number")
-        if request.max_shard_size is not None:
-            parse_size(request.max_shard_size)
+        if not isinstance(request.max_shard_size, int | None):
+            raise TypeError("max_shard_size is not a whole number")
         if type(request.modes) is not int or type(request.seed) is not int:
             raise TypeError("modes or seed is not a whole number")
-        parse_ranges(request.layers or "", "edit.layers")
-        parse_ranges(request.heads or "", "edit.heads")
         sizes = [
             self.model[key]
             for key in ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from qkpatch.checkpoint.tree import source_file
-from qkpatch.settings import Request, parse_request
+from qkpatch.request import Request, parse_request
 from qkpatch.spectral.rule import Channel, Select
 
 SourceArg = Annotated[
@@ -100,8 +100,19 @@ def edit_request(
 ) -> Request:
     """The flags over ``--config``; None where neither says anything."""
     # A flag that is not given says nothing, so that --config may say it.
-    edit = (recipe, attention, layers, heads, modes, alpha, channel, select, seed, fold_norm or None)
-    flags = Request(*edit, max_shard_size)
+    flags = Request.of(
+        recipe=recipe,
+        attention=attention,
+        layers=layers,
+        heads=heads,
+        modes=modes,
+        alpha=alpha,
+        channel=channel,
+        select=select,
+        seed=seed,
+        fold_norm=fold_norm or None,
+        max_shard_size=max_shard_size,
+    )
     if config is None:
         return flags
     file = source_file(config, config.name)  # a regular one: a pipe or a device would never end

@@ -24,7 +24,7 @@ from qkpatch.checkpoint.staging import Staging
 from qkpatch.errors import FileSystemError, UsageError
 from qkpatch.patch import apply_plan
 from qkpatch.plan import make_plan
-from qkpatch.settings import Request
+from qkpatch.request import Request
 from qkpatch.writing import Writing
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
@@ -391,7 +391,7 @@ def test_a_source_that_changes_meanwhile_is_an_error(
                 file.seek(size if change == "grown" else size - 1)
                 file.write(b"!")
 
-    plan = make_plan(str(tiny.path), Request(layers="0-2"))
+    plan = make_plan(str(tiny.path), Request.of(layers="0-2"))
     # config.json is copied first, the shard second; heads of layer 0 are edited first.
     observer = Meddler(moment, 2 if moment == "copied" else 1, meddle)
     with pytest.raises(FileSystemError, match=r"changed|ends 1 bytes early"):

@@ -130,7 +130,7 @@ from qkpatch.errors import HubError
 from qkpatch.locate import Access
 from qkpatch.patch import apply_plan
 from qkpatch.plan import make_plan
-from qkpatch.settings import Request
+from qkpatch.request import Request
 from qkpatch.writing import Digest, Writing
 
 class Observer:
@@ -142,7 +142,7 @@ class Observer:
             raise HubError("broken off")
 
 out = Path(sys.argv[1])
-plan = make_plan("org/model", Request(layers="1"), Access.no_cache)
+plan = make_plan("org/model", Request.of(layers="1"), Access.no_cache)
 try:
     apply_plan(plan, out, observer=Observer(), writing=Writing(Digest.files))
 except HubError:

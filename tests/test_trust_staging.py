@@ -17,7 +17,7 @@ from typer.testing import Result
 from qkpatch.errors import FileSystemError, HubError
 from qkpatch.patch import apply_plan
 from qkpatch.plan import make_plan
-from qkpatch.settings import Request
+from qkpatch.request import Request
 from qkpatch.writing import Writing
 
 Run = Callable[..., Result]

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from qkpatch.checkpoint.content import Content, damaged
 from qkpatch.checkpoint.ranges import Fetchers, RangeReader
 from qkpatch.checkpoint.transfer import Listed, Transfer
-from qkpatch.checkpoint.tree import BOOKKEEPING, MAX_JSON_BYTES, SourceFile, is_plain_relative
+from qkpatch.checkpoint.tree import BOOKKEEPING, MAX_JSON_BYTES, Repository, SourceFile, is_plain_relative
 from qkpatch.errors import CheckpointError
 
 _MODE = 0o644  # the Hub knows of no other
@@ -53,7 +53,7 @@ class RemoteFile(SourceFile):
 
 
 @dataclass(frozen=True)
-class RemoteRepo:
+class RemoteRepo(Repository):
     """All files of a repository at one commit."""
 
     where: str

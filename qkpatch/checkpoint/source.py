@@ -13,10 +13,10 @@ from typing import Any
 from qkpatch.checkpoint.files import Readable, os_errors
 from qkpatch.checkpoint.header import Header, TensorRef, read_header
 from qkpatch.checkpoint.hub_cache import leads_out
-from qkpatch.checkpoint.remote import RemoteRepo
 from qkpatch.checkpoint.tree import (
     MAX_CONFIG_BYTES,
     LocalFile,
+    Repository,
     SourceFile,
     is_plain_relative,
     load_json,
@@ -90,7 +90,7 @@ class Checkpoint(Stored):
     config: Mapping[str, Any]
 
 
-def open_checkpoint(place: Path | RemoteRepo) -> Checkpoint:
+def open_checkpoint(place: Path | Repository) -> Checkpoint:
     """As :func:`open_stored`, and ``config.json``.
 
     Raises:
@@ -102,7 +102,7 @@ def open_checkpoint(place: Path | RemoteRepo) -> Checkpoint:
     return Checkpoint(**{field.name: getattr(stored, field.name) for field in fields(stored)}, config=config)
 
 
-def open_stored(place: Path | RemoteRepo) -> Stored:
+def open_stored(place: Path | Repository) -> Stored:
     """Read all headers at ``place`` and check them against index and file sizes.
 
     Raises:
@@ -113,7 +113,7 @@ def open_stored(place: Path | RemoteRepo) -> Stored:
         FileSystemError: something cannot be read.
     """
     files: dict[str, SourceFile]
-    if isinstance(place, RemoteRepo):
+    if isinstance(place, Repository):
         files, directories, where, root = dict(place.files), place.directories, place.where, None
         mode = 0o777
     else:

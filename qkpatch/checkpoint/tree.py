@@ -6,7 +6,7 @@ import json
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -91,6 +91,18 @@ class LocalFile(SourceFile):
     def open(self, ranges: Sequence[tuple[int, int]] = ()) -> AbstractContextManager[int]:
         """A descriptor, as :func:`open_read`."""
         return open_read(self.path, self.id)
+
+
+class Repository(ABC):
+    """All files of a checkpoint that is elsewhere, at one commit."""
+
+    where: str
+    files: Mapping[str, SourceFile]
+
+    @property
+    @abstractmethod
+    def directories(self) -> Mapping[str, int]:
+        """All sub-directories with their modes, each after the one that it lies in."""
 
 
 def is_plain_relative(name: str) -> bool:

@@ -36,7 +36,7 @@ from qkpatch.options import (
     edit_request,
     expanded,
 )
-from qkpatch.settings import Request, check_device_name
+from qkpatch.request import Request, check_device_name
 from qkpatch.writing import Digest, Writing
 
 if TYPE_CHECKING:

@@ -27,7 +27,6 @@ from qkpatch.crew import Crew
 from qkpatch.device import choose_device, computing, heads_together
 from qkpatch.editing import head_generator
 from qkpatch.model import Model, open_model
-from qkpatch.settings import Request
 from qkpatch.spectral.edit import edit_and_round
 from qkpatch.spectral.rule import Channel, EditRule, Select
 from qkpatch.targets import LayerTarget
@@ -59,7 +58,7 @@ def main(shape: Shape, channel: Channel, device: torch.device, threads: int) -> 
 
 def edit_layer(model: Model, channel: Channel, device: torch.device, crew: Crew) -> Heads:
     """Edit the first layer, as ``patch`` does."""
-    target, *_ = model.targets(model.settings(Request(layers="0")))
+    target, *_ = model.targets([0], fold_norm=False)
     rule = EditRule(channel, Select.dominant, 4, 0.5)
     together = heads_together(device, head_memory([target.layout]), crew.threads)
 
@@ -92,7 +91,7 @@ def _edit(
 
 def _differing(stored: Heads, model: Model, channel: Channel, crew: Crew) -> str:
     """How many numbers are not those that a CPU stores, and by how many units in the last place."""
-    target, *_ = model.targets(model.settings(Request(layers="0")))
+    target, *_ = model.targets([0], fold_norm=False)
     rule, cpu = EditRule(channel, Select.dominant, 4, 0.5), torch.device("cpu")
     count, most = 0, 0
     some = tuple(range(0, target.layout.n_heads, 4))
