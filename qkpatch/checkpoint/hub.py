@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qkpatch.checkpoint.hub_errors import hub_errors, is_out_of_reach
+from qkpatch.checkpoint.hub_token import hub_api
 from qkpatch.checkpoint.remote import RemoteRepo
 from qkpatch.checkpoint.transfer import Listed
 from qkpatch.errors import HubError
@@ -53,10 +54,8 @@ def download(hub_id: HubId) -> Found:
     Raises:
         HubError: with the cause and the next step, one sentence for each kind.
     """
-    from huggingface_hub import snapshot_download
-
     with hub_errors(str(hub_id)):
-        path = Path(snapshot_download(hub_id.repo, revision=hub_id.revision))
+        path = Path(hub_api().snapshot_download(hub_id.repo, revision=hub_id.revision))
     # snapshots/<commit>: the cache's layout names the commit that the revision resolved to.
     return Found(path, hub_id.repo, hub_id.revision, path.name)
 
@@ -67,10 +66,10 @@ def look(hub_id: HubId, *, use_cache: bool = True) -> Found:
     Raises:
         HubError: as :func:`download`.
     """
-    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub import constants
     from huggingface_hub.hf_api import RepoFile
 
-    api, is_offline = HfApi(library_name="qkpatch"), constants.is_offline_mode()
+    api, is_offline = hub_api(), constants.is_offline_mode()
     with hub_errors(str(hub_id)):
         found = api.resolve_revision(hub_id.repo, revision=hub_id.revision, local_files_only=is_offline)
     commit = found.resolved
@@ -82,7 +81,7 @@ def look(hub_id: HubId, *, use_cache: bool = True) -> Found:
         except HubError as error:
             if use_cache and is_out_of_reach(error.__cause__):
                 with hub_errors(str(hub_id)):  # it may be whole, where nothing says that it is not
-                    cached = Path(snapshot_download(hub_id.repo, revision=commit, local_files_only=True))
+                    cached = Path(api.snapshot_download(hub_id.repo, revision=commit, local_files_only=True))
                 return Found(cached, hub_id.repo, hub_id.revision, commit)
             raise
         listed = [
@@ -96,12 +95,12 @@ def look(hub_id: HubId, *, use_cache: bool = True) -> Found:
 
 def _cached(hub_id: HubId, commit: str) -> Path | None:
     """The snapshot of a commit, where the cache has all of it and knows that it has."""
-    from huggingface_hub import get_cached_repo_tree, snapshot_download
+    from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
 
     try:
         with hub_errors(str(hub_id)):
-            path = Path(snapshot_download(hub_id.repo, revision=commit, local_files_only=True))
+            path = Path(hub_api().snapshot_download(hub_id.repo, revision=commit, local_files_only=True))
             tree = get_cached_repo_tree(hub_id.repo, revision=commit)
     except (HubError, CachedRepoTreeNotFoundError) as error:
         if isinstance(error, HubError) and not isinstance(error.__cause__, LocalEntryNotFoundError):
