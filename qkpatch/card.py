@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from statistics import mean
 
 from qkpatch import front_matter
+from qkpatch.canonical import exact
+from qkpatch.catalogue import shipped_recipes
 from qkpatch.manifest import Manifest
 from qkpatch.results import Comparison, Metric
 from qkpatch.selection import format_ranges
@@ -61,7 +63,7 @@ def _edit(manifest: Manifest, base: str | None) -> Iterator[str]:
         "layers": format_ranges(edit["layers"]),
         "query heads": format_ranges(edit["heads"]),
         "selection": f"{edit['select']}, {edit['modes_edited']} mode(s) per head",
-        "factor α": f"{edit['alpha']:g}",
+        "factor α": exact(edit["alpha"]),
         "channel of `W_Qᵀ W_K`": edit["channel"]
         + (", gain before attention folded in" if edit["fold_norm"] else ""),
         "edited tensors": f"{len(manifest.edits)} in {' and '.join(sorted({e.dtype for e in manifest.edits})) or '-'}",
@@ -72,9 +74,12 @@ def _edit(manifest: Manifest, base: str | None) -> Iterator[str]:
         for record in manifest.edits:
             changes = [head.relative_change for head in record.heads]
             yield f"| {record.layer} | `{record.tensor}` | {mean(changes):.4f} | {max(changes):.4f} |\n"
+    own = (
+        "" if manifest.recipe["name"] in shipped_recipes() else f" --recipe {shlex.quote(_recipe(manifest))}"
+    )
     yield (
         "\n`qkpatch.json` records every edited tensor and head, with digests before and after. Made, and checked byte "
-        f"for byte, by\n\n```\n{_command(manifest)}\nqkpatch verify OUT --source {_source(manifest)}\n```\n"
+        f"for byte, by\n\n```\n{_command(manifest)}\nqkpatch verify OUT --source {_source(manifest)}{own}\n```\n"
     )
 
 
@@ -83,19 +88,26 @@ def _source(manifest: Manifest) -> str:
     return shlex.quote(source["name"] + (f"@{source['commit']}" if source["kind"] == "hub" else ""))
 
 
+def _recipe(manifest: Manifest) -> str:
+    """As the command line names it: one of the user's own lies in a file that is called after it."""
+    name: str = manifest.recipe["name"]
+    return name if name in shipped_recipes() else f"./{name}.yaml"
+
+
 def _command(manifest: Manifest) -> str:
-    request = manifest.request()
+    request, device = manifest.request(), manifest.compute["device"]
     flags = {
-        "recipe": request.recipe,
+        "recipe": _recipe(manifest),
         "attention": ",".join(request.attention or ()),
         "layers": format_ranges(request.layers or ()),
         "heads": format_ranges(request.heads or ()),
         "modes": request.modes,
-        "alpha": None if request.alpha is None else f"{request.alpha:g}",
+        "alpha": None if request.alpha is None else exact(request.alpha),
         "channel": None if request.channel is None else request.channel.value,
         "select": None if request.select is None else request.select.value,
         "seed": request.seed,
         "max-shard-size": request.max_shard_size,
+        "device": None if device == "cpu" else device,
     }
     given = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None]
     fold = ["--fold-norm"] if request.fold_norm else []

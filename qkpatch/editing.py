@@ -10,6 +10,7 @@ from itertools import groupby
 
 import torch
 
+from qkpatch.canonical import measured
 from qkpatch.copier import Copier, Observer
 from qkpatch.crew import Crew
 from qkpatch.device import choose_device, computing, heads_together
@@ -116,7 +117,8 @@ def _edit_heads(
             for ref, begin, end, at in plan.head_ranges(target, head):
                 data = stored.pieces[i][ref] if is_changed else weights.raw(ref, begin, end)
                 copier.write(plan.output.place(ref).shard, data, at)
-            record = HeadRecord(head=head, kv_head=target.layout.kv_head(head), **vars(reports[i]))
+            figures = {name: measured(figure) for name, figure in vars(reports[i]).items()}
+            record = HeadRecord(head=head, kv_head=target.layout.kv_head(head), **figures)
             yield record, is_changed
         del of, stored, store, folding  # before the next heads are read
 

@@ -1,7 +1,8 @@
 """``Manifest``: what was done, precisely enough to check it byte for byte. Canonical JSON, torch-free.
 
 Everything but the ``run`` block is reproducible: same source, same edit, same stack, same bytes. Keys are
-sorted, numbers finite and of nine significant digits, paths relative and POSIX, nothing of the machine.
+sorted, numbers finite, settings exact and measured figures of nine significant digits, paths relative and POSIX,
+nothing of the machine.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from qkpatch.budget import head_memory
-from qkpatch.canonical import canonical_json
+from qkpatch.canonical import canonical_json, exact
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.output import Output
 from qkpatch.checkpoint.reshard import reshard
@@ -93,8 +93,8 @@ class EditPlan:
             return "alpha 1: nothing is edited"
         what = {
             Select.shrink: f"W_Q shrunk by as much as {rule.paired_modes} dominant modes would move it",
-            Select.subspace: f"a random {rule.modes}-dimensional subspace of each query × {rule.alpha:g}",
-        }.get(rule.select, f"{rule.paired_modes} {rule.select.value} modes × {rule.alpha:g}")
+            Select.subspace: f"a random {rule.modes}-dimensional subspace of each query × {exact(rule.alpha)}",
+        }.get(rule.select, f"{rule.paired_modes} {rule.select.value} modes × {exact(rule.alpha)}")
         folded = ", gain before attention folded" if self.settings.fold_norm else ""
         return f"{what}, {rule.channel.value} channel{folded}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from qkpatch.canonical import exact
 from qkpatch.checkpoint.hub import HubId
 from qkpatch.checkpoint.publish import Base, Step, Target, check_target, copyable, publish
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME
@@ -91,5 +92,5 @@ def _summary(manifest: Manifest) -> str:
     edit = manifest.edit
     return (
         f"QK product steering of {manifest.source['name']}: layers {format_ranges(edit['layers'])}, "
-        f"{edit['modes_edited']} {edit['select']} mode(s), alpha {edit['alpha']:g}, {edit['channel']} channel"
+        f"{edit['modes_edited']} {edit['select']} mode(s), alpha {exact(edit['alpha'])}, {edit['channel']} channel"
     )

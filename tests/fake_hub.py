@@ -87,13 +87,16 @@ class Request:
     token: str | None
     host: str = "hub"  # or "cdn"
     range: str | None = None
+    cookie: str | None = None
 
 
 @dataclass
 class Fault:
     """What goes wrong with the next ``times`` requests whose path matches."""
 
-    kind: str  # "status 503", "cut", "stall", "whole", "other range", "other etag", "other commit", "gzip", "damage"
+    # "headers" alone, "status 503", "cut", "stall", "whole", "other range", "other etag", "other commit", "gzip" or
+    # "damage"
+    kind: str
     match: str = ""
     times: int = 1
     headers: dict[str, str] = field(default_factory=dict)
@@ -129,6 +132,8 @@ class FakeHub:
     uploads: dict[str, bytes] = field(default_factory=dict)  # by SHA-256
     duplicated: list[dict[str, Any]] = field(default_factory=list)
     commits: list[Commit] = field(default_factory=list)
+    lfs_actions: dict[str, Any] = field(default_factory=dict)  # beside "upload", or in its place
+    commit_answer: dict[str, str] = field(default_factory=dict)  # beside, or in place of, the usual
     signature: int = 0  # of addresses on the other host; raise it and the ones before are refused
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -234,7 +239,9 @@ class _Base(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         authorization = self.headers.get("Authorization")
         token = authorization.removeprefix("Bearer ") if authorization else None
-        request = Request(self.command, path, token, self.host, self.headers.get("Range"))
+        request = Request(
+            self.command, path, token, self.host, self.headers.get("Range"), self.headers.get("Cookie")
+        )
         self.state.log.append(request)
         self.fault = self.state.take_fault(path, self.host)
         return path
@@ -270,7 +277,8 @@ class _Base(BaseHTTPRequestHandler):
 
     def _stream(self, status: int, path: Path, begin: int, end: int, headers: dict[str, str]) -> None:
         self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(end - begin)}.items():
+        more = {} if self.fault is None else self.fault.headers
+        for key, value in {**headers, **more, "Content-Length": str(end - begin)}.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command == "HEAD":
@@ -300,7 +308,8 @@ class _Base(BaseHTTPRequestHandler):
 
     def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(len(body))}.items():
+        more = {} if self.fault is None else self.fault.headers
+        for key, value in {**headers, **more, "Content-Length": str(len(body))}.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -326,6 +335,9 @@ class _Elsewhere(_Base):
         path = self._noted()
         if self._is_broken():
             return
+        if not path.startswith("/signed-"):  # nothing that it was ever asked for by one who means well
+            self._send_json([])
+            return
         _, signature, owner, name, file = path.split("/", 4)
         repo = self.state.repos[f"{owner}/{name}"]
         if signature != f"signed-{self.state.signature}":
@@ -335,6 +347,11 @@ class _Elsewhere(_Base):
 
     def do_HEAD(self) -> None:
         self.do_GET()
+
+    def do_POST(self) -> None:
+        self._noted()
+        self._received()
+        self._send_json({})
 
     def do_PUT(self) -> None:
         self._noted()
@@ -392,7 +409,14 @@ class _Handler(_Base):
 
     def _lfs_batch(self, objects: list[dict[str, Any]]) -> None:
         answers = [
-            {**o, "actions": {"upload": {"href": f"{self.state.cdn}/upload/{o['oid']}"}}} for o in objects
+            {
+                **o,
+                "actions": {
+                    "upload": {"href": f"{self.state.cdn}/upload/{o['oid']}"},
+                    **self.state.lfs_actions,
+                },
+            }
+            for o in objects
         ]
         self._send_json({"transfer": "basic", "objects": answers})
 
@@ -415,7 +439,7 @@ class _Handler(_Base):
         answer = {"commitOid": oid, "commitUrl": f"{self.state.endpoint}/{repo}/commit/{oid}"}
         if is_pull_request:
             answer["pullRequestUrl"] = f"{self.state.endpoint}/{repo}/discussions/1"
-        self._send_json(answer)
+        self._send_json({**answer, **self.state.commit_answer})
 
     def _answer(self) -> None:
         path = self._noted()

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "qkpatch"
 
 # From the ground up: a module may import only from floors below its own, or beside it in its own room.
 FLOORS = [
+    ["redaction"],
     ["errors", "interrupts"],
     ["spectral", "checkpoint", "selection", "strict", "rows", "crew", "canonical", "wrapping"],
     ["recipe", "refusals", "fp8", "difference", "writing"],
@@ -46,8 +47,8 @@ ONLY_IN = {
     "rich": {"console", "tables"},
     "yaml": {"strict"},
     "huggingface_hub": {
-        "checkpoint.hub", "checkpoint.hub_cache", "checkpoint.hub_errors", "checkpoint.transfer",
-        "checkpoint.publish",
+        "checkpoint.hub", "checkpoint.hub_cache", "checkpoint.hub_errors", "checkpoint.hub_token",
+        "checkpoint.transfer", "checkpoint.publish",
     },
     "safetensors": {"verify"},
     "torch": {

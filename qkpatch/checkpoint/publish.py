@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qkpatch.checkpoint.hub_errors import hub_errors
+from qkpatch.checkpoint.hub_token import hub_api
 from qkpatch.checkpoint.source import WEIGHT_SUFFIXES
 from qkpatch.errors import HubError, UsageError
+from qkpatch.redaction import redact
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,10 @@ def copyable(base: Base) -> dict[str, int]:
     Raises:
         HubError: they cannot be listed.
     """
-    from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
     with hub_errors(f"{base.repo}@{base.commit[:12]}"):
-        entries = list(HfApi().list_repo_tree(base.repo, recursive=True, revision=base.commit))
+        entries = list(hub_api().list_repo_tree(base.repo, recursive=True, revision=base.commit))
     return {e.path: e.size for e in entries if isinstance(e, RepoFile) and e.lfs is not None and e.xet_hash}
 
 
@@ -59,13 +60,13 @@ def check_target(target: Target, names: Sequence[str]) -> None:
         UsageError: the repository has other weights, which a loader might take; or is not as private as asked for.
         HubError: no token, or the Hub cannot be asked.
     """
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import get_token
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
     from huggingface_hub.hf_api import RepoFile
 
     if get_token() is None:
         raise HubError("publishing needs a token", where=target.repo, fix="hf auth login, or set HF_TOKEN")
-    api = HfApi()
+    api = hub_api()
     try:
         with hub_errors(target.repo):
             entries = list(api.list_repo_tree(target.repo, recursive=True))
@@ -100,9 +101,9 @@ def publish(target: Target, out: Path, base: Base | None, steps: Sequence[Step],
     Raises:
         HubError: refused, or broken off: then there is no commit.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationCopy, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationCopy
 
-    api = HfApi(library_name="qkpatch")
+    api = hub_api()
     operations: list[CommitOperationAdd | CommitOperationCopy] = []
     for step in steps:
         if step.is_copy and base is not None:
@@ -121,4 +122,4 @@ def publish(target: Target, out: Path, base: Base | None, steps: Sequence[Step],
     with hub_errors(target.repo):
         api.create_repo(target.repo, private=target.private or None, exist_ok=True)
         done = api.create_commit(target.repo, operations, commit_message=summary, create_pr=target.create_pr)
-    return str(done.pr_url or done.commit_url)
+    return redact(str(done.pr_url or done.commit_url))
