@@ -23,6 +23,7 @@ class Writing:
     link_cache: bool = False  # also to files in the Hub cache, which other programs may clear or replace
     resume: bool = False
     overwrite: bool = False
+    force: bool = False  # overwrite whatever is there
 
 
 PLAIN = Writing()

@@ -11,7 +11,7 @@ from itertools import groupby
 from operator import attrgetter
 from typing import NamedTuple
 
-from qkpatch.checkpoint.files import Readable, update_digest
+from qkpatch.checkpoint.files import Fed, Readable, update_digest
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,27 @@ class Content:
         return digest.hexdigest() == self.digest
 
 
+class Parts:
+    """A digest of a file that is fed from its beginning on, and the SHA-256 of parts of it."""
+
+    def __init__(self, whole: Fed, parts: Iterable[tuple[int, int]]) -> None:
+        self._whole, self._position = whole, 0
+        self._parts = [(begin, end, hashlib.sha256()) for begin, end in parts]
+
+    def update(self, data: bytes | bytearray | memoryview, /) -> None:
+        """Take more bytes in."""
+        self._whole.update(data)
+        view, first = memoryview(data), self._position
+        self._position += len(view)
+        for begin, end, digest in self._parts:
+            if begin < self._position and first < end:
+                digest.update(view[max(begin - first, 0) : end - first])
+
+    def sums(self) -> list[str]:
+        """The SHA-256 of each part, in the order in which they were given."""
+        return [digest.hexdigest() for _, _, digest in self._parts]
+
+
 class Held(NamedTuple):
     """The bytes ``begin:end`` of a file of SOURCE, which OUT holds in ``name`` from ``at`` on."""
 
@@ -72,7 +93,7 @@ def gaps(size: int, held: Iterable[Held]) -> list[tuple[int, int]]:
 
 
 def feed_source(
-    digest: hashlib._Hash, source: Readable, size: int, held: Sequence[Held], opened: Opened, where: str
+    digest: Fed, source: Readable, size: int, held: Sequence[Held], opened: Opened, where: str
 ) -> None:
     """Feed a file of SOURCE to ``digest``, as OUT has it: what OUT does not hold is read from ``source``.
 

@@ -44,6 +44,13 @@ class Remote(Protocol):
 Readable = int | Remote  # a file descriptor, or a file elsewhere
 
 
+class Fed(Protocol):
+    """A digest, or several, to which bytes are fed in order."""
+
+    def update(self, data: bytes | bytearray | memoryview, /) -> None:
+        """Take more bytes in."""
+
+
 @contextmanager
 def os_errors(doing: str, where: str | Path) -> Iterator[None]:
     """Turn an ``OSError`` into a :class:`FileSystemError` that says what was being done, and to which file."""
@@ -156,7 +163,7 @@ def sha256_range(fd: Readable, begin: int, end: int, where: str | Path) -> str:
     return digest.hexdigest()
 
 
-def update_digest(digest: hashlib._Hash, fd: Readable, begin: int, end: int, where: str | Path) -> None:
+def update_digest(digest: Fed, fd: Readable, begin: int, end: int, where: str | Path) -> None:
     """Feed the bytes ``begin:end`` of an open file to ``digest``."""
     if not isinstance(fd, int):
         for piece in fd.pieces(begin, end):

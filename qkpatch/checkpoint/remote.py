@@ -12,7 +12,7 @@ from qkpatch.checkpoint.content import Content
 from qkpatch.checkpoint.ranges import Fetchers, RangeReader
 from qkpatch.checkpoint.transfer import Listed, Transfer
 from qkpatch.checkpoint.tree import BOOKKEEPING, MAX_JSON_BYTES, SourceFile, is_plain_relative
-from qkpatch.errors import CheckpointError
+from qkpatch.errors import CheckpointError, HubError
 
 _MODE = 0o644  # the Hub knows of no other
 
@@ -44,9 +44,20 @@ class RemoteFile(SourceFile):
             yield reader
 
     def read(self, limit: int = MAX_JSON_BYTES) -> bytes:
-        """All of a small file, in one request: the Hub may not know ranges of those that are in Git itself."""
+        """All of a small file, in one request: the Hub may not know ranges of those that are in Git itself.
+
+        Raises:
+            HubError: it does not come, or is not what was listed.
+        """
         self.check_size(limit)
-        return self.transfer.whole(self.entry)
+        data = self.transfer.whole(self.entry)
+        if self.listed is not None and not self.listed.is_of(data):
+            raise HubError(
+                "what came is not what the Hub lists: its digest is another",
+                where=self.where,
+                fix="try again; if it stays, the file on the Hub or what a proxy delivers is damaged",
+            )
+        return data
 
 
 @dataclass(frozen=True)

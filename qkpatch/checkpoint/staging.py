@@ -14,14 +14,14 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from qkpatch.checkpoint.files import os_errors
 from qkpatch.checkpoint.journal import is_of
-from qkpatch.checkpoint.target import refuse_foreign_files, target_path
+from qkpatch.checkpoint.target import target_path
 from qkpatch.errors import FileSystemError, HubError, UsageError
 from qkpatch.interrupts import signals_held
 
@@ -99,11 +99,13 @@ class Staging:
             os.close(self._lock)
             self._lock = -1
 
-    def publish(self, directories: Iterable[str], *, overwrite: bool) -> None:
+    def publish(self, directories: Iterable[str], still_replaceable: Callable[[], None] | None) -> None:
         """Make the staged directory OUT, all or nothing. Files must be synced already; directories are here.
 
+        ``still_replaceable`` raises where the OUT that was to be replaced is another by now; None where there was none.
+
         Raises:
-            UsageError: OUT came into being meanwhile.
+            UsageError: OUT came into being, or changed, meanwhile.
         """
         for name in (*directories, "."):
             _sync_directory(self.path / name)
@@ -112,8 +114,8 @@ class Staging:
                 self._move(_RENAME_NOREPLACE)
             elif not any(self.out.iterdir()):
                 os.rename(self.path, self.out)  # replaces an empty directory, fails on any other
-            elif overwrite:
-                refuse_foreign_files(self.out)  # some may have come since
+            elif still_replaceable is not None:
+                still_replaceable()
                 self._move(_RENAME_EXCHANGE)  # the old output is now the staged one, and goes on exit
             else:
                 raise self._raced()
