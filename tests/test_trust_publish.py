@@ -21,8 +21,13 @@ from conftest import Tiny, build_tiny
 from fake_hub import FakeHub, Repo, fake_hub, hub_environment, run_qkpatch
 from typer.testing import Result
 
+from qkpatch import publication
+from qkpatch.checkpoint.present import Present
+from qkpatch.checkpoint.rooted import Rooted
 from qkpatch.errors import CheckpointError
 from qkpatch.manifest import Manifest
+from qkpatch.plan import make_plan
+from qkpatch.verify import recorded
 from qkpatch.withheld import Insisted, is_private
 
 SHARDS = [["layers.0."], ["layers.1."], [""]]
@@ -228,6 +233,23 @@ def test_the_repository_that_a_manifest_names_must_be_the_one(world: World, tmp_
         world.out, lambda m: m["source"].update(name="org/evil", commit=world.hub.repos["org/evil"].commit)
     )
     refused(world, world.card(), 1, UNTOUCHED)
+
+
+def test_what_is_copied_on_the_hubs_side_is_chosen_by_digest(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names, sizes and the manifest's word for it are not enough."""
+    good = {name: world.repo.sha256(name) for name in (UNTOUCHED, PATCHED)}
+    wish = publication.Wish(publication.parse_target("me/new", private=False, create_pr=False), Insisted())
+    monkeypatch.setattr(publication, "check_target", lambda *_: None)
+    with Rooted(world.out) as root:
+        present = Present(root)
+        manifest = recorded(present)
+        plan = make_plan(str(world.base.path), manifest.request())
+        for listed, copied in ((good, {UNTOUCHED}), ({**good, UNTOUCHED: "0" * 64}, set())):
+            monkeypatch.setattr(publication, "copyable", lambda _, listed=listed: listed)
+            steps = publication.plan_publication(wish, manifest, plan, present).steps
+            assert {step.name for step in steps if step.is_copy} == copied
 
 
 @stress
