@@ -155,7 +155,11 @@ def apply(
             force=force,
         )
         if wish is not None:
-            show(plan_publication(wish, planned_manifest(plan, device), plan, None), quiet=is_quiet)
+            show(
+                plan_publication(wish, planned_manifest(plan, device), plan, None),
+                quiet=quiet,
+                as_json=as_json,
+            )
         return
     say = silent if quiet else note
     if no_cache:
@@ -193,7 +197,8 @@ def apply(
         show_applied(plan, manifest, source, out)
     if wish is not None:
         where = None if plan.model.source.kind == "hub" else source
-        say(f"Published: {push_out(out, wish, where, plan.model.recipe_file, quiet=is_quiet)}")
+        own = plan.model.recipe_file
+        say(f"Published: {push_out(out, wish, where, own, quiet=quiet, as_json=as_json)}")
 
 
 @command

@@ -52,7 +52,14 @@ def push_wish(
 
 
 def push_out(
-    out: Path, wish: Wish, source: str | None, recipe: str | None, *, quiet: bool, dry_run: bool = False
+    out: Path,
+    wish: Wish,
+    source: str | None,
+    recipe: str | None,
+    *,
+    quiet: bool,
+    as_json: bool = False,
+    dry_run: bool = False,
 ) -> str | None:
     """Verify OUT and publish it, as it was verified; returns the commit's address, None for ``dry_run``.
 
@@ -61,7 +68,8 @@ def push_out(
         wish: what is asked for.
         source: SOURCE; None for the repository that the manifest names.
         recipe: where a recipe of the user's own is.
-        quiet: print no commit.
+        quiet: print nothing but errors.
+        as_json: print no table, since stdout is for something else.
         dry_run: do all but send.
 
     Raises:
@@ -76,19 +84,20 @@ def push_out(
     with Rooted(out) as root:
         present = Present(root)
         manifest = recorded(present)
-        plan = _verified(present, manifest, source, recipe, quiet=quiet)
+        plan = _verified(present, manifest, source, recipe, quiet=quiet or as_json)
         publication = plan_publication(wish, manifest, plan, present)
-        show(publication, quiet=quiet)
+        show(publication, quiet=quiet, as_json=as_json)
         return None if dry_run else publication.carry_out(present)
 
 
-def show(publication: Publication, *, quiet: bool) -> None:
+def show(publication: Publication, *, quiet: bool, as_json: bool = False) -> None:
     """The commit, and what is not in it."""
     from qkpatch.console import show_warnings
     from qkpatch.tables import show_publication
 
-    if not quiet:
+    if not (quiet or as_json):
         show_publication(publication)
+    if not quiet:
         show_warnings(publication.warnings)
 
 
