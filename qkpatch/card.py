@@ -20,8 +20,23 @@ FOLLOWS = "<!-- The card of the base model follows, as it was. -->"
 _NOT_INHERITED = ("model-index", "new_version", "eval_results")
 
 
-def model_card(manifest: Manifest, title: str, base_card: str | None, comparison: Comparison | None) -> str:
-    """The card as Markdown; ``base_card`` is SOURCE's README.md, whose text is kept below ours."""
+def model_card(
+    manifest: Manifest,
+    title: str,
+    base_card: str | None,
+    comparison: Comparison | None,
+    *,
+    is_checked: bool = False,
+) -> str:
+    """The card as Markdown.
+
+    Args:
+        manifest: what was done.
+        title: the model's name.
+        base_card: SOURCE's README.md, whose text is kept below ours.
+        comparison: results of both models.
+        is_checked: this very OUT was just verified.
+    """
     yaml, text = front_matter.split(base_card or "")
     base = manifest.source["name"] if manifest.source["kind"] == "hub" else None
     values: dict[str, str | list[str]] = {}
@@ -31,7 +46,7 @@ def model_card(manifest: Manifest, title: str, base_card: str | None, comparison
     parts = [
         f"---\n{front_matter.changed(yaml, values, _NOT_INHERITED)}---\n",
         f"\n# {title}\n",
-        *_edit(manifest, base),
+        *_edit(manifest, base, is_checked=is_checked),
         *_claims(comparison),
     ]
     if base_card is not None:
@@ -47,7 +62,7 @@ def is_card_over(card: str, base_card: str | None) -> bool:
     )
 
 
-def _edit(manifest: Manifest, base: str | None) -> Iterator[str]:
+def _edit(manifest: Manifest, base: str | None, *, is_checked: bool) -> Iterator[str]:
     source, edit = manifest.source, manifest.edit
     what = f"[{base}](https://huggingface.co/{base})" if base else f"`{source['name']}`"
     commit = f" at commit `{source['commit']}`" if source["commit"] else ""
@@ -77,9 +92,14 @@ def _edit(manifest: Manifest, base: str | None) -> Iterator[str]:
     own = (
         "" if manifest.recipe["name"] in shipped_recipes() else f" --recipe {shlex.quote(_recipe(manifest))}"
     )
+    made = (
+        "Made, and checked byte for byte, by"
+        if is_checked
+        else "Made by the first of these; the second checks it"
+    )
     yield (
-        "\n`qkpatch.json` records every edited tensor and head, with digests before and after. Made, and checked byte "
-        f"for byte, by\n\n```\n{_command(manifest)}\nqkpatch verify OUT --source {_source(manifest)}{own}\n```\n"
+        f"\n`qkpatch.json` records every edited tensor and head, with digests before and after. {made}\n\n"
+        f"```\n{_command(manifest)}\nqkpatch verify OUT --source {_source(manifest)}{own}\n```\n"
     )
 
 

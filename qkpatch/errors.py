@@ -82,6 +82,13 @@ class AmbiguousError(QKPatchError):
     kind = "ambiguous"
 
 
+class MismatchError(QKPatchError):
+    """OUT is not SOURCE plus the edit that its manifest declares, where it must be."""
+
+    exit_code = 1
+    kind = "mismatch"
+
+
 class NumericalError(QKPatchError):
     """NaN or Inf in or out, or an edit that would not change its tensor."""
 

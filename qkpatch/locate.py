@@ -22,6 +22,7 @@ class Access(Enum):
     download = "into the Hub cache, all of it"
     ranges = "where it is, by byte ranges, unless the Hub cache has all of it"
     no_cache = "where it is, whatever the Hub cache has"
+    listed = "where it is, even where SOURCE names a snapshot in the Hub cache"
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,18 @@ def locate(text: str, access: Access = Access.download) -> Source:
         HubError: the Hub cannot deliver it.
     """
     path = local_path(text)
+    recipe: Recipe | None = None
     if path is not None:
-        return _local(path)
-    if text in shipped_recipes():
+        here = _local(path)
+        if here.commit is None or access is not Access.listed:
+            return here
+        hub_id: HubId | None = HubId(here.name, here.commit)
+    elif text in shipped_recipes():
         recipe = get_recipe(text)
         hub_id = HubId.parse(recipe.default_repo)
     else:
-        recipe = None
         hub_id = HubId.parse(text)
-    if hub_id is None or text.startswith((".", "/", "~")):
+    if hub_id is None or (path is None and text.startswith((".", "/", "~"))):
         raise UsageError(
             "no such file or directory, recipe, or Hub id (org/name)",
             where=text,

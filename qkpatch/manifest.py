@@ -16,9 +16,9 @@ from qkpatch.canonical import Json, canonical_json
 from qkpatch.checkpoint.output import Output, OutputFile
 from qkpatch.checkpoint.tree import load_json
 from qkpatch.errors import CheckpointError, UsageError
+from qkpatch.manifest_check import check_manifest
 from qkpatch.plan import EditPlan
 from qkpatch.request import Request
-from qkpatch.rows import RowLayout
 from qkpatch.targets import LayerTarget
 
 SCHEMA = "qkpatch/1"
@@ -142,6 +142,7 @@ class FileRecord:
     action: str  # "copied", "patched", or "resharded"
     sha256: str | None = None  # where digests of files are wanted
     source_sha256: str | None = None  # of the file in SOURCE, where the Hub cache names it by that
+    outside: bool = False  # SOURCE has it, or a part of it, by a link that leads out of SOURCE
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ class Manifest:
                 files=tuple(FileRecord(**file) for file in document["files"]),
                 warnings=tuple(document["warnings"]),
             )
-            manifest._check()
+            check_manifest(manifest)
             manifest.dumps().encode()  # finite numbers, text that is text
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError, UsageError) as error:
             raise CheckpointError(f"malformed manifest: {error!r}", where=where) from error
@@ -229,33 +230,6 @@ class Manifest:
             max_shard_size=self.output["max_shard_size"],
         )
 
-    def _check(self) -> None:
-        """Raise ``TypeError`` or ``ValueError`` for what ``verify`` could not work with."""
-        request = self.request()
-        if not (isinstance(request.recipe, str) and isinstance(request.alpha, int | float)):
-            raise TypeError("the recipe is not a name, or alpha not a number")
-        if not isinstance(request.max_shard_size, int | None):
-            raise TypeError("max_shard_size is not a whole number")
-        if type(request.modes) is not int or type(request.seed) is not int:
-            raise TypeError("modes or seed is not a whole number")
-        sizes = [
-            self.model[key]
-            for key in ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
-        ]
-        heads = [head.head for edit in self.edits for head in edit.heads]
-        RowLayout(self.model["rows"])
-        if not all(type(n) is int for n in (*sizes, *heads)) or min(sizes) < 1:
-            raise TypeError("a head or a size is not a whole number")
-        if not all(
-            isinstance(block, dict) for block in (self.edit, self.model, self.output, self.source, self.run)
-        ):
-            raise TypeError("a block is not an object")
-        names = [edit.tensor for edit in self.edits]
-        if not all(isinstance(name, str) for name in (*names, *(file.name for file in self.files))):
-            raise TypeError("a name is not a string")
-        if len(set(names)) != len(names):
-            raise ValueError("a tensor is recorded twice")
-
 
 def _edit_record(edit: Mapping[str, Json]) -> EditRecord:
     begin, end = edit["byte_range"]
@@ -277,8 +251,13 @@ def planned_manifest(plan: EditPlan, device: str) -> Manifest:
         "commit": model.source.commit,
         "checked": None,
     }
+    strays = set(checkpoint.from_outside)
     if checkpoint.previous_manifest is not None:
-        source["previous_edit"] = Manifest.loads(checkpoint.previous_manifest, "SOURCE's qkpatch.json").edit
+        previous = Manifest.loads(checkpoint.previous_manifest, "SOURCE's qkpatch.json")
+        source["previous_edit"] = previous.edit
+        if model.source.kind != "hub":  # where all can see them anyway
+            strays |= {file.name for file in previous.files if file.outside}
+    outside = plan.output.made_of(strays)
     return Manifest(
         tool={"name": "qkpatch", "version": version("qkpatch"), "torch": version("torch")},
         compute={"device": device, "dtype": "float64"},
@@ -303,7 +282,13 @@ def planned_manifest(plan: EditPlan, device: str) -> Manifest:
         output={"max_shard_size": plan.max_shard_size},
         edits=tuple(EditRecord.planned(target, plan.output) for target in plan.edits),
         files=tuple(
-            FileRecord(name, file.size, _action(name, plan), source_sha256=_source_sum(file))
+            FileRecord(
+                name,
+                file.size,
+                _action(name, plan),
+                source_sha256=_source_sum(file),
+                outside=name in outside,
+            )
             for name, file in plan.output.files.items()
         ),
         warnings=plan.warnings,

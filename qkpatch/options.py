@@ -74,6 +74,18 @@ PrivateOpt = Annotated[bool, typer.Option("--private", help="With --push: a new 
 CreatePrOpt = Annotated[
     bool, typer.Option("--create-pr", help="With --push: a pull request instead of a commit.")
 ]
+IncludeOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--include",
+        metavar="NAME",
+        help="With --push: also this file, or glob, that SOURCE has by a link to elsewhere; repeatable.",
+        show_default=False,
+    ),
+]
+IncludeHiddenOpt = Annotated[
+    bool, typer.Option("--include-hidden", help="With --push: also files that are private by name.")
+]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 DebugOpt = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", envvar="QKPATCH_DEBUG")]

@@ -28,6 +28,7 @@ from qkpatch.errors import HubError
 from qkpatch.interrupts import signals_held, signals_let_through
 from qkpatch.manifest import EditRecord, HeadRecord, Manifest, planned_manifest
 from qkpatch.plan import EditPlan
+from qkpatch.replacing import Replaced, replaceable
 from qkpatch.selection import abbreviate
 from qkpatch.sources import Sources
 from qkpatch.sums import refuse_own_sums, sums_text
@@ -50,10 +51,12 @@ def apply_plan(
     device: str = "cpu",
     threads: int = 1,
     writing: Writing = PLAIN,
+    replaced: Replaced | None = None,
 ) -> Manifest:
     """Write the edited checkpoint to ``out`` and return its manifest; the same bytes whatever ``threads``.
 
-    SOURCE is only read. OUT appears whole, by one rename, or not at all.
+    SOURCE is only read. OUT appears whole, by one rename, or not at all. ``replaced`` is what is known to be
+    replaceable in its place already.
 
     Raises:
         UsageError: OUT is not acceptable, or there is no such device.
@@ -61,8 +64,10 @@ def apply_plan(
         NumericalError: NaN or Inf, or a tensor that the edit would leave as it was.
     """
     checkpoint = plan.model.checkpoint
-    check_out(out, plan.model.source.path, overwrite=writing.overwrite)
+    check_out(out, plan.model.source.path, overwrite=writing.overwrite, force=writing.force)
     check_apart(out, checkpoint)
+    if replaced is None:
+        replaced = replaceable(out, plan, writing, lambda _: None)
     if writing.digest is Digest.files:
         refuse_own_sums(checkpoint)
     if device not in ("auto", "cpu"):  # which are always there
@@ -120,7 +125,7 @@ def apply_plan(
                 staged.write_new(SUMS_NAME, sums_text(manifest, record).encode())
             staged.write_new(MANIFEST_NAME, record)
             staged.check(checkpoint.directories)
-            staging.publish(checkpoint.directories, overwrite=writing.overwrite)
+            staging.publish(checkpoint.directories, None if replaced is None else replaced.check)
     return manifest
 
 

@@ -27,6 +27,7 @@ class Writing:
     link_cache: bool = False  # also to files in the Hub cache, which other programs may clear or replace
     resume: bool = False
     overwrite: bool = False
+    force: bool = False  # overwrite whatever is there
 
     def may_link(self, file: SourceFile) -> TypeGuard[LocalFile]:
         """Whether a hard link to a file of SOURCE may stand for a copy of it."""

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -130,10 +130,15 @@ class FakeHub:
     bad_token: bool = False
     created: dict[str, dict[str, Any]] = field(default_factory=dict)
     uploads: dict[str, bytes] = field(default_factory=dict)  # by SHA-256
+    broken_uploads: bool = False
+    ignored: list[str | None] = field(default_factory=list)  # patterns that came with files to be uploaded
     duplicated: list[dict[str, Any]] = field(default_factory=list)
     commits: list[Commit] = field(default_factory=list)
     lfs_actions: dict[str, Any] = field(default_factory=dict)  # beside "upload", or in its place
     commit_answer: dict[str, str] = field(default_factory=dict)  # beside, or in place of, the usual
+    meddle: dict[str, Callable[[], object]] = field(
+        default_factory=dict
+    )  # done once a path like that is asked for
     signature: int = 0  # of addresses on the other host; raise it and the ones before are refused
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -243,6 +248,8 @@ class _Base(BaseHTTPRequestHandler):
             self.command, path, token, self.host, self.headers.get("Range"), self.headers.get("Cookie")
         )
         self.state.log.append(request)
+        for pattern in [p for p in self.state.meddle if re.search(p, path)]:
+            self.state.meddle.pop(pattern)()
         self.fault = self.state.take_fault(path, self.host)
         return path
 
@@ -356,6 +363,9 @@ class _Elsewhere(_Base):
     def do_PUT(self) -> None:
         self._noted()
         data = self._received()
+        if self.state.broken_uploads:
+            self._send(400, b"no", {})
+            return
         self.state.uploads[hashlib.sha256(data).hexdigest()] = data
         self._send(200, b"", {})
 
@@ -380,6 +390,7 @@ class _Handler(_Base):
             self._create(json.loads(body))
         elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/(.+)", path):
             sent = json.loads(body)["files"]
+            self.state.ignored.append(json.loads(body).get("gitIgnore"))
             self._send_json({"files": [self._upload_mode(file) for file in sent]})
         elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/paths-info/(.+)", path):
             repo = self.state.repos.get(found[1])

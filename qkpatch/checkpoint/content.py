@@ -12,7 +12,7 @@ from itertools import groupby
 from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
-from qkpatch.checkpoint.files import READ_CHUNK, Readable, read_exact, read_into, update_digest
+from qkpatch.checkpoint.files import READ_CHUNK, Digesting, Readable, read_exact, read_into, update_digest
 from qkpatch.errors import HubError
 
 
@@ -58,6 +58,27 @@ def damaged(where: str) -> HubError:
     )
 
 
+class Parts:
+    """A digest of a file that is fed from its beginning on, and the SHA-256 of parts of it."""
+
+    def __init__(self, whole: Digesting, parts: Iterable[tuple[int, int]]) -> None:
+        self._whole, self._position = whole, 0
+        self._parts = [(begin, end, hashlib.sha256()) for begin, end in parts]
+
+    def update(self, data: bytes | bytearray | memoryview, /) -> None:
+        """Take more bytes in."""
+        self._whole.update(data)
+        view, first = memoryview(data), self._position
+        self._position += len(view)
+        for begin, end, digest in self._parts:
+            if begin < self._position and first < end:
+                digest.update(view[max(begin - first, 0) : end - first])
+
+    def sums(self) -> list[str]:
+        """The SHA-256 of each part, in the order in which they were given."""
+        return [digest.hexdigest() for _, _, digest in self._parts]
+
+
 class Held(NamedTuple):
     """The bytes ``begin:end`` of a file of SOURCE, which OUT holds in ``name`` from ``at`` on."""
 
@@ -83,7 +104,7 @@ def gaps(size: int, held: Iterable[Held]) -> list[tuple[int, int]]:
 
 
 def feed_source(
-    digest: hashlib._Hash, source: Readable, size: int, held: Sequence[Held], opened: Opened, where: str
+    digest: Digesting, source: Readable, size: int, held: Sequence[Held], opened: Opened, where: str
 ) -> None:
     """Feed a file of SOURCE to ``digest``, as OUT has it: what OUT does not hold is read from ``source``.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from qkpatch.checkpoint.content import Held
@@ -98,6 +98,10 @@ class Output:
     def place(self, ref: TensorRef) -> TensorRef:
         """Where OUT has a tensor of SOURCE."""
         return ref if self.moved is None else self.moved[ref.name]
+
+    def made_of(self, names: Collection[str]) -> set[str]:
+        """The files of OUT that have something of these files of SOURCE."""
+        return {name for name, file in self.files.items() if any(e.file.name in names for e in file.extents)}
 
     @property
     def size(self) -> int:

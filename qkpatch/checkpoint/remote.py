@@ -44,7 +44,11 @@ class RemoteFile(SourceFile):
             yield reader
 
     def read(self, limit: int = MAX_JSON_BYTES) -> bytes:
-        """All of a small file, in one request: the Hub may not know ranges of those that are in Git itself."""
+        """All of a small file, in one request: the Hub may not know ranges of those that are in Git itself.
+
+        Raises:
+            HubError: it does not come, or is not what was listed.
+        """
         self.check_size(limit)
         data = self.transfer.whole(self.entry)
         if not self.listed.is_of(data):

@@ -23,7 +23,7 @@ from types import TracebackType
 from qkpatch.checkpoint import journal
 from qkpatch.checkpoint.files import os_errors
 from qkpatch.checkpoint.rooted import Rooted
-from qkpatch.checkpoint.target import refuse_foreign_files, target_path
+from qkpatch.checkpoint.target import target_path
 from qkpatch.errors import FileSystemError, HubError, UsageError
 from qkpatch.interrupts import signals_held
 
@@ -128,18 +128,13 @@ class Staging:
             if hasattr(self, held):
                 getattr(self, held).close()
 
-    def publish(
-        self, directories: Iterable[str], *, overwrite: bool, check: Callable[[], None] = lambda: None
-    ) -> None:
+    def publish(self, directories: Iterable[str], still_replaceable: Callable[[], None] | None) -> None:
         """Make the staged directory OUT, all or nothing. Files must be synced already; directories are here.
 
-        Args:
-            directories: those in OUT.
-            overwrite: whether an earlier output may be replaced.
-            check: raises where what is in OUT must stay after all.
+        ``still_replaceable`` raises where the OUT that was to be replaced is another by now; None where there was none.
 
         Raises:
-            UsageError: OUT came into being meanwhile.
+            UsageError: OUT came into being, or changed, meanwhile.
         """
         for name in (*directories, "."):
             self.files.sync(name)
@@ -148,9 +143,8 @@ class Staging:
                 self._move(_RENAME_NOREPLACE)
             elif not any(self.out.iterdir()):
                 self._rename()  # replaces an empty directory, fails on any other
-            elif overwrite:
-                refuse_foreign_files(self.out)  # some may have come since
-                check()
+            elif still_replaceable is not None:
+                still_replaceable()
                 self._move(_RENAME_EXCHANGE)  # the old output is now the staged one, and goes on exit
             else:
                 raise self._raced()
