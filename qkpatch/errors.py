@@ -7,9 +7,30 @@ Anything that is not a :class:`QKPatchError` is a bug of ours and keeps its trac
 
 from __future__ import annotations
 
+import os
+import re
 from typing import ClassVar
 
-from qkpatch.redaction import redact
+_SPACE = r"\s\"'<>`"
+_SCHEME = r"[A-Za-z][A-Za-z0-9+.-]*:(?:\\?/)+"  # one slash, where it was taken for a path; \/ in JSON
+# The last @ before the path ends it; a password that was not quoted may hold a slash, a port does not.
+_USERINFO = re.compile(rf"({_SCHEME})(?:[^/?#{_SPACE}]*|[^/?#:@{_SPACE}]+:(?!\d*[/?#])[^{_SPACE}]*)@")
+_QUERY = re.compile(rf"({_SCHEME}[^?{_SPACE}]*)\?[^{_SPACE}]*|[?&#][\w.%+~-]+=[^{_SPACE}]*")
+# A short one is taken for a token where it is a word by itself: hf_models may be a directory, hf_api.py is a module.
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}|(?<![\w/.\\-])hf_[A-Za-z0-9]{6,}(?![\w/\\-]|\.\w)")
+_TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_LEAST_TOKEN = 8  # characters; shorter ones are words
+
+
+def redact(text: str) -> str:
+    """``text`` without what nobody should read in it; done twice, the same."""
+    for variable in _TOKEN_VARIABLES:
+        token = os.environ.get(variable, "").strip()
+        if len(token) >= _LEAST_TOKEN:
+            text = text.replace(token, "hf_***")
+    text = _USERINFO.sub(r"\1***@", text)
+    text = _QUERY.sub(lambda found: f"{found[1] or ''}?...", text)
+    return _TOKEN.sub("hf_***", text)
 
 
 class QKPatchError(Exception):

@@ -20,11 +20,10 @@ from typing import Any
 
 import safetensors
 
-from qkpatch.canonical import canonical_json
-from qkpatch.catalogue import shipped_recipes
 from qkpatch.checkpoint.header import DTYPE_BITS, MAX_HEADER_SIZE, Header, read_header
 from qkpatch.checkpoint.source import _read_config, open_checkpoint
 from qkpatch.checkpoint.tree import source_file
+from qkpatch.common.json_text import canonical_json
 from qkpatch.errors import (
     CheckpointError,
     HeaderError,
@@ -33,10 +32,11 @@ from qkpatch.errors import (
     UnsupportedError,
     UsageError,
 )
-from qkpatch.manifest import EditRecord, FileRecord, HeadRecord, Manifest
-from qkpatch.recipe_file import parse_recipe
-from qkpatch.request import parse_request
-from qkpatch.tower import read_tower
+from qkpatch.model.tower import read_tower
+from qkpatch.planning.manifest import EditRecord, FileRecord, HeadRecord, Manifest
+from qkpatch.planning.request import parse_request
+from qkpatch.recipes.catalogue import shipped_recipes
+from qkpatch.recipes.reading import parse_recipe
 
 U64 = 2**64
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from qkpatch.catalogue import shipped_recipes
-from qkpatch.describe import attention, defaults, layout
+from qkpatch.recipes.catalogue import shipped_recipes
+from qkpatch.recipes.words import attention, defaults, layout
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- recipes: make docs -->\n", "<!-- /recipes -->\n"

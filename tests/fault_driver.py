@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 HANGS_AFTER = 180  # seconds; then a run says where its threads are, and dies
-TRACED = ("patch", "crew", "copier", "journal", "staging", "interrupts", "contextlib")
+TRACED = ("apply", "threads", "copier", "sources", "takeover", "journal", "staged", "staging", "interrupts", "contextlib")
 
 
 def harm(run: dict[str, Any]) -> None:
     """Make the faults of a request happen in this process."""
-    from qkpatch import patch
+    from qkpatch.patching import apply as patch
 
     if run.get("skip_space_check"):
         patch.check_space = lambda *_: None
@@ -45,8 +45,8 @@ def harm(run: dict[str, Any]) -> None:
 
 def slow_down(name: str, delay: float) -> None:
     """A system call by its name in ``os``, the edit's writing of ``rows``, or the copying of other bytes."""
-    from qkpatch.checkpoint.copying import Passage
-    from qkpatch.copier import Copier
+    from qkpatch.output.passage import Passage
+    from qkpatch.patching.copier import Copier
 
     where, name = {"rows": (Copier, "write"), "copying": (Passage, "copy")}.get(name, (os, name))
     function = getattr(where, name)
@@ -79,7 +79,7 @@ class Tripwire:
 
 def on_start(run: dict[str, Any], started: int) -> Tripwire:
     """Tell when the engine begins; before that nothing is written."""
-    from qkpatch import patch
+    from qkpatch.patching import apply as patch
 
     engine = patch.apply_plan
     wire = Tripwire(run.get("trip_at", 0), run.get("trip_signal", signal.SIGINT))
@@ -217,8 +217,9 @@ def together(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     import torch
 
-    from qkpatch import cli, editing, patch, verify  # noqa: F401 - imported here, no fork has to
-    from qkpatch.checkpoint import copying
+    from qkpatch import cli
+    from qkpatch.compare import verify  # noqa: F401 - imported here, no fork has to
+    from qkpatch.output import passage as copying
 
     copying.PIECE = copying.LEAST_DIRECT = 1 << 17  # so that small files, too, go past the page cache
     torch.set_num_threads(1)

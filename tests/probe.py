@@ -13,7 +13,7 @@ from conftest import build_tiny
 from safetensors.torch import load_file
 from typer.testing import Result
 
-from qkpatch.settings import DEFAULT_ALPHA
+from qkpatch.planning.settings import DEFAULT_ALPHA
 
 H, K, D_HEAD, D_MODEL = 4, 2, 8, 24
 NUMBERS = {

@@ -138,8 +138,8 @@ def test_a_module_can_be_read_in_one_sitting(module: str) -> None:
     "code",
     [
         "import qkpatch.cli",
-        "import qkpatch.plan, qkpatch.manifest, qkpatch.console, qkpatch.diagnosis.explain",
-        "from qkpatch.catalogue import shipped_recipes; shipped_recipes()",
+        "import qkpatch.planning.plan, qkpatch.planning.manifest, qkpatch.cli.console, qkpatch.diagnosis.explain",
+        "from qkpatch.recipes.catalogue import shipped_recipes; shipped_recipes()",
     ],
 )
 def test_help_plans_and_recipes_need_no_torch(code: str) -> None:

@@ -21,8 +21,9 @@ from pretended_card import CARD, Card
 from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
-from qkpatch import device, editing, spectra
 from qkpatch.errors import UsageError
+from qkpatch.patching import device, spectra
+from qkpatch.patching import editor as editing
 from qkpatch.spectral.product import Factor, QKProduct
 from qkpatch.spectral.rule import Channel, Select
 

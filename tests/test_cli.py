@@ -17,13 +17,13 @@ import jsonschema
 import pytest
 from conftest import Tiny, build_tiny
 
-from qkpatch.canonical import canonical_json
+from qkpatch.common.json_text import canonical_json
+from qkpatch.common.ranges import format_ranges, parse_ranges
 from qkpatch.errors import UsageError
-from qkpatch.locate import locate
-from qkpatch.manifest import Manifest
-from qkpatch.selection import format_ranges, parse_ranges
+from qkpatch.model.locate import locate
+from qkpatch.planning.manifest import Manifest
 
-SCHEMA = json.loads((resources.files("qkpatch") / "manifest.schema.json").read_text())
+SCHEMA = json.loads((resources.files("qkpatch") / "planning" / "manifest.schema.json").read_text())
 
 
 def valid(document: object) -> dict:
@@ -383,7 +383,7 @@ class TestOutput:
         assert type(result.exception).__name__ == "UsageError"
 
     def test_an_unknown_exception_keeps_its_traceback(self, tiny: Tiny, run, monkeypatch) -> None:
-        monkeypatch.setattr("qkpatch.plan.open_model", lambda *_: 1 / 0)
+        monkeypatch.setattr("qkpatch.planning.plan.open_model", lambda *_: 1 / 0)
         assert isinstance(run("plan", tiny.path).exception, ZeroDivisionError)
 
     def test_a_reader_that_leaves_early_is_no_traceback(self, tiny: Tiny) -> None:

@@ -16,10 +16,11 @@ from conftest import Tiny, build_tiny
 from safetensors.torch import load_file
 from typer.testing import Result
 
-from qkpatch.checkpoint import copying, files
-from qkpatch.checkpoint.copying import copy_range
+from qkpatch.checkpoint import files
 from qkpatch.checkpoint.files import open_read, read_exact, write_exact
 from qkpatch.errors import FileSystemError
+from qkpatch.output import passage as copying
+from qkpatch.output.passage import copy_range
 
 DECLINES = ["EXDEV", "EOPNOTSUPP", "ENOSYS", "EINVAL", "EPERM", "nothing copied"]
 

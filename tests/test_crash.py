@@ -26,8 +26,10 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1
 DRIVER = """
 import contextlib, io, json, os, sys, traceback
 import torch
-from qkpatch import cli, patch, verify
-from qkpatch.checkpoint import staging
+from qkpatch import cli
+from qkpatch.patching import apply as patch
+from qkpatch.compare import verify
+from qkpatch.output import staging
 
 OPERATIONS = ("open", "mkdir", "copy_file_range", "pwrite", "fsync", "rename", "unlink", "rmdir")
 

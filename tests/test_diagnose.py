@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from typer.testing import Result
 
-from qkpatch import catalogue
-from qkpatch.catalogue import load_recipe, shipped_recipes
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.diagnosis import diagnose
 from qkpatch.diagnosis.diagnose import Diagnosis
 from qkpatch.diagnosis.draft import draft_recipe
 from qkpatch.diagnosis.survey import query_groups, text_numbers
 from qkpatch.errors import RecipeError, UnsupportedError
-from qkpatch.recipe_file import parse_recipe
+from qkpatch.recipes import catalogue
+from qkpatch.recipes.catalogue import load_recipe, shipped_recipes
+from qkpatch.recipes.reading import parse_recipe
 
 NUMBERS = {
     "num_hidden_layers": 3, "hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
@@ -335,7 +335,7 @@ class TestCommand:
 
 @pytest.mark.parametrize("width", [60, 80, 140, 200])
 def test_the_table_of_recipes_keeps_its_width_and_tells_every_fact(width: int) -> None:
-    from qkpatch.describe import attention, defaults, layout, recipe_table
+    from qkpatch.recipes.words import attention, defaults, layout, recipe_table
 
     recipes = list(shipped_recipes().values())
     text = recipe_table(recipes, width)

@@ -22,13 +22,13 @@ from conftest import REPO, Tiny, build_tiny
 from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
-from qkpatch import diff as diff_module
 from qkpatch.checkpoint.header import DTYPE_BITS
-from qkpatch.checkpoint.side_by_side import CHUNK
-from qkpatch.difference import natural
-from qkpatch.spectral import change
+from qkpatch.checkpoint.pairs import CHUNK
+from qkpatch.compare import diff as diff_module
+from qkpatch.compare import values as change
+from qkpatch.compare.difference import natural
 
-SCHEMA = json.loads((resources.files("qkpatch") / "diff.schema.json").read_text())
+SCHEMA = json.loads((resources.files("qkpatch") / "compare" / "diff.schema.json").read_text())
 Entry = tuple[str, Sequence[int], bytes]
 Diff = Callable[..., dict[str, Any]]
 
@@ -728,7 +728,7 @@ def test_long_lists_are_cut_with_a_count_and_changes_come_first(tmp_path: Path, 
 @pytest.mark.parametrize("length", [10, 60, 300])
 def test_the_table_fits_a_terminal_of_80_columns(length: int, tmp_path: Path) -> None:
     from qkpatch.checkpoint.source import open_stored
-    from qkpatch.diff_text import text
+    from qkpatch.cli.diff_text import text
 
     name = "model." + "n" * length
     big = np.random.default_rng(0).standard_normal((300, 500)).astype(np.float32)

@@ -12,8 +12,8 @@ from test_diagnose import NUMBERS, apply_draft, checked, layers, write
 from test_drafts import SEPARATE, drafted, findings
 from typer.testing import Result
 
-from qkpatch.recipe_file import UNTESTED
-from qkpatch.rows import RowLayout
+from qkpatch.recipes.reading import UNTESTED
+from qkpatch.recipes.rows import RowLayout
 
 Run = Callable[..., Result]
 

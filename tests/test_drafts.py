@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from test_diagnose import NUMBERS, apply_draft, checked, layers, write
 from typer.testing import Result
 
-from qkpatch.catalogue import shipped_recipes
 from qkpatch.checkpoint.source import open_checkpoint
 from qkpatch.diagnosis import slim
 from qkpatch.diagnosis.candidate import examine
-from qkpatch.recipe import NormKind, NormSpan, Recipe
-from qkpatch.recipe_file import parse_recipe
-from qkpatch.rows import RowLayout
+from qkpatch.recipes.catalogue import shipped_recipes
+from qkpatch.recipes.reading import parse_recipe
+from qkpatch.recipes.recipe import NormKind, NormSpan, Recipe
+from qkpatch.recipes.rows import RowLayout
 
 Run = Callable[..., Result]
 SEPARATE = {"attn.q_proj.weight": (32, 24), "attn.k_proj.weight": (16, 24)}

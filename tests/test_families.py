@@ -95,7 +95,7 @@ def test_the_language_tower_and_nothing_else_is_edited_and_the_model_loads(
 
 
 def test_every_recipe_has_a_case() -> None:
-    from qkpatch.catalogue import shipped_recipes
+    from qkpatch.recipes.catalogue import shipped_recipes
 
     by_class = {recipe_of(name) for name in CASES}
     assert by_class | REMOTE == set(shipped_recipes())

@@ -21,8 +21,8 @@ from conftest import REPO, Tiny, build_tiny
 from safetensors.torch import load_file
 from test_batches import KEY_HEADS, every_rule, numbers
 
-from qkpatch.budget import WORK_ARRAYS
-from qkpatch.device import MOST_TOGETHER
+from qkpatch.patching.device import MOST_TOGETHER
+from qkpatch.planning.memory import WORK_ARRAYS
 
 pytestmark = [
     pytest.mark.gpu,

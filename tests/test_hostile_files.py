@@ -41,12 +41,12 @@ from typer.testing import Result
 
 from qkpatch.checkpoint.header import DTYPE_BITS, MAX_HEADER_SIZE
 from qkpatch.checkpoint.tree import MAX_JSON_BYTES
+from qkpatch.common.ranges import parse_ranges
+from qkpatch.common.strict_yaml import MAX_BYTES, load_yaml
 from qkpatch.errors import HeaderError, RecipeError, UsageError
-from qkpatch.manifest import Manifest
-from qkpatch.recipe_file import parse_recipe
-from qkpatch.request import parse_request
-from qkpatch.selection import parse_ranges
-from qkpatch.strict import MAX_BYTES, load_yaml
+from qkpatch.planning.manifest import Manifest
+from qkpatch.planning.request import parse_request
+from qkpatch.recipes.reading import parse_recipe
 
 Run = Callable[..., Result]
 

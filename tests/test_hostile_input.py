@@ -15,7 +15,7 @@ import torch
 from conftest import Tiny, build_tiny
 from safetensors.torch import load_file, save_file
 
-from qkpatch.interrupts import Terminated, unwinding_on_kill
+from qkpatch.common.interrupts import Terminated, unwinding_on_kill
 
 NEGATIVE_ZERO = -0.0
 

@@ -13,7 +13,7 @@ import torch
 from conftest import Tiny, build_tiny
 from typer.testing import Result
 
-from qkpatch.catalogue import recipe_text
+from qkpatch.recipes.catalogue import recipe_text
 
 Run = Callable[..., Result]
 COLUMNS = ["layer", "attention", "head", "kv_head", "mode", "singular_value"]
@@ -78,8 +78,8 @@ def test_the_columns_of_csv_are_always_the_same_and_nothing_else_is_printed(tiny
 
 
 def test_csv_comes_layer_by_layer(tiny: Tiny, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qkpatch import spectra
     from qkpatch.errors import FileSystemError
+    from qkpatch.patching import spectra
 
     found = spectra.layer_spectra
 

@@ -19,13 +19,13 @@ from conftest import Tiny
 from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
-from qkpatch.checkpoint import staging
-from qkpatch.checkpoint.staging import Staging
 from qkpatch.errors import FileSystemError, UsageError
-from qkpatch.patch import apply_plan
-from qkpatch.plan import make_plan
-from qkpatch.request import Request
-from qkpatch.writing import Writing
+from qkpatch.output import staging
+from qkpatch.output.options import Writing
+from qkpatch.output.staging import Staging
+from qkpatch.patching.apply import apply_plan
+from qkpatch.planning.plan import make_plan
+from qkpatch.planning.request import Request
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 CPU = "cpu"

@@ -17,9 +17,9 @@ import pytest
 import torch
 from conftest import build_tiny
 
-from qkpatch.checkpoint import copying
-from qkpatch.checkpoint.copying import ALIGN, Lane, Passage
 from qkpatch.errors import FileSystemError
+from qkpatch.output import passage as copying
+from qkpatch.output.passage import ALIGN, Lane, Passage
 
 PIECE = 2 * ALIGN
 DATA = random.Random(0).randbytes(11 * ALIGN + 777)

@@ -16,7 +16,7 @@ from conftest import Tiny, build_tiny
 from fake_hub import TOKEN, FakeHub, Repo, fake_hub, hub_environment, run_qkpatch
 from typer.testing import Result
 
-from qkpatch import front_matter
+from qkpatch.publishing import front_matter
 
 SHARDS = [["layers.0."], ["layers.1."], [""]]
 PATCHED, UNTOUCHED = "model-00002-of-00003.safetensors", "model-00001-of-00003.safetensors"

@@ -13,11 +13,12 @@ import pytest
 import yaml
 from conftest import REPO
 
-from qkpatch import recipe, recipe_file
-from qkpatch.catalogue import shipped_recipes
-from qkpatch.recipe import COUNT_KEYS, LOGIT_KEYS, NormKind, NormSpan
-from qkpatch.rows import RowLayout
-from qkpatch.strict import Fields
+from qkpatch.common.strict_yaml import Fields
+from qkpatch.recipes import reading as recipe_file
+from qkpatch.recipes import recipe
+from qkpatch.recipes.catalogue import shipped_recipes
+from qkpatch.recipes.recipe import COUNT_KEYS, LOGIT_KEYS, NormKind, NormSpan
+from qkpatch.recipes.rows import RowLayout
 
 PACKAGE = REPO / "qkpatch"
 CLASSES = (

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from conftest import REPO, build_tiny
 
-from qkpatch.catalogue import get_recipe, load_recipe, shipped_recipes
-from qkpatch.choice import choose_recipe
+from qkpatch.common.strict_yaml import load_yaml
 from qkpatch.errors import AmbiguousError, CheckpointError, RecipeError, UnsupportedError, UsageError
-from qkpatch.heads import HeadLayout
-from qkpatch.recipe_file import parse_recipe
-from qkpatch.strict import load_yaml
-from qkpatch.tower import read_tower
+from qkpatch.model.choice import choose_recipe
+from qkpatch.model.tower import read_tower
+from qkpatch.recipes.catalogue import get_recipe, load_recipe, shipped_recipes
+from qkpatch.recipes.heads import HeadLayout
+from qkpatch.recipes.reading import parse_recipe
 
 GOOD = (REPO / "configs" / "llama.yaml").read_text()
 

@@ -14,11 +14,11 @@ import transformers
 from remote_families import CASES, COUNTS, D_HEAD, FUSED_ROWS, PUBLISHED, REMOTE, WIDE, H, K, Remote, Tensors
 from safetensors.torch import load_file, save_file
 
-from qkpatch.catalogue import get_recipe, shipped_recipes
 from qkpatch.checkpoint.header import TensorRef
-from qkpatch.heads import HeadLayout
-from qkpatch.rows import RowLayout
-from qkpatch.tower import read_tower
+from qkpatch.model.tower import read_tower
+from qkpatch.recipes.catalogue import get_recipe, shipped_recipes
+from qkpatch.recipes.heads import HeadLayout
+from qkpatch.recipes.rows import RowLayout
 
 LAYER = 1  # the one that is edited
 

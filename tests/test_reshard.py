@@ -15,10 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qkpatch.checkpoint.header import Header, read_header
-from qkpatch.checkpoint.output import Extent, OutputFile
-from qkpatch.checkpoint.reshard import parse_size
 from qkpatch.checkpoint.source import open_stored
 from qkpatch.errors import UsageError
+from qkpatch.output.files import Extent, OutputFile
+from qkpatch.output.reshard import parse_size
 
 Run = Callable[..., Any]
 INDEX = "model.safetensors.index.json"

@@ -11,10 +11,10 @@ import torch
 from probe import CROSS, D_MODEL, NUMBERS, H, K, apply, ask, build, check_edit, document
 
 from qkpatch.errors import CheckpointError, QKPatchError, RecipeError, UnsupportedError
-from qkpatch.heads import HeadLayout
-from qkpatch.recipe import Recipe
-from qkpatch.recipe_file import parse_recipe
-from qkpatch.tower import LanguageTower, read_tower
+from qkpatch.model.tower import LanguageTower, read_tower
+from qkpatch.recipes.heads import HeadLayout
+from qkpatch.recipes.reading import parse_recipe
+from qkpatch.recipes.recipe import Recipe
 
 WIDE = {"head_dim": {"key": "wide_dim", "default": 16}, "num_key_value_heads": {"key": "wide_kv"}}
 

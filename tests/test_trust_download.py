@@ -127,11 +127,11 @@ BROKEN_OFF = """
 import sys, time
 from pathlib import Path
 from qkpatch.errors import HubError
-from qkpatch.locate import Access
-from qkpatch.patch import apply_plan
-from qkpatch.plan import make_plan
-from qkpatch.request import Request
-from qkpatch.writing import Digest, Writing
+from qkpatch.model.locate import Access
+from qkpatch.patching.apply import apply_plan
+from qkpatch.planning.plan import make_plan
+from qkpatch.planning.request import Request
+from qkpatch.output.options import Digest, Writing
 
 class Observer:
     n = 0

@@ -18,12 +18,12 @@ from conftest import Tiny, build_tiny
 from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
-from qkpatch.checkpoint import staging
 from qkpatch.errors import UsageError
-from qkpatch.patch import apply_plan
-from qkpatch.plan import make_plan
-from qkpatch.settings import Request
-from qkpatch.writing import Writing
+from qkpatch.output import staging
+from qkpatch.output.options import Writing
+from qkpatch.patching.apply import apply_plan
+from qkpatch.planning.plan import make_plan
+from qkpatch.planning.settings import Request
 
 SHARD = "model.safetensors"
 stress = pytest.mark.stress

@@ -13,10 +13,10 @@ import torch
 from conftest import REPO, Tiny, build_tiny
 from safetensors.torch import load_file, save_file
 
-from qkpatch.canonical import exact
-from qkpatch.patch import _fingerprint
-from qkpatch.plan import make_plan
-from qkpatch.settings import Request
+from qkpatch.common.json_text import exact
+from qkpatch.patching.apply import _fingerprint
+from qkpatch.planning.plan import make_plan
+from qkpatch.planning.settings import Request
 
 Run = Callable[..., Any]
 

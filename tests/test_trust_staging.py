@@ -15,10 +15,10 @@ from conftest import build_tiny
 from typer.testing import Result
 
 from qkpatch.errors import FileSystemError, HubError
-from qkpatch.patch import apply_plan
-from qkpatch.plan import make_plan
-from qkpatch.request import Request
-from qkpatch.writing import Writing
+from qkpatch.output.options import Writing
+from qkpatch.patching.apply import apply_plan
+from qkpatch.planning.plan import make_plan
+from qkpatch.planning.request import Request
 
 Run = Callable[..., Result]
 NOBODY = 65534

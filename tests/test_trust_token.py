@@ -18,10 +18,10 @@ from conftest import Tiny, build_tiny
 from fake_hub import TOKEN, FakeHub, Fault, Repo, fake_hub, hub_environment, run_qkpatch
 from typer.testing import Result
 
-from qkpatch.checkpoint.hub_errors import httpx, hub_errors
-from qkpatch.checkpoint.hub_token import hub_api
-from qkpatch.errors import HubError, QKPatchError
-from qkpatch.redaction import Redacted, redact
+from qkpatch.cli.redaction import Redacted
+from qkpatch.errors import HubError, QKPatchError, redact
+from qkpatch.hub.errors import httpx, hub_errors
+from qkpatch.hub.token import hub_api
 
 LONG = "hf_" + "aZ3" * 11 + "x"  # as the Hub makes them
 SHARDS = [["embed_tokens", "layers.0."], ["layers.1."], ["layers.2."]]
@@ -360,7 +360,7 @@ def test_lines_in_pieces_and_of_several_threads_are_redacted_whole() -> None:
 
 EVERYWHERE = f"""
 import logging, sys, threading, warnings
-from qkpatch.console import note, prepare_streams, show_warnings
+from qkpatch.cli.console import note, prepare_streams, show_warnings
 prepare_streams()
 secret = "http://user:pa55@host/f?X-Amz-Signature=5ec4e7&t={LONG} {LONG}"
 note(secret)

@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from qkpatch.checkpoint.cache import leads_out
 from qkpatch.checkpoint.files import Readable, os_errors
 from qkpatch.checkpoint.header import Header, TensorRef, read_header
-from qkpatch.checkpoint.hub_cache import leads_out
 from qkpatch.checkpoint.tree import (
     MAX_CONFIG_BYTES,
     LocalFile,

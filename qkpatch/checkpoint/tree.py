@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from qkpatch.checkpoint.cache import blob_of, is_in_cache
 from qkpatch.checkpoint.content import Content
 from qkpatch.checkpoint.files import FileId, Readable, open_read, os_errors, read_exact
 from qkpatch.checkpoint.header import half_surrogate
-from qkpatch.checkpoint.hub_cache import blob_of, is_in_cache
 from qkpatch.errors import CheckpointError, FileSystemError
 
 BOOKKEEPING = (".git", ".cache/huggingface")  # of git and huggingface_hub, not the model's

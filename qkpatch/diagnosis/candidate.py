@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from qkpatch.checkpoint.source import Checkpoint
-from qkpatch.diagnosis.evidence import beside, size
+from qkpatch.diagnosis.signs import beside, size
 from qkpatch.diagnosis.survey import layered
 from qkpatch.errors import QKPatchError, UnsupportedError
-from qkpatch.model import open_set
-from qkpatch.recipe import Recipe
-from qkpatch.refusals import is_qk_norm
-from qkpatch.targets import AttentionSet
-from qkpatch.tower import read_tower
+from qkpatch.model.model import open_set
+from qkpatch.model.refusals import is_qk_norm
+from qkpatch.model.targets import AttentionSet
+from qkpatch.model.tower import read_tower
+from qkpatch.recipes.recipe import Recipe
 
 _IDENTITY = ("model_type", "architectures", "text model type")
 NAMED = ("model_type", "architectures", "tensor names")

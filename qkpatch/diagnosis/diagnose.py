@@ -9,19 +9,19 @@ from difflib import SequenceMatcher
 from functools import partial
 from typing import Any
 
-from qkpatch.catalogue import shipped_recipes
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.source import Checkpoint, open_checkpoint
-from qkpatch.describe import near_names, specialities
 from qkpatch.diagnosis.candidate import NAMED, Candidate, Finding, Reason, examine
 from qkpatch.diagnosis.draft import NAME, Written, draft_recipe, look
-from qkpatch.diagnosis.evidence import Median, median_reader, norm_kind, speaks_for_plus_one
+from qkpatch.diagnosis.signs import Median, median_reader, norm_kind, speaks_for_plus_one
 from qkpatch.diagnosis.slim import slim
 from qkpatch.diagnosis.survey import LANGUAGE, QueryGroup, TextNumbers, query_groups, text_numbers
 from qkpatch.errors import UnsupportedError, UsageError
-from qkpatch.locate import Access, Source, locate
-from qkpatch.recipe import NormKind, Recipe
-from qkpatch.recipe_file import parse_recipe
+from qkpatch.model.locate import Access, Source, locate
+from qkpatch.recipes.catalogue import shipped_recipes
+from qkpatch.recipes.reading import parse_recipe
+from qkpatch.recipes.recipe import NormKind, Recipe
+from qkpatch.recipes.words import near_names, specialities
 
 MOST_CANDIDATES = 5
 EXIT_UNKNOWN = 3  # as for any unsupported or ambiguous checkpoint

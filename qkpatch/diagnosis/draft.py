@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from qkpatch.checkpoint.header import TensorRef
-from qkpatch.diagnosis.evidence import Median, beside, layer_norm_key, norm_kind, reads_nothing
 from qkpatch.diagnosis.guesses import Heads, Hints, guess_heads
 from qkpatch.diagnosis.norms import NormSigns, QKNorms, find_norms, input_norm_yaml, norms_yaml
 from qkpatch.diagnosis.scalars import comment, is_text, scalar
+from qkpatch.diagnosis.signs import Median, beside, layer_norm_key, norm_kind, reads_nothing
 from qkpatch.diagnosis.survey import LANGUAGE, PERCEPTION_WORDS, QueryGroup, TextNumbers
 from qkpatch.errors import UnsupportedError
-from qkpatch.recipe_file import UNTESTED
-from qkpatch.refusals import is_qk_norm, refuse_known
+from qkpatch.model.refusals import is_qk_norm, refuse_known
+from qkpatch.recipes.reading import UNTESTED
 
 NAME = "draft"
 MODES = 4

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qkpatch.checkpoint.header import TensorRef
-from qkpatch.diagnosis.evidence import Beside, rotates_in_part, size
 from qkpatch.diagnosis.orders import fused_order
+from qkpatch.diagnosis.signs import Beside, rotates_in_part, size
 from qkpatch.diagnosis.survey import QueryGroup, TextNumbers
 from qkpatch.errors import UnsupportedError
-from qkpatch.rows import RowLayout
+from qkpatch.recipes.rows import RowLayout
 
 _USUAL = (128, 64, 32, 16, 8)  # numbers of rows of a head
 _SHAPES = "from the shapes"

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qkpatch.checkpoint.header import TensorRef
-from qkpatch.diagnosis.evidence import speaks_for_plus_one
 from qkpatch.diagnosis.scalars import comment, scalar
+from qkpatch.diagnosis.signs import speaks_for_plus_one
 from qkpatch.errors import UnsupportedError
-from qkpatch.recipe import NormKind
-from qkpatch.refusals import is_qk_norm
+from qkpatch.model.refusals import is_qk_norm
+from qkpatch.recipes.recipe import NormKind
 
 _GAINS, _BIASES = ("weight", "scale", "gamma"), ("bias", "beta")
 _WORD = r"(?P<{}>qk|query|q|key|k)"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qkpatch.errors import UnsupportedError
-from qkpatch.rows import RowLayout
+from qkpatch.recipes.rows import RowLayout
 
 # Model types whose code, read in transformers, views `query_key_value` as (heads, 3, head_dim).
 _PER_HEAD = ("gpt_neox", "bloom", "falcon", "persimmon", "fuyu")

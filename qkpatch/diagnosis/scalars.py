@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from qkpatch.errors import UnsupportedError
-from qkpatch.recipe import TOP_LEVEL
+from qkpatch.recipes.recipe import TOP_LEVEL
 
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")  # a recipe's text cannot hold these, escaped or not
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./{}-]*", re.ASCII)

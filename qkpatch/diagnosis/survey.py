@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qkpatch.checkpoint.header import TensorRef
-from qkpatch.recipe import TOP_LEVEL
-from qkpatch.tower import MAX_COUNT
+from qkpatch.model.tower import MAX_COUNT
+from qkpatch.recipes.recipe import TOP_LEVEL
 
 SECTIONS = ("text_config", "llm_config", "language_config", "thinker_config.text_config", TOP_LEVEL)
 FURTHER_TOKENS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")  # counts of layers

@@ -22,15 +22,15 @@ from pathlib import Path
 
 import torch
 
-from qkpatch.budget import head_memory
-from qkpatch.crew import Crew
-from qkpatch.device import choose_device, computing, heads_together
-from qkpatch.editing import head_generator
-from qkpatch.model import Model, open_model
+from qkpatch.model.model import Model, open_model
+from qkpatch.model.targets import LayerTarget
+from qkpatch.patching.device import choose_device, computing, heads_together
+from qkpatch.patching.editor import head_generator
+from qkpatch.patching.threads import Crew
+from qkpatch.patching.weights import open_layer
+from qkpatch.planning.memory import head_memory
 from qkpatch.spectral.edit import edit_and_round
 from qkpatch.spectral.rule import Channel, EditRule, Select
-from qkpatch.targets import LayerTarget
-from qkpatch.weights import open_layer
 
 from .shapes import LLAMA_7B, TINY, Shape, build
 

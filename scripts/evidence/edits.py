@@ -20,16 +20,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from qkpatch.editing import head_generator
-from qkpatch.plan import EditPlan, make_plan
-from qkpatch.request import Request
-from qkpatch.selection import format_ranges
+from qkpatch.common.ranges import format_ranges
+from qkpatch.model.targets import LayerTarget
+from qkpatch.patching.editor import head_generator
+from qkpatch.patching.weights import open_layer
+from qkpatch.planning.plan import EditPlan, make_plan
+from qkpatch.planning.request import Request
 from qkpatch.spectral.edit import edit_query
 from qkpatch.spectral.product import QKProduct
 from qkpatch.spectral.rounding import round_once
 from qkpatch.spectral.rule import Channel, EditRule, Select
-from qkpatch.targets import LayerTarget
-from qkpatch.weights import open_layer
 
 How = Literal["dominant", "random", "bottom", "subspace", "shrink", "equal-norm", "noise"]
 DRAWN: tuple[How, ...] = ("random", "subspace", "equal-norm", "noise")

@@ -1,0 +1,84 @@
+"""The command line: which commands there are. Each is a module of its own; no torch until one needs it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from qkpatch import __version__
+from qkpatch.cli.commands.card import card
+from qkpatch.cli.commands.diff import diff
+from qkpatch.cli.commands.edit import apply, plan
+from qkpatch.cli.commands.inspect import inspect
+from qkpatch.cli.commands.recipes import recipes
+from qkpatch.cli.commands.verify import verify
+from qkpatch.cli.console import prepare_streams
+from qkpatch.errors import FileSystemError, redact
+
+
+class _Commands(typer.core.TyperGroup):
+    """Typer's; what is wrong with the command line itself is redacted before it is wrapped into a frame."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _redacted_usage():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _redacted_usage():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _redacted_usage() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if isinstance(message := getattr(error, "message", None), str):
+            error.message = redact(message)  # type: ignore[attr-defined]
+        raise
+
+
+app = typer.Typer(
+    name="qkpatch",
+    cls=_Commands,
+    help="Edit the query-key product of a vision-language checkpoint, straight in its safetensors files.\n\n"
+    "Exit codes: 0 ok, 1 mismatch or difference, 2 usage, 3 unsupported or ambiguous checkpoint, 4 I/O.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Nothing but --version."""
+    if version:
+        print(f"qkpatch {__version__}")
+        raise typer.Exit()
+
+
+for _command in (apply, plan, inspect, verify, diff, recipes, card):
+    app.command()(_command)
+
+
+def main() -> NoReturn:
+    """Entry point of the ``qkpatch`` command."""
+    prepare_streams()
+    try:
+        app()
+    except OSError as error:
+        # What the library prints itself, such as --help, to a device that is full.
+        if error.errno != errno.ENOSPC:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(FileSystemError.exit_code)
+    sys.exit(0)

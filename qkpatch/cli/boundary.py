@@ -1,0 +1,51 @@
+"""Where qkpatch's errors and signals end: each becomes a message and an exit code."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import typer
+
+from qkpatch.common.interrupts import Terminated, unwinding_on_kill
+from qkpatch.errors import QKPatchError
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def command(function: Command) -> Command:
+    """Turn qkpatch's errors into a message and an exit code; anything else keeps its traceback."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        from qkpatch.cli.console import note, print_json, show_error
+
+        if kwargs.get("quiet") or kwargs.get("as_json") or not sys.stderr.isatty():
+            # huggingface_hub reads it when it is first imported, which is later.
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        try:
+            with unwinding_on_kill():
+                function(*args, **kwargs)
+        except QKPatchError as error:
+            if kwargs.get("debug"):
+                raise
+            if kwargs.get("as_json"):
+                print_json({"error": error.to_json()})
+            show_error(error)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            note("Interrupted; nothing half done is left behind.")
+            raise typer.Exit(128 + signal.SIGINT) from None
+        except Terminated as error:
+            note("Terminated; nothing half done is left behind.")
+            raise typer.Exit(128 + error.number) from None
+        except BrokenPipeError:
+            # The reader of stdout is gone; the interpreter must not complain when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(128 + signal.SIGPIPE) from None
+
+    return wrapper  # type: ignore[return-value]

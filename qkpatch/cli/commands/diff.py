@@ -1,0 +1,50 @@
+"""``qkpatch diff``: two checkpoints, tensor by tensor and file by file."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from qkpatch.cli.boundary import command
+from qkpatch.cli.flags import DebugOpt, JsonOpt, QuietOpt
+
+_HELP = "Checkpoint directory, .safetensors file, Hub id or recipe name."
+
+
+@command
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help=_HELP, show_default=False)],
+    b: Annotated[
+        str, typer.Argument(metavar="B", help="What it is compared with; likewise.", show_default=False)
+    ],
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    debug: DebugOpt = False,
+) -> None:
+    """Compare two checkpoints by tensors and files, however they are divided into shards.
+
+    Numbers are compared in the stored dtype; no config.json is needed. Exit codes: 0 all tensors, their metadata and
+    all other files are equal, 1 something differs, 2 usage, 3 not a checkpoint that can be read, 4 I/O.
+    """
+    from qkpatch.checkpoint.source import open_stored
+    from qkpatch.cli.console import bars, output_width, print_json, print_text
+    from qkpatch.cli.diff_text import text
+    from qkpatch.compare.diff import bytes_to_compare, difference
+    from qkpatch.compare.difference import to_json
+    from qkpatch.model.locate import locate
+
+    sources = [locate(source) for source in (a, b)]
+    stored_a, stored_b = (open_stored(source.place) for source in sources)
+    with bars(bytes_to_compare(stored_a, stored_b), 0, quiet=quiet or as_json, verb="compare") as observer:
+        result = difference(stored_a, stored_b, observer.copied)
+    if as_json:
+        said = {
+            side: {"source": given, "kind": found.kind, "name": found.name, "commit": found.commit}
+            for side, given, found in zip("ab", (a, b), sources, strict=True)
+        }
+        print_json({**to_json(result), **said})
+    elif not quiet:
+        print_text(text(result, a, b, output_width()))
+    if not result.equal:
+        raise typer.Exit(1)

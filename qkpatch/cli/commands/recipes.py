@@ -1,0 +1,70 @@
+"""``qkpatch recipes``: the families, one of them, or what a checkpoint is."""
+
+from __future__ import annotations
+
+from typing import Annotated, NoReturn
+
+import typer
+
+from qkpatch.cli.boundary import command
+from qkpatch.cli.flags import (
+    DebugOpt,
+    JsonOpt,
+)
+
+
+@command
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(help="Show this one; or `check`, with a SOURCE.", show_default=False)
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Argument(help="After `check`: the checkpoint to explain.", show_default=False),
+    ] = None,
+    as_json: JsonOpt = False,
+    debug: DebugOpt = False,
+) -> None:
+    """List the model families qkpatch knows, show one, or explain which of them SOURCE is: `recipes check SOURCE`.
+
+    `check` tells what matched and what did not. For a family it does not know it prints a draft recipe on stdout,
+    and the explanation on stderr. Exit 0 where exactly one recipe fits, else 3.
+    """
+    from qkpatch.cli.console import output_width, print_json, print_text
+    from qkpatch.errors import UsageError
+    from qkpatch.recipes.catalogue import CHECK, get_recipe, is_recipe_file, recipe_text, shipped_recipes
+    from qkpatch.recipes.words import near_names, recipe_table
+
+    if name == CHECK and source is not None:
+        _check(source, as_json=as_json)
+    if source is not None or name == CHECK:
+        raise UsageError("SOURCE goes with `check`", fix="qkpatch recipes check SOURCE")
+    known = shipped_recipes()
+    if name and name not in known and not is_recipe_file(name):
+        raise UsageError(
+            f"no recipe is called {name!r}", fix=f"./{name}.yaml if it is a file; {near_names(name, known)}"
+        )
+    chosen = [get_recipe(name)] if name else list(known.values())
+    if as_json:
+        print_json([recipe.to_json() for recipe in chosen])
+    elif name:
+        print_text(recipe_text(name))
+    else:
+        print_text(recipe_table(chosen, output_width()))
+
+
+def _check(source: str, *, as_json: bool) -> NoReturn:
+    from qkpatch.cli.console import note, output_width, print_json, print_text
+    from qkpatch.diagnosis.diagnose import diagnose
+    from qkpatch.diagnosis.explain import explanation
+
+    diagnosis = diagnose(source)
+    if as_json:
+        print_json(diagnosis.to_json())
+    elif diagnosis.draft is None:
+        print_text(explanation(diagnosis, output_width()))
+    else:
+        # So that `> draft.yaml` makes a file that can be used.
+        note(explanation(diagnosis, output_width(stderr=True)))
+        print_text(diagnosis.draft.text)
+    raise typer.Exit(diagnosis.exit_code)

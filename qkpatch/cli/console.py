@@ -1,0 +1,191 @@
+"""What people see: tables and progress bars on a terminal, plain text when piped, errors with their cure.
+
+Results go to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from qkpatch.cli.redaction import Redacted
+from qkpatch.common.text import plain
+from qkpatch.errors import FileSystemError, QKPatchError
+
+_LONGEST = 8000  # characters of a message
+_PIPED_WIDTH = 140  # rich assumes 80 where there is no terminal, which cuts tensor names
+
+
+class _Console(Console):
+    """Rich's console; a reader who leaves early is an exception here, not an exit of rich's own."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+def _console(*, stderr: bool = False) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    return _Console(stderr=stderr, width=None if stream.isatty() else _PIPED_WIDTH, highlight=False)
+
+
+def prepare_streams() -> None:
+    """Make stdout and stderr take any text, whatever the locale, and be there even when closed; redact stderr."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open until the process ends
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    # All that goes there: messages, logs and warnings of libraries, tracebacks of any thread.
+    sys.stderr = Redacted(sys.stderr)
+
+
+@contextmanager
+def results() -> Iterator[Console]:
+    """The console for stdout; output that cannot be delivered is an error, not a traceback.
+
+    Raises:
+        FileSystemError: stdout is full or broken. What the command did stays done.
+    """
+    try:
+        yield _console()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes it at exit
+        raise FileSystemError(
+            f"the result cannot be printed: {error.strerror}",
+            where="stdout",
+            fix="the command itself was done",
+        ) from error
+
+
+def safe(text: str) -> str:
+    """``text`` for the terminal: neither rich's markup nor control characters out of a file act in it."""
+    return escape("\n".join(plain(line) for line in text.split("\n")))
+
+
+def print_text(text: str) -> None:
+    """A result as it is, for programs."""
+    with results():
+        sys.stdout.write(text)
+
+
+def print_json(value: Any) -> None:
+    """A result for programs."""
+    print_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def show_error(error: QKPatchError) -> None:
+    """What, where, what to do."""
+    with suppress(OSError):
+        _show_error(_console(stderr=True), error)
+
+
+def _show_error(console: Console, error: QKPatchError) -> None:
+    console.print(f"[bold red]Error:[/] {safe(_cut(error.what))}", soft_wrap=True)
+    if error.where:
+        console.print(f"  [dim]where[/]  {safe(_cut(error.where))}", soft_wrap=True)
+    if error.fix:
+        console.print(f"  [dim]try[/]    {safe(_cut(error.fix))}", soft_wrap=True)
+
+
+def _cut(text: str) -> str:
+    """What files put into a message may be of any length."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text):,} characters)"
+
+
+def show_warnings(warnings: Sequence[str]) -> None:
+    """Each warning on a line of its own, on stderr."""
+    with suppress(OSError):
+        for warning in warnings:
+            _console(stderr=True).print(f"[yellow]Warning:[/] {safe(warning)}", soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """A remark on stderr."""
+    with suppress(OSError):
+        _console(stderr=True).print(safe(text), soft_wrap=True)
+
+
+def silent(text: str) -> None:
+    """In place of :func:`note`, where nothing is to be said."""
+
+
+class Unseen:
+    """Progress that nobody sees; implements ``patch.Observer``."""
+
+    def copied(self, n_bytes: int) -> None:
+        """Nothing to draw."""
+
+    def edited(self, n_heads: int) -> None:
+        """Nothing to draw."""
+
+
+class Bars(Unseen):
+    """Progress drawn on stderr: bytes copied or compared, heads edited."""
+
+    def __init__(self, progress: Progress, total_bytes: int, total_heads: int, verb: str) -> None:
+        self._progress = progress
+        self._bytes = progress.add_task(
+            f"{verb} {size_text(total_bytes)}", total=total_bytes, visible=total_bytes > 0
+        )
+        self._heads = progress.add_task(f"{total_heads} heads", total=total_heads, visible=total_heads > 0)
+
+    def copied(self, n_bytes: int) -> None:
+        """Advance the bar of bytes."""
+        self._progress.advance(self._bytes, n_bytes)
+
+    def edited(self, n_heads: int) -> None:
+        """Advance the bar of heads."""
+        self._progress.advance(self._heads, n_heads)
+
+
+@contextmanager
+def bars(total_bytes: int, total_heads: int, *, quiet: bool, verb: str = "copy") -> Iterator[Unseen]:
+    """Progress bars while the block runs; nothing at all when quiet or when stderr is no terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield Unseen()
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+    )
+    # Left to rich, lines that come meanwhile would be wrapped, and an address in two halves is not redacted.
+    with Progress(*columns, console=_console(stderr=True), transient=True, redirect_stderr=False) as progress:
+        yield Bars(progress, total_bytes, total_heads, verb)
+
+
+def print_csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table for programs, each row as it comes."""
+    with results():
+        lines = csv.writer(sys.stdout, lineterminator="\n")  # while bars are drawn, sys.stdout is another
+        lines.writerow(columns)
+        lines.writerows(rows)
+
+
+def output_width(*, stderr: bool = False) -> int:
+    """Columns of stdout or stderr, for text that is wrapped elsewhere."""
+    return _console(stderr=stderr).width
+
+
+def size_text(n: float) -> str:
+    """A number of bytes for people."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if n < 1000 or unit == "TB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    raise AssertionError

@@ -1,0 +1,68 @@
+"""``Redacted``: what the command line says on stderr, without secrets."""
+
+from __future__ import annotations
+
+import atexit
+import io
+import threading
+from contextlib import suppress
+from typing import TextIO
+
+from qkpatch.errors import redact
+
+
+class Redacted(io.TextIOBase):
+    """A stream of text that is redacted line by line, each thread's by itself: a line may come in pieces."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._begun: dict[int, str] = {}  # lines that are not whole yet, by thread
+        self._lock = threading.RLock()
+        atexit.register(self._finish)
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """That of the stream."""
+        return self._stream.encoding
+
+    @property
+    def errors(self) -> str | None:  # type: ignore[override]
+        """That of the stream."""
+        return self._stream.errors
+
+    def writable(self) -> bool:
+        """Always."""
+        return True
+
+    def isatty(self) -> bool:
+        """Whether the stream is a terminal."""
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        """That of the stream."""
+        return self._stream.fileno()
+
+    def write(self, text: str) -> int:
+        """Take ``text``, and pass on what lines it completes."""
+        with self._lock:
+            thread = threading.get_ident()
+            whole, newline, begun = (self._begun.pop(thread, "") + text).rpartition("\n")
+            if begun:
+                self._begun[thread] = begun
+            if newline:
+                self._stream.write(redact(whole + newline))
+        return len(text)
+
+    def flush(self) -> None:
+        """Pass on to a terminal what there is, for bars are lines that never end; elsewhere only what is whole."""
+        with self._lock:
+            if self.isatty():
+                self._stream.write(redact(self._begun.pop(threading.get_ident(), "")))
+            self._stream.flush()
+
+    def _finish(self) -> None:
+        with self._lock, suppress(OSError, ValueError):  # full, or closed
+            for begun in self._begun.values():
+                self._stream.write(redact(begun))
+            self._begun.clear()
+            self._stream.flush()

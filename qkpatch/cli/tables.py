@@ -1,0 +1,195 @@
+"""What people read of a plan, an edit, spectra and a verification: headings and tables, plain when piped."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from qkpatch.cli.console import results, safe, size_text
+from qkpatch.common.ranges import format_ranges
+
+if TYPE_CHECKING:
+    from qkpatch.compare.verify import Verification
+    from qkpatch.model.model import Model
+    from qkpatch.patching.spectra import LayerSpectra
+    from qkpatch.planning.manifest import Manifest
+    from qkpatch.planning.plan import EditPlan
+    from qkpatch.planning.settings import EditSettings
+    from qkpatch.publishing.publication import Publication
+
+
+def show_plan(plan: EditPlan, free_disk: int, memory: int, threads: int) -> None:
+    """The plan as a person reads it: what, where, and what it costs."""
+    with results() as console:
+        _heading(console, plan)
+        if plan.edits:
+            table = _table("layer", "attention", "shard", "key's shard, where another")
+            for edit in plan.edits:
+                query, key = plan.output.place(edit.query), plan.output.place(edit.key)
+                other = "" if key.shard == query.shard else key.shard
+                table.add_row(str(edit.layer), edit.attention, safe(query.shard), safe(other))
+            console.print(table)
+        dtypes = " and ".join(sorted({edit.query.dtype for edit in plan.edits})) or "no dtype"
+        n_files = len(plan.output.files)
+        console.print(
+            f"{len(plan.edits)} tensor(s) in {dtypes}, {len(plan.edits) * len(plan.settings.heads)} head(s), "
+            f"{size_text(plan.edited_bytes)} rewritten in {len(plan.edits_by_file)} of {n_files} file(s)"
+        )
+        console.print(
+            f"OUT {size_text(plan.output_bytes)}, free disk {size_text(free_disk)}, "
+            f"expected peak memory {size_text(memory)} ({threads} thread(s))"
+        )
+
+
+def show_applied(plan: EditPlan, manifest: Manifest, source: str, out: Path) -> None:
+    """What was done, layer by layer."""
+    with results() as console:
+        _heading(console, plan)
+        table = _table("layer", "heads", "‖ΔW_Q‖/‖W_Q‖ mean", "max", "‖M‖ after/before", "gap min")
+        has_shares = any(head.realised_share is not None for edit in manifest.edits for head in edit.heads)
+        if has_shares:
+            table.add_column("realised", justify="right")
+        is_coarse = any(edit.scale_tensor is not None for edit in manifest.edits)
+        if is_coarse:
+            table.add_column("requantisation", justify="right")
+        for edit in manifest.edits:
+            changes = [head.relative_change for head in edit.heads]
+            gaps = [head.gap for head in edit.heads if head.gap is not None]
+            shares = [head.realised_share for head in edit.heads if head.realised_share is not None]
+            norms = [h.frobenius_after / h.frobenius_before for h in edit.heads if h.frobenius_before]
+            table.add_row(
+                str(edit.layer),
+                str(len(edit.heads)),
+                f"{mean(changes):.4f}",
+                f"{max(changes):.4f}",
+                f"{mean(norms):.4f}" if norms else "-",
+                f"{min(gaps):.2g}" if gaps else "-",
+                *([f"{mean(shares):.3f}" if shares else "-"] if has_shares else []),
+                *([f"{mean(head.rounding_error for head in edit.heads):.3f}"] if is_coarse else []),
+            )
+        if manifest.edits:
+            console.print(table)
+        n_of = Counter(file.action for file in manifest.files)
+        anew = f", {n_of['resharded']} written anew" if n_of["resharded"] else ""
+        console.print(
+            f"Wrote {safe(str(out))}: {len(manifest.edits)} tensor(s) edited in {n_of['patched']} file(s), "
+            f"{n_of['copied']} file(s) copied{anew}, {size_text(plan.output_bytes)}"
+        )
+        own = ["--recipe", plan.model.recipe_file] if plan.model.recipe_file else []
+        command = shlex.join(["qkpatch", "verify", str(out), "--source", source, *own])
+        console.print(f"Prove it with: {safe(command)}", soft_wrap=True)
+
+
+def _heading(console: Console, plan: EditPlan) -> None:
+    settings = plan.settings
+    _model(console, plan.model)
+    chosen = f" (recipe's default: {', '.join(settings.from_recipe)})" if settings.from_recipe else ""
+    console.print(
+        f"Edit: {plan.action}; layers {format_ranges(settings.layers)}, heads {format_ranges(settings.heads)}{chosen}"
+    )
+
+
+def _model(console: Console, model: Model) -> None:
+    layout = model.tower.layout
+    own = f" ({safe(model.recipe_file)})" if model.recipe_file else ""
+    console.print(
+        f"[bold]{safe(model.source.name)}[/]: recipe {safe(model.recipe.name)}{own}, {model.tower.n_layers} layers, "
+        f"{layout.n_heads} query / {layout.n_kv_heads} key heads of {layout.d_head}, hidden {layout.d_model}"
+    )
+    for other in sorted(set(model.tower.exceptions.values()) - {layout}, key=lambda other: other.d_head):
+        where = format_ranges([n for n, of in model.tower.exceptions.items() if of == other])
+        console.print(
+            f"Layers {where}: {other.n_heads} / {other.n_kv_heads} heads of {other.d_head}", soft_wrap=True
+        )
+    for one in model.sets:
+        names = one.names
+        which = f" ({names.attention})" if model.recipe.others else ""
+        console.print(
+            f"Tensors{which}: {safe(one.prefix + names.query)} by {safe(names.key)}", soft_wrap=True
+        )
+
+
+def show_spectra(
+    model: Model, settings: EditSettings, layers: Sequence[LayerSpectra], *, is_folded: bool
+) -> None:
+    """What was looked at, and one row per layer, means over heads; a column for the set where there are several."""
+    modes, has_sets = settings.rule.modes, len(model.sets) > 1
+    table = _table(
+        "layer", *(["attention"] if has_sets else []), "σ₁ mean", "σ₁ max", f"energy in top {modes}",
+        "effective rank", "symmetric share", "gap min",
+    )  # fmt: skip
+    for layer in layers:
+        heads = layer.heads
+        gaps = [head.gap for head in heads if head.gap is not None]
+        table.add_row(
+            str(layer.layer),
+            *([layer.attention] if has_sets else []),
+            f"{mean(head.singular_values[0] for head in heads):.4g}",
+            f"{max(head.singular_values[0] for head in heads):.4g}",
+            f"{mean(head.energy_share for head in heads):.3f}",
+            f"{mean(head.effective_rank for head in heads):.1f}",
+            f"{mean(head.symmetric_share for head in heads):.3f}",
+            f"{min(gaps):.2g}" if gaps else "-",
+        )
+    with results() as console:
+        _model(console, model)
+        folded = ", the gain of the norm before attention folded in" if is_folded else ""
+        console.print(
+            f"Spectra: layers {format_ranges(settings.layers)}, heads {format_ranges(settings.heads)}{folded}"
+        )
+        console.print(table)
+
+
+def show_publication(publication: Publication) -> None:
+    """The commit, file by file."""
+    target, base = publication.target, publication.base
+    kind = "Pull request to" if target.create_pr else "Commit to"
+    with results() as console:
+        console.print(
+            f"{kind} [bold]{safe(target.repo)}[/]{' (private)' if target.private else ''}: {safe(publication.summary)}",
+            soft_wrap=True,
+        )
+        table = _table("action", "size", "file")
+        for step in publication.steps:
+            how = f"copy from {base.repo}@{base.commit[:12]}" if step.is_copy and base else "upload"
+            table.add_row(safe(how), size_text(step.size), safe(step.name))
+        console.print(table)
+        copied = sum(step.size for step in publication.steps if step.is_copy)
+        console.print(
+            f"{size_text(publication.sent_bytes)} to upload, {size_text(copied)} copied on the Hub's side"
+        )
+
+
+def show_verification(result: Verification, out: Path) -> None:
+    """The verdict, and every mismatch."""
+    with results() as console:
+        for mismatch in result.mismatches:
+            console.print(f"[red]mismatch[/] {safe(mismatch.where)}: {safe(mismatch.what)}", soft_wrap=True)
+        for note in result.notes:
+            console.print(f"[yellow]note[/] {safe(note)}", soft_wrap=True)
+        if result.ok:
+            console.print(
+                f"[green]ok[/] {safe(str(out))}: {result.files} files, {size_text(result.compared_bytes)} compared; "
+                f"{result.edited_tensors} edited tensors as recorded, every byte outside their planned rows equal"
+            )
+        else:
+            console.print(f"[red]{len(result.mismatches)} mismatch(es)[/] in {safe(str(out))}")
+
+
+def _table(*columns: str) -> Table:
+    """Plain columns, no frame: fits 80 characters, survives copying; numbers to the right, names folded, not cut."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        is_text = column.startswith(
+            ("recipe", "rows", "default", "tested", "dtype", "shard", "key", "attention", "action", "file")
+        )
+        table.add_column(column, justify="left" if is_text else "right", overflow="fold")
+    return table

@@ -1,0 +1,214 @@
+"""What differs between two checkpoints, tensor by tensor and file by file, however either is divided into shards.
+
+Bytes are compared first, side by side; only chunks that differ are looked at as numbers, and torch is imported
+only then. Neither side has bytes that escape: a shard in which no tensor owns a byte is refused on opening.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, TypeVar
+
+from qkpatch.checkpoint.files import Progress
+from qkpatch.checkpoint.header import Header, TensorRef
+from qkpatch.checkpoint.pairs import CHUNK, Reader, Span
+from qkpatch.checkpoint.source import MANIFEST_NAME, Stored
+from qkpatch.checkpoint.tree import BOOKKEEPING, SourceFile
+from qkpatch.common.interrupts import signals_held
+from qkpatch.compare.difference import (
+    Difference,
+    FileDifference,
+    Files,
+    Layout,
+    MetadataDifference,
+    TensorDifference,
+    Uncompared,
+    natural,
+)
+
+if TYPE_CHECKING:
+    from qkpatch.compare.values import Change
+
+_T = TypeVar("_T")
+
+# The formats that are compared by value where dtypes differ; ``spectral.change`` knows them, but is torch.
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+
+
+def bytes_to_compare(a: Stored, b: Stored) -> int:
+    """What :func:`difference` reads of A, and so what its progress adds up to."""
+    tensors = sum(x.nbytes for x, y in _common(a.tensors, b.tensors) if _is_comparable(x, y))
+    pairs = () if a.single_file or b.single_file else _common(_others(a), _others(b))
+    return tensors + sum(min(x.size, y.size) for x, y in pairs)
+
+
+def difference(a: Stored, b: Stored, progress: Progress) -> Difference:
+    """Compare everything in A and B; ``progress`` hears of the bytes of A that were compared.
+
+    Each side is read once, but for the bytes of A before a tensor's first difference, whose norm is wanted then.
+
+    Raises:
+        FileSystemError: a file cannot be read, or changed meanwhile.
+    """
+    reader = Reader()
+    differing: dict[str, TensorDifference] = {}
+    for pairs in _by_shards(_common(a.tensors, b.tensors)):
+        file_a, file_b = a.files[pairs[0][0].shard], b.files[pairs[0][1].shard]
+        with file_a.open() as fd_a, file_b.open() as fd_b:
+            for x, y in pairs:
+                change = None
+                if _is_comparable(x, y):
+                    span_a = Span(fd_a, x.begin, x.end, file_a.where)
+                    span_b = Span(fd_b, y.begin, y.end, file_b.where)
+                    change = _change(reader, span_a, span_b, x.dtype, y.dtype, progress)
+                if change is not None or not _is_same_type(x, y):
+                    differing[x.name] = TensorDifference(x, y, change)
+    ordered = [differing[name] for name in sorted(differing, key=natural)]
+    n_common = len(a.tensors.keys() & b.tensors.keys())
+    return Difference(
+        equal_tensors=n_common - len(ordered),
+        changed=tuple(d for d in ordered if _is_same_type(d.a, d.b)),
+        retyped=tuple(d for d in ordered if not _is_same_type(d.a, d.b)),
+        only_in_a=_only(a.tensors, b.tensors),
+        only_in_b=_only(b.tensors, a.tensors),
+        metadata=tuple(_metadata(a.headers.values(), b.headers.values())),
+        files=None if a.single_file or b.single_file else _files(reader, _others(a), _others(b), progress),
+        layout=_layout(reader, a, b),
+        uncompared=tuple(_uncompared(a, b)),
+        compared_bytes=bytes_to_compare(a, b),
+    )
+
+
+def _change(
+    reader: Reader, a: Span, b: Span, dtype_a: str, dtype_b: str, progress: Progress
+) -> Change | None:
+    """What differs between two versions of a tensor; None where all bytes are equal, or there are none."""
+    position = 0
+    if dtype_a == dtype_b:
+        for x, y in reader.pairs(a, b):
+            if x != y:
+                break
+            position += len(x)
+            progress(len(x))
+    if position == a.end - a.begin:
+        return None
+    with signals_held():  # torch's imports swallow what is raised in their midst
+        from qkpatch.compare.values import changed, recast, unchanged
+
+    total = None
+    for x in reader.chunks(a._replace(end=a.begin + position)):
+        part = unchanged(x, dtype_a)
+        total = part if total is None else total + part
+    rest_a, rest_b = a._replace(begin=a.begin + position), b._replace(begin=b.begin + position)
+    for x, y in reader.pairs(rest_a, rest_b):
+        if dtype_a != dtype_b:
+            part = recast(x, y, dtype_a, dtype_b)
+        else:
+            part = unchanged(x, dtype_a) if x == y else changed(x, y, dtype_a)
+        total = part if total is None else total + part
+        progress(len(x))
+    return total
+
+
+def _is_same_type(a: TensorRef, b: TensorRef) -> bool:
+    return (a.dtype, a.shape, a.nbytes) == (b.dtype, b.shape, b.nbytes)
+
+
+def _is_comparable(a: TensorRef, b: TensorRef) -> bool:
+    return _is_same_type(a, b) or (a.shape == b.shape and a.dtype in FLOATS and b.dtype in FLOATS)
+
+
+def _common(a: Mapping[str, _T], b: Mapping[str, _T]) -> list[tuple[_T, _T]]:
+    return [(value, b[name]) for name, value in a.items() if name in b]
+
+
+def _only(a: Mapping[str, TensorRef], b: Mapping[str, TensorRef]) -> tuple[TensorRef, ...]:
+    return tuple(a[name] for name in sorted(a.keys() - b.keys(), key=natural))
+
+
+def _by_shards(pairs: Iterable[tuple[TensorRef, TensorRef]]) -> list[list[tuple[TensorRef, TensorRef]]]:
+    """Pairs of tensors by the two files they are in, of which no more are open at a time; in A's order on disk."""
+    groups: dict[tuple[str, str], list[tuple[TensorRef, TensorRef]]] = {}
+    for a, b in sorted(pairs, key=lambda pair: (pair[0].shard, pair[0].begin)):
+        groups.setdefault((a.shard, b.shard), []).append((a, b))
+    return list(groups.values())
+
+
+def _others(stored: Stored) -> dict[str, SourceFile]:
+    """The files that are neither shards nor their index."""
+    return {n: f for n, f in stored.files.items() if n not in stored.headers and n != stored.index}
+
+
+def _files(
+    reader: Reader, a: Mapping[str, SourceFile], b: Mapping[str, SourceFile], progress: Progress
+) -> Files:
+    changed = []
+    pairs = _common(a, b)
+    for x, y in pairs:
+        first = _first_difference(reader, x, y, progress)
+        if first is not None:
+            changed.append(FileDifference(x.name, x.size, y.size, first))
+    return Files(
+        equal=len(pairs) - len(changed),
+        changed=tuple(sorted(changed, key=lambda file: natural(file.name))),
+        only_in_a=tuple(sorted(a.keys() - b.keys(), key=natural)),
+        only_in_b=tuple(sorted(b.keys() - a.keys(), key=natural)),
+    )
+
+
+def _first_difference(
+    reader: Reader, a: SourceFile, b: SourceFile, progress: Progress, end: int | None = None
+) -> int | None:
+    """Where two files begin to differ, or one ends; with ``end``, before that byte."""
+    size = min(a.size, b.size) if end is None else end
+    with a.open() as fd_a, b.open() as fd_b:
+        spans = Span(fd_a, 0, size, a.where), Span(fd_b, 0, size, b.where)
+        for number, (x, y) in enumerate(reader.pairs(*spans)):
+            if x != y:
+                return number * CHUNK + next(i for i in range(len(x)) if x[i] != y[i])
+            progress(len(x))
+    return size if end is None and a.size != b.size else None
+
+
+def _metadata(a: Iterable[Header], b: Iterable[Header]) -> Iterator[MetadataDifference]:
+    sides = [[header.metadata or {} for header in side] for side in (a, b)]
+    keys = {key for side in sides for metadata in side for key in metadata}
+    for key in sorted(keys, key=natural):
+        of_a, of_b = (
+            sorted({metadata.get(key) for metadata in side}, key=lambda v: (v is not None, v or ""))
+            for side in sides
+        )
+        if of_a != of_b:
+            yield MetadataDifference(key, tuple(of_a), tuple(of_b))
+
+
+def _layout(reader: Reader, a: Stored, b: Stored) -> Layout:
+    pairs = [(name, name) for name in a.headers if name in b.headers]
+    if len(a.headers) == len(b.headers) == 1:
+        pairs = list(zip(a.headers, b.headers, strict=True))  # whatever they are called
+    same = [(x, y) for x, y in pairs if _contents(a.headers[x]) == _contents(b.headers[y])]
+    rewritten = [x for x, y in same if _is_rewritten(reader, a.files[x], b.files[y], a.headers[x])]
+    equal = len(same) == len(a.headers) == len(b.headers)
+    return Layout(equal, len(a.headers), len(b.headers), tuple(sorted(rewritten, key=natural)))
+
+
+def _contents(header: Header) -> tuple[object, ...]:
+    """All that a header says, but for the name of its file."""
+    tensors = {name: (ref.dtype, ref.shape, ref.begin, ref.end) for name, ref in header.tensors.items()}
+    return header.data_start, header.metadata, tensors
+
+
+def _is_rewritten(reader: Reader, a: SourceFile, b: SourceFile, header: Header) -> bool:
+    return _first_difference(reader, a, b, lambda _: None, header.data_start) is not None
+
+
+def _uncompared(a: Stored, b: Stored) -> Iterator[Uncompared]:
+    if (a.previous_manifest, b.previous_manifest) != (None, None):
+        in_a, in_b = (side.previous_manifest is not None for side in (a, b))
+        yield Uncompared(MANIFEST_NAME, in_a, in_b, "qkpatch's record of an edit")
+    for name in sorted({side.index for side in (a, b) if side.index is not None}):
+        yield Uncompared(name, a.index == name, b.index == name, "the division into shards")
+    for name in BOOKKEEPING:
+        in_a, in_b = (side.has_beside(name) for side in (a, b))
+        if in_a or in_b:
+            yield Uncompared(name, in_a, in_b, "bookkeeping")

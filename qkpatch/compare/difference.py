@@ -1,0 +1,185 @@
+"""What :mod:`qkpatch.compare.diff` finds: the difference between two checkpoints, and how programs read it."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qkpatch.checkpoint.header import TensorRef
+
+if TYPE_CHECKING:
+    from qkpatch.compare.values import Change, Values
+
+SCHEMA = "qkpatch-diff/1"
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """One tensor that both have, in two versions."""
+
+    a: TensorRef
+    b: TensorRef
+    change: Change | None  # None where there is nothing to compare: another shape, or a dtype without values
+
+    @property
+    def name(self) -> str:
+        """The tensor's."""
+        return self.a.name
+
+    @property
+    def elements(self) -> int:
+        """How many A has."""
+        return math.prod(self.a.shape)
+
+
+@dataclass(frozen=True)
+class FileDifference:
+    """One file beside the weights, in two versions."""
+
+    name: str
+    size_a: int
+    size_b: int
+    first: int  # the first byte that differs, or that only one side has
+
+
+@dataclass(frozen=True)
+class MetadataDifference:
+    """One key of the shards' ``__metadata__``: all its values on each side, None where a shard lacks it."""
+
+    key: str
+    a: tuple[str | None, ...]
+    b: tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files beside the weights."""
+
+    equal: int
+    changed: tuple[FileDifference, ...]
+    only_in_a: tuple[str, ...]
+    only_in_b: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Uncompared:
+    """A file or directory that says how weights are stored or where they come from, not what they are."""
+
+    name: str
+    in_a: bool
+    in_b: bool
+    why: str
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the tensors are divided into shards. It makes no difference, but is told."""
+
+    equal: bool  # the same shards, with the same tensors at the same bytes
+    shards_a: int
+    shards_b: int
+    rewritten: tuple[
+        str, ...
+    ]  # shards whose headers say the same in other words: spaces, order, undefined fields
+
+
+@dataclass(frozen=True)
+class Difference:
+    """All that differs between A and B; tensors and files in natural order of their names."""
+
+    equal_tensors: int
+    changed: tuple[TensorDifference, ...]
+    retyped: tuple[TensorDifference, ...]  # of another dtype or shape
+    only_in_a: tuple[TensorRef, ...]
+    only_in_b: tuple[TensorRef, ...]
+    metadata: tuple[MetadataDifference, ...]
+    files: Files | None  # None where a side is a single file
+    layout: Layout
+    uncompared: tuple[Uncompared, ...]
+    compared_bytes: int
+
+    @property
+    def equal(self) -> bool:
+        """Whether a loader finds the same in both: tensors, metadata and, of two directories, files."""
+        tensors = self.changed or self.retyped or self.only_in_a or self.only_in_b
+        files = self.files and (self.files.changed or self.files.only_in_a or self.files.only_in_b)
+        return not (tensors or self.metadata or files)
+
+
+def natural(name: str) -> tuple[tuple[int, str], ...]:
+    """A key that puts layer 2 before layer 10, however long the numbers in a name are."""
+    parts = re.split(r"([0-9]+)", name)
+    parts[1::2] = [digits.lstrip("0") for digits in parts[1::2]]
+    return (*((len(part) if place % 2 else 0, part) for place, part in enumerate(parts)), (0, name))
+
+
+def to_json(result: Difference) -> dict[str, Any]:
+    """The whole difference for programs, as ``diff.schema.json`` has it."""
+    return {
+        "schema": SCHEMA,
+        "equal": result.equal,
+        "compared_bytes": result.compared_bytes,
+        "tensors": {
+            "equal": result.equal_tensors,
+            "changed": [_tensor(d) for d in result.changed],
+            "retyped": [_tensor(d) for d in result.retyped],
+            "only_in_a": [{"name": ref.name, **_stored(ref)} for ref in result.only_in_a],
+            "only_in_b": [{"name": ref.name, **_stored(ref)} for ref in result.only_in_b],
+        },
+        "metadata": [{"key": m.key, "a": list(m.a), "b": list(m.b)} for m in result.metadata],
+        "files": None if result.files is None else _files(result.files),
+        "layout": {**vars(result.layout), "rewritten": list(result.layout.rewritten)},
+        "uncompared": [vars(u) for u in result.uncompared],
+    }
+
+
+def _files(files: Files) -> dict[str, Any]:
+    return {
+        "equal": files.equal,
+        "changed": [vars(file) for file in files.changed],
+        "only_in_a": list(files.only_in_a),
+        "only_in_b": list(files.only_in_b),
+    }
+
+
+def _stored(ref: TensorRef) -> dict[str, Any]:
+    return {"dtype": ref.dtype, "shape": list(ref.shape), "shard": ref.shard, "bytes": ref.nbytes}
+
+
+def _tensor(d: TensorDifference) -> dict[str, Any]:
+    change = d.change
+    return {
+        "name": d.name,
+        "a": _stored(d.a),
+        "b": _stored(d.b),
+        "compared": change is not None,
+        "elements": d.elements,
+        "differing_elements": None if change is None else change.elements,
+        "differing_bytes": None if change is None else change.n_bytes,
+        "values": None if change is None or change.values is None else _values(change.values),
+    }
+
+
+def _values(values: Values) -> dict[str, Any]:
+    buckets = values.buckets
+    return {
+        "differing": values.values,
+        "zero_signs": values.zero_signs,
+        "infinite": values.infinite,
+        "nan_only_in_a": values.nan_only_in_a,
+        "nan_only_in_b": values.nan_only_in_b,
+        "nan_payloads": values.nan_payloads,
+        "max_abs": _finite(values.largest),
+        "frobenius": _finite(values.distance),
+        "frobenius_a": _finite(values.norm),
+        "relative": _finite(values.relative),
+        "max_ulps": None if buckets is None else values.most_ulps,
+        "ulps": None if buckets is None else [vars(bucket) for bucket in buckets],
+    }
+
+
+def _finite(x: float | None) -> float | None:
+    """None for what float64 cannot hold, since JSON has no infinity."""
+    return x if x is not None and math.isfinite(x) else None

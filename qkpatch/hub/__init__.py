@@ -1,0 +1,1 @@
+"""The Hub: repositories by commit, byte ranges, one commit to publish."""

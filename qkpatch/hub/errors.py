@@ -1,0 +1,135 @@
+"""Around every call to the Hub: the token is guarded, and what can go wrong is worded once, with the next step."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from qkpatch.errors import HubError
+from qkpatch.hub.token import refusal_in, token_guarded
+
+
+def httpx() -> Any:
+    """The HTTP library that this version of huggingface_hub uses: httpx2 since 2.0, httpx before."""
+    try:
+        from huggingface_hub.utils import httpx as library  # type: ignore[attr-defined,unused-ignore]
+    except ImportError:
+        import httpx as library  # type: ignore[no-redef,import-not-found,unused-ignore]
+    return library
+
+
+def is_tls_failure(error: BaseException | None) -> bool:
+    """Whether a certificate was the cause."""
+    while error is not None:
+        if isinstance(error, ssl.SSLError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextmanager
+def hub_errors(where: str) -> Iterator[None]:
+    """Turn what huggingface_hub and its HTTP library raise into :class:`HubError`, and keep the token."""
+    from huggingface_hub.errors import HFValidationError
+
+    library = httpx()
+    known = (OSError, ValueError, KeyError, library.HTTPError, library.InvalidURL, *_others())
+    try:
+        with token_guarded():
+            yield
+    except Exception as error:
+        refusal = refusal_in(error)
+        if refusal is not None:  # whatever huggingface_hub made of it
+            raise HubError(refusal.what, where=where, fix=refusal.fix) from error
+        if isinstance(error, HFValidationError):
+            raise HubError(f"not a name that the Hub allows: {error}", where=where, fix="check it") from error
+        if isinstance(error, HubError) or not isinstance(error, known):
+            raise
+        raise _explained(error, where) from error
+
+
+def _others() -> tuple[type[Exception], ...]:
+    """Errors of the library that are none of the usual kinds."""
+    from huggingface_hub import errors
+
+    return (errors.RevisionResolutionError, errors.EntryNotFoundError, errors.FileDuplicationError)
+
+
+def _explained(error: Exception, where: str) -> HubError:
+    from huggingface_hub import constants, errors
+
+    if is_tls_failure(error):
+        what = f"no secure connection to the Hub: {_root(error)}"
+        fix = "if a proxy signs with its own, name its CA in SSL_CERT_FILE; check the machine's clock too"
+    elif isinstance(error, errors.GatedRepoError):  # a kind of RepositoryNotFoundError: must come first
+        what, fix = "the repository is gated", "accept its terms on the Hub, then set HF_TOKEN"
+    elif _status(error) == 401 and _is_token_refused(error):
+        what, fix = (
+            "the Hub does not accept the token",
+            "is it expired? Make a new one: hf auth login, or HF_TOKEN",
+        )
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        what, fix = "no such model repository, or it is private", "check the name, or set HF_TOKEN"
+    elif isinstance(error, errors.RevisionNotFoundError):
+        what, fix = "no such branch, tag or commit", "check what follows the @"
+    elif isinstance(error, errors.IncompleteSnapshotError):
+        what = "only a part of it is in the local cache, and the Hub cannot be reached"
+        fix = "run it once more with a connection and without HF_HUB_OFFLINE: what is there is kept"
+    elif is_out_of_reach(error):
+        why = "HF_HUB_OFFLINE forbids it" if constants.is_offline_mode() else error.__cause__ or error
+        what = f"not in the local cache, and the Hub cannot be reached: {why}"
+        fix = "check the connection, HF_ENDPOINT and HF_HUB_OFFLINE, or point SOURCE at a directory"
+    elif isinstance(error, errors.EntryNotFoundError):
+        what, fix = "the repository has no such file any more", "try again"
+    elif _status(error) == 429:
+        what, fix = (
+            "the Hub's rate limit is reached",
+            "wait some minutes, or set HF_TOKEN: its limits are higher",
+        )
+    elif _status(error) == 403:
+        what, fix = f"the Hub forbids it: {error}", "does the token have the right to do this?"
+    elif isinstance(error, errors.FileDuplicationError):
+        what = f"the Hub cannot copy the base repository's files: {error}"
+        fix = "are both repositories in one storage region? If not, send everything: hf upload"
+    elif isinstance(error, errors.HfHubHTTPError):
+        what, fix = f"the Hub answered: {error}", "try again later"
+    else:  # a broken connection, a full disk, or an answer that is no Hub's
+        what, fix = f"the transfer failed: {error}", "check connection, HF_ENDPOINT and disk space"
+    return HubError(what, where=where, fix=fix)
+
+
+def _root(error: BaseException) -> BaseException:
+    """What came first."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return error
+
+
+def _status(error: Exception) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _is_token_refused(error: Exception) -> bool:
+    """The Hub says 401 of missing repositories too, where no token was sent."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    said = str(getattr(getattr(error, "response", None), "headers", {}).get("X-Error-Message", ""))
+    is_about_token = "credentials" in said.lower() or "token" in said.lower()
+    return is_about_token or not isinstance(error, RepositoryNotFoundError)
+
+
+def is_out_of_reach(error: BaseException | None) -> bool:
+    """Whether no answer came at all: offline, or no connection."""
+    from huggingface_hub import errors
+
+    library = httpx()
+    kinds = (
+        errors.LocalEntryNotFoundError,
+        errors.OfflineModeIsEnabled,
+        errors.RevisionResolutionError,
+        library.ConnectError,
+        library.TimeoutException,
+    )
+    return isinstance(error, kinds)

@@ -1,0 +1,149 @@
+"""Byte ranges that are worth one request each, and the threads that fetch them. Nothing of HTTP is known here."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from qkpatch.common.interrupts import check_stop, signals_masked
+
+BLOCK = 8 << 20  # bytes of one request at most: a layer's weights come in several, side by side
+PIECE = 4 << 20  # the same, of a file that is read from end to end
+IN_FLIGHT = 12
+_GAP_SHARE = (
+    128  # a gap between ranges is fetched along where it is no more than this part of the larger of the two
+)
+
+Fetch = Callable[
+    [int, int, memoryview, Callable[[], bool]], None
+]  # begin, end, where to, whether it was given up
+
+
+def merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """``ranges`` in order, joined where they meet or nearly do: at most a 64th more bytes than were asked for."""
+    joined: list[tuple[int, int]] = []
+    last = 0  # bytes of the range before
+    for begin, end in sorted({span for span in ranges if span[0] < span[1]}):
+        if joined and begin - joined[-1][1] <= max(last, end - begin) // _GAP_SHARE:
+            joined[-1] = joined[-1][0], max(end, joined[-1][1])
+        else:
+            joined.append((begin, end))
+        last = end - begin
+    return joined
+
+
+def blocks(ranges: Iterable[tuple[int, int]], size: int = BLOCK) -> Iterator[tuple[int, int]]:
+    """``ranges`` in pieces of at most ``size`` bytes."""
+    for begin, end in ranges:
+        for at in range(begin, end, size):
+            yield at, min(at + size, end)
+
+
+class Block:
+    """The bytes ``begin:end`` of a file, on their way."""
+
+    def __init__(self, fetch: Fetch, begin: int, end: int) -> None:
+        self.begin, self.end = begin, end
+        self._fetch, self._data = fetch, bytearray()
+        self._done = threading.Event()
+        self._failure: BaseException | None = None
+        self._is_given_up = False
+
+    def run(self) -> None:
+        """Fetch it; whatever goes wrong is raised by :meth:`data`."""
+        try:
+            if not self._is_given_up:
+                self._data = bytearray(self.end - self.begin)
+                self._fetch(self.begin, self.end, memoryview(self._data), lambda: self._is_given_up)
+        except BaseException as error:
+            self._failure = error
+        self._done.set()
+
+    def data(self) -> memoryview:
+        """The bytes, once they are there; raises what went wrong, and where this task is to end."""
+        while not self._done.wait(0.1):
+            check_stop()
+        if self._failure is not None:
+            raise self._failure
+        return memoryview(self._data)
+
+    def give_up(self) -> None:
+        """Nobody wants it any more."""
+        self._is_given_up = True
+
+
+class Fetchers:
+    """Threads that fetch blocks in the order in which they are asked for; they end with the process."""
+
+    def __init__(self, threads: int = IN_FLIGHT) -> None:
+        self._waiting: queue.SimpleQueue[Block] = queue.SimpleQueue()
+        self._threads, self._started, self._lock = threads, 0, threading.Lock()
+
+    def start(self, block: Block) -> Block:
+        """Fetch ``block``, when a thread is free."""
+        self._waiting.put(block)
+        with self._lock:
+            if self._started < self._threads:
+                self._started += 1
+                with (
+                    signals_masked()
+                ):  # daemons: a server that says nothing must not hold up the end of the process
+                    threading.Thread(target=self._work, name="qkpatch-fetch", daemon=True).start()
+        return block
+
+    def _work(self) -> None:
+        while True:
+            self._waiting.get().run()
+
+
+class RangeReader:
+    """One open file elsewhere. What was announced is fetched ahead and kept; what was not, when it is read."""
+
+    def __init__(
+        self, size: int, fetch: Fetch, fetchers: Fetchers, announced: Sequence[tuple[int, int]]
+    ) -> None:
+        self.size = size
+        self._fetch, self._fetchers = fetch, fetchers
+        self._kept = [self._start(*span) for span in blocks(merged(announced))]
+
+    def _start(self, begin: int, end: int) -> Block:
+        return self._fetchers.start(Block(self._fetch, begin, end))
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` from ``offset`` on."""
+        upto = offset + len(buffer)
+        known = [block for block in self._kept if block.begin < upto and block.end > offset]
+        gaps, position = [], offset
+        for block in known:
+            gaps.append((position, block.begin))
+            position = block.end
+        gaps.append((position, upto))
+        more = [self._start(*span) for span in blocks(gap for gap in gaps if gap[0] < gap[1])]
+        for block in (*known, *more):
+            first, last = max(block.begin, offset), min(block.end, upto)
+            data = block.data()
+            buffer[first - offset : last - offset] = data[first - block.begin : last - block.begin]
+
+    def pieces(self, begin: int, end: int) -> Iterator[memoryview]:
+        """The bytes ``begin:end`` in order, a few blocks ahead of the reader."""
+        ahead: list[Block] = []
+        spans = blocks([(begin, end)], PIECE)
+        try:
+            while True:
+                while len(ahead) < IN_FLIGHT and (span := next(spans, None)):
+                    ahead.append(self._start(*span))
+                if not ahead:
+                    return
+                data = ahead[0].data()
+                ahead.pop(0)
+                yield data
+        finally:
+            for block in ahead:
+                block.give_up()
+
+    def close(self) -> None:
+        """Forget what was kept, and let what is still on its way go."""
+        for block in self._kept:
+            block.give_up()
+        self._kept = []

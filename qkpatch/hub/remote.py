@@ -1,0 +1,91 @@
+"""``RemoteRepo``: a repository on the Hub as files that are read by byte ranges, without a download."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import PurePosixPath
+
+from qkpatch.checkpoint.content import Content, damaged
+from qkpatch.checkpoint.tree import BOOKKEEPING, MAX_JSON_BYTES, Repository, SourceFile, is_plain_relative
+from qkpatch.errors import CheckpointError
+from qkpatch.hub.ranges import Fetchers, RangeReader
+from qkpatch.hub.transfer import Listed, Transfer
+
+_MODE = 0o644  # the Hub knows of no other
+
+
+@dataclass(frozen=True)
+class RemoteFile(SourceFile):
+    """A file of a repository at one commit."""
+
+    entry: Listed
+    transfer: Transfer = field(compare=False, repr=False)
+    fetchers: Fetchers = field(compare=False, repr=False)
+
+    @property
+    def content(self) -> str:
+        """Git's name of it."""
+        return self.entry.blob
+
+    @property
+    def listed(self) -> Content:
+        """Its SHA-256, or of small files Git's name."""
+        entry = self.entry
+        return Content("git", entry.blob) if entry.sha256 is None else Content("sha256", entry.sha256)
+
+    @contextmanager
+    def open(self, ranges: Sequence[tuple[int, int]] = ()) -> Iterator[RangeReader]:
+        """A reader; ``ranges`` begin to arrive at once, and are kept until it is closed."""
+        fetch = partial(self.transfer.fetch, self.entry)
+        with closing(RangeReader(self.size, fetch, self.fetchers, ranges)) as reader:
+            yield reader
+
+    def read(self, limit: int = MAX_JSON_BYTES) -> bytes:
+        """All of a small file, in one request: the Hub may not know ranges of those that are in Git itself.
+
+        Raises:
+            HubError: it does not come, or is not what was listed.
+        """
+        self.check_size(limit)
+        data = self.transfer.whole(self.entry)
+        if not self.listed.is_of(data):
+            raise damaged(self.where)
+        return data
+
+
+@dataclass(frozen=True)
+class RemoteRepo(Repository):
+    """All files of a repository at one commit."""
+
+    where: str
+    files: Mapping[str, RemoteFile]
+
+    @classmethod
+    def of(cls, repo: str, commit: str, listed: Sequence[Listed]) -> RemoteRepo:
+        """The files that the Hub lists, less its own bookkeeping.
+
+        Raises:
+            CheckpointError: a name that is no plain path.
+        """
+        transfer, fetchers = Transfer(repo, commit), Fetchers()
+        files = {}
+        for file in sorted(listed):
+            if not is_plain_relative(file.name):
+                raise CheckpointError(
+                    f"it lists {file.name!r}, which is no plain path",
+                    where=repo,
+                    fix="do not use this repository: it is broken or hostile",
+                )
+            if not file.name.startswith(tuple(f"{name}/" for name in BOOKKEEPING)):
+                where = f"{repo}@{commit[:12]}: {file.name}"
+                files[file.name] = RemoteFile(file.name, file.size, _MODE, where, file, transfer, fetchers)
+        return cls(repo, files)
+
+    @property
+    def directories(self) -> dict[str, int]:
+        """All sub-directories, each after the one that it lies in; the Hub knows of no modes."""
+        parents = (PurePosixPath(name).parents for name in self.files)
+        return dict.fromkeys(sorted({path.as_posix() for some in parents for path in some} - {"."}), 0o777)

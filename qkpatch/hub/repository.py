@@ -1,0 +1,149 @@
+"""From ``org/name[@revision]`` to a commit, and to its files: in the Hub cache, or read where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from qkpatch.checkpoint.cache import blob_of, blobs_of
+from qkpatch.checkpoint.content import Content, damaged
+from qkpatch.checkpoint.files import open_read, size_of, update_digest
+from qkpatch.errors import HubError
+from qkpatch.hub.errors import hub_errors, is_out_of_reach
+from qkpatch.hub.remote import RemoteRepo
+from qkpatch.hub.token import hub_api
+from qkpatch.hub.transfer import Listed
+
+_HASHING = 4  # files at a time: SHA-256 is slower than most disks
+
+
+@dataclass(frozen=True)
+class HubId:
+    """A model repository on the Hub, at a revision or at its default branch."""
+
+    repo: str
+    revision: str | None
+
+    @classmethod
+    def parse(cls, text: str) -> HubId | None:
+        """``org/name`` or ``org/name@revision``; None where ``text`` does not have that form."""
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+        repo, _, revision = text.partition("@")
+        if repo.count("/") != 1 or (revision == "" and "@" in text):
+            return None
+        try:
+            validate_repo_id(repo)
+        except HFValidationError:
+            return None
+        return cls(repo, revision or None)
+
+    def __str__(self) -> str:
+        return self.repo + (f"@{self.revision}" if self.revision else "")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A revision of a repository, and where its files are."""
+
+    place: Path | RemoteRepo
+    repo: str
+    requested_revision: str | None
+    commit: str
+    checked: frozenset[str] = frozenset()  # files that are what the Hub lists, by their digests
+
+
+def download(hub_id: HubId) -> Found:
+    """Fetch the snapshot into the Hub cache, or find it there. Honours HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE.
+
+    Raises:
+        HubError: with the cause and the next step, one sentence for each kind.
+    """
+    before = blobs_of(hub_id.repo)
+    with hub_errors(str(hub_id)):
+        path = Path(hub_api().snapshot_download(hub_id.repo, revision=hub_id.revision))
+    # snapshots/<commit>: the cache's layout names the commit that the revision resolved to.
+    checked = _check_new(path, before)
+    return Found(path, hub_id.repo, hub_id.revision, path.name, checked)
+
+
+def _check_new(snapshot: Path, before: Collection[str]) -> frozenset[str]:
+    """Hash what came into the cache just now, since the library checks sizes alone; the names of those files.
+
+    Raises:
+        HubError: a file is not what its blob's name says; it is removed, so that the next run downloads it anew.
+    """
+    blobs: dict[str, tuple[Path, Content]] = {}
+    for path in snapshot.rglob("*"):
+        blob = blob_of(path)
+        content = None if blob is None or blob.name in before else Content.of_name(blob.name)
+        if blob is not None and content is not None:
+            blobs[path.relative_to(snapshot).as_posix()] = blob, content
+
+    def check(name: str) -> None:
+        blob, content = blobs[name]
+        with open_read(blob) as fd:
+            digest = content.hasher(size_of(fd))
+            update_digest(digest, fd, 0, size_of(fd), blob)
+        if digest.hexdigest() != content.digest:
+            for path in (blob.resolve(), blob):
+                path.unlink(missing_ok=True)
+            raise damaged(f"{snapshot.parent.parent.name}: {name}")
+
+    with ThreadPoolExecutor(_HASHING) as pool:
+        for _ in pool.map(check, blobs):
+            pass
+    return frozenset(blobs)
+
+
+def look(hub_id: HubId, *, use_cache: bool = True) -> Found:
+    """The snapshot in the Hub cache, where it is complete, or the files as they are on the Hub; none is downloaded.
+
+    Raises:
+        HubError: as :func:`download`.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.hf_api import RepoFile
+
+    api, is_offline = hub_api(), constants.is_offline_mode()
+    with hub_errors(str(hub_id)):
+        found = api.resolve_revision(hub_id.repo, revision=hub_id.revision, local_files_only=is_offline)
+    commit = found.resolved
+    cached = _cached(hub_id, commit) if use_cache else None
+    if cached is None:
+        try:
+            with hub_errors(str(hub_id)):
+                entries = list(api.list_repo_tree(hub_id.repo, recursive=True, revision=commit))
+        except HubError as error:
+            if use_cache and is_out_of_reach(error.__cause__):
+                with hub_errors(str(hub_id)):  # it may be whole, where nothing says that it is not
+                    cached = Path(api.snapshot_download(hub_id.repo, revision=commit, local_files_only=True))
+                return Found(cached, hub_id.repo, hub_id.revision, commit)
+            raise
+        listed = [
+            Listed(e.path, e.size, e.blob_id, None if e.lfs is None else e.lfs.sha256)
+            for e in entries
+            if isinstance(e, RepoFile)
+        ]
+        return Found(RemoteRepo.of(hub_id.repo, commit, listed), hub_id.repo, hub_id.revision, commit)
+    return Found(cached, hub_id.repo, hub_id.revision, commit)
+
+
+def _cached(hub_id: HubId, commit: str) -> Path | None:
+    """The snapshot of a commit, where the cache has all of it and knows that it has."""
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
+
+    try:
+        with hub_errors(str(hub_id)):
+            path = Path(hub_api().snapshot_download(hub_id.repo, revision=commit, local_files_only=True))
+            tree = get_cached_repo_tree(hub_id.repo, revision=commit)
+    except (HubError, CachedRepoTreeNotFoundError) as error:
+        if isinstance(error, HubError) and not isinstance(error.__cause__, LocalEntryNotFoundError):
+            raise
+        return None
+    is_whole = all((path / e.path).is_file() and (path / e.path).stat().st_size == e.size for e in tree)
+    return path if is_whole else None

@@ -1,0 +1,286 @@
+"""Byte ranges of a repository's files over HTTP: exactly what was asked for, of one commit, or an error.
+
+The session is huggingface_hub's, with its proxies and certificates; redirects are followed here, since the token
+must not leave the Hub and a signed address is good for many ranges.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from typing import Any, NamedTuple
+from urllib.parse import urljoin, urlsplit
+
+from qkpatch import __version__
+from qkpatch.common.interrupts import check_stop
+from qkpatch.errors import HubError
+from qkpatch.hub.errors import httpx, hub_errors, is_tls_failure
+from qkpatch.hub.token import NAME
+
+_REDIRECTS = 10
+_FAILURES = 6  # in a row, without a byte between them
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 8.0  # seconds
+_LONGEST_LIMIT = 60.0  # a rate limit that lasts longer is told, not waited for
+_MOST_TEXT = 64 << 10  # bytes of an error's body
+_AGAIN = {408, 425, 429, 500, 502, 503, 504}
+_MOVED = {301, 302, 303, 307, 308}
+_STALE = {401, 403, 404, 410}  # of an address that was redirected to: its signature has expired
+_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})", re.ASCII)
+
+
+class Listed(NamedTuple):
+    """A file as the Hub lists it."""
+
+    name: str
+    size: int
+    blob: str  # what Git calls its content
+    sha256: str | None  # of large files
+
+
+class _BrokenError(Exception):
+    """Worth another try, after ``wait`` seconds where the server says so."""
+
+    def __init__(self, what: str, wait: float | None = None) -> None:
+        super().__init__(what)
+        self.wait = wait
+
+
+class Transfer:
+    """One repository at one commit; any number of threads."""
+
+    def __init__(self, repo: str, commit: str) -> None:
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+        self._repo, self._commit = repo, commit
+        self._headers = build_hf_headers(library_name=NAME, library_version=__version__)
+        self._lock = threading.Lock()
+        self._places: dict[str, str] = {}  # where a file's address leads to
+        self._tags: dict[tuple[str, str], str] = {}  # ETags, by file and host
+
+    def fetch(
+        self, file: Listed, begin: int, end: int, buffer: memoryview, is_given_up: Callable[[], bool]
+    ) -> None:
+        """Fill ``buffer`` with the bytes ``begin:end``; goes on where a connection broke off.
+
+        Raises:
+            HubError: refused, or broken too often; the answer is not what was asked for.
+        """
+        done = failures = 0
+        while begin + done < end and not is_given_up():
+            try:
+                for chunk in self._range(file, begin + done, end):
+                    buffer[done : done + len(chunk)] = chunk
+                    done, failures = done + len(chunk), 0
+                    if is_given_up():
+                        return
+            except _BrokenError as broken:
+                failures += 1
+                if failures > _FAILURES:
+                    what = f"the connection broke {failures} times in a row: {broken}"
+                    raise self._error(file, what, "try again later") from broken
+                self._pause(broken, failures, is_given_up)
+
+    def whole(self, file: Listed) -> bytes:
+        """All of a small file."""
+        failures = 0
+        while True:
+            try:
+                return b"".join(self._whole(file))
+            except _BrokenError as broken:
+                failures += 1
+                if failures > _FAILURES:
+                    what = f"the connection broke {failures} times: {broken}"
+                    raise self._error(file, what, "try again later") from broken
+                self._pause(broken, failures, lambda: False)
+
+    def _pause(self, broken: _BrokenError, failures: int, is_given_up: Callable[[], bool]) -> None:
+        usual = min(_FIRST_WAIT * 2 ** (failures - 1), _LONGEST_WAIT)
+        until = time.monotonic() + (usual if broken.wait is None else broken.wait)
+        while (left := until - time.monotonic()) > 0 and not is_given_up():
+            check_stop()
+            time.sleep(min(left, 0.1))
+
+    def _range(self, file: Listed, begin: int, end: int) -> Iterator[bytes]:
+        asked = {"Range": f"bytes={begin}-{end - 1}"}
+        with self._answer(file, asked) as response:
+            if response.status_code == 200:  # whose body is not read
+                raise self._error(
+                    file,
+                    "the answer is the whole file, not the bytes that were asked for",
+                    "a proxy in between may not know ranges; download the model once: `hf download "
+                    f"{self._repo}`, or choose another HF_ENDPOINT",
+                )
+            said = _RANGE.fullmatch(response.headers.get("content-range", "").strip())
+            numbers = said and tuple(map(int, said.groups()))
+            if response.status_code != 206 or numbers != (begin, end - 1, file.size):
+                text = response.headers.get("content-range", "nothing")
+                raise self._error(
+                    file,
+                    f"bytes {begin}-{end - 1} of {file.size} were asked for, and {text} came "
+                    f"(status {response.status_code})",
+                    "try again; if it stays, what HF_ENDPOINT or a proxy delivers is not the listed file",
+                )
+            yield from self._body(file, response, end - begin)
+
+    def _whole(self, file: Listed) -> Iterator[bytes]:
+        with self._answer(file, {}) as response:
+            yield from self._body(file, response, file.size)
+
+    def _body(self, file: Listed, response: Any, size: int) -> Iterator[bytes]:
+        self._check_tag(file, response)
+        if response.headers.get("content-encoding", "identity") != "identity":
+            raise self._error(file, "the answer is compressed, which was not asked for", "is there a proxy?")
+        came = 0
+        try:
+            for chunk in response.iter_raw():  # as they come: what came before a break is kept
+                came += len(chunk)
+                if came > size:
+                    raise self._error(
+                        file, f"more than the {size} bytes came", "is there a proxy in between?"
+                    )
+                yield chunk
+        except httpx().TransportError as error:
+            raise _BrokenError(f"{error or type(error).__name__}") from error
+        if came < size:
+            raise _BrokenError(f"{came} of {size} bytes came")
+
+    @contextmanager
+    def _answer(self, file: Listed, asked: dict[str, str]) -> Iterator[Any]:
+        """An answer with content, not yet read; a connection that fails is worth another try."""
+        library = httpx()
+        with hub_errors(f"{self._repo}: {file.name}"):
+            try:
+                response = self._open(file, asked)
+            except (library.TimeoutException, library.NetworkError, library.RemoteProtocolError) as error:
+                if is_tls_failure(error):
+                    raise
+                raise _BrokenError(f"{error or type(error).__name__}") from error
+        with closing(response):
+            yield response
+
+    def _open(self, file: Listed, asked: dict[str, str]) -> Any:
+        """The answer at the end of all redirects."""
+        from huggingface_hub import constants, hf_hub_url
+        from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
+
+        home = hf_hub_url(self._repo, file.name, revision=self._commit)
+        with self._lock:
+            url = self._places.get(file.name, home)
+        is_remembered = url != home
+        client = get_session()
+        for _ in range(_REDIRECTS):
+            request = client.build_request(
+                "GET",
+                url,
+                headers={**self._headers_for(url, home), **asked, "Accept-Encoding": "identity"},
+                timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            )
+            response = client.send(request, stream=True, follow_redirects=False)
+            if response.status_code in (200, 206):
+                if url != home:
+                    with self._lock:
+                        self._places[file.name] = url
+                return response
+            with closing(response):
+                if response.status_code in _MOVED:
+                    url = self._next(file, response, url, home)
+                elif is_remembered and response.status_code in _STALE:
+                    with self._lock:
+                        self._places.pop(file.name, None)
+                    raise _BrokenError(
+                        f"status {response.status_code} of an address that was good before", 0.0
+                    )
+                else:
+                    self._refuse(file, response)
+        raise self._error(file, f"more than {_REDIRECTS} redirects", "check HF_ENDPOINT")
+
+    def _headers_for(self, url: str, home: str) -> dict[str, str]:
+        """The token is for the Hub alone."""
+        is_home = _origin(url) == _origin(home)
+        return {key: value for key, value in self._headers.items() if is_home or key.lower() == "user-agent"}
+
+    def _next(self, file: Listed, response: Any, url: str, home: str) -> str:
+        target: str = urljoin(url, response.headers.get("location", ""))
+        if _origin(target)[0] not in ("https", _origin(url)[0]):
+            raise self._error(
+                file, "redirected from https to something else", "check HF_ENDPOINT and proxies"
+            )
+        if _origin(url) == _origin(home):
+            self._check_listing(file, response)
+        return target
+
+    def _check_listing(self, file: Listed, response: Any) -> None:
+        """What the Hub says of the file on the way must be what it listed."""
+        said = response.headers
+        commit, size = said.get("x-repo-commit", self._commit), said.get("x-linked-size", str(file.size))
+        tag = _tag(said.get("x-linked-etag", ""))
+        is_other = file.sha256 is not None and re.fullmatch("[0-9a-f]{64}", tag) and tag != file.sha256
+        if commit != self._commit or size != str(file.size) or is_other:
+            raise self._error(
+                file,
+                f"the Hub listed another file: commit {self._commit[:12]}, {file.size} bytes; now it says "
+                f"commit {commit[:12]}, {size} bytes",
+                "try again",
+            )
+
+    def _check_tag(self, file: Listed, response: Any) -> None:
+        tag = _tag(response.headers.get("etag", ""))
+        if not tag:
+            return
+        host = _origin(str(response.url))
+        with self._lock:
+            first = self._tags.setdefault((file.name, str(host)), tag)
+        if first != tag:
+            raise self._error(file, "the file changed while it was read (its ETag did)", "try again")
+
+    def _refuse(self, file: Listed, response: Any) -> None:
+        status = response.status_code
+        if status in _AGAIN:
+            wait = _retry_after(response.headers)
+            if status == 429 and wait is not None and wait > _LONGEST_LIMIT:
+                raise self._error(
+                    file, f"the Hub's rate limit is reached, for {wait:.0f} seconds more",
+                    "wait, or set HF_TOKEN: its limits are higher",
+                )  # fmt: skip
+            raise _BrokenError(
+                f"the Hub answered {status}", wait if wait is None else min(wait, _LONGEST_LIMIT)
+            )
+        if status == 416:
+            raise self._error(
+                file, f"the Hub lists {file.size} bytes, and says that there are fewer", "try again"
+            )
+        from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
+
+        if int(response.headers.get("content-length", _MOST_TEXT + 1)) <= _MOST_TEXT:
+            response.read()
+        hf_raise_for_status(response)
+        raise self._error(file, f"the answer has status {status}", "check HF_ENDPOINT")
+
+    def _error(self, file: Listed, what: str, fix: str) -> HubError:
+        return HubError(what, where=f"{self._repo}@{self._commit[:12]}: {file.name}", fix=fix)
+
+
+def _origin(url: str) -> tuple[str, str, int | None]:
+    parts = urlsplit(url)
+    return (
+        parts.scheme,
+        (parts.hostname or "").lower(),
+        parts.port or {"http": 80, "https": 443}.get(parts.scheme),
+    )
+
+
+def _tag(text: str) -> str:
+    return text.strip().removeprefix("W/").strip('"')
+
+
+def _retry_after(headers: Any) -> float | None:
+    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
+
+    text = headers.get("retry-after", "").strip()
+    if re.fullmatch(r"\d{1,6}", text, re.ASCII):
+        return float(text)
+    info = parse_ratelimit_headers(headers)
+    return float(info.reset_in_seconds) if info is not None and info.remaining == 0 else None

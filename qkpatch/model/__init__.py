@@ -1,0 +1,1 @@
+"""From SOURCE to the tensors of its language model."""

@@ -1,0 +1,106 @@
+"""SOURCE, as the user wrote it: a path, a Hub id or a recipe's name. What it is, and where it lies."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from qkpatch.checkpoint.cache import snapshot_at
+from qkpatch.errors import FileSystemError, UsageError
+from qkpatch.hub.remote import RemoteRepo
+from qkpatch.hub.repository import HubId, download, look
+from qkpatch.recipes.catalogue import get_recipe, shipped_recipes
+from qkpatch.recipes.recipe import Recipe
+from qkpatch.recipes.words import near_names
+
+
+class Access(Enum):
+    """How a repository on the Hub is read."""
+
+    download = "into the Hub cache, all of it"
+    ranges = "where it is, by byte ranges, unless the Hub cache has all of it"
+    no_cache = "where it is, whatever the Hub cache has"
+    listed = "where it is, even where SOURCE names a snapshot in the Hub cache"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A located checkpoint; ``name`` never holds an absolute path."""
+
+    place: Path | RemoteRepo
+    kind: str  # "directory", "file" or "hub"
+    name: str
+    requested_revision: str | None = None
+    commit: str | None = None
+    recipe: Recipe | None = None  # when SOURCE was a recipe's name
+    checked: frozenset[str] = frozenset()  # files that were downloaded just now and are what the Hub lists
+
+    @property
+    def path(self) -> Path | None:
+        """Where it lies on this machine."""
+        return self.place if isinstance(self.place, Path) else None
+
+
+def locate(text: str, access: Access = Access.download) -> Source:
+    """Find SOURCE: an existing path first, then a recipe name, then ``org/name[@revision]`` on the Hub.
+
+    Raises:
+        UsageError: it is none of these.
+        HubError: the Hub cannot deliver it.
+    """
+    path = local_path(text)
+    recipe: Recipe | None = None
+    if path is not None:
+        here = _local(path)
+        if here.commit is None or access is not Access.listed:
+            return here
+        hub_id: HubId | None = HubId(here.name, here.commit)
+    elif text in shipped_recipes():
+        recipe = get_recipe(text)
+        hub_id = HubId.parse(recipe.default_repo)
+    else:
+        hub_id = HubId.parse(text)
+    if hub_id is None or (path is None and text.startswith((".", "/", "~"))):
+        raise UsageError(
+            "no such file or directory, recipe, or Hub id (org/name)",
+            where=text,
+            fix=f"check the path; {near_names(text, shipped_recipes())}",
+        )
+    found = download(hub_id) if access is Access.download else look(hub_id, use_cache=access is Access.ranges)
+    return Source(
+        found.place, "hub", found.repo, found.requested_revision, found.commit, recipe, found.checked
+    )
+
+
+def local_path(text: str) -> Path | None:
+    """SOURCE as an existing path, None where it is none.
+
+    Raises:
+        FileSystemError: permission is missing even to look it up.
+    """
+    path = Path(os.path.expanduser(text))  # noqa: PTH111 - Path's raises for ~nobody/x, a name like any other
+    try:
+        path.stat()
+    except PermissionError as error:
+        raise FileSystemError(
+            "no permission to look it up", where=str(path), fix="check the permissions of its parents"
+        ) from error
+    except (OSError, ValueError):  # also names that no file can have: too long, or with a NUL
+        return None
+    return path
+
+
+def _local(path: Path) -> Source:
+    if path.is_file():
+        return Source(path, "file", _text(path.name))
+    snapshot = snapshot_at(path)
+    if snapshot is not None:
+        return Source(path, "hub", snapshot.repo, None, snapshot.commit)
+    return Source(path, "directory", _text(path.resolve().name))
+
+
+def _text(name: str) -> str:
+    """A file's name as text, whatever bytes it has."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,0 +1,178 @@
+"""``Model``: a checkpoint that a recipe understands, its chosen sets of tensors, and what may be asked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from qkpatch.checkpoint.source import Checkpoint, open_checkpoint
+from qkpatch.errors import AmbiguousError, CheckpointError, UsageError
+from qkpatch.model.choice import choose_recipe, query_like
+from qkpatch.model.locate import Access, Source, locate
+from qkpatch.model.refusals import refuse_known
+from qkpatch.model.targets import AttentionSet, LayerTarget
+from qkpatch.model.tower import LanguageTower, read_tower
+from qkpatch.recipes.catalogue import get_recipe, is_recipe_file
+from qkpatch.recipes.recipe import Recipe, TensorNames
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint, the recipe that fits it, and the sets of tensors that are chosen."""
+
+    source: Source
+    checkpoint: Checkpoint
+    recipe: Recipe
+    sets: tuple[AttentionSet, ...]  # at least one; all with the same numbers of layers and query heads
+    recipe_file: str | None = None  # where the recipe is one of the user's own
+
+    @property
+    def tower(self) -> LanguageTower:
+        """The language model's numbers."""
+        return self.sets[0].tower
+
+    @property
+    def editable_layers(self) -> tuple[int, ...]:
+        """Layers with a query-key product of the chosen kinds."""
+        return tuple(
+            n for n in range(self.tower.n_layers) if any(n in s.layers and s.has(n) for s in self.sets)
+        )
+
+    def targets(self, layers: Iterable[int], *, fold_norm: bool) -> tuple[LayerTarget, ...]:
+        """The tensors of some layers, each checked.
+
+        Raises:
+            QKPatchError: as :meth:`AttentionSet.target`.
+        """
+        return tuple(
+            chosen.target(layer, fold_norm=fold_norm)
+            for layer in layers
+            for chosen in self.sets
+            if chosen.has(layer)
+        )
+
+    def check_skipped(self, layers: Iterable[int]) -> None:
+        """A layer that is skipped must be there in another form; one of which nothing is stored is a lost shard.
+
+        Raises:
+            CheckpointError: nothing is stored of one.
+        """
+        for layer in layers:
+            stems = tuple(s.prefix.format(layer=layer) for s in self.sets)
+            if not self.checkpoint.single_file and not any(
+                n.startswith(stems) for n in self.checkpoint.tensors
+            ):
+                raise CheckpointError(
+                    f"nothing is stored of layer {layer}",
+                    where=stems[0],
+                    fix="download the missing shard, or leave the layer out of --layers",
+                )
+
+
+def open_model(
+    source: str,
+    recipe_name: str | None = None,
+    attention: Sequence[str] | None = None,
+    access: Access = Access.download,
+) -> Model:
+    """Locate SOURCE, read its headers, find the recipe that fits and the sets of tensors named by ``attention``.
+
+    Raises:
+        AmbiguousError: no recipe or several; the recipe's names match nothing, or twice over.
+        CheckpointError: config.json and the stored layers contradict each other.
+        UsageError: no such recipe or attention, or two that cannot be edited together.
+        QKPatchError: as :func:`locate`, :func:`open_checkpoint` and :func:`read_tower`.
+    """
+    named = get_recipe(recipe_name) if recipe_name is not None else None
+    located = locate(source, access)
+    checkpoint = open_checkpoint(located.place)
+    recipe = named or located.recipe or choose_recipe(checkpoint.config, checkpoint.tensors)
+    wanted = [recipe.tensors.attention] if attention is None else attention
+    sets = tuple(
+        open_set(recipe, recipe.set_named(name), checkpoint, insist=named is not None)
+        for name in dict.fromkeys(wanted)
+    )
+    _check_together(sets)
+    recipe_file = recipe_name if recipe_name is not None and is_recipe_file(recipe_name) else None
+    return Model(located, checkpoint, recipe, sets, recipe_file)
+
+
+def open_set(recipe: Recipe, names: TensorNames, checkpoint: Checkpoint, *, insist: bool) -> AttentionSet:
+    """One set of tensors as the checkpoint stores it; ``insist`` as in :func:`read_tower`.
+
+    Raises:
+        AmbiguousError: the names match nothing, or twice over.
+        CheckpointError: config.json and the stored layers contradict each other.
+        QKPatchError: as :func:`read_tower`.
+    """
+    stored = list(checkpoint.tensors)
+    prefixes = names.matching_prefixes(stored)
+    if len(prefixes) != 1:
+        raise _prefix_error(recipe, names, prefixes, checkpoint)
+    tower = read_tower(recipe, checkpoint.config, names, insist=insist)
+    pattern = names.pattern(prefixes[0], names.query_module + ".")
+    layers = sorted({int(found["layer"]) for name in stored if (found := pattern.match(name))})
+    _check_count(recipe, names, tower, layers, checkpoint)
+    within = tuple(n for n in layers if n < tower.n_layers)
+    norms = (s.norms for s in (recipe.tensors, *recipe.others))
+    declared = tuple(name for norm in norms if norm is not None for name in (norm.query, norm.key))
+    return AttentionSet(recipe.name, names, prefixes[0], tower, checkpoint.tensors, within, declared)
+
+
+def _check_count(
+    recipe: Recipe, names: TensorNames, tower: LanguageTower, layers: list[int], checkpoint: Checkpoint
+) -> None:
+    """The layers that are stored must be those that config.json, or the class default, counts."""
+    where = f"config.json: {tower.section}{names.keys.get('num_hidden_layers', 'num_hidden_layers')}"
+    beyond = [layer for layer in layers if layer >= tower.n_layers]
+    if beyond and not names.mtp_layers:
+        raise CheckpointError(
+            f"{tower.n_layers} layers, but queries are stored for {max(layers) + 1} (0-{max(layers)})",
+            where=where,
+            fix=f"config.json belongs to another model, or recipe {recipe.name} does not fit",
+        )
+    # One shard by itself may hold any of the layers.
+    is_cut = not checkpoint.single_file and names.every_layer and max(layers) + 1 < tower.n_layers
+    if is_cut and layers == list(range(len(layers))):
+        raise CheckpointError(
+            f"{tower.n_layers} layers, but queries are stored for {len(layers)} (0-{max(layers)})",
+            where=where,
+            fix="config.json belongs to another model, or the last shards are missing",
+        )
+
+
+def _check_together(sets: tuple[AttentionSet, ...]) -> None:
+    """Sets that are edited in one run must agree on what a layer and a head is, and not share a query tensor."""
+    sizes = {(s.tower.n_layers, s.tower.layout.n_heads) for s in sets}
+    is_shared = any(
+        a.prefix + a.names.query in (b.prefix + b.names.query, b.prefix + b.names.key)
+        for a in sets
+        for b in sets
+        if a is not b
+    )
+    if len(sizes) > 1 or is_shared:
+        reason = "they differ in layers or heads" if len(sizes) > 1 else "they share a query tensor"
+        raise UsageError(
+            f"{' and '.join(s.names.attention for s in sets)} cannot be edited together: {reason}",
+            where="--attention",
+            fix="edit one, then the other on top of it",
+        )
+
+
+def _prefix_error(
+    recipe: Recipe, names: TensorNames, prefixes: tuple[str, ...], checkpoint: Checkpoint
+) -> AmbiguousError:
+    if prefixes:
+        return AmbiguousError(
+            f"query tensors under {len(prefixes)} prefixes: {', '.join(prefixes)}",
+            where=f"recipe {recipe.name}",
+            fix="the checkpoint holds two language models; split it first",
+        )
+    refuse_known(checkpoint.tensors)
+    expected = ", ".join(p + names.query for p in names.prefixes)
+    like = ", ".join(query_like(checkpoint.tensors)) or "nothing like a query projection"
+    return AmbiguousError(
+        f"recipe {recipe.name} matches no tensor: it expects {expected}; the checkpoint has {like}",
+        where=checkpoint.where.rpartition("/")[2],
+        fix="choose another recipe with --recipe",
+    )

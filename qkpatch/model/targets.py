@@ -1,0 +1,273 @@
+"""Which stored tensors hold the queries and keys of each layer: recipe × config × headers, no weight read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from qkpatch.checkpoint.header import TensorRef
+from qkpatch.errors import CheckpointError, UnsupportedError
+from qkpatch.model.block_fp8 import BLOCK, block_scale, scale_range
+from qkpatch.model.refusals import (
+    EDITABLE_DTYPES,
+    is_qk_norm,
+    missing_key,
+    query_temperature,
+    refuse_known,
+    refuse_quantised,
+    suffixes_by_module,
+    undeclared_norm,
+    unknown_form,
+)
+from qkpatch.model.tower import LanguageTower
+from qkpatch.recipes.heads import HeadLayout
+from qkpatch.recipes.recipe import NormNames, NormSpan, TensorNames
+
+
+@dataclass(frozen=True)
+class LayerTarget:
+    """The query and key weights of one layer; they may lie in different shards."""
+
+    layer: int
+    attention: str  # the recipe's set of tensors it belongs to
+    layout: HeadLayout
+    query: TensorRef
+    key: TensorRef  # the same tensor as the query where they are fused
+    query_norm: TensorRef | None = None
+    key_norm: TensorRef | None = None
+    norms: NormNames | None = None  # of what kind these two are
+    input_norm: TensorRef | None = None  # the gain that is folded into the product
+    input_norm_plus_one: bool = False
+    query_scale: TensorRef | None = None  # of block FP8
+    key_scale: TensorRef | None = None
+    biases: tuple[str, ...] = ()  # not part of the product; they stay as they are
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """Every tensor that is read."""
+        norms = (self.query_norm, self.key_norm, self.input_norm)
+        all_of_them = (self.query, self.key, self.query_scale, self.key_scale, *norms)
+        return tuple(dict.fromkeys(ref for ref in all_of_them if ref is not None))
+
+    @property
+    def written(self) -> tuple[TensorRef, ...]:
+        """Every tensor that is edited: the query weight, and its scales where it has some."""
+        return (self.query,) if self.query_scale is None else (self.query, self.query_scale)
+
+    def read_ranges(self, heads: Sequence[int]) -> dict[str, list[tuple[int, int]]]:
+        """The bytes that products of ``heads`` are read from, by shard: their rows, scales, and norms' gains."""
+        layout = self.layout
+        found: dict[TensorRef, set[tuple[int, int]]] = {}
+        for head in heads:
+            for ref, scale, at in (
+                (self.query, self.query_scale, layout.query_range(self.query, head)),
+                (self.key, self.key_scale, layout.key_range(self.key, layout.kv_head(head))),
+            ):
+                found.setdefault(ref, set()).add(at)
+                if scale is not None:
+                    found.setdefault(scale, set()).add(scale_range(ref, scale, *at))
+        for norm in (self.query_norm, self.key_norm, self.input_norm):
+            if norm is not None:
+                found.setdefault(norm, set()).add((norm.begin, norm.end))
+        shards: dict[str, list[tuple[int, int]]] = {}
+        for ref, ranges in found.items():
+            shards.setdefault(ref.shard, []).extend(sorted(ranges))
+        return shards
+
+    def read_bytes(self, heads: Sequence[int]) -> int:
+        """How many bytes :meth:`read_ranges` are."""
+        return sum(end - begin for ranges in self.read_ranges(heads).values() for begin, end in ranges)
+
+    def written_ranges(self, head: int) -> tuple[tuple[TensorRef, int, int], ...]:
+        """The bytes that the edit of a head may change: tensor, begin, end in its shard."""
+        begin, end = self.layout.query_range(self.query, head)
+        ranges = [(self.query, begin, end)]
+        if self.query_scale is not None:
+            ranges.append((self.query_scale, *scale_range(self.query, self.query_scale, begin, end)))
+        return tuple(ranges)
+
+
+@dataclass(frozen=True)
+class AttentionSet:
+    """One of the recipe's sets of tensors as a checkpoint stores it."""
+
+    recipe: str  # its name, for messages
+    names: TensorNames
+    prefix: str
+    tower: LanguageTower
+    tensors: Mapping[str, TensorRef]  # of the whole checkpoint
+    layers: tuple[int, ...]  # those that store a query module, quantised ones included
+    declared_norms: tuple[str, ...]  # of all sets of the recipe, relative to a layer
+
+    def has(self, layer: int) -> bool:
+        """Whether ``layer`` is to be edited when asked for; in some families others are skipped."""
+        return self.tower.has_own_keys(layer) and (self.names.every_layer or layer in self.layers)
+
+    def target(self, layer: int, *, fold_norm: bool = False) -> LayerTarget:
+        """Query and key of one layer, checked against the config's numbers.
+
+        Raises:
+            UnsupportedError: quantised, MLA, no key of its own; nothing to fold.
+            CheckpointError: no such tensor, or a shape that contradicts config.json.
+        """
+        names, tensors = self.names, self.tensors
+        stem = self.prefix.format(layer=layer)
+        query, key = tensors.get(stem + names.query), tensors.get(stem + names.key)
+        layout = self.tower.layout_of(layer)
+        scales = []
+        for weight, name in ((query, names.query), (key, names.key)):
+            module = (stem + name).removesuffix(".weight")
+            scale = tensors.get(f"{module}.weight_scale_inv") if self.tower.fp8_block == BLOCK else None
+            scales.append(block_scale(weight, scale, layout.d_head))
+            if scales[-1] is None:
+                refuse_quantised(module, weight, self._stored_under.get(module, ()))
+        if query is None:
+            refuse_known(name for name in tensors if name.startswith(stem))
+            if suffixes := self._stored_under.get(stem + names.query_module):
+                raise unknown_form(stem + names.query_module, suffixes)
+            raise CheckpointError(
+                f"layer {layer} has no {stem + names.query}",
+                where=f"recipe {self.recipe}",
+                fix="leave the layer out of --layers, or download the missing shard",
+            )
+        if key is None:
+            refuse_known(name for name in tensors if name.startswith(stem))
+            raise missing_key(layer, query.name, stem + names.key)
+        if (temperature := f"{self._around(stem)}.tau.wq") in tensors:
+            raise query_temperature(temperature)
+        _check_shapes(query, key, layout)
+        query_norm, key_norm = self._norms(layer, stem, layout)
+        weights = (ref.name for ref in (query, key, query_norm, key_norm) if ref is not None)
+        modules = dict.fromkeys(name.removesuffix(".weight") for name in weights)
+        return LayerTarget(
+            layer=layer,
+            attention=names.attention,
+            layout=layout,
+            query=query,
+            key=key,
+            query_norm=query_norm,
+            key_norm=key_norm,
+            norms=names.norms if query_norm is not None else None,
+            input_norm=self._input_norm(stem, layout) if fold_norm else None,
+            input_norm_plus_one=names.input_norm is not None and names.input_norm.plus_one,
+            query_scale=scales[0],
+            key_scale=scales[1],
+            biases=tuple(f"{module}.bias" for module in modules if f"{module}.bias" in tensors),
+        )
+
+    def _norms(self, layer: int, stem: str, layout: HeadLayout) -> tuple[TensorRef | None, TensorRef | None]:
+        """The layer's query and key norms; stored and declared must agree, since they change the product."""
+        undeclared = [name for name in self._undeclared_norms if name.startswith(stem)]
+        if undeclared:
+            raise undeclared_norm(undeclared[0], self.recipe)
+        norms = self.names.norms
+        if norms is None or (norms.optional and not self._stores_norms):
+            return None, None
+        query = self._gain(layer, stem + norms.query, layout.n_heads, layout.d_head, norms.over)
+        key = self._gain(layer, stem + norms.key, layout.n_kv_heads, layout.d_head, norms.over)
+        return query, key
+
+    def _around(self, stem: str) -> str:
+        """The module that holds the query module; the layer itself in families that put it there."""
+        return (stem + self.names.query_module).rpartition(".")[0]
+
+    @cached_property
+    def _undeclared_norms(self) -> tuple[str, ...]:
+        """Tensors in layers that look like norms of queries or keys and belong to none of the recipe's sets."""
+        modules = tuple(f"{name.rpartition('.')[0]}." for name in self.declared_norms)
+        head, tail = self.prefix.split("{layer}")
+        found = []
+        for name in self.tensors:
+            if name.startswith(head) and is_qk_norm(name):
+                relative = (
+                    name[len(head) :].partition(tail)[2] if tail else name[len(head) :].lstrip("0123456789")
+                )
+                if not relative.startswith(modules):
+                    found.append(name)
+        return tuple(found)
+
+    @cached_property
+    def _stores_norms(self) -> bool:
+        """Whether the layers have norms of queries and keys: all of them, or none.
+
+        Raises:
+            CheckpointError: only some.
+        """
+        norms = self.names.norms
+        if norms is None:
+            return False
+        wanted = [
+            self.prefix.format(layer=n) + name for n in self.layers for name in (norms.query, norms.key)
+        ]
+        missing = [name for name in wanted if name not in self.tensors]
+        if missing and len(missing) < len(wanted):
+            raise CheckpointError(
+                f"{len(wanted) - len(missing)} norms of queries and keys, and {len(missing)} are missing",
+                where=missing[0],
+                fix="download the missing shard",
+            )
+        return not missing
+
+    def _gain(self, layer: int, name: str, n_heads: int, d_head: int, over: NormSpan) -> TensorRef:
+        ref = self.tensors.get(name)
+        if ref is None:
+            raise CheckpointError(f"layer {layer} has no {name}", where=f"recipe {self.recipe}")
+        by_head: list[tuple[int, ...]] = [(d_head,), (n_heads, d_head)]
+        by_projection: list[tuple[int, ...]] = [(n_heads * d_head,)]
+        shapes = {
+            NormSpan.head: by_head,
+            NormSpan.projection: by_projection,
+            NormSpan.stored: by_head + by_projection,
+        }[over]
+        if ref.shape not in shapes or ref.dtype not in EDITABLE_DTYPES:
+            expected = " or ".join(str(list(shape)) for shape in shapes)
+            raise CheckpointError(
+                f"a norm of queries or keys holds {expected} numbers (head_dim {d_head}), "
+                f"this is {ref.dtype} {list(ref.shape)}",
+                where=f"{ref.name} in {ref.shard}",
+            )
+        return ref
+
+    def _input_norm(self, stem: str, layout: HeadLayout) -> TensorRef:
+        norm = self.names.input_norm
+        if norm is None or not self.tower.has_input_norm:
+            reason = "this model has it after attention" if norm else f"recipe {self.recipe} declares none"
+            raise UnsupportedError(
+                f"no RMSNorm before attention, so there is no gain to fold: {reason}",
+                where="--fold-norm",
+                fix="leave the flag out",
+            )
+        ref = self.tensors.get(stem + norm.weight)
+        if ref is None or ref.shape != (layout.d_model,) or ref.dtype not in EDITABLE_DTYPES:
+            found = "nothing" if ref is None else f"{ref.dtype} {list(ref.shape)}"
+            raise CheckpointError(
+                f"--fold-norm needs the gain before attention, [{layout.d_model}] numbers; there is {found}",
+                where=stem + norm.weight,
+                fix="leave the flag out",
+            )
+        return ref
+
+    @cached_property
+    def _stored_under(self) -> Mapping[str, Sequence[str]]:
+        """What is stored under each query and key module; one pass, since mixtures of experts have many names."""
+        modules = {
+            (self.prefix.format(layer=layer) + name).removesuffix(".weight")
+            for layer in self.layers
+            for name in (self.names.query, self.names.key)
+        }
+        return suffixes_by_module(self.tensors, modules)
+
+
+def _check_shapes(query: TensorRef, key: TensorRef, layout: HeadLayout) -> None:
+    for weight, expected, heads in (
+        (query, layout.query_shape, layout.n_heads),
+        (key, layout.key_shape, layout.n_kv_heads),
+    ):
+        if weight.shape != expected:
+            raise CheckpointError(
+                f"stored as {list(weight.shape)}, but config.json says {list(expected)}: "
+                f"{heads} heads × head_dim {layout.d_head}, hidden_size {layout.d_model}",
+                where=f"{weight.name} in {weight.shard}",
+                fix="config.json belongs to another model, or --recipe does",
+            )

@@ -1,0 +1,1 @@
+"""OUT: which files it has, how they grow, how they appear."""

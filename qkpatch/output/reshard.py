@@ -1,0 +1,187 @@
+"""Re-sharding: the same tensors, byte for byte and in their order, in shards of another size. Headers are ours."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from qkpatch.checkpoint.header import DTYPE_BITS, MAX_HEADER_SIZE, TensorRef
+from qkpatch.checkpoint.source import INDEX_SUFFIX, Stored
+from qkpatch.checkpoint.tree import load_json
+from qkpatch.errors import CheckpointError, UsageError
+from qkpatch.output.files import Extent, Output, OutputFile
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+          "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}  # fmt: skip
+_SIZE = re.compile(r"(\d{1,18})\s*([KMGT]I?B)?", re.ASCII | re.IGNORECASE)
+_FORMAT_ALIGNMENT = 8  # of the data, as the safetensors library pads its headers
+MOST_SHARDS = 99_999  # five digits, as huggingface_hub names them
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``5GB`` (decimal, as in transformers), ``512MiB`` or ``1000``.
+
+    Raises:
+        UsageError: it is no such text, or nothing at all.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    size = int(match[1]) * _UNITS[(match[2] or "").upper()] if match else 0
+    if size == 0:
+        raise UsageError(
+            f"{text!r} is no size", where="--max-shard-size", fix="write it like 5GB, 512MiB or 5000000000"
+        )
+    return size
+
+
+def reshard(source: Stored, max_bytes: int) -> Output:
+    """OUT with shards of at most ``max_bytes`` of tensors; a larger tensor has a shard to itself.
+
+    Tensors keep their order (shards by name, within them by offset), but for one thing: in each new shard the
+    dtypes of more bytes come first, so that every tensor is aligned, as the library writes them. One shard needs
+    no index; of more, the index of SOURCE is kept but for what it says of places and sizes.
+
+    Raises:
+        UsageError: absurdly many shards.
+        CheckpointError: the shards' metadata contradict each other; a name is taken by another file of SOURCE.
+    """
+    groups = list(_groups(_in_order(source), max_bytes))
+    if len(groups) > MOST_SHARDS:
+        raise UsageError(
+            f"that makes {len(groups)} shards", where="--max-shard-size", fix="allow larger ones"
+        )
+    stem = _stem(source)
+    names = (
+        [f"{stem}.safetensors"]
+        if len(groups) <= 1
+        else [f"{stem}-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
+    )
+    kept = {
+        name: file
+        for name, file in source.files.items()
+        if name not in source.headers and name != source.index
+    }
+    moved: dict[str, TensorRef] = {}
+    made: dict[str, OutputFile] = {}
+    mode = source.files[next(iter(source.headers))].mode
+    for name, group in zip(names, groups, strict=True):
+        own, places = _header(name, group, _metadata(source, group))
+        moved.update(places)
+        made[name] = OutputFile(name, mode, own, tuple(_extents(source, group, places)))
+    if len(groups) > 1:
+        index = f"{stem}{INDEX_SUFFIX}"
+        made[index] = OutputFile(index, mode, _index(source, moved), ())
+    if taken := sorted(made.keys() & kept.keys()):
+        raise CheckpointError(
+            "a new shard would bear the name of this file, which is none of the weights qkpatch reads",
+            where=taken[0],
+            fix="move it out of SOURCE",
+        )
+    files = {**{name: OutputFile.copy_of(file) for name, file in kept.items()}, **made}
+    return Output(dict(sorted(files.items())), moved)
+
+
+def _stem(source: Stored) -> str:
+    """What names of shards begin with: ``model``, mostly."""
+    if source.index is not None:
+        return source.index.removesuffix(INDEX_SUFFIX)
+    return next(iter(source.headers)).removesuffix(".safetensors")
+
+
+def _in_order(source: Stored) -> Iterator[TensorRef]:
+    for _, header in sorted(source.headers.items()):
+        yield from sorted(header.tensors.values(), key=lambda ref: (ref.begin, ref.end))
+
+
+def _groups(refs: Iterable[TensorRef], max_bytes: int) -> Iterator[list[TensorRef]]:
+    group: list[TensorRef] = []
+    size = 0
+    for ref in refs:
+        if group and size + ref.nbytes > max_bytes:
+            yield group
+            group, size = [], 0
+        group.append(ref)
+        size += ref.nbytes
+    yield group  # of a checkpoint without tensors, one shard that holds none
+
+
+def _alignment(ref: TensorRef) -> int:
+    """Bytes of an element; 1 for packed ones and those of a dtype nobody knows."""
+    return max(1, DTYPE_BITS.get(ref.dtype, 8) // 8)
+
+
+def _header(
+    name: str, group: list[TensorRef], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, TensorRef]]:
+    """A shard's header, and where its tensors are; brings ``group`` into the order of their bytes."""
+    group.sort(key=_alignment, reverse=True)  # stable
+    entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    offsets, position = {}, 0
+    for ref in group:
+        offsets[ref.name] = (position, position + ref.nbytes)
+        position += ref.nbytes
+        entries[ref.name] = {"dtype": ref.dtype, "shape": ref.shape, "data_offsets": offsets[ref.name]}
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _FORMAT_ALIGNMENT)
+    if len(text) > MAX_HEADER_SIZE:
+        raise UsageError(
+            f"a header of {len(text)} bytes, more than the format allows",
+            where="--max-shard-size",
+            fix="allow smaller ones",
+        )
+    own = len(text).to_bytes(8, "little") + text
+    places = {
+        ref.name: replace(
+            ref, shard=name, begin=len(own) + offsets[ref.name][0], end=len(own) + offsets[ref.name][1]
+        )
+        for ref in group
+    }
+    return own, places
+
+
+def _metadata(source: Stored, group: Sequence[TensorRef]) -> dict[str, str]:
+    """The ``__metadata__`` of all shards that a new one takes tensors from.
+
+    Raises:
+        CheckpointError: they say different things.
+    """
+    merged: dict[str, str] = {}
+    for shard in dict.fromkeys(ref.shard for ref in group):
+        for key, value in (source.headers[shard].metadata or {}).items():
+            if merged.setdefault(key, value) != value:
+                raise CheckpointError(
+                    f"the shards' headers disagree on {key!r} in __metadata__, so they cannot be joined",
+                    where=shard,
+                    fix="leave --max-shard-size out",
+                )
+    return merged
+
+
+def _extents(source: Stored, group: Sequence[TensorRef], places: Mapping[str, TensorRef]) -> Iterator[Extent]:
+    """The tensors' bytes, neighbours joined."""
+    last: Extent | None = None
+    for ref in group:
+        if not ref.nbytes:
+            continue
+        if last is not None and last.file.name == ref.shard and last.end == ref.begin:
+            last = replace(last, end=ref.end)
+            continue
+        if last is not None:
+            yield last
+        last = Extent(source.files[ref.shard], ref.begin, ref.end, places[ref.name].begin)
+    if last is not None:
+        yield last
+
+
+def _index(source: Stored, moved: Mapping[str, TensorRef]) -> bytes:
+    """``weight_map`` and ``total_size`` anew; whatever else the index of SOURCE says, as it is."""
+    document: dict[str, object] = {}
+    if source.index is not None:
+        file = source.files[source.index]
+        document = load_json(file.read(), file.name, unique=True)
+    metadata = document.get("metadata")
+    total = sum(ref.nbytes for ref in moved.values())
+    document["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": total}
+    document["weight_map"] = {name: moved[name].shard for name in sorted(moved)}
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,247 @@
+"""Where the output grows until it is whole: beside OUT, in a directory of the caller's own, published by one rename.
+
+OUT is never seen half done. The staging directory ``.OUT.qkpatch-<random>`` lies beside OUT, so the rename stays on
+one file system; it holds the journal and ``files``, the directory that becomes OUT, so no name of SOURCE's can meet
+one of ours. Nobody but its owner may enter it, and it is used by descriptor: whoever renames it, or puts another in
+its place, redirects nothing. Its owner holds a lock on it, which the kernel drops when the process dies in any way.
+The next run for the same OUT takes over or removes an unlocked one, if it is the caller's and plainly qkpatch's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+from qkpatch.checkpoint.files import os_errors
+from qkpatch.checkpoint.rooted import Rooted
+from qkpatch.common.interrupts import signals_held
+from qkpatch.errors import FileSystemError, HubError, UsageError
+from qkpatch.output import journal
+from qkpatch.output.destination import target_path
+
+FILES = "files"  # in the staging directory: what becomes OUT
+_RENAME_NOREPLACE = 1
+_RENAME_EXCHANGE = 2
+_UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
+
+
+class Staging:
+    """A locked staging directory for ``out``; gone on leaving the ``with`` block unless published.
+
+    Where the Hub failed it stays, for a run that resumes: what had come need not come again.
+    """
+
+    room: Rooted  # the staging directory itself
+    files: Rooted  # what becomes OUT
+
+    def __init__(self, out: Path, resume: str | None = None, mode: int = 0o777) -> None:
+        """Name a new one.
+
+        Args:
+            out: where it will be published.
+            resume: the fingerprint of the run whose leftovers are taken over, where there are any.
+            mode: of OUT, less the umask.
+        """
+        self.out = target_path(out)
+        self.path = self.out.with_name(f".{out.name}.qkpatch-{secrets.token_hex(4)}")
+        self._resume, self._mode = resume, mode | 0o700
+        self._is_held = False
+
+    def __enter__(self) -> Staging:
+        self._parent = Rooted(self.out.parent)
+        try:
+            with os_errors("look for stale staging directories", self.out.parent):
+                for room in _stale(self._parent, self.out):
+                    if self._resume is not None and not self._is_held and journal.is_of(room, self._resume):
+                        self.path, self.room, self._is_held = room.path, room, True
+                    else:
+                        _remove(self._parent, room)
+            with os_errors("create the staging directory", self.path):
+                while not self._is_held:
+                    self._create()
+                with suppress(FileExistsError):
+                    self.room.mkdir(FILES, self._mode)
+            self.files = Rooted(self.path / FILES, within=self.room, name=FILES)
+        except BaseException:
+            self._clean()
+            raise
+        return self
+
+    def _create(self) -> None:
+        """Make and lock a directory; it is not held where another run took it for stale before it was locked."""
+        self._parent.mkdir(self.path.name, 0o700)
+        try:
+            room = Rooted(self.path, within=self._parent, name=self.path.name)
+        except FileSystemError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return
+            raise
+        try:
+            fcntl.flock(room.fd, fcntl.LOCK_EX)
+            if not _is_still(room, self._parent.status(self.path.name)):
+                return
+            self.room, self._is_held = room, True
+        finally:
+            if not self._is_held:
+                room.close()
+        # Owned as what we make in it: on some file systems that is not the user's own number.
+        os.close(room.open(journal.NAME, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        inner = room.status(journal.NAME)
+        if inner is None or os.fstat(room.fd).st_uid != inner.st_uid:
+            self._is_held = False  # nor is it to be removed
+            raise FileSystemError(
+                "somebody else put a directory in place of the staging directory",
+                where=str(self.path),
+                fix="choose an -o where only you may write",
+            )
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, HubError):
+            self._let_go()
+            return
+        if not self._clean() and error is None:
+            raise FileSystemError(
+                "OUT is whole, but the directory it replaced could not be removed",
+                where=str(self.path),
+                fix="remove it yourself",
+            )
+
+    def _clean(self) -> bool:
+        with signals_held():  # a second Ctrl-C must not leave half of it behind
+            try:
+                return not self._is_held or _clear(self._parent, self.room)
+            finally:
+                self._let_go()
+
+    def _let_go(self) -> None:
+        for held in ("files", "room", "_parent"):
+            if hasattr(self, held):
+                getattr(self, held).close()
+
+    def publish(self, directories: Iterable[str], still_replaceable: Callable[[], None] | None) -> None:
+        """Make the staged directory OUT, all or nothing. Files must be synced already; directories are here.
+
+        ``still_replaceable`` raises where the OUT that was to be replaced is another by now; None where there was none.
+
+        Raises:
+            UsageError: OUT came into being, or changed, meanwhile.
+        """
+        for name in (*directories, "."):
+            self.files.sync(name)
+        with os_errors("publish", self.out):
+            if self._parent.status(self.out.name) is None:
+                self._move(_RENAME_NOREPLACE)
+            elif not any(self.out.iterdir()):
+                self._rename()  # replaces an empty directory, fails on any other
+            elif still_replaceable is not None:
+                still_replaceable()
+                self._move(_RENAME_EXCHANGE)  # the old output is now the staged one, and goes on exit
+            else:
+                raise self._raced()
+        self.room.sync()
+        self._parent.sync()
+
+    def _rename(self) -> None:
+        os.rename(FILES, self.out.name, src_dir_fd=self.room.fd, dst_dir_fd=self._parent.fd)
+
+    def _move(self, flag: int) -> None:
+        try:
+            try:
+                _renameat2(self.room.fd, FILES, self._parent.fd, self.out.name, flag)
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise
+                self._move_plainly(flag)
+        except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise self._raced() from error
+            raise
+
+    def _move_plainly(self, flag: int) -> None:
+        """The nearest that a file system without renameat2 can do (some network and FUSE mounts)."""
+        if flag == _RENAME_NOREPLACE:
+            self._rename()  # refuses all but an empty directory
+            return
+        aside = {"src_dir_fd": self._parent.fd, "dst_dir_fd": self.room.fd}
+        os.rename(self.out.name, "replaced", **aside)
+        try:
+            self._rename()
+        except BaseException:
+            os.rename("replaced", self.out.name, src_dir_fd=self.room.fd, dst_dir_fd=self._parent.fd)
+            raise
+
+    def _raced(self) -> UsageError:
+        return UsageError(
+            "came into being while qkpatch was running; nothing was written to it",
+            where=str(self.out),
+            fix="is another qkpatch writing to it?",
+        )
+
+
+def _stale(parent: Rooted, out: Path) -> Iterator[Rooted]:
+    """Staging directories for ``out`` whose owner is dead, each open, and locked by us from here on."""
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.qkpatch-[0-9a-f]{{8}}")
+    for name in filter(pattern.fullmatch, parent.names()):
+        try:
+            room = Rooted(parent.path / name, within=parent, name=name)
+        except FileSystemError:
+            continue  # not a directory, or not ours to read
+        try:
+            fcntl.flock(room.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            room.close()  # its owner lives, or the file system cannot tell
+            continue
+        if _is_ours(room):
+            yield room
+        else:
+            room.close()
+
+
+def _is_ours(room: Rooted) -> bool:
+    """Whether a directory is the caller's alone and holds what a staging directory holds, nothing else."""
+    status = os.fstat(room.fd)
+    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        return False
+    names = set(room.names())
+    return not names or (names <= {journal.NAME, FILES} and journal.is_one(room))
+
+
+def _clear(parent: Rooted, room: Rooted) -> bool:
+    """Remove a staging directory and all in it, as far as that can be done; whether it is gone."""
+    room.clear()  # the journal last: what a kill leaves of it is still plainly ours
+    name = room.path.name
+    if _is_still(room, parent.status(name)):
+        with suppress(OSError):
+            os.rmdir(name, dir_fd=parent.fd)
+    return not _is_still(room, parent.status(name))
+
+
+def _is_still(room: Rooted, status: os.stat_result | None) -> bool:
+    return status is not None and os.path.samestat(os.fstat(room.fd), status)
+
+
+def _remove(parent: Rooted, room: Rooted) -> None:
+    try:
+        _clear(parent, room)
+    finally:
+        room.close()
+
+
+def _renameat2(old_fd: int, old: str, new_fd: int, new: str, flags: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    function = getattr(libc, "renameat2", None)
+    if function is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if function(old_fd, os.fsencode(old), new_fd, os.fsencode(new), flags) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), new)

@@ -1,0 +1,1 @@
+"""The engine: files are carried while heads are edited."""

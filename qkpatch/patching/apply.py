@@ -1,0 +1,210 @@
+"""The engine: files are copied while heads are edited, and OUT is published last. Success is the last act."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING
+
+from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME
+from qkpatch.common.interrupts import signals_held, signals_let_through
+from qkpatch.common.json_text import canonical_json
+from qkpatch.common.ranges import abbreviate
+from qkpatch.compare.replacing import Replaced, replaceable
+from qkpatch.errors import HubError
+from qkpatch.model.targets import LayerTarget
+from qkpatch.output.destination import check_apart, check_out
+from qkpatch.output.journal import Journal
+from qkpatch.output.options import PLAIN, Digest, Writing
+from qkpatch.output.space import check_space
+from qkpatch.output.staged import StagedFiles
+from qkpatch.output.staging import Staging
+from qkpatch.patching.copier import Copier, Observer, space_needed
+from qkpatch.patching.sources import Sources
+from qkpatch.patching.threads import Crew
+from qkpatch.planning.manifest import EditRecord, HeadRecord, Manifest, planned_manifest
+from qkpatch.planning.plan import EditPlan
+from qkpatch.planning.sums import refuse_own_sums, sums_text
+
+if TYPE_CHECKING:
+    from qkpatch.patching.editor import Editor
+
+GAP_WARNING = 1e-3
+ROUNDING_WARNING = 0.1  # FP8 has three bits: a small change drowns in its rounding
+_NAMED = 8  # heads that a warning names
+
+
+def apply_plan(
+    plan: EditPlan,
+    out: Path,
+    *,
+    observer: Observer,
+    device: str = "cpu",
+    threads: int = 1,
+    writing: Writing = PLAIN,
+    replaced: Replaced | None = None,
+) -> Manifest:
+    """Write the edited checkpoint to ``out`` and return its manifest; the same bytes whatever ``threads``.
+
+    SOURCE is only read. OUT appears whole, by one rename, or not at all. ``replaced`` is what is known to be
+    replaceable in its place already.
+
+    Raises:
+        UsageError: OUT is not acceptable, or there is no such device.
+        FileSystemError: reading, writing or space.
+        NumericalError: NaN or Inf, or a tensor that the edit would leave as it was.
+    """
+    checkpoint = plan.model.checkpoint
+    check_out(out, plan.model.source.path, overwrite=writing.overwrite, force=writing.force)
+    check_apart(out, checkpoint)
+    if replaced is None:
+        replaced = replaceable(out, plan, writing, lambda _: None)
+    if writing.digest is Digest.files:
+        refuse_own_sums(checkpoint)
+    if device not in ("auto", "cpu"):  # which are always there
+        _editor(device)
+    fingerprint = _fingerprint(plan, writing)
+    started = _now()
+    with _resumable(), signals_held(), ExitStack() as stack:
+        resume = fingerprint if writing.resume else None
+        staging = stack.enter_context(Staging(out, resume, checkpoint.mode))
+        journal = stack.enter_context(Journal(staging.room, fingerprint))
+        staged = StagedFiles(staging.files)
+        check_space(out, space_needed(plan, staged, journal, writing), checkpoint.files.values())
+        sources = Sources(plan, staged, writing)
+        copier = stack.enter_context(Copier(plan, sources, staged, journal, writing, observer))
+        crew = stack.enter_context(Crew(threads, alongside=copier.lanes + 1))
+        with signals_let_through():  # but not while any of the above begins or ends
+            copier.prepare(crew)
+            copying = copier.start(crew)
+            editor = _editor(device)
+            carried = copier.wait(copying, crew) if sources.is_download else {}
+            heads: dict[LayerTarget, tuple[HeadRecord, ...]] = {}
+            digests: dict[LayerTarget, Future[_Digests]] = {}
+            for target, records in editor.edited(plan, sources, crew, copier, observer):
+                heads[target] = records
+                if plan.writes_all_of(target):  # and while it is in the page cache
+                    digests[target] = crew.start(partial(_digests, sources, copier, writing, target))
+            if not sources.is_download:
+                carried = copier.wait(copying, crew)
+            copier.seal()
+            for target in plan.edits:
+                if target not in digests:
+                    digests[target] = crew.start(partial(_digests, sources, copier, writing, target))
+            done = tuple(
+                EditRecord.planned(target, plan.output).done(*digests[target].result(), heads[target])
+                for target in plan.edits
+            )
+            sums = {name: how.sha256 for name, how in carried.items()} | copier.edited_sums(crew, carried)
+            copier.sync_edited()
+            planned = planned_manifest(plan, str(editor.device))
+            manifest = replace(
+                planned,
+                tool={**planned.tool, "torch": editor.torch_version, "python": platform.python_version()},
+                source={**planned.source, "checked": sources.is_checked},
+                edits=done,
+                files=tuple(replace(file, sha256=sums[file.name]) for file in planned.files),
+                warnings=(*planned.warnings, *_numerical_warnings(done, plan)),
+                run={
+                    "started": started,
+                    "finished": _now(),
+                    "copied_by": dict(Counter(how.means for how in carried.values())),
+                },
+            )
+            record = manifest.dumps().encode()
+            if writing.digest is Digest.files:
+                staged.write_new(SUMS_NAME, sums_text(manifest, record).encode())
+            staged.write_new(MANIFEST_NAME, record)
+            staged.check(checkpoint.directories)
+            staging.publish(checkpoint.directories, None if replaced is None else replaced.check)
+    return manifest
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Where the Hub fails half way, what had come is kept; say so."""
+    try:
+        yield
+    except HubError as error:
+        kept = "with --resume, which takes over the files that had come whole"
+        raise HubError(error.what, where=error.where, fix=f"{error.fix}, {kept}") from error
+
+
+def _editor(device: str) -> Editor:
+    """The part that computes; ``import torch`` takes a second, in which files are being copied already."""
+    with signals_held():  # torch's imports swallow what is raised in their midst
+        from qkpatch.patching.editor import Editor
+
+        return Editor.on(device)
+
+
+def _fingerprint(plan: EditPlan, writing: Writing) -> str:
+    """What a run must have in common with one that it resumes: the plan, the stack, and the very files of SOURCE."""
+    files = {
+        # A hard link that the run before made has moved the file's ctime; the two names are one file anyway.
+        name: str(file.id.but_for_links) if writing.may_link(file) else file.content
+        for name, file in plan.model.checkpoint.files.items()
+    }
+    document = {**planned_manifest(plan, "").to_json(), "source_files": files}
+    return hashlib.sha256(canonical_json(document).encode()).hexdigest()
+
+
+_Digests = tuple[list[str | None], list[str | None]]
+
+
+def _digests(sources: Sources, copier: Copier, writing: Writing, target: LayerTarget) -> _Digests:
+    """SHA-256 of each written tensor in SOURCE, and of what reached the file in OUT."""
+    if writing.digest is Digest.none:
+        return [None] * len(target.written), [None] * len(target.written)
+    before: list[str | None] = [sources.sum(ref) for ref in target.written]
+    after: list[str | None] = [copier.staged_sum(ref) for ref in target.written]
+    return before, after
+
+
+def _numerical_warnings(edits: Sequence[EditRecord], plan: EditPlan) -> list[str]:
+    """What a user should know about the spectra that were met."""
+    modes = plan.settings.rule.paired_modes
+    narrow, short = [], []
+    for edit in edits:
+        for head in edit.heads:
+            if head.gap is not None and head.gap < GAP_WARNING:
+                narrow.append(f"{edit.layer}.{head.head}")
+            expected = len(head.modes) if plan.settings.rule.takes_modes else head.rank
+            if expected < modes:
+                short.append(f"{edit.layer}.{head.head}")
+    warnings = []
+    if narrow:
+        warnings.append(
+            f"relative gap under {GAP_WARNING:g} at the cut, so the choice of modes is nearly arbitrary, "
+            f"in {len(narrow)} head(s) (layer.head): {abbreviate(narrow, _NAMED)}"
+        )
+    if short:
+        warnings.append(
+            f"there are fewer than {modes} such modes above rounding, so fewer were edited, "
+            f"in {len(short)} head(s) (layer.head): {abbreviate(short, _NAMED)}"
+        )
+    coarse = [edit for edit in edits if _mean_rounding(edit) > ROUNDING_WARNING]
+    if coarse:
+        worst = max(_mean_rounding(edit) for edit in coarse)
+        warnings.append(
+            f"rounding to {coarse[0].dtype} adds noise of up to {worst:.0%} of the edit's size (mean over heads), "
+            f"in {len(coarse)} tensor(s)"
+        )
+    return warnings
+
+
+def _mean_rounding(edit: EditRecord) -> float:
+    return mean(head.rounding_error for head in edit.heads)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

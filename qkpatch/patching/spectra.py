@@ -1,0 +1,88 @@
+"""Spectra of the query-key products of a checkpoint, layer by layer, for ``qkpatch inspect``. Writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qkpatch.model.model import Model
+from qkpatch.model.targets import LayerTarget
+from qkpatch.patching.device import computing, heads_together
+from qkpatch.patching.threads import Crew
+from qkpatch.patching.weights import open_layer
+from qkpatch.planning.memory import head_memory
+from qkpatch.spectral.product import QKProduct, effective_rank, energy_share
+from qkpatch.spectral.rule import Channel
+
+
+@dataclass(frozen=True)
+class HeadSpectrum:
+    """The spectrum of one head's ``M = W_Qᵀ W_K``."""
+
+    head: int
+    kv_head: int
+    singular_values: tuple[float, ...]  # strongest first, min(head_dim, hidden_size) of them
+    frobenius: float  # ‖M‖_F
+    symmetric_share: float  # ‖(M + Mᵀ)/2‖² / ‖M‖²
+    energy_share: float  # of the strongest `modes` modes in ‖M‖²
+    effective_rank: float  # exp of the entropy of the normalised singular values
+    gap: float | None  # (s_r − s_r+1) / s_r at r = modes
+
+
+@dataclass(frozen=True)
+class LayerSpectra:
+    """All heads of one layer."""
+
+    layer: int
+    attention: str
+    heads: tuple[HeadSpectrum, ...]
+
+
+def layer_spectra(
+    model: Model,
+    targets: tuple[LayerTarget, ...],
+    heads: tuple[int, ...],
+    modes: int,
+    device: torch.device,
+    threads: int = 1,
+) -> Iterator[LayerSpectra]:
+    """The spectra of each target in turn; ``modes`` is the r of energy share and gap."""
+
+    def of_target(target: LayerTarget) -> LayerSpectra:
+        found: list[HeadSpectrum] = []
+        with computing(device), open_layer(model.checkpoint.opened, target, device, heads) as weights:
+            for of in weights.batches(heads, together):
+                crew.check()
+                kv_heads = [target.layout.kv_head(head) for head in of.heads]
+                found += _head_spectra(of.heads, kv_heads, of.product, modes)
+        return LayerSpectra(target.layer, target.attention, tuple(found))
+
+    together = heads_together(device, head_memory(target.layout for target in targets), threads)
+    with Crew(threads) as crew:
+        yield from crew.map(of_target, targets)
+
+
+def _head_spectra(
+    heads: Sequence[int], kv_heads: Sequence[int], product: QKProduct, modes: int
+) -> Iterator[HeadSpectrum]:
+    shares = product.symmetric_shares()
+    for i, spectrum in enumerate(product.spectra(Channel.full)):
+        S = spectrum.S
+        values = tuple(S.tolist())
+        gap = (
+            (values[modes - 1] - values[modes]) / values[modes - 1]
+            if modes < len(values) and values[modes - 1]
+            else None
+        )
+        yield HeadSpectrum(
+            head=heads[i],
+            kv_head=kv_heads[i],
+            singular_values=values,
+            frobenius=spectrum.frobenius,
+            symmetric_share=shares[i],
+            energy_share=energy_share(S, modes),
+            effective_rank=effective_rank(S),
+            gap=gap,
+        )

@@ -1,0 +1,112 @@
+"""Threads that work through tasks side by side; the first failure, or an interrupt, stops all of them."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from functools import partial
+from threading import Barrier, Event
+from types import TracebackType
+from typing import TypeVar
+
+from qkpatch.common.interrupts import signals_held, signals_masked, stoppable
+from qkpatch.errors import UsageError
+
+A = TypeVar("A")
+R = TypeVar("R")
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of malloc.h
+_KEPT = 32 << 20  # bytes: the largest that malloc.h allows
+_NEVER = 1 << 30  # no run has as much to give back
+
+
+class Stopped(BaseException):
+    """The crew is stopping; raised inside tasks that are still running. What stopped it is raised by the crew."""
+
+
+class Crew:
+    """``threads`` threads that compute, and a few ``alongside`` that copy files and wait for them. Torch-free."""
+
+    def __init__(self, threads: int, alongside: int = 0) -> None:
+        self.threads = threads
+        self._all = threads + alongside
+        self._stop = Event()
+        self._failure: BaseException | None = None
+        self._pool = ThreadPoolExecutor(self._all, "qkpatch")
+
+    def __enter__(self) -> Crew:
+        _share_free_memory()
+        # All threads start here, where no signal can come between a thread's start and its being known. They inherit
+        # the mask: signals are for the main thread, which knows when they must wait.
+        with signals_held(), signals_masked():
+            together = Barrier(self._all)
+            try:
+                wait([self._pool.submit(together.wait) for _ in range(together.parties)])
+            except RuntimeError as error:  # the system has no more threads for us
+                together.abort()
+                self._pool.shutdown(wait=True, cancel_futures=True)
+                raise UsageError(
+                    f"{together.parties} threads cannot be started: {error}",
+                    where="--threads",
+                    fix="use fewer, or raise the limits of processes and memory (ulimit)",
+                ) from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        with signals_held():  # files are closed next: nobody may still be writing to them
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        if isinstance(error, Stopped) and self._failure is not None:
+            raise self._failure
+
+    def check(self) -> None:
+        """To be called now and then by a long task.
+
+        Raises:
+            Stopped: another task failed, or the user interrupted.
+        """
+        if self._stop.is_set():
+            raise Stopped
+
+    def start(self, task: Callable[[], R]) -> Future[R]:
+        """Run one task alongside; ``result()`` raises what it raised."""
+        return self._pool.submit(self._run, task)
+
+    def map(self, task: Callable[[A], R], items: Iterable[A]) -> Iterator[R]:
+        """``task`` of each item, in order; no more than ``threads`` at a time, and none far ahead of the reader."""
+        running: deque[Future[R]] = deque()
+        for item in items:
+            if len(running) == self.threads:
+                yield running.popleft().result()
+            running.append(self._pool.submit(self._run, partial(task, item)))
+        while running:
+            yield running.popleft().result()
+
+    def _run(self, task: Callable[[], R]) -> R:
+        self.check()
+        try:
+            with stoppable(self.check):
+                return task()
+        except BaseException as error:
+            if not self._stop.is_set():  # of two that fail at once either may be told
+                self._failure = error
+                self._stop.set()
+            raise
+
+
+def _share_free_memory() -> None:
+    """Let all threads allocate from one pool, which keeps what is freed for the next head.
+
+    Otherwise each thread keeps arrays of its own (80 MB more at 7B sizes), and gives others back to the system only
+    to fault them in again.
+    """
+    with suppress(OSError, AttributeError):  # glibc alone has it
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_ARENA_MAX, 1)
+        mallopt(_M_MMAP_THRESHOLD, _KEPT)
+        mallopt(_M_TRIM_THRESHOLD, _NEVER)

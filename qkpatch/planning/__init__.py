@@ -1,0 +1,1 @@
+"""What will be done, decided from headers alone; and the record of it."""

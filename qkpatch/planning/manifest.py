@@ -1,0 +1,306 @@
+"""``Manifest``: what was done, precisely enough to check it byte for byte. Canonical JSON, torch-free.
+
+Everything but the ``run`` block is reproducible: same source, same edit, same stack, same bytes. Keys are
+sorted, numbers finite, settings exact and measured figures of nine significant digits, paths relative and POSIX,
+nothing of the machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from typing import NamedTuple
+
+from qkpatch.checkpoint.tree import load_json
+from qkpatch.common.json_text import Json, canonical_json
+from qkpatch.errors import CheckpointError, UsageError
+from qkpatch.model.targets import LayerTarget
+from qkpatch.output.files import Output, OutputFile
+from qkpatch.planning.manifest_check import check_manifest
+from qkpatch.planning.plan import EditPlan
+from qkpatch.planning.request import Request
+
+SCHEMA = "qkpatch/1"
+
+
+@dataclass(frozen=True)
+class HeadRecord:
+    """One edited head; see the JSON Schema for each field."""
+
+    head: int
+    kv_head: int
+    modes: tuple[int, ...]
+    rank: int
+    values_before: tuple[float, ...]
+    values_after: tuple[float, ...]
+    gap: float | None
+    frobenius_before: float
+    frobenius_after: float
+    relative_change: float
+    rounding_error: float
+    realised_share: float | None
+    gains: tuple[float, ...]
+
+
+class Written(NamedTuple):
+    """A tensor that an edit wrote to, and its digests."""
+
+    tensor: str
+    shard: str
+    sha256_before: str | None
+    sha256_after: str | None
+    may_stay: bool  # scales change only where a block overflows
+
+
+@dataclass(frozen=True)
+class EditRecord:
+    """One edited tensor. A plan has no digests and no heads' figures yet."""
+
+    layer: int
+    tensor: str
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    byte_range: tuple[int, int]  # absolute in the shard, half-open
+    attention: str
+    num_key_value_heads: int
+    head_dim: int
+    key_tensor: str
+    key_shard: str
+    norms: tuple[str, ...] = ()  # of queries and keys; part of the product
+    biases: tuple[str, ...] = ()  # of queries and keys; not part of it, unchanged
+    folded_norm: str | None = None  # the gain before attention, where it is part of the product
+    sha256_before: str | None = None
+    sha256_after: str | None = None
+    scale_tensor: str | None = None  # of block FP8, edited along
+    scale_shard: str | None = None
+    scale_sha256_before: str | None = None
+    scale_sha256_after: str | None = None
+    heads: tuple[HeadRecord, ...] = ()
+
+    @classmethod
+    def planned(cls, target: LayerTarget, output: Output) -> EditRecord:
+        """The record of an edit that is still to be made; places are those in OUT."""
+        query, key = output.place(target.query), output.place(target.key)
+        scale = None if target.query_scale is None else output.place(target.query_scale)
+        return cls(
+            layer=target.layer,
+            tensor=query.name,
+            shard=query.shard,
+            dtype=query.dtype,
+            shape=query.shape,
+            byte_range=(query.begin, query.end),
+            attention=target.attention,
+            num_key_value_heads=target.layout.n_kv_heads,
+            head_dim=target.layout.d_head,
+            key_tensor=key.name,
+            key_shard=key.shard,
+            norms=tuple(norm.name for norm in (target.query_norm, target.key_norm) if norm is not None),
+            biases=target.biases,
+            folded_norm=None if target.input_norm is None else target.input_norm.name,
+            scale_tensor=None if scale is None else scale.name,
+            scale_shard=None if scale is None else scale.shard,
+        )
+
+    @property
+    def written(self) -> tuple[Written, ...]:
+        """The edited tensor, and its scales where it has some."""
+        query = Written(self.tensor, self.shard, self.sha256_before, self.sha256_after, may_stay=False)
+        if self.scale_tensor is None or self.scale_shard is None:
+            return (query,)
+        digests = self.scale_sha256_before, self.scale_sha256_after
+        return query, Written(self.scale_tensor, self.scale_shard, *digests, may_stay=True)
+
+    def done(
+        self, before: Sequence[str | None], after: Sequence[str | None], heads: tuple[HeadRecord, ...]
+    ) -> EditRecord:
+        """The record with the digests of all it wrote, in the order of :attr:`written`, and the heads' figures."""
+        done = replace(self, sha256_before=before[0], sha256_after=after[0], heads=heads)
+        if self.scale_tensor is None:
+            return done
+        return replace(done, scale_sha256_before=before[1], scale_sha256_after=after[1])
+
+    def without_figures(self) -> EditRecord:
+        """What was known before any weight was read."""
+        return replace(
+            self,
+            sha256_before=None,
+            sha256_after=None,
+            scale_sha256_before=None,
+            scale_sha256_after=None,
+            heads=(),
+        )
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of OUT and how it came there."""
+
+    name: str
+    size: int
+    action: str  # "copied", "patched", or "resharded"
+    sha256: str | None = None  # where digests of files are wanted
+    source_sha256: str | None = None  # of the file in SOURCE, where the Hub cache names it by that
+    outside: bool = False  # SOURCE has it, or a part of it, by a link that leads out of SOURCE
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of ``qkpatch.json``."""
+
+    tool: Mapping[str, Json]
+    compute: Mapping[str, Json]
+    source: Mapping[str, Json]
+    recipe: Mapping[str, Json]
+    edit: Mapping[str, Json]
+    model: Mapping[str, Json]
+    output: Mapping[str, Json]
+    edits: tuple[EditRecord, ...]
+    files: tuple[FileRecord, ...]
+    warnings: tuple[str, ...]
+    run: Mapping[str, Json] = field(default_factory=dict, compare=False)
+
+    def to_json(self) -> dict[str, Json]:
+        """Plain JSON values, in the schema's shape."""
+        return {
+            "schema": SCHEMA,
+            "tool": self.tool,
+            "compute": self.compute,
+            "source": self.source,
+            "recipe": self.recipe,
+            "edit": self.edit,
+            "model": self.model,
+            "output": self.output,
+            "edits": [{**vars(edit), "heads": [vars(head) for head in edit.heads]} for edit in self.edits],
+            "files": [vars(file) for file in self.files],
+            "warnings": self.warnings,
+            "run": self.run,
+        }
+
+    def dumps(self) -> str:
+        """Canonical text; ``Manifest.loads(m.dumps()).dumps() == m.dumps()``."""
+        return canonical_json(self.to_json())
+
+    @classmethod
+    def loads(cls, raw: bytes, where: str) -> Manifest:
+        """Read a manifest of this schema version.
+
+        Raises:
+            CheckpointError: not a manifest, or of a version this qkpatch does not know.
+        """
+        document = load_json(raw, where, unique=True)
+        if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+            found = document.get("schema") if isinstance(document, dict) else None
+            raise CheckpointError(
+                f"manifest schema {found!r}, this qkpatch reads {SCHEMA!r}",
+                where=where,
+                fix="use the qkpatch version that wrote it",
+            )
+        try:
+            manifest = cls(
+                **{
+                    name: document[name]
+                    for name in ("tool", "compute", "source", "recipe", "edit", "model", "output", "run")
+                },
+                edits=tuple(_edit_record(edit) for edit in document["edits"]),
+                files=tuple(FileRecord(**file) for file in document["files"]),
+                warnings=tuple(document["warnings"]),
+            )
+            check_manifest(manifest)
+            manifest.dumps().encode()  # finite numbers, text that is text
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError, UsageError) as error:
+            raise CheckpointError(f"malformed manifest: {error!r}", where=where) from error
+        return manifest
+
+    def request(self) -> Request:
+        """The request that leads to the recorded edit on the same SOURCE."""
+        edit = self.edit
+        return Request.of(
+            recipe=self.recipe["name"],
+            attention=edit["attention"],
+            layers=[*edit["layers"], *edit["skipped_layers"]],
+            heads=edit["heads"],
+            modes=edit["modes"],
+            alpha=edit["alpha"],
+            channel=edit["channel"],
+            select=edit["select"],
+            seed=edit["seed"],
+            fold_norm=edit["fold_norm"],
+            max_shard_size=self.output["max_shard_size"],
+        )
+
+
+def _edit_record(edit: Mapping[str, Json]) -> EditRecord:
+    begin, end = edit["byte_range"]
+    heads = tuple(HeadRecord(**_tuples(head)) for head in edit["heads"])
+    return EditRecord(**{**_tuples(edit), "byte_range": (int(begin), int(end)), "heads": heads})
+
+
+def _tuples(record: Mapping[str, Json]) -> dict[str, Json]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
+
+
+def planned_manifest(plan: EditPlan, device: str) -> Manifest:
+    """The manifest of ``plan`` as far as it is known before any weight is read."""
+    model, checkpoint, layout = plan.model, plan.model.checkpoint, plan.model.tower.layout
+    source: dict[str, Json] = {
+        "kind": model.source.kind,
+        "name": model.source.name,
+        "requested_revision": model.source.requested_revision,
+        "commit": model.source.commit,
+        "checked": None,
+    }
+    strays = set(checkpoint.from_outside)
+    if checkpoint.previous_manifest is not None:
+        previous = Manifest.loads(checkpoint.previous_manifest, "SOURCE's qkpatch.json")
+        source["previous_edit"] = previous.edit
+        if model.source.kind != "hub":  # where all can see them anyway
+            strays |= {file.name for file in previous.files if file.outside}
+    outside = plan.output.made_of(strays)
+    return Manifest(
+        tool={"name": "qkpatch", "version": version("qkpatch"), "torch": version("torch")},
+        compute={"device": device, "dtype": "float64"},
+        source=source,
+        recipe={
+            **model.recipe.to_json(),
+            "prefix": {chosen.names.attention: chosen.prefix for chosen in model.sets},
+        },
+        edit=plan.settings.to_json(),
+        model={
+            "model_type": checkpoint.config.get("model_type"),
+            "text_model_type": model.tower.text_model_type,
+            "num_hidden_layers": model.tower.n_layers,
+            "num_attention_heads": layout.n_heads,
+            "num_key_value_heads": layout.n_kv_heads,
+            "head_dim": layout.d_head,
+            "hidden_size": layout.d_model,
+            "orientation": model.recipe.tensors.orientation,
+            "rows": layout.rows.value,
+            "logits": model.tower.logits,
+        },
+        output={"max_shard_size": plan.max_shard_size},
+        edits=tuple(EditRecord.planned(target, plan.output) for target in plan.edits),
+        files=tuple(
+            FileRecord(
+                name,
+                file.size,
+                _action(name, plan),
+                source_sha256=_source_sum(file),
+                outside=name in outside,
+            )
+            for name, file in plan.output.files.items()
+        ),
+        warnings=plan.warnings,
+    )
+
+
+def _action(name: str, plan: EditPlan) -> str:
+    if name in plan.edits_by_file:
+        return "patched"
+    return "copied" if plan.output.files[name].original is not None else "resharded"
+
+
+def _source_sum(file: OutputFile) -> str | None:
+    listed = None if file.original is None else file.original.listed
+    return None if listed is None else listed.sha256

@@ -1,0 +1,193 @@
+"""``EditPlan``: everything that will be done, decided from headers alone. Torch-free; reads no weight."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from qkpatch.checkpoint.header import TensorRef
+from qkpatch.common.json_text import canonical_json, exact
+from qkpatch.common.ranges import abbreviate, format_ranges
+from qkpatch.model.locate import Access
+from qkpatch.model.model import Model, open_model
+from qkpatch.model.targets import LayerTarget
+from qkpatch.output.files import Output
+from qkpatch.output.reshard import reshard
+from qkpatch.planning.memory import head_memory
+from qkpatch.planning.request import Request
+from qkpatch.planning.settings import EditSettings, resolve
+from qkpatch.recipes.reading import UNTESTED
+from qkpatch.spectral.rule import EditRule, Select
+
+
+@dataclass(frozen=True)
+class EditPlan:
+    """Which heads of which tensors are edited and how, and which files are only carried over."""
+
+    model: Model
+    settings: EditSettings
+    edits: tuple[LayerTarget, ...]  # empty when the rule is the declared no-op
+    warnings: tuple[str, ...]
+    output: Output
+    max_shard_size: int | None = None  # bytes, where OUT is sharded anew
+
+    @cached_property
+    def edits_by_file(self) -> dict[str, tuple[LayerTarget, ...]]:
+        """The edits that write to each patched file of OUT, by layer."""
+        files: dict[str, dict[LayerTarget, None]] = {}
+        for edit in self.edits:
+            for ref in edit.written:
+                files.setdefault(self.output.place(ref).shard, {})[edit] = None
+        return {name: tuple(edits) for name, edits in files.items()}
+
+    def head_ranges(self, edit: LayerTarget, head: int) -> Iterator[tuple[TensorRef, int, int, int]]:
+        """The bytes that the edit of a head may change: tensor, begin and end in SOURCE, and begin in OUT."""
+        for ref, begin, end in edit.written_ranges(head):
+            yield ref, begin, end, begin - ref.begin + self.output.place(ref).begin
+
+    def written_ranges(self, name: str) -> list[tuple[int, int]]:
+        """Byte ranges of the planned heads in a file of OUT, ascending; nothing else may differ from SOURCE."""
+        return sorted(
+            (at, at + end - begin)
+            for edit in self.edits_by_file.get(name, ())
+            for head in self.settings.heads
+            for ref, begin, end, at in self.head_ranges(edit, head)
+            if self.output.place(ref).shard == name
+        )
+
+    def writes_all_of(self, edit: LayerTarget) -> bool:
+        """Whether every byte of the tensors that an edit writes is in planned rows."""
+        planned = (end - begin for h in self.settings.heads for _, begin, end in edit.written_ranges(h))
+        return sum(planned) == sum(ref.nbytes for ref in edit.written)
+
+    @property
+    def edited_bytes(self) -> int:
+        """Bytes that will be rewritten."""
+        return sum(end - begin for name in self.edits_by_file for begin, end in self.written_ranges(name))
+
+    @property
+    def output_bytes(self) -> int:
+        """Size of OUT without the manifest."""
+        return self.output.size
+
+    @property
+    def head_memory(self) -> int:
+        """Bytes that a thread takes while it edits one head."""
+        return head_memory(edit.layout for edit in self.edits)
+
+    @property
+    def default_name(self) -> str:
+        """What OUT is called where nobody names it: after SOURCE, which tells evaluators the family, and the edit."""
+        name = self.model.source.name.rpartition("/")[2].removesuffix(".safetensors")
+        edit = {key: value for key, value in self.settings.to_json().items() if key != "from_recipe"}
+        document = {"recipe": self.model.recipe.name, "edit": edit, "max_shard_size": self.max_shard_size}
+        return f"{name}-qkpatch-{hashlib.sha256(canonical_json(document).encode()).hexdigest()[:8]}"
+
+    @property
+    def action(self) -> str:
+        """The edit in one line for people."""
+        rule = self.settings.rule
+        if rule.is_noop:
+            return "alpha 1: nothing is edited"
+        what = {
+            Select.shrink: f"W_Q shrunk by as much as {rule.paired_modes} dominant modes would move it",
+            Select.subspace: f"a random {rule.modes}-dimensional subspace of each query × {exact(rule.alpha)}",
+        }.get(rule.select, f"{rule.paired_modes} {rule.select.value} modes × {exact(rule.alpha)}")
+        folded = ", gain before attention folded" if self.settings.fold_norm else ""
+        return f"{what}, {rule.channel.value} channel{folded}"
+
+
+def make_plan(source: str, request: Request, access: Access = Access.download) -> EditPlan:
+    """Decide everything and refuse everything that can be refused, before the first byte is written.
+
+    Raises:
+        UsageError: the model has no such layer, head or mode.
+        QKPatchError: as :func:`open_model`, :meth:`Model.target` and :func:`reshard`.
+    """
+    model = open_model(source, request.recipe, request.attention, access)
+    settings = resolve(request, model)
+    targets = model.targets(settings.layers, fold_norm=settings.fold_norm)
+    edits = () if settings.rule.is_noop else targets
+    checkpoint = model.checkpoint
+    max_shard_size = request.max_shard_size
+    output = Output.copy_of(checkpoint) if max_shard_size is None else reshard(checkpoint, max_shard_size)
+    warnings = tuple(_warnings(model, settings, targets))
+    return EditPlan(model, settings, edits, warnings, output, max_shard_size)
+
+
+def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, ...]) -> list[str]:
+    rule, checkpoint = settings.rule, model.checkpoint
+    warnings = []
+    if rule.is_noop:
+        warnings.append("alpha 1 is a declared no-op: OUT will be a byte-identical copy of SOURCE")
+    if rule.paired_modes != rule.modes and rule.select is not Select.subspace:
+        warnings.append(
+            f"antisymmetric modes come in equal pairs: {rule.modes} rounded up to {rule.paired_modes}"
+        )
+    warnings += _norm_warnings(model, rule, targets)
+    shared = [layer for layer in settings.skipped_layers if not model.tower.has_own_keys(layer)]
+    other = [layer for layer in settings.skipped_layers if layer not in shared]
+    if shared:
+        warnings.append(
+            f"layers {format_ranges(shared)} use an earlier layer's keys and are skipped; "
+            "a key weight stored there is dead"
+        )
+    if other:
+        warnings.append(
+            f"layers {format_ranges(other)} have no query-key product of this kind "
+            "(linear attention, or another set of tensors) and are skipped"
+        )
+    adapters = [
+        name for name in checkpoint.tensors if ".lora_" in name
+    ]  # a mixture of experts has 10^5 names
+    adapted = [target for target in targets if _has_adapter(target, adapters)]
+    if adapted:
+        warnings.append(
+            f"adapters (lora) add to the queries of {len(adapted)} layer(s), such as {adapted[0].query.name}; "
+            "the edit acts on the base weight alone"
+        )
+    if model.recipe.tested == UNTESTED:
+        warnings.append(
+            f"recipe {model.recipe.name} says that it is untested: compare it with the model's own code"
+        )
+    strays = checkpoint.from_outside
+    if strays:
+        warnings.append(
+            f"{len(strays)} file(s) are links that lead out of SOURCE, and what they lead to is copied: "
+            f"{abbreviate(strays, 5)}"
+        )
+    if checkpoint.twins:
+        warnings.append(
+            f"{len(checkpoint.twins)} other weight file(s) stay unpatched: {abbreviate(checkpoint.twins, 5)}"
+        )
+    if checkpoint.single_file:
+        warnings.append("SOURCE is one file: nothing beside it (tokenizer, config) is copied")
+    if checkpoint.previous_manifest is not None:
+        warnings.append("SOURCE was written by qkpatch: this edit comes on top of that one")
+    return warnings
+
+
+def _norm_warnings(model: Model, rule: EditRule, targets: tuple[LayerTarget, ...]) -> list[str]:
+    if rule.select is not Select.shrink:
+        return []
+    normed = [target for target in targets if target.norms is not None]
+    is_l2_normed = bool(model.tower.logits.get("use_qk_norm"))  # Llama 4: a norm without weights
+    if not normed and not is_l2_normed:
+        return []
+    if any(_is_over_projection(target) for target in normed):
+        return ["queries are normalised over all heads, so shrinking W_Q only shifts weight between heads"]
+    if any(target.query.name.removesuffix("weight") + "bias" in target.biases for target in targets):
+        return ["queries are normalised per head, so shrinking W_Q only gives their bias more weight"]
+    return ["queries are normalised per head, so shrinking W_Q changes nothing in the model's output"]
+
+
+def _has_adapter(target: LayerTarget, adapters: Iterable[str]) -> bool:
+    module = target.query.name.removesuffix(".weight").removesuffix(".base_layer")
+    return any(name.startswith(f"{module}.lora_") for name in adapters)
+
+
+def _is_over_projection(target: LayerTarget) -> bool:
+    norm, layout = target.query_norm, target.layout
+    return norm is not None and layout.n_heads > 1 and norm.shape == (layout.n_heads * layout.d_head,)

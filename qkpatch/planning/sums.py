@@ -1,0 +1,36 @@
+"""``SHA256SUMS``: a digest of every file of OUT, as ``sha256sum -c`` reads it."""
+
+from __future__ import annotations
+
+import hashlib
+
+from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME, Checkpoint
+from qkpatch.errors import UsageError
+from qkpatch.planning.manifest import Manifest
+
+
+def refuse_own_sums(checkpoint: Checkpoint) -> None:
+    """Raise where SOURCE has a file of that name, which OUT's would replace.
+
+    Raises:
+        UsageError: it has.
+    """
+    if SUMS_NAME in checkpoint.files:
+        raise UsageError(
+            f"SOURCE has a {SUMS_NAME} of its own, which is carried over and stale in OUT",
+            where="--digest files",
+            fix=f"move {SUMS_NAME} out of SOURCE, or choose --digest edited",
+        )
+
+
+def sums_text(manifest: Manifest, record: bytes) -> str:
+    """The lines for all files of ``manifest``, and for the manifest itself, whose bytes are ``record``."""
+    sums = {file.name: str(file.sha256) for file in manifest.files}
+    sums[MANIFEST_NAME] = hashlib.sha256(record).hexdigest()
+    return "".join(_line(name, sums[name]) for name in sorted(sums))
+
+
+def _line(name: str, digest: str) -> str:
+    # coreutils marks a line by a backslash where the name needs escapes.
+    escaped = name.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
+    return f"{'' if escaped == name else chr(92)}{digest}  {escaped}\n"

@@ -1,0 +1,1 @@
+"""The card of an edited model, and its commit."""

@@ -1,0 +1,67 @@
+"""The recipes that ship with qkpatch, and those in files of a user's own, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+from qkpatch.checkpoint.tree import source_file
+from qkpatch.errors import RecipeError, UsageError
+from qkpatch.recipes.reading import parse_recipe
+from qkpatch.recipes.recipe import Recipe
+from qkpatch.recipes.words import near_names
+
+CHECK = "check"  # `qkpatch recipes check SOURCE`; no recipe can be called so
+
+
+@cache
+def shipped_recipes() -> Mapping[str, Recipe]:
+    """All shipped recipes by name, sorted."""
+    recipes = [load_recipe(path) for path in sorted(_config_dir().glob("*.yaml"))]
+    return {recipe.name: recipe for recipe in recipes}
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read one recipe file; its name must be the file's."""
+    recipe = parse_recipe(source_file(path, path.name).read(), str(path))
+    if recipe.name != path.stem:
+        raise RecipeError(f"$.name: {recipe.name!r} is not the file's name", where=str(path))
+    if recipe.name == CHECK:
+        raise RecipeError(f"$.name: {CHECK!r} is a word of `qkpatch recipes`", where=str(path))
+    return recipe
+
+
+def get_recipe(name: str) -> Recipe:
+    """The shipped recipe called ``name``, or the one in a file of the user's, ``PATH.yaml``.
+
+    Raises:
+        UsageError: no shipped recipe is called so.
+        FileSystemError: the file cannot be read.
+        RecipeError: the file is no recipe.
+    """
+    if is_recipe_file(name):
+        return load_recipe(Path(name))
+    try:
+        return shipped_recipes()[name]
+    except KeyError:
+        raise UsageError(
+            f"no recipe is called {name!r}",
+            fix=f"{near_names(name, shipped_recipes())}; a recipe of yours is named by its file, ./NAME.yaml",
+        ) from None
+
+
+def is_recipe_file(name: str) -> bool:
+    """Whether a recipe is named by its file, not by its name."""
+    return name.endswith((".yaml", ".yml"))
+
+
+def recipe_text(name: str) -> str:
+    """The YAML of a shipped recipe, as it stands."""
+    return (_config_dir() / f"{get_recipe(name).name}.yaml").read_text(encoding="utf-8")
+
+
+def _config_dir() -> Path:
+    package = Path(__file__).parent.parent
+    installed = package / "configs"  # where the wheel puts them
+    return installed if installed.is_dir() else package.parent / "configs"
