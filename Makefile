@@ -39,10 +39,11 @@ TOY  ?= 0
 toy: $(STAMP)  ## train the toy of seed TOY anew, on one core in about ten minutes, as demo/toy-TOY was
 	$(BIN)/python -m scripts.toy_vlm train --seed $(TOY) --out .cache/toy/toy-$(TOY)
 
-JOBS ?= 2
+JOBS     ?= 2
+EVIDENCE ?=
 
-evidence: $(STAMP) fixtures  ## does the edit do what is claimed? on JOBS cores; goes on where it was stopped
-	$(BIN)/python -m scripts.evidence --jobs $(JOBS)
+evidence: $(STAMP) fixtures  ## does the edit do what is claimed? on JOBS cores, goes on where it was stopped; EVIDENCE=--tiny only tries it
+	$(BIN)/python -m scripts.evidence --jobs $(JOBS) $(EVIDENCE)
 
 smoke: $(STAMP)  ## the built wheel alone, with runtime dependencies only
 	bash scripts/smoke.sh $(PYTHON)
