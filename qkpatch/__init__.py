@@ -1,15 +1,55 @@
 """qkpatch: edit the query-key product of a safetensors checkpoint, tensor by tensor.
 
-The house has three rooms and a corridor between them:
+What is called from outside is in :mod:`qkpatch.api`, and here by the same names: ``qkpatch.plan``, ``apply``,
+``spectra``, ``verify``, ``diff``, ``recipe_for``, ``card``, ``patched``, ``patch_model``. The rooms, from the surface
+down; imports only run downwards, as ``tests/test_architecture.py`` draws them:
 
-* ``qkpatch.spectral``    the maths on tensors; knows no files;
-* ``qkpatch.checkpoint``  files and the Hub; knows no algebra;
-* ``cli`` and ``console`` the surface: parse, call, render;
-* ``recipe -> plan -> patch -> manifest`` leads from one to the other, and ``verify`` back.
-
-Imports run downwards only; ``tests/test_architecture.py`` draws the rules.
+* ``cli``         parses, calls the api, shows;
+* ``api``         the library: one function for what each command does;
+* ``compare``     proof and difference: ``verify``, ``diff``, what may be replaced, what may be published;
+* ``diagnosis``   which recipe fits a checkpoint, and a draft where none does;
+* ``publishing``  the model card, and the commit that carries it;
+* ``patching``    the engine: files are carried while heads are edited;
+* ``planning``    the request, the plan, the manifest;
+* ``model``       from SOURCE to the tensors of its language model;
+* ``recipes``     model families as data;
+* ``hub``         repositories by commit, byte ranges, commits;
+* ``output``      which files OUT has, how they grow, how they appear;
+* ``checkpoint``  files, headers, directories; knows no algebra;
+* ``spectral``    the maths on tensors; knows no files;
+* ``common``      text, JSON, YAML, ranges, signals;
+* ``errors``      every failure that can be explained.
 """
 
+from __future__ import annotations
+
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 __version__ = version("qkpatch")
+
+if TYPE_CHECKING:
+    from qkpatch.api import apply as apply
+    from qkpatch.api import card as card
+    from qkpatch.api import diff as diff
+    from qkpatch.api import patch_model as patch_model
+    from qkpatch.api import patched as patched
+    from qkpatch.api import plan as plan
+    from qkpatch.api import recipe_for as recipe_for
+    from qkpatch.api import spectra as spectra
+    from qkpatch.api import verify as verify
+
+_CALLS = ("apply", "card", "diff", "patch_model", "patched", "plan", "recipe_for", "spectra", "verify")
+
+
+def __getattr__(name: str) -> Any:
+    """The calls, once one is used: ``import qkpatch`` by itself reads nothing else."""
+    if name in _CALLS:
+        from qkpatch import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_CALLS])

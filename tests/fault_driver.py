@@ -21,7 +21,18 @@ from pathlib import Path
 from typing import Any
 
 HANGS_AFTER = 180  # seconds; then a run says where its threads are, and dies
-TRACED = ("apply", "threads", "copier", "sources", "takeover", "journal", "staged", "staging", "interrupts", "contextlib")
+TRACED = (
+    "apply",
+    "threads",
+    "copier",
+    "sources",
+    "takeover",
+    "journal",
+    "staged",
+    "staging",
+    "interrupts",
+    "contextlib",
+)
 
 
 def harm(run: dict[str, Any]) -> None:

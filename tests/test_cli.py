@@ -402,10 +402,10 @@ def test_help_starts_in_half_a_second() -> None:
     assert min(once() for _ in range(3)) < 0.5
 
 
-def test_every_command_and_option_has_help_and_every_command_is_in_the_readme(run) -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    for command in ("apply", "plan", "inspect", "verify", "recipes"):
-        assert f"qkpatch {command}" in readme
+def test_every_command_and_option_has_help_and_every_command_is_in_the_guide(run) -> None:
+    guide = (Path(__file__).parent.parent / "docs" / "guide.md").read_text()
+    for command in ("apply", "plan", "inspect", "verify", "diff", "recipes", "card"):
+        assert f"qkpatch {command}" in guide
         text = run(command, "--help").stdout
         options = re.findall(r"^│\s+\*?\s*(--[a-z-]+)\s.*?<?\w*>?\s{2,}(\S?)", text, re.MULTILINE)
         assert options

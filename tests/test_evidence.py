@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import math
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from qkpatch.spectral.rule import Channel
 sys.path.insert(0, str(REPO))
 
 from scripts.evidence import __main__ as entry
-from scripts.evidence import findings, language, toy
+from scripts.evidence import language, toy
 from scripts.evidence.edits import DRAWN, Edit, Editor, applied, thirds
 from scripts.evidence.statistics import (
     Interval,
@@ -277,8 +278,6 @@ def test_a_small_run_writes_a_report_and_a_second_one_measures_nothing_anew(
     command += ["--results", str(tmp_path / "results"), "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", command)
     monkeypatch.setattr(captioning, "LONGEST", 3)
-    monkeypatch.setattr(toy, "STOP_BIASES", (1.0,))
-    monkeypatch.setattr(findings, "STOP_BIASES", (1.0,))
     entry.main()
     report = (tmp_path / "out" / "report.md").read_text()
     document = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -305,6 +304,14 @@ def test_a_small_run_writes_a_report_and_a_second_one_measures_nothing_anew(
     assert len(set(keys)) == len(keys)  # nothing was measured twice
     monkeypatch.setattr(toy, "captions", None)  # nothing is left to be said
     entry.main()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "results").glob("*.jsonl")} == stored
+    again = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {**again, "cpu_seconds": 0} == {**document, "cpu_seconds": 0}
+    # The command itself, whose work is divided between processes, finds the same.
+    (tmp_path / "out" / "report.json").unlink()
+    shared = [sys.executable, "-m", "scripts.evidence", *command[1:], "--jobs", "2"]
+    done = subprocess.run(shared, cwd=REPO, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
     assert {path.name: path.read_bytes() for path in (tmp_path / "results").glob("*.jsonl")} == stored
     again = json.loads((tmp_path / "out" / "report.json").read_text())
     assert {**again, "cpu_seconds": 0} == {**document, "cpu_seconds": 0}

@@ -19,6 +19,7 @@ from conftest import Tiny
 from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
+from qkpatch import api
 from qkpatch.errors import FileSystemError, UsageError
 from qkpatch.output import staging
 from qkpatch.output.options import Writing
@@ -358,6 +359,9 @@ class Meddler:
     def __init__(self, kind: str, count: int, action: Callable[[], object]) -> None:
         self.kind, self.left, self.action = kind, count, action
 
+    def begins(self, what: str, n_bytes: int, n_heads: int) -> None:
+        """No moment to meddle at."""
+
     def _count(self, kind: str) -> None:
         self.left -= kind == self.kind
         if kind == self.kind and self.left == 0:
@@ -437,7 +441,7 @@ def test_a_foreign_file_that_appears_in_out_meanwhile_survives_overwrite(
     plan = make_plan(str(tiny.path), Request())
     observer = Meddler("edited", 1, lambda: mine.write_text("mine"))
     with pytest.raises(UsageError):
-        apply_plan(plan, folder / "out", device=CPU, observer=observer, writing=Writing(overwrite=True))
+        api.apply(plan, folder / "out", device=CPU, observer=observer, writing=Writing(overwrite=True))
     assert mine.read_text() == "mine"
     assert hidden(folder) == []
 

@@ -163,11 +163,10 @@ def generic(path: str) -> str:
 
 @cache
 def table() -> dict[str, str]:
-    """The first column's keys, each with its row."""
-    rows = re.findall(
-        r"^\| (`.*?)$", (REPO / "configs" / "README.md").read_text(encoding="utf-8"), re.MULTILINE
-    )
-    return {key: row for row in rows for key in re.findall(r"`([^`]+)`", row.split(" | ")[0])}
+    """The list's keys, each with its entry."""
+    text = (REPO / "configs" / "README.md").read_text(encoding="utf-8")
+    entries = [" ".join(entry.split()) for entry in re.findall(r"^\* (`.*(?:\n  .*)*)$", text, re.MULTILINE)]
+    return {key: entry for entry in entries for key in re.findall(r"`([^`]+)`", entry.split(": ")[0])}
 
 
 def documented() -> set[str]:

@@ -135,6 +135,7 @@ from qkpatch.output.options import Digest, Writing
 
 class Observer:
     n = 0
+    def begins(self, *what): pass
     def copied(self, n_bytes): pass
     def edited(self, n_heads):
         self.n += 1

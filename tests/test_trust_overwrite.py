@@ -18,10 +18,10 @@ from conftest import Tiny, build_tiny
 from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
+from qkpatch import api
 from qkpatch.errors import UsageError
 from qkpatch.output import staging
 from qkpatch.output.options import Writing
-from qkpatch.patching.apply import apply_plan
 from qkpatch.planning.plan import make_plan
 from qkpatch.planning.settings import Request
 
@@ -272,6 +272,9 @@ class Meddler:
     def __init__(self, action: Callable[[], object]) -> None:
         self._actions = [action]
 
+    def begins(self, what: str, n_bytes: int, n_heads: int) -> None:
+        """Too early."""
+
     def copied(self, n_bytes: int) -> None:
         pass
 
@@ -314,7 +317,7 @@ def in_place(path: Path) -> None:
 def overwritten(source: Path, out: Path, action: Callable[[], object], *, force: bool = False) -> None:
     plan = make_plan(str(source), Request(alpha=0.0))
     writing = Writing(overwrite=True, force=force)
-    apply_plan(plan, out, observer=Meddler(action), writing=writing)
+    api.apply(plan, out, observer=Meddler(action), writing=writing)
 
 
 @stress

@@ -31,6 +31,9 @@ class Moment:
     def __init__(self, folder: Path, action: Callable[[Path], None]) -> None:
         self.folder, self.action, self.is_over = folder, action, False
 
+    def begins(self, what: str, n_bytes: int, n_heads: int) -> None:
+        """Too early."""
+
     def copied(self, n_bytes: int) -> None:
         """Too early."""
 

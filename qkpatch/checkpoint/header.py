@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from types import MappingProxyType
 from typing import TypeGuard, cast
 
 from qkpatch.checkpoint.files import Readable, read_exact, size_of
+from qkpatch.common.json_text import half_surrogate
 from qkpatch.errors import FileSystemError, HeaderError
 
 MAX_HEADER_SIZE = 100_000_000
@@ -45,8 +45,6 @@ _PREFIX = 8  # bytes: the length of the JSON, u64 little endian
 _U64_MAX = 2**64 - 1
 _MAX_DEPTH = 127  # of nested JSON arrays and objects: the library's limit
 _METADATA = "__metadata__"
-# Walks a JSON text from escape to escape; group 1 is half a surrogate pair without the other half.
-_ESCAPE = re.compile(r"\\(?:u[dD][89aAbB]..\\u[dD][c-fC-F]..|(u[dD][89a-fA-F])|.)")
 _AGAIN = "download the file again"
 _RESAVE = "download the file again; if that changes nothing, re-save it with the safetensors library"
 
@@ -152,11 +150,6 @@ def _load(raw: bytes, shard: str) -> object:
     except (ValueError, RecursionError) as error:
         raise _fault(f"the header is not valid JSON in UTF-8: {error}", shard) from None
     return value
-
-
-def half_surrogate(text: str) -> int | None:
-    """Where valid JSON escapes half a surrogate pair without the other, which no UTF-8 can hold."""
-    return next((escape.start() for escape in _ESCAPE.finditer(text) if escape[1]), None)
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object] | tuple[str]:

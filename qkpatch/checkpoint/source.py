@@ -19,10 +19,10 @@ from qkpatch.checkpoint.tree import (
     Repository,
     SourceFile,
     is_plain_relative,
-    load_json,
     source_file,
     walk_files,
 )
+from qkpatch.common.json_text import load_json
 from qkpatch.errors import AmbiguousError, CheckpointError, FileSystemError, UnsupportedError
 
 MANIFEST_NAME = "qkpatch.json"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from abc import ABC, abstractmethod
@@ -10,12 +9,10 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from qkpatch.checkpoint.cache import blob_of, is_in_cache
 from qkpatch.checkpoint.content import Content
 from qkpatch.checkpoint.files import FileId, Readable, open_read, os_errors, read_exact
-from qkpatch.checkpoint.header import half_surrogate
 from qkpatch.errors import CheckpointError, FileSystemError
 
 BOOKKEEPING = (".git", ".cache/huggingface")  # of git and huggingface_hub, not the model's
@@ -162,26 +159,3 @@ def source_file(path: Path, name: str, fix: str | None = None) -> LocalFile:
         raise FileSystemError("not a regular file", where=str(path), fix=fix)
     mode = stat.S_IMODE(status.st_mode)
     return LocalFile(name, status.st_size, mode, str(path), path, FileId.of(status))
-
-
-def load_json(raw: bytes, where: str, *, unique: bool = False) -> Any:
-    """Parse JSON; ``unique`` refuses what readers could disagree on: repeated keys, NaN and Infinity."""
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(items)
-        if unique and len(result) != len(items):
-            raise CheckpointError("a key appears twice in one JSON object", where=where)
-        return result
-
-    def refuse(name: str) -> float:
-        raise ValueError(f"{name} is not JSON")
-
-    try:
-        constant = refuse if unique else float  # transformers writes Infinity into some config.json
-        text = raw.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
-        if (half := half_surrogate(text)) is not None:
-            raise ValueError(f"half a surrogate pair (char {half})")
-        return value
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"not valid JSON: {error}", where=where) from error

@@ -12,10 +12,11 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from qkpatch import __version__
+from qkpatch.cli.commands.apply import apply
 from qkpatch.cli.commands.card import card
 from qkpatch.cli.commands.diff import diff
-from qkpatch.cli.commands.edit import apply, plan
 from qkpatch.cli.commands.inspect import inspect
+from qkpatch.cli.commands.plan import plan
 from qkpatch.cli.commands.recipes import recipes
 from qkpatch.cli.commands.verify import verify
 from qkpatch.cli.console import prepare_streams

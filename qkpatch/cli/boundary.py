@@ -11,25 +11,32 @@ from typing import Any, TypeVar
 
 import typer
 
+from qkpatch.cli.flags import spread
 from qkpatch.common.interrupts import Terminated, unwinding_on_kill
 from qkpatch.errors import QKPatchError
+from qkpatch.patching.threads import share_free_memory
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
 def command(function: Command) -> Command:
-    """Turn qkpatch's errors into a message and an exit code; anything else keeps its traceback."""
+    """Spread its groups of flags, and turn qkpatch's errors into a message and an exit code.
+
+    Anything else keeps its traceback.
+    """
+    signature, gathered = spread(function)
 
     @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> None:
+    def wrapper(**kwargs: Any) -> None:
         from qkpatch.cli.console import note, print_json, show_error
 
         if kwargs.get("quiet") or kwargs.get("as_json") or not sys.stderr.isatty():
             # huggingface_hub reads it when it is first imported, which is later.
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         try:
+            share_free_memory()
             with unwinding_on_kill():
-                function(*args, **kwargs)
+                function(**gathered(kwargs))
         except QKPatchError as error:
             if kwargs.get("debug"):
                 raise
@@ -48,4 +55,6 @@ def command(function: Command) -> Command:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(128 + signal.SIGPIPE) from None
 
+    wrapper.__signature__ = signature  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {name: of.annotation for name, of in signature.parameters.items()}
     return wrapper  # type: ignore[return-value]

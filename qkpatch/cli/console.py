@@ -16,11 +16,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from qkpatch.cli.redaction import Redacted
 from qkpatch.common.text import plain
 from qkpatch.errors import FileSystemError, QKPatchError
+from qkpatch.patching.observer import UNSEEN, Observer
 
 _LONGEST = 8000  # characters of a message
 _PIPED_WIDTH = 140  # rich assumes 80 where there is no terminal, which cuts tensor names
@@ -119,29 +120,25 @@ def note(text: str) -> None:
         _console(stderr=True).print(safe(text), soft_wrap=True)
 
 
-def silent(text: str) -> None:
-    """In place of :func:`note`, where nothing is to be said."""
-
-
-class Unseen:
-    """Progress that nobody sees; implements ``patch.Observer``."""
-
-    def copied(self, n_bytes: int) -> None:
-        """Nothing to draw."""
-
-    def edited(self, n_heads: int) -> None:
-        """Nothing to draw."""
-
-
-class Bars(Unseen):
+class Bars:
     """Progress drawn on stderr: bytes copied or compared, heads edited."""
 
-    def __init__(self, progress: Progress, total_bytes: int, total_heads: int, verb: str) -> None:
+    def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._bytes = progress.add_task(
-            f"{verb} {size_text(total_bytes)}", total=total_bytes, visible=total_bytes > 0
+        self._bytes, self._heads = TaskID(0), TaskID(0)
+
+    def begins(self, what: str, n_bytes: int, n_heads: int) -> None:
+        """Bars of another part of the work, in place of those of the one before; none for what has bars of its own."""
+        for task in self._progress.task_ids:
+            self._progress.remove_task(task)
+        self._bytes = self._progress.add_task(
+            f"{what} {size_text(n_bytes)}", total=n_bytes, visible=n_bytes > 0
         )
-        self._heads = progress.add_task(f"{total_heads} heads", total=total_heads, visible=total_heads > 0)
+        self._heads = self._progress.add_task(f"{n_heads} heads", total=n_heads, visible=n_heads > 0)
+        if n_bytes or n_heads:
+            self._progress.start()
+        else:
+            self._progress.stop()
 
     def copied(self, n_bytes: int) -> None:
         """Advance the bar of bytes."""
@@ -153,10 +150,10 @@ class Bars(Unseen):
 
 
 @contextmanager
-def bars(total_bytes: int, total_heads: int, *, quiet: bool, verb: str = "copy") -> Iterator[Unseen]:
-    """Progress bars while the block runs; nothing at all when quiet or when stderr is no terminal."""
+def bars(*, quiet: bool) -> Iterator[Observer]:
+    """Progress while the block runs; nothing at all when quiet or when stderr is no terminal."""
     if quiet or not sys.stderr.isatty():
-        yield Unseen()
+        yield UNSEEN
         return
     columns = (
         TextColumn("{task.description}"),
@@ -165,8 +162,11 @@ def bars(total_bytes: int, total_heads: int, *, quiet: bool, verb: str = "copy")
         TimeElapsedColumn(),
     )
     # Left to rich, lines that come meanwhile would be wrapped, and an address in two halves is not redacted.
-    with Progress(*columns, console=_console(stderr=True), transient=True, redirect_stderr=False) as progress:
-        yield Bars(progress, total_bytes, total_heads, verb)
+    progress = Progress(*columns, console=_console(stderr=True), transient=True, redirect_stderr=False)
+    try:
+        yield Bars(progress)
+    finally:
+        progress.stop()
 
 
 def print_csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -1,14 +1,18 @@
-"""The options that commands share, and the edit request they add up to."""
+"""The options that commands share, in groups: a flag that is added to a group is in every command that has it."""
 
 from __future__ import annotations
 
+import inspect
 import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast, get_type_hints
 
 import typer
 
 from qkpatch.checkpoint.tree import source_file
+from qkpatch.output.options import Digest
 from qkpatch.planning.request import Request, parse_request
 from qkpatch.spectral.rule import Channel, Select
 
@@ -66,6 +70,17 @@ ShardOpt = Annotated[
         show_default="as SOURCE",
     ),
 ]
+OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of qkpatch.")]
+ForceOpt = Annotated[bool, typer.Option("--force", help="With --overwrite: replace OUT whatever it holds.")]
+DigestOpt = Annotated[
+    Digest,
+    typer.Option(help="SHA-256 of the edited tensors; of all files, as SHA256SUMS; or of nothing."),
+]
+LinkOpt = Annotated[bool, typer.Option("--link", help="Hard links to files of SOURCE that are not edited.")]
+LinkCacheOpt = Annotated[bool, typer.Option("--link-cache", help="The same, even to files in the Hub cache.")]
+ResumeOpt = Annotated[
+    bool, typer.Option("--resume", help="Take over what a killed run of the same edit had done.")
+]
 PushOpt = Annotated[
     str | None,
     typer.Option("--push", metavar="ORG/NAME", help="Publish OUT there, in one commit.", show_default=False),
@@ -96,36 +111,112 @@ def expanded(path: Path | None) -> Path | None:
     return None if path is None else Path(os.path.expanduser(path))  # noqa: PTH111 - Path's raises for ~nobody
 
 
-def edit_request(
-    layers: str | None,
-    modes: int | None,
-    alpha: float | None,
-    channel: Channel | None,
-    select: Select | None,
-    seed: int | None,
-    heads: str | None,
-    recipe: str | None,
-    attention: str | None,
-    fold_norm: bool,
-    config: Path | None,
-    max_shard_size: str | None = None,
-) -> Request:
-    """The flags over ``--config``; None where neither says anything."""
-    # A flag that is not given says nothing, so that --config may say it.
-    flags = Request.of(
-        recipe=recipe,
-        attention=attention,
-        layers=layers,
-        heads=heads,
-        modes=modes,
-        alpha=alpha,
-        channel=channel,
-        select=select,
-        seed=seed,
-        fold_norm=fold_norm or None,
-        max_shard_size=max_shard_size,
-    )
-    if config is None:
-        return flags
-    file = source_file(config, config.name)  # a regular one: a pipe or a device would never end
-    return flags.over(parse_request(file.read(), str(config)))
+@dataclass(frozen=True)
+class EditFlags:
+    """The edit, in the flags that `apply`, `plan` and whatever plans an edit share."""
+
+    layers: LayersOpt = None
+    modes: ModesOpt = None
+    alpha: AlphaOpt = None
+    channel: ChannelOpt = None
+    select: SelectOpt = None
+    seed: SeedOpt = None
+    heads: HeadsOpt = None
+    recipe: RecipeOpt = None
+    attention: AttentionOpt = None
+    fold_norm: FoldOpt = False
+    max_shard_size: ShardOpt = None
+    config: ConfigOpt = None
+
+    @property
+    def request(self) -> Request:
+        """The flags over ``--config``; None where neither says anything."""
+        said = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "config"}
+        # A flag that is not given says nothing, so that --config may say it.
+        flags = Request.of(**{**said, "fold_norm": self.fold_norm or None})
+        if self.config is None:
+            return flags
+        file = source_file(self.config, self.config.name)  # a regular one: a pipe or a device would never end
+        return flags.over(parse_request(file.read(), str(self.config)))
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """Where heads are computed."""
+
+    device: DeviceOpt = "cpu"
+    threads: ThreadsOpt = None
+
+
+@dataclass(frozen=True)
+class WriteFlags:
+    """How OUT is written."""
+
+    overwrite: OverwriteOpt = False
+    force: ForceOpt = False
+    digest: DigestOpt = Digest.edited
+    link: LinkOpt = False
+    link_cache: LinkCacheOpt = False
+    resume: ResumeOpt = False
+
+
+@dataclass(frozen=True)
+class PushFlags:
+    """What is published, and where."""
+
+    push: PushOpt = None
+    private: PrivateOpt = False
+    create_pr: CreatePrOpt = False
+    include: IncludeOpt = None
+    include_hidden: IncludeHiddenOpt = False
+
+
+@dataclass(frozen=True)
+class ShowFlags:
+    """What is said."""
+
+    as_json: JsonOpt = False
+    quiet: QuietOpt = False
+    debug: DebugOpt = False
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether nothing is drawn for people."""
+        return self.as_json or self.quiet
+
+
+def spread(
+    function: Callable[..., Any],
+) -> tuple[inspect.Signature, Callable[[dict[str, Any]], dict[str, Any]]]:
+    """What Typer is to see of a command: each group of flags as its fields; and how to put the groups together."""
+    hints = get_type_hints(function, include_extras=True)
+    shown: list[inspect.Parameter] = []
+    groups: dict[str, type[Any]] = {}
+    for parameter in inspect.signature(function).parameters.values():
+        hint = hints[parameter.name]
+        if not is_dataclass(hint):
+            shown.append(parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        groups[parameter.name] = cast("type[Any]", hint)
+        inner = get_type_hints(hint, include_extras=True)
+        shown += [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=field.default,
+                annotation=inner[field.name],
+            )
+            for field in fields(hint)
+        ]
+
+    def gathered(given: dict[str, Any]) -> dict[str, Any]:
+        given = dict(given)
+        made = {
+            name: group(
+                **{field.name: given.pop(field.name) for field in fields(group) if field.name in given}
+            )
+            for name, group in groups.items()
+        }
+        return {**given, **made}
+
+    return inspect.Signature(shown), gathered

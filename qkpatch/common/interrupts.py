@@ -30,6 +30,7 @@ class _Arrivals:
         self.forget()
 
     def forget(self) -> None:
+        self.is_on = False
         self.held = 0
         self.first: int | None = None
         self.is_raised = False
@@ -54,19 +55,32 @@ _arrivals = _Arrivals()
 def unwinding_on_kill() -> Iterator[None]:
     """Raise ``KeyboardInterrupt`` on SIGINT and :class:`Terminated` on SIGTERM and SIGHUP inside the block, once."""
     _arrivals.forget()
+    _arrivals.is_on = True
     # What is ignored stays ignored: nohup counts on it.
     signals = [n for n in _SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, _arrivals.arrive) for number in signals}
     try:
         yield
     finally:
+        _arrivals.is_on = False
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
+def _is_held_here() -> bool:
+    return _arrivals.is_on and threading.current_thread() is threading.main_thread()
+
+
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Deliver Ctrl-C and the like after the block, for what must not stop half way."""
+    """Deliver Ctrl-C and the like after the block, for what must not stop half way.
+
+    Only where :func:`unwinding_on_kill` is at work, which is in a process of qkpatch's own: elsewhere signals are the
+    host's, and several threads may be here at once.
+    """
+    if not _is_held_here():
+        yield
+        return
     _arrivals.held += 1
     try:
         yield
@@ -78,6 +92,9 @@ def signals_held() -> Iterator[None]:
 @contextmanager
 def signals_let_through() -> Iterator[None]:
     """The part of a block that holds signals which may stop at any moment."""
+    if not _is_held_here():
+        yield
+        return
     held, _arrivals.held = _arrivals.held, 0
     try:
         _arrivals.tell()

@@ -1,14 +1,19 @@
-"""JSON in one canonical form: the same values, the same bytes; and numbers as people read and records hold them."""
+"""JSON: read strictly, and written in one canonical form: the same values, the same bytes."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qkpatch.errors import CheckpointError
+
 SIGNIFICANT_DIGITS = 9
 MAX_DEPTH = 64
+# Walks a JSON text from escape to escape; group 1 is half a surrogate pair without the other half.
+_ESCAPE = re.compile(r"\\(?:u[dD][89aAbB]..\\u[dD][c-fC-F]..|(u[dD][89a-fA-F])|.)")
 
 Json = Any
 
@@ -63,3 +68,31 @@ def _finite(x: float) -> float:
     if not math.isfinite(x):
         raise ValueError(f"{x} cannot be recorded")
     return x
+
+
+def load_json(raw: bytes, where: str, *, unique: bool = False) -> Any:
+    """Parse JSON; ``unique`` refuses what readers could disagree on: repeated keys, NaN and Infinity."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(items)
+        if unique and len(result) != len(items):
+            raise CheckpointError("a key appears twice in one JSON object", where=where)
+        return result
+
+    def refuse(name: str) -> float:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        constant = refuse if unique else float  # transformers writes Infinity into some config.json
+        text = raw.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+        if (half := half_surrogate(text)) is not None:
+            raise ValueError(f"half a surrogate pair (char {half})")
+        return value
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"not valid JSON: {error}", where=where) from error
+
+
+def half_surrogate(text: str) -> int | None:
+    """Where valid JSON escapes half a surrogate pair without the other, which no UTF-8 can hold."""
+    return next((escape.start() for escape in _ESCAPE.finditer(text) if escape[1]), None)

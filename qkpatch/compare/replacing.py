@@ -15,12 +15,13 @@ from qkpatch.errors import CheckpointError
 from qkpatch.model.locate import Access
 from qkpatch.output.destination import Replaced, foreign, target_path
 from qkpatch.output.options import Writing
+from qkpatch.patching.observer import Observer
 from qkpatch.planning.manifest import Manifest
 from qkpatch.planning.plan import EditPlan
 from qkpatch.recipes.catalogue import shipped_recipes
 
 
-def replaceable(out: Path, plan: EditPlan, writing: Writing, progress: Progress) -> Replaced | None:
+def replaceable(out: Path, plan: EditPlan, writing: Writing, observer: Observer) -> Replaced | None:
     """What ``plan`` will replace; None where there is nothing, or nothing is to be replaced.
 
     Every file whose digest is recorded has it. What else there is, is what the recorded edit makes of this SOURCE, by
@@ -35,7 +36,8 @@ def replaceable(out: Path, plan: EditPlan, writing: Writing, progress: Progress)
         present = Present(root)
         if not present.identities:
             return None
-        first = None if writing.force else next(_foreign(present, plan, progress), None)
+        observer.begins("look at OUT:", present.size, 0)
+        first = None if writing.force else next(_foreign(present, plan, observer.copied), None)
     if first is not None:
         raise foreign(out, f"{first.where}, which is not as qkpatch left it: {first.what}")
     return Replaced(target_path(out), present.identities)

@@ -17,7 +17,7 @@ from qkpatch.common.json_text import Json
 from qkpatch.common.ranges import abbreviate
 from qkpatch.compare.agreement import differences, origin_mismatches
 from qkpatch.compare.contents import Listing, Mismatch, library_verdict, side_by_side, tensor_sum
-from qkpatch.errors import AmbiguousError, CheckpointError, UnsupportedError, UsageError
+from qkpatch.errors import AmbiguousError, CheckpointError, FileSystemError, UnsupportedError, UsageError
 from qkpatch.model.locate import Access, Source, locate
 from qkpatch.output.files import Output
 from qkpatch.planning.manifest import Manifest, planned_manifest
@@ -77,6 +77,29 @@ def recorded(present: Present) -> Manifest:
             fix="is this the directory that qkpatch apply wrote?",
         )
     return Manifest.loads(present.read(MANIFEST_NAME), f"{present.root.path.name}/{MANIFEST_NAME}")
+
+
+def read_out(out: Path) -> tuple[Manifest, str | None]:
+    """The manifest, and SOURCE's card, which OUT has as it was.
+
+    Raises:
+        FileSystemError: there is no manifest; or one of them is a link, whatever it leads to.
+    """
+    with Rooted(out) as root:
+        present = Present(root)
+        for name in (MANIFEST_NAME, CARD_NAME):
+            if name in present.odd:
+                raise FileSystemError(
+                    f"{present.odd[name]}, which qkpatch never writes",
+                    where=present.where(name),
+                    fix="do not trust this directory; apply again",
+                )
+        if MANIFEST_NAME not in present.files:
+            raise FileSystemError(
+                f"no {MANIFEST_NAME} there", where=str(out), fix="give the directory that qkpatch apply wrote"
+            )
+        card = present.read(CARD_NAME) if CARD_NAME in present.files else None
+        return recorded(present), None if card is None else card.decode("utf-8", "replace")
 
 
 def check(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
 from qkpatch.checkpoint.cache import snapshot_at
+from qkpatch.checkpoint.tree import Repository
 from qkpatch.errors import FileSystemError, UsageError
-from qkpatch.hub.remote import RemoteRepo
 from qkpatch.hub.repository import HubId, download, look
 from qkpatch.recipes.catalogue import get_recipe, shipped_recipes
 from qkpatch.recipes.recipe import Recipe
@@ -29,13 +29,14 @@ class Access(Enum):
 class Source:
     """A located checkpoint; ``name`` never holds an absolute path."""
 
-    place: Path | RemoteRepo
-    kind: str  # "directory", "file" or "hub"
+    place: Path | Repository
+    kind: str  # "directory", "file", "hub", or "memory"
     name: str
     requested_revision: str | None = None
     commit: str | None = None
     recipe: Recipe | None = None  # when SOURCE was a recipe's name
     checked: frozenset[str] = frozenset()  # files that were downloaded just now and are what the Hub lists
+    text: str = ""  # as the user wrote it
 
     @property
     def path(self) -> Path | None:
@@ -53,7 +54,7 @@ def locate(text: str, access: Access = Access.download) -> Source:
     path = local_path(text)
     recipe: Recipe | None = None
     if path is not None:
-        here = _local(path)
+        here = replace(_local(path), text=text)
         if here.commit is None or access is not Access.listed:
             return here
         hub_id: HubId | None = HubId(here.name, here.commit)
@@ -70,7 +71,7 @@ def locate(text: str, access: Access = Access.download) -> Source:
         )
     found = download(hub_id) if access is Access.download else look(hub_id, use_cache=access is Access.ranges)
     return Source(
-        found.place, "hub", found.repo, found.requested_revision, found.commit, recipe, found.checked
+        found.place, "hub", found.repo, found.requested_revision, found.commit, recipe, found.checked, text
     )
 
 

@@ -83,9 +83,17 @@ def open_model(
         UsageError: no such recipe or attention, or two that cannot be edited together.
         QKPatchError: as :func:`locate`, :func:`open_checkpoint` and :func:`read_tower`.
     """
-    named = get_recipe(recipe_name) if recipe_name is not None else None
+    if recipe_name is not None:
+        get_recipe(recipe_name)  # a wrong name does not wait for anything
     located = locate(source, access)
-    checkpoint = open_checkpoint(located.place)
+    return understood(located, open_checkpoint(located.place), recipe_name, attention)
+
+
+def understood(
+    located: Source, checkpoint: Checkpoint, recipe_name: str | None, attention: Sequence[str] | None
+) -> Model:
+    """As :func:`open_model`, of a checkpoint whose headers are read."""
+    named = get_recipe(recipe_name) if recipe_name is not None else None
     recipe = named or located.recipe or choose_recipe(checkpoint.config, checkpoint.tensors)
     wanted = [recipe.tensors.attention] if attention is None else attention
     sets = tuple(

@@ -11,7 +11,8 @@ from qkpatch.checkpoint.files import FileId
 from qkpatch.checkpoint.present import Present, first_change
 from qkpatch.checkpoint.rooted import Rooted
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME, Checkpoint
-from qkpatch.checkpoint.tree import LocalFile, load_json
+from qkpatch.checkpoint.tree import LocalFile
+from qkpatch.common.json_text import load_json
 from qkpatch.errors import FileSystemError, QKPatchError, UsageError
 
 # File systems allow 255 bytes; the names of staging and of a replaced output are OUT's and up to 19 more.

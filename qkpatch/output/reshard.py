@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from qkpatch.checkpoint.header import DTYPE_BITS, MAX_HEADER_SIZE, TensorRef
 from qkpatch.checkpoint.source import INDEX_SUFFIX, Stored
-from qkpatch.checkpoint.tree import load_json
+from qkpatch.common.json_text import load_json
 from qkpatch.errors import CheckpointError, UsageError
 from qkpatch.output.files import Extent, Output, OutputFile
 

@@ -19,16 +19,16 @@ from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME
 from qkpatch.common.interrupts import signals_held, signals_let_through
 from qkpatch.common.json_text import canonical_json
 from qkpatch.common.ranges import abbreviate
-from qkpatch.compare.replacing import Replaced, replaceable
 from qkpatch.errors import HubError
 from qkpatch.model.targets import LayerTarget
-from qkpatch.output.destination import check_apart, check_out
+from qkpatch.output.destination import Replaced, check_apart, check_out
 from qkpatch.output.journal import Journal
 from qkpatch.output.options import PLAIN, Digest, Writing
 from qkpatch.output.space import check_space
 from qkpatch.output.staged import StagedFiles
 from qkpatch.output.staging import Staging
-from qkpatch.patching.copier import Copier, Observer, space_needed
+from qkpatch.patching.copier import Copier, space_needed
+from qkpatch.patching.observer import UNSEEN, Observer
 from qkpatch.patching.sources import Sources
 from qkpatch.patching.threads import Crew
 from qkpatch.planning.manifest import EditRecord, HeadRecord, Manifest, planned_manifest
@@ -47,7 +47,7 @@ def apply_plan(
     plan: EditPlan,
     out: Path,
     *,
-    observer: Observer,
+    observer: Observer = UNSEEN,
     device: str = "cpu",
     threads: int = 1,
     writing: Writing = PLAIN,
@@ -55,8 +55,16 @@ def apply_plan(
 ) -> Manifest:
     """Write the edited checkpoint to ``out`` and return its manifest; the same bytes whatever ``threads``.
 
-    SOURCE is only read. OUT appears whole, by one rename, or not at all. ``replaced`` is what is known to be
-    replaceable in its place already.
+    SOURCE is only read. OUT appears whole, by one rename, or not at all.
+
+    Args:
+        plan: what is done.
+        out: where; its parent is there.
+        observer: hears of progress, from any thread.
+        device: where heads are computed.
+        threads: how many heads are computed side by side.
+        writing: how OUT is written.
+        replaced: the earlier output that may be replaced; without it, an OUT that holds anything is refused.
 
     Raises:
         UsageError: OUT is not acceptable, or there is no such device.
@@ -64,10 +72,8 @@ def apply_plan(
         NumericalError: NaN or Inf, or a tensor that the edit would leave as it was.
     """
     checkpoint = plan.model.checkpoint
-    check_out(out, plan.model.source.path, overwrite=writing.overwrite, force=writing.force)
+    check_out(out, plan.model.source.path, overwrite=replaced is not None, force=writing.force)
     check_apart(out, checkpoint)
-    if replaced is None:
-        replaced = replaceable(out, plan, writing, lambda _: None)
     if writing.digest is Digest.files:
         refuse_own_sums(checkpoint)
     if device not in ("auto", "cpu"):  # which are always there
@@ -90,7 +96,7 @@ def apply_plan(
             carried = copier.wait(copying, crew) if sources.is_download else {}
             heads: dict[LayerTarget, tuple[HeadRecord, ...]] = {}
             digests: dict[LayerTarget, Future[_Digests]] = {}
-            for target, records in editor.edited(plan, sources, crew, copier, observer):
+            for target, records in editor.edited(plan, sources.open, crew, copier.write, observer):
                 heads[target] = records
                 if plan.writes_all_of(target):  # and while it is in the page cache
                     digests[target] = crew.start(partial(_digests, sources, copier, writing, target))

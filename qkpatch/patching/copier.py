@@ -13,7 +13,7 @@ from itertools import groupby
 from operator import attrgetter
 from threading import BoundedSemaphore, Condition
 from types import TracebackType
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from qkpatch.checkpoint.files import (
     Digesting,
@@ -32,6 +32,7 @@ from qkpatch.output.journal import Journal, State
 from qkpatch.output.options import Digest, Writing
 from qkpatch.output.passage import Lane, clone, data_size
 from qkpatch.output.staged import StagedFiles
+from qkpatch.patching.observer import Observer
 from qkpatch.patching.sources import Sources, damaged_file
 from qkpatch.patching.takeover import is_as_noted
 from qkpatch.patching.threads import Crew
@@ -46,16 +47,6 @@ class Carried(NamedTuple):
 
     means: str
     sha256: str | None
-
-
-class Observer(Protocol):
-    """Hears of progress, from any thread; the surface draws it."""
-
-    def copied(self, n_bytes: int) -> None:
-        """``n_bytes`` more were copied."""
-
-    def edited(self, n_heads: int) -> None:
-        """``n_heads`` more were edited."""
 
 
 class Copier:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -13,14 +13,15 @@ import torch
 from qkpatch.common.json_text import measured
 from qkpatch.errors import NumericalError
 from qkpatch.model.targets import LayerTarget
-from qkpatch.patching.copier import Copier, Observer
 from qkpatch.patching.device import choose_device, computing, heads_together
-from qkpatch.patching.sources import Sources
+from qkpatch.patching.observer import Observer
 from qkpatch.patching.threads import Crew
-from qkpatch.patching.weights import LayerWeights, open_layer
+from qkpatch.patching.weights import LayerWeights, Opened, open_layer
 from qkpatch.planning.manifest import HeadRecord
 from qkpatch.planning.plan import EditPlan
 from qkpatch.spectral.edit import Folding, HeadError, edit_and_round
+
+Write = Callable[[str, bytes | bytearray, int], None]
 
 _HEADS_AT_A_TIME = 4  # of one tensor, by one thread: enough to share keys and open files
 
@@ -63,9 +64,16 @@ class Editor:
         return str(torch.__version__)
 
     def edited(
-        self, plan: EditPlan, sources: Sources, crew: Crew, copier: Copier, observer: Observer
+        self, plan: EditPlan, opened: Opened, crew: Crew, write: Write, observer: Observer
     ) -> Iterator[tuple[LayerTarget, tuple[HeadRecord, ...]]]:
         """Edit all planned heads; each target with its heads' records when it is done.
+
+        Args:
+            plan: what is edited.
+            opened: opens a shard of SOURCE for reading some ranges.
+            crew: does it.
+            write: takes the rows of a shard of OUT, and where they begin.
+            observer: hears of heads.
 
         Raises:
             NumericalError: NaN or Inf, or a tensor that the edit would leave as it was.
@@ -75,10 +83,10 @@ class Editor:
         def edit(chunk: _Chunk) -> tuple[LayerTarget, list[tuple[HeadRecord, bool]]]:
             with (
                 computing(self.device),
-                open_layer(sources.open, chunk.target, self.device, chunk.heads) as weights,
+                open_layer(opened, chunk.target, self.device, chunk.heads) as weights,
             ):
                 done = []
-                for record in _edit_heads(plan, chunk, together, weights, copier):
+                for record in _edit_heads(plan, chunk, together, weights, write):
                     crew.check()
                     observer.edited(1)
                     done.append(record)
@@ -98,7 +106,7 @@ class Editor:
 
 
 def _edit_heads(
-    plan: EditPlan, chunk: _Chunk, together: int, weights: LayerWeights, copier: Copier
+    plan: EditPlan, chunk: _Chunk, together: int, weights: LayerWeights, write: Write
 ) -> Iterator[tuple[HeadRecord, bool]]:
     """Edit and write a few heads; each one's record, and whether any value changed."""
     target, settings, gain = chunk.target, plan.settings, weights.invertible_gain()
@@ -116,7 +124,7 @@ def _edit_heads(
             is_changed = not torch.equal(stored.values[i], of.W_Q[i])
             for ref, begin, end, at in plan.head_ranges(target, head):
                 data = stored.pieces[i][ref] if is_changed else weights.raw(ref, begin, end)
-                copier.write(plan.output.place(ref).shard, data, at)
+                write(plan.output.place(ref).shard, data, at)
             figures = {name: measured(figure) for name, figure in vars(reports[i]).items()}
             record = HeadRecord(head=head, kv_head=target.layout.kv_head(head), **figures)
             yield record, is_changed

@@ -38,7 +38,6 @@ class Crew:
         self._pool = ThreadPoolExecutor(self._all, "qkpatch")
 
     def __enter__(self) -> Crew:
-        _share_free_memory()
         # All threads start here, where no signal can come between a thread's start and its being known. They inherit
         # the mask: signals are for the main thread, which knows when they must wait.
         with signals_held(), signals_masked():
@@ -99,11 +98,11 @@ class Crew:
             raise
 
 
-def _share_free_memory() -> None:
-    """Let all threads allocate from one pool, which keeps what is freed for the next head.
+def share_free_memory() -> None:
+    """Let all threads of this process allocate from one pool, which keeps what is freed for the next head.
 
     Otherwise each thread keeps arrays of its own (80 MB more at 7B sizes), and gives others back to the system only
-    to fault them in again.
+    to fault them in again. For a process that is qkpatch's own.
     """
     with suppress(OSError, AttributeError):  # glibc alone has it
         mallopt = ctypes.CDLL(None).mallopt

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import NamedTuple
 
-from qkpatch.checkpoint.tree import load_json
-from qkpatch.common.json_text import Json, canonical_json
+from qkpatch.common.json_text import Json, canonical_json, load_json
 from qkpatch.errors import CheckpointError, UsageError
 from qkpatch.model.targets import LayerTarget
 from qkpatch.output.files import Output, OutputFile

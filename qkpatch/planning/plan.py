@@ -31,7 +31,12 @@ class EditPlan:
     edits: tuple[LayerTarget, ...]  # empty when the rule is the declared no-op
     warnings: tuple[str, ...]
     output: Output
-    max_shard_size: int | None = None  # bytes, where OUT is sharded anew
+    request: Request  # what was asked for
+
+    @property
+    def max_shard_size(self) -> int | None:
+        """Bytes, where OUT is sharded anew."""
+        return self.request.max_shard_size
 
     @cached_property
     def edits_by_file(self) -> dict[str, tuple[LayerTarget, ...]]:
@@ -106,15 +111,19 @@ def make_plan(source: str, request: Request, access: Access = Access.download) -
         UsageError: the model has no such layer, head or mode.
         QKPatchError: as :func:`open_model`, :meth:`Model.target` and :func:`reshard`.
     """
-    model = open_model(source, request.recipe, request.attention, access)
+    return plan_of(open_model(source, request.recipe, request.attention, access), request)
+
+
+def plan_of(model: Model, request: Request) -> EditPlan:
+    """As :func:`make_plan`, for a model that is open."""
     settings = resolve(request, model)
     targets = model.targets(settings.layers, fold_norm=settings.fold_norm)
     edits = () if settings.rule.is_noop else targets
     checkpoint = model.checkpoint
-    max_shard_size = request.max_shard_size
-    output = Output.copy_of(checkpoint) if max_shard_size is None else reshard(checkpoint, max_shard_size)
+    most = request.max_shard_size
+    output = Output.copy_of(checkpoint) if most is None else reshard(checkpoint, most)
     warnings = tuple(_warnings(model, settings, targets))
-    return EditPlan(model, settings, edits, warnings, output, max_shard_size)
+    return EditPlan(model, settings, edits, warnings, output, request)
 
 
 def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, ...]) -> list[str]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from enum import Enum
-from typing import TYPE_CHECKING, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from qkpatch.common.ranges import Numbers, as_numbers
 from qkpatch.common.strict_yaml import Fields, load_yaml
@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 E = TypeVar("E", bound=Enum)
+
+
+_KINDS: dict[str, Any] = {
+    "recipe": str, "modes": int, "alpha": int | float, "seed": int, "fold_norm": bool, "max_shard_size": int,
+}  # fmt: skip
 
 
 class Said(TypedDict, total=False):
@@ -82,6 +87,17 @@ class Request:
         )
 
     def __post_init__(self) -> None:
+        for what, kinds in _KINDS.items():
+            given = getattr(self, what)
+            if (given is not None and (type(given) is bool) != (kinds is bool)) or not isinstance(
+                given, kinds | None
+            ):
+                name = what.replace("_", "-")
+                raise UsageError(
+                    f"{given!r:.80} is no {getattr(kinds, '__name__', 'number')}", where=f"--{name}"
+                )
+        if not all(isinstance(name, str) for name in self.attention or ()):
+            raise UsageError("a set of tensors is named by a text", where="--attention")
         for what in ("layers", "heads", "attention"):
             if getattr(self, what) == ():
                 raise UsageError("it names nothing", where=f"--{what}", fix="name at least one")

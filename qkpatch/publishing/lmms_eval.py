@@ -10,7 +10,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from qkpatch.checkpoint.tree import load_json, source_file
+from qkpatch.checkpoint.tree import source_file
+from qkpatch.common.json_text import load_json
 from qkpatch.errors import CheckpointError, UsageError, redact
 
 # pope_yes_ratio counts the right answers, not the model's: one half, whatever the model says.
@@ -54,6 +55,19 @@ class Comparison:
     base: str  # what was run, as the files say
     patched: str
     metrics: tuple[Metric, ...]
+
+
+def compare_both(results: str | Path | None, base_results: str | Path | None) -> Comparison | None:
+    """:func:`compare`, where there are results.
+
+    Raises:
+        UsageError: there are of one model only; or as :func:`compare`.
+    """
+    if (results is None) != (base_results is None):
+        raise UsageError(
+            "an effect is a difference: --results and --base-results go together", fix="run both models"
+        )
+    return None if results is None or base_results is None else compare(Path(base_results), Path(results))
 
 
 def compare(base: Path, patched: Path) -> Comparison:

@@ -1,4 +1,4 @@
-"""A recipe in words, for the README's table and ``qkpatch recipes``."""
+"""A recipe in words, for ``docs/models.md`` and ``qkpatch recipes``."""
 
 from __future__ import annotations
 

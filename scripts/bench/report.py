@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 
+from scripts.markdown import joined, table
+
 from .contest import APPLY, COPY, HERE, INSPECT, LOOP, REAL_COPY, Run
 from .shapes import ALL
 
@@ -23,8 +25,8 @@ MAX_OVER_REAL_COPY = 0.05
 MAX_PEAK = 450e6
 MAX_INSPECT_SECONDS = 25.0
 HEAD = (
-    "file system", "cache", "what", "wall s", "min–max (rounds)", "× copy", "× loop", "CPU s",
-    "peak MB", "anonymous MB", "read GB", "written GB", "disk read / written GB",
+    "what", "wall s", "min–max (rounds)", "× copy", "× loop", "CPU s", "RSS", "anonymous",
+    "read", "written", "disk",
 )  # fmt: skip
 LARGE = 1e9  # bytes from which on the targets of time hold; below, a process mostly starts
 
@@ -164,51 +166,48 @@ def document(
     }
 
 
-def markdown(table: Sequence[Row], facts: dict[str, str], dense: float | None, notes: Sequence[str]) -> str:
+def markdown(found: Sequence[Row], facts: dict[str, str], dense: float | None, notes: Sequence[str]) -> str:
     """The page for people."""
-    lines = [
+    blocks = [
         "# Benchmarks",
-        "",
-        "Written by `make bench`, which anybody can run: see `python -m scripts.bench --help`. Every figure is of a",
-        "whole process, its start included. Contestants take turns within a round; × are medians of the ratios within",
-        "a round, because a round shares what else runs on the machine. Wall and CPU time are medians, all else is the",
-        "largest of the rounds.",
-        "",
-        *_table(("machine", ""), facts.items()),
-        "",
+        "Written by `make bench`, which anybody can run: see `python -m scripts.bench --help`. Every figure is of a "
+        "whole process, its start included. Contestants take turns within a round; × are medians of the ratios within "
+        "a round, because a round shares what else runs on the machine. Wall and CPU time are medians, all else is the "
+        "largest of the rounds. Memory (RSS, and what of it is anonymous) is in MB. What was read and written, and "
+        "what of it reached the disk, is in GB.",
+        table(("machine", ""), facts.items()),
     ]
-    for shape in dict.fromkeys(row.shape for row in table):
+    for shape in dict.fromkeys(row.shape for row in found):
         size = ALL[shape].n_bytes / 1e9
-        lines += [
+        blocks += [
             f"## {shape}",
-            "",
             f"{ALL[shape].title}; {size:.1f} GB; layers {ALL[shape].layers} are edited.",
-            "",
         ]
-        lines += [*_table(HEAD, (_cells(row) for row in table if row.shape == shape)), ""]
+        rows_of: dict[tuple[str, str], list[Row]] = {}
+        for row in found:
+            if row.shape == shape:
+                rows_of.setdefault((row.place, row.cache), []).append(row)
+        for (place, cache), some in rows_of.items():
+            blocks += [f"### {shape}, {place}, {cache}", table(HEAD, map(_cells, some))]
     if dense is not None:
         heads = 9 * 32
-        lines += [
+        blocks += [
             "## A dense SVD",
-            "",
             f"One head's 4096 × 4096 product, formed and decomposed in float32: {dense:.1f} s measured. "
             f"**Extrapolated**, not measured: {dense * heads / 60:.0f} minutes for the {heads} heads of nine layers.",
-            "",
         ]
-    found = (
+    judged = (
         (v.what, _figure(v.found, v.unit), _figure(v.limit, v.unit), "met" if v.is_met else "**missed**")
-        for v in verdicts(table)
+        for v in verdicts(found)
     )
-    lines += ["## Targets", "", *_table(("target", "found", "limit", ""), found)]
+    blocks += ["## Targets", table(("target", "found", "limit", ""), judged)]
     if notes:
-        lines += ["", "## Notes", "", *(f"* {note}" for note in notes)]
-    return "\n".join(lines) + "\n"
+        blocks += ["## Notes", "\n".join(f"* {note}" for note in notes)]
+    return joined(blocks)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
     return (
-        row.place,
-        row.cache,
         row.contestant,
         f"{row.wall:.2f}",
         f"{row.wall_min:.2f}–{row.wall_max:.2f} ({row.rounds})",
@@ -221,11 +220,6 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row.asked_written / 1e9:.2f}",
         f"{row.disk_read / 1e9:.2f} / {row.disk_written / 1e9:.2f}",
     )
-
-
-def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *body]
-    return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
 def _figure(value: float | None, unit: str) -> str:

@@ -5,11 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by the libraries when they are imported
@@ -17,12 +12,11 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process per core; and sums come out the same everywhere
 
-import torch
-
 from scripts.evidence import language, toy
 from scripts.evidence.edits import Edit
 from scripts.evidence.findings import Findings
-from scripts.evidence.report import Timing, write_report
+from scripts.evidence.jobs import Job, run_all, tell, timings
+from scripts.evidence.report import write_report
 from scripts.evidence.statistics import REPLICATES
 
 REPO = Path(__file__).resolve().parent.parent.parent
@@ -37,6 +31,7 @@ TINY = (
         modes_of_drawn=(1,),
         alphas=(0.5,),
         ranges=("middle",),
+        stop_biases=(1.0,),
     ),
     language.Budget(
         windows=2,
@@ -51,8 +46,6 @@ TINY = (
 )
 FULL = (toy.Budget(), language.Budget())
 
-Job = tuple[str, Callable[[], None]]
-
 
 def main() -> None:
     """Do what the command line says."""
@@ -62,8 +55,10 @@ def main() -> None:
     )
     parser.add_argument("--language", type=Path, default=REPO / ".cache" / "fixtures" / "smollm2-135m")
     parser.add_argument("--no-language", action="store_true", help="leave SmolLM2 out")
-    parser.add_argument("--results", type=Path, default=REPO / ".cache" / "evidence")
-    parser.add_argument("--out", type=Path, default=REPO / "docs" / "evidence")
+    parser.add_argument(
+        "--results", type=Path, help="default: .cache/evidence; with --tiny .cache/evidence-tiny"
+    )
+    parser.add_argument("--out", type=Path, help="default: docs/evidence; with --tiny the same as --results")
     parser.add_argument("--jobs", type=int, default=2, help="processes, a core each; default: %(default)s")
     parser.add_argument("--tiny", action="store_true", help="a few scenes, to see that everything runs")
     arguments = parser.parse_args()
@@ -74,35 +69,36 @@ def main() -> None:
             f"error: {arguments.models} holds {len(paths)} trained toys; evidence over models takes several"
         )
 
-    results: Path = arguments.results
+    # A tiny run shares neither the report nor the account of time with a real one.
+    results: Path = arguments.results or REPO / ".cache" / ("evidence-tiny" if arguments.tiny else "evidence")
+    out: Path = arguments.out or (results if arguments.tiny else REPO / "docs" / "evidence")
     jobs: list[Job] = []
     if not arguments.no_language:  # the longest, so it goes first
-        jobs.append(("language", partial(_read, arguments.language, results, language_budget)))
-    jobs += [(f"validation {path.name}", partial(_validate, path, results, toy_budget)) for path in paths]
-    _run_all(jobs, arguments.jobs)
+        jobs.append(Job.reading(arguments.language, results, language_budget))
+    jobs += [Job.validation(path, results, toy_budget) for path in paths]
+    run_all(jobs, arguments.jobs)
     chosen = choices([toy.Subject(path, results, toy_budget) for path in paths], toy_budget)
     for name, edit in chosen.items():
-        _tell(f"{name}: {edit.key}")
+        tell(f"{name}: {edit.key}")
     on_test = [
         e
         for name, edit in chosen.items()
         for e in toy.companions(edit, toy_budget, in_full=name == toy.CHOSEN)
     ]
-    jobs = [(f"test {path.name}", partial(_test, path, results, on_test, toy_budget)) for path in paths]
-    _run_all(jobs, arguments.jobs)
+    run_all([Job.test(path, results, toy_budget, on_test) for path in paths], arguments.jobs)
 
     subjects = [toy.Subject(path, results, toy_budget) for path in paths]  # with what the jobs have stored
     replicates = 20 if arguments.tiny else REPLICATES
     reader = None if arguments.no_language else language.Reader(arguments.language, results, language_budget)
-    _tell("bootstrap and report")
+    tell("bootstrap and report")
     write_report(
         Findings(subjects, chosen, toy_budget, replicates),
         reader,
         language_budget,
-        arguments.out,
-        _timings(results),
+        out,
+        timings(results),
     )
-    _tell(f"written: {arguments.out / 'report.md'}")
+    tell(f"written: {out / 'report.md'}")
 
 
 def choices(subjects: list[toy.Subject], budget: toy.Budget) -> dict[str, Edit]:
@@ -112,51 +108,6 @@ def choices(subjects: list[toy.Subject], budget: toy.Budget) -> dict[str, Edit]:
     chosen = toy.choose(subjects, dominant)
     others = {name: edit for name, edit in toy.candidates(n_layers).items() if edit != chosen}
     return {toy.CHOSEN: chosen, **others}
-
-
-def _validate(path: Path, results: Path, budget: toy.Budget) -> None:
-    toy.run_validation(toy.Subject(path, results, budget), budget, _tell)
-
-
-def _test(path: Path, results: Path, edits: list[Edit], budget: toy.Budget) -> None:
-    toy.run_test(toy.Subject(path, results, budget), edits, budget, _tell)
-
-
-def _read(path: Path, results: Path, budget: language.Budget) -> None:
-    language.run(language.Reader(path, results, budget), budget, _tell)
-
-
-def _timed(results: Path, name: str, job: Callable[[], None]) -> None:
-    torch.set_num_threads(1)
-    results.mkdir(parents=True, exist_ok=True)
-    started = time.process_time()
-    job()
-    with (results / "cpu-seconds.tsv").open("a") as file:
-        file.write(f"{name}\t{time.process_time() - started:.1f}\n")
-
-
-def _timings(results: Path) -> Timing:
-    """CPU seconds by job, added up over all runs that it took."""
-    seconds: Timing = {}
-    for line in (results / "cpu-seconds.tsv").read_text().splitlines():
-        name, _, spent = line.partition("\t")
-        seconds[name] = seconds.get(name, 0.0) + float(spent)
-    return seconds
-
-
-def _run_all(jobs: Sequence[Job], processes: int) -> None:
-    results_of = [partial(_timed, job.args[1], name, job) for name, job in jobs if isinstance(job, partial)]
-    if processes == 1:
-        for job in results_of:
-            job()
-        return
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(job) for job in results_of]):
-            done.result()
-
-
-def _tell(line: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from scripts.evidence.statistics import (
     ratio,
     smallest_detectable,
 )
-from scripts.evidence.toy import CHOSEN, STOP_BIASES, Budget, Measured, Subject, companions, grid
+from scripts.evidence.toy import CHOSEN, Budget, Measured, Subject, companions, grid
 from scripts.toy_vlm.scenes import ABILITIES
 
 CAPTION_FIGURES = ("chair_s", "chair_i", "recall", "length")
@@ -103,7 +103,7 @@ class Findings:
 
     def over_stopping(self) -> dict[str, dict[str, Difference]]:
         """Per setting and kind: CHAIR_s above what the unedited model has at equal recall when it stops earlier."""
-        biases = (0.0, *STOP_BIASES)
+        biases = (0.0, *self.budget.stop_biases)
         curve = [
             tuple(
                 np.stack([s.test(None, bias).columns(figure) for s in self.subjects])
@@ -160,7 +160,7 @@ class Findings:
         """The unedited model with a bias towards stopping."""
         return [
             {"stop_bias": bias} | self.figures([s.test(None, bias) for s in self.subjects])
-            for bias in (0.0, *STOP_BIASES)
+            for bias in (0.0, *self.budget.stop_biases)
         ]
 
     def validation_table(self) -> list[dict[str, Any]]:

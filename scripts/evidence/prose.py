@@ -14,6 +14,7 @@ from qkpatch.common.ranges import format_ranges
 from scripts.evidence.edits import DRAWN, Edit
 from scripts.evidence.language import WINDOW, Budget, Reader, settings
 from scripts.evidence.statistics import difference
+from scripts.markdown import table
 
 ALLOWANCE = 0.02  # of perplexity, for a default
 
@@ -49,22 +50,22 @@ def _row(reader: Reader, draws: Sequence[Edit], base: Any) -> dict[str, Any]:
 
 def prose_of_language(found: Mapping[str, Any], budget: Mapping[str, Any]) -> list[str]:
     """The report's part on real text weights."""
-    head = ["layers", "r", "α", "kind", "‖ΔW_Q‖/‖W_Q‖", "tokens", "Δ loss, nats", "95 % interval", "draws, lowest to highest",
-            "Δ perplexity", "Δ loss per ‖ΔW_Q‖/‖W_Q‖"]  # fmt: skip
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    head = ("layers", "r", "α", "kind", "size", "tokens", "Δ loss", "95 % interval", "range of draws",
+            "Δ perplexity", "Δ loss / size")  # fmt: skip
+    lines = []
     for row in found["rows"]:
         loss = row["loss"]
         several = row["draws"] > 1
         draws = f"{row['draws']}: {row['lowest_draw']:+.4f} to {row['highest_draw']:+.4f}" if several else "–"
         cells = [format_ranges(row["layers"]), str(row["modes"]), f"{row['alpha']:g}", row["kind"], f"{row['change']:.3f}", f"{row['tokens']:,}",
                  f"{loss['estimate']:+.4f}", f"{loss['low']:+.4f} to {loss['high']:+.4f}", draws,
-                 f"{row['perplexity']:+.1%}", f"{loss['estimate'] / row['change']:+.3f}"]  # fmt: skip
-        lines.append("| " + " | ".join(cells[:4] + [cell.replace("-", "−") for cell in cells[4:]]) + " |")
+                 f"{row['perplexity']:+.1%}", f"{loss['estimate'] / row['change']:+.2f}"]  # fmt: skip
+        lines.append(cells[:4] + [cell.replace("-", "−") for cell in cells[4:]])
     return [
         "## What it costs real text weights",
         f"SmolLM2-135M-Instruct (30 layers, 9 query and 3 key heads of 64), in bfloat16 as stored; loss on {found['tokens']:,} tokens of Python's help "
         f"topics (`pydoc_data.topics`, windows of {WINDOW} tokens), {found['base_loss']:.4f} nats before any edit. Dominant and shrink at the candidates for a default are measured on all of these, all else on "
-        f"the first {budget['few_windows'] * (WINDOW - 1):,} of them, against the loss before on the same ones; intervals are over windows and draws. One model and one kind of text.",
+        f"the first {budget['few_windows'] * (WINDOW - 1):,} of them, against the loss before on the same ones; intervals are over windows and draws. One model and one kind of text. *Δ loss* is in nats, *size* is ‖ΔW_Q‖ / ‖W_Q‖.",
         "![change of loss against the size of the edit](language.png)",
-        "\n".join(lines),
+        table(head, lines),
     ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ from scripts.evidence.findings import Findings
 from scripts.evidence.plots import Point, effect_by_change, trade_off
 from scripts.evidence.prose import language_rows, prose_of_language
 from scripts.evidence.statistics import Interval
+from scripts.markdown import joined, table
 from scripts.toy_vlm.scenes import ABILITIES
 
 Timing = dict[str, float]
+RESIZED = "antisymmetric, resized"
 
 
 def write_report(
@@ -96,27 +98,29 @@ def markdown(document: Mapping[str, Any]) -> str:
         "real model: [README.md](README.md).",
         "## The four questions, on a toy",
         f"{len(models)} trained toys, {budget['test_scenes']:,} test scenes each (answers and perplexity: {budget['asked_scenes']}, four questions of each ability), {budget['draws']} draws of random modes and of as many as make the norm equal, {budget['draws_of_others']} of subspaces and of noise. "
-        "Δ is in points of the figure (CHAIR_s: percent of captions that name something absent; lower is better; accuracies: higher is "
+        "Δ is dominant or symmetric less the other; *capability kept?* is dominant less no edit. It is in points of the figure (CHAIR_s: percent of captions that name something absent; lower is better; accuracies: higher is "
         "better). Intervals are 95 % bootstrap intervals, once over scenes, models and draws together, once over scenes alone. Holm's correction is over all "
         f"{len(document['primary'])} rows of this table; nothing else in this report is corrected for multiplicity.",
         "Settings: " + "; ".join(f"**{name}** = {key}" for name, key in document["settings"].items()) + ". *Chosen* had the lowest "
         f"CHAIR_s on {budget['validation_scenes']} validation scenes among all dominant settings that lose at most "
         f"{toy.RECALL_ALLOWANCE:.0%} of recall; the others are the candidates for a default, fixed beforehand.",
-        _table(
-            ["question", "setting", "compared", "figure", "Δ", "over scenes, models, draws", "over scenes", "by model", "p (Holm)"],
+        table(
+            ["question", "setting", "figure", "Δ", "over scenes, models, draws", "over scenes", "by model", "p (Holm)"],
             (_primary_row(row) for row in document["primary"]),
         ),
         "A difference of CHAIR_s that this would have found four times in five, at these models: "
         + ", ".join(f"{value * 100:.1f} points ({name})" for name, value in document["smallest_detectable"].items())
         + ".",
         "## Further comparisons, not corrected",
-        _table(
+        f"*{RESIZED}* is scaled to the ‖ΔW_Q‖ of symmetric.",
+        table(
             ["compared", "setting", "figure", "Δ", "over scenes, models, draws", "over scenes", "by model"],
             (_secondary_row(row) for row in document["secondary"]),
         ),
-        "**Against stopping earlier.** A bias on the end-of-caption logit, without any edit, trades recall for CHAIR_s. How far each setting is from that curve at its own "
+        "### Against stopping earlier",
+        "A bias on the end-of-caption logit, without any edit, trades recall for CHAIR_s. How far each setting is from that curve at its own "
         "recall (below zero: better than stopping earlier; the curve's end counts beyond its end):",
-        _table(
+        table(
             ["setting", "kind", "Δ CHAIR_s", "over scenes, models", "over scenes", "by model"],
             (
                 [setting, kind, *_difference(found, 100)]
@@ -125,7 +129,7 @@ def markdown(document: Mapping[str, Any]) -> str:
             ),
         ),
         "![CHAIR_s against recall](stopping.png)",
-        _table(
+        table(
             ["stop bias", "CHAIR_s", "CHAIR_i", "recall", "objects named"],
             ([f"{row['stop_bias']:g}", *_captions(row)] for row in document["stop_curve"]),
         ),
@@ -134,9 +138,9 @@ def markdown(document: Mapping[str, Any]) -> str:
         "(r × α), random kinds with one draw.",
         "![change of CHAIR_s against the size of the edit](effect.png)",
         "## Figures on test scenes",
-        "Before any edit:",
-        _table(
-            ["model", "CHAIR_s", "CHAIR_i", "recall", "objects named", "perplexity", *ABILITIES, "CHAIR_s, wrong picture"],
+        "*Size* is ‖ΔW_Q‖ / ‖W_Q‖. Before any edit:",
+        table(
+            ["model", "CHAIR_s", "CHAIR_i", "recall", "objects", "perplexity", *ABILITIES, "CHAIR_s, wrong picture"],
             (
                 [name, *_captions(row), f"{row['perplexity']:.3f}", *(f"{row[a]:.1%}" for a in ABILITIES), f"{row['chair_s wrong picture']:.1%}"]
                 for name, row in models.items()
@@ -146,10 +150,10 @@ def markdown(document: Mapping[str, Any]) -> str:
     for setting, rows in document["test"].items():
         parts += [
             f"After, *{setting}* ({document['settings'][setting]}), means over models and draws:",
-            _table(
+            table(
                 [
                     "kind",
-                    "‖ΔW_Q‖/‖W_Q‖",
+                    "size",
                     "CHAIR_s",
                     "CHAIR_i",
                     "recall",
@@ -157,7 +161,7 @@ def markdown(document: Mapping[str, Any]) -> str:
                     "perplexity",
                     *ABILITIES,
                 ],
-                (_test_row(kind, row) for kind, row in rows.items()),
+                (_test_row(_short(kind), row) for kind, row in rows.items()),
             ),
         ]
     parts += ["## Validation: the best of each kind", *_best(document)]
@@ -167,20 +171,19 @@ def markdown(document: Mapping[str, Any]) -> str:
     parts.append(
         f"Measured with torch {document['stack']['torch']}, Python {document['stack']['python']}; {minutes:.0f} minutes of one core."
     )
-    return "\n\n".join(parts) + "\n"
+    return joined(parts)
 
 
 def _primary_row(row: Mapping[str, Any]) -> list[str]:
-    compared = f"{row['a']} − {row['b']}"
     p = f"{row['holm_p']:.4f}" if row["holm_p"] >= 0.0001 else "< 0.0001"
-    return [row["question"], row["setting"], compared, row["figure"], *_difference(row["found"], 100), p]
+    return [row["question"], row["setting"], row["figure"], *_difference(row["found"], 100), p]
 
 
 def _secondary_row(row: Mapping[str, Any]) -> list[str]:
     # Perplexity is compared as the loss in nats, length in objects.
     unit = 1 if row["figure"] in ("perplexity", "length") else 100
     figure = "loss, nats" if row["figure"] == "perplexity" else row["figure"]
-    compared = f"{row['a']} − {row['b']}"
+    compared = f"{row['a']} − {_short(row['b'])}"
     return [compared, row["setting"], figure, *_difference(row["found"], unit)]
 
 
@@ -224,15 +227,14 @@ def _best(document: Mapping[str, Any]) -> list[str]:
             found.append([kind, f"0 of {len(mine)}", *["–"] * 5])
     return [
         "The lowest CHAIR_s of each kind within the allowance of recall. The best of many is flattered by chance, every kind alike; random kinds have one draw here.",
-        _table(
-            ["kind", "settings within the allowance", "best", "‖ΔW_Q‖/‖W_Q‖", "CHAIR_s", "Δ CHAIR_s, points", "Δ recall, points"], found
+        table(
+            ["kind", "settings within the allowance", "best", "size", "CHAIR_s", "Δ CHAIR_s, points", "Δ recall, points"], found
         ),
     ]  # fmt: skip
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+def _short(kind: str) -> str:
+    return RESIZED if kind == "antisymmetric sized like symmetric" else kind
 
 
 def _signed(x: float, digits: int) -> str:

@@ -25,7 +25,6 @@ from scripts.toy_vlm.training import sha256
 
 VERSION = 1  # raise it when what is measured changes: it makes stored results stale
 SCENE_SEED, VALIDATION_STREAM, TEST_STREAM = 2026, 1, 2
-STOP_BIASES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 CHOSEN = "chosen"  # the name of the setting that validation picks
 CHANNELS: tuple[Channel, ...] = (Channel.full, Channel.symmetric, Channel.antisymmetric)
 # The rule of choice: lowest CHAIR_s on validation scenes, at no more than this loss of recall. Means over models.
@@ -45,6 +44,7 @@ class Budget:
     modes_of_drawn: tuple[int, ...] = (4,)  # in the grid
     alphas: tuple[float, ...] = (0.0, 0.5, 0.8)
     ranges: tuple[str, ...] = ("early", "middle", "late", "all")
+    stop_biases: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 
     def draws_of(self, edit: Edit | None) -> int:
         """How often a setting is drawn on test scenes; once where nothing is drawn."""
@@ -235,7 +235,7 @@ def run_test(subject: Subject, chosen: list[Edit], budget: Budget, tell: Callabl
     """Measure the unedited model, the stop biases and the chosen settings with their controls on test scenes."""
     subject.test(None)
     subject.wrong_picture()
-    for bias in STOP_BIASES:
+    for bias in budget.stop_biases:
         subject.test(None, bias)
     for number, edit in enumerate(chosen, 1):
         subject.test(edit)

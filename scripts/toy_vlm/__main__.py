@@ -28,6 +28,9 @@ def main() -> None:
     training.add_argument("--seed", type=int, required=True)
     training.add_argument("--out", type=Path, required=True)
     training.add_argument("--steps", type=int, default=Schedule.steps, help="default: %(default)s")
+    training.add_argument(
+        "--tower-steps", type=int, default=Schedule.tower_steps, help="default: %(default)s"
+    )
     comparing = commands.add_parser("compare", help="caption scenes before and after an edit")
     comparing.add_argument("before", type=Path)
     comparing.add_argument("after", type=Path)
@@ -40,7 +43,7 @@ def main() -> None:
         train(
             arguments.seed,
             arguments.out,
-            Schedule(steps=arguments.steps),
+            Schedule(steps=arguments.steps, tower_steps=arguments.tower_steps),
             tell=lambda line: print(line, flush=True),
         )
         print(f"{sha256(arguments.out / 'model.safetensors')}  {arguments.out / 'model.safetensors'}")

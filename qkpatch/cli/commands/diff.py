@@ -36,7 +36,8 @@ def diff(
 
     sources = [locate(source) for source in (a, b)]
     stored_a, stored_b = (open_stored(source.place) for source in sources)
-    with bars(bytes_to_compare(stored_a, stored_b), 0, quiet=quiet or as_json, verb="compare") as observer:
+    with bars(quiet=quiet or as_json) as observer:
+        observer.begins("compare", bytes_to_compare(stored_a, stored_b), 0)
         result = difference(stored_a, stored_b, observer.copied)
     if as_json:
         said = {

@@ -12,15 +12,13 @@ from qkpatch.cli.boundary import command
 from qkpatch.cli.flags import (
     AttentionOpt,
     DebugOpt,
-    DeviceOpt,
     FoldOpt,
     HeadsOpt,
     JsonOpt,
     RecipeOpt,
+    RunFlags,
     SourceArg,
-    ThreadsOpt,
 )
-from qkpatch.common.interrupts import signals_held
 from qkpatch.planning.request import Request, check_device_name
 
 if TYPE_CHECKING:
@@ -32,6 +30,7 @@ COLUMNS = ("layer", "attention", "head", "kv_head", "mode", "singular_value")  #
 @command
 def inspect(
     source: SourceArg,
+    run: RunFlags,
     layers: Annotated[
         str | None, typer.Option(help="Inclusive list such as 10-18,20.", show_default="all")
     ] = None,
@@ -42,8 +41,6 @@ def inspect(
     recipe: RecipeOpt = None,
     attention: AttentionOpt = None,
     fold_norm: FoldOpt = False,
-    device: DeviceOpt = "cpu",
-    threads: ThreadsOpt = None,
     as_json: JsonOpt = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print one line per singular value.")] = False,
     debug: DebugOpt = False,
@@ -52,45 +49,27 @@ def inspect(
     from qkpatch.cli.console import bars, print_csv, print_json
     from qkpatch.cli.tables import show_spectra
     from qkpatch.errors import UsageError
-    from qkpatch.model.locate import Access
-    from qkpatch.model.model import open_model
-    from qkpatch.planning.memory import choose_threads, head_memory
-    from qkpatch.planning.settings import resolve
+    from qkpatch.patching.inspection import Inspection
 
     if as_json and as_csv:
         raise UsageError("one of --json and --csv", fix="drop the other")
     request = Request.of(
         recipe=recipe, attention=attention, layers=layers, heads=heads, modes=modes, fold_norm=fold_norm
     )
-    check_device_name(device)
-    model = open_model(source, recipe, request.attention, Access.ranges)
-    chosen = resolve(request.over(Request(layers=model.editable_layers)), model)
-    targets = model.targets(chosen.layers, fold_norm=chosen.fold_norm)
-    per_thread = head_memory(target.layout for target in targets)
-    if model.source.path is None:  # a layer that is read where it is waits in memory
-        per_thread += max(target.read_bytes(chosen.heads) for target in targets)
-    n_threads = choose_threads(threads, per_thread, len(model.checkpoint.tensors))
-
-    with signals_held():
-        from qkpatch.patching.device import choose_device
-        from qkpatch.patching.spectra import layer_spectra
-
-    def looked_at() -> Iterator[LayerSpectra]:
-        # On one terminal, lines that come meanwhile would run into the bars.
-        is_mixed = as_csv and sys.stdout.isatty()
-        with bars(0, len(targets) * len(chosen.heads), quiet=is_mixed) as observer:
-            for layer in layer_spectra(model, targets, chosen.heads, chosen.rule.modes, where, n_threads):
-                observer.edited(len(layer.heads))
-                yield layer
-
-    where = choose_device(device)
-    if as_csv:
-        print_csv(COLUMNS, _csv_rows(looked_at()))
-    elif as_json:
-        spectra = list(looked_at())
+    check_device_name(run.device)
+    looked_at = Inspection.of(source, request)
+    # On one terminal, lines that come meanwhile would run into the bars.
+    with bars(quiet=as_csv and sys.stdout.isatty()) as observer:
+        layers_in_turn = looked_at.spectra(run.device, run.threads, observer)
+        if as_csv:
+            print_csv(COLUMNS, _csv_rows(layers_in_turn))
+            return
+        spectra = list(layers_in_turn)
+    model, chosen = looked_at.model, looked_at.settings
+    if as_json:
         print_json(_json(model.source.name, model.recipe.name, chosen.rule.modes, spectra))
     else:
-        show_spectra(model, chosen, list(looked_at()), is_folded=fold_norm)
+        show_spectra(model, chosen, spectra, is_folded=fold_norm)
 
 
 def _csv_rows(layers: Iterable[LayerSpectra]) -> Iterator[tuple[object, ...]]:

@@ -28,18 +28,14 @@ def verify(
     debug: DebugOpt = False,
 ) -> None:
     """Prove that OUT is SOURCE with only the planned rows changed, as its manifest says. Exit 1 if not."""
-    from qkpatch.checkpoint.present import Present
-    from qkpatch.checkpoint.rooted import Rooted
+    from qkpatch import api
     from qkpatch.cli.console import bars, print_json
     from qkpatch.cli.tables import show_verification
-    from qkpatch.compare.verify import check
 
     if not out.is_dir():
         raise FileSystemError("no such directory", where=str(out), fix="check the path")
-    with Rooted(out) as root:
-        present = Present(root)
-        with bars(present.size, 0, quiet=quiet or as_json, verb="compare") as observer:
-            result = check(present, source, observer.copied, recipe)
+    with bars(quiet=quiet or as_json) as observer:
+        result = api.verify(out, source, recipe=recipe, observer=observer)
     if as_json:
         print_json(result.to_json())
     elif not quiet:

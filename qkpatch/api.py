@@ -1,0 +1,298 @@
+"""The library under the command line: what notebooks, sweeps and clusters call. Nothing is printed.
+
+Importing this module imports no torch; a call that computes does. Calls may be made from several threads at once.
+Every failure that can be explained is a :class:`~qkpatch.errors.QKPatchError` with ``what``, ``where`` and ``fix``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qkpatch.checkpoint.present import Present
+from qkpatch.checkpoint.rooted import Rooted
+from qkpatch.errors import HubError, UsageError
+from qkpatch.model.locate import Access, local_path
+from qkpatch.model.model import open_model
+from qkpatch.output.destination import check_apart, check_out
+from qkpatch.output.options import Writing
+from qkpatch.patching.observer import UNSEEN, Observer
+from qkpatch.planning.memory import choose_threads
+from qkpatch.planning.plan import EditPlan, make_plan
+from qkpatch.planning.request import Request, check_device_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
+
+    import torch
+
+    from qkpatch.compare.difference import Difference
+    from qkpatch.compare.verify import Verification
+    from qkpatch.patching.loaded import LoadedEdit
+    from qkpatch.patching.spectra import LayerSpectra
+    from qkpatch.planning.manifest import Manifest
+    from qkpatch.recipes.recipe import Recipe
+
+PathLike = str | Path
+
+
+def plan(
+    source: PathLike,
+    request: Request | None = None,
+    *,
+    out: PathLike | None = None,
+    writing: Writing | None = None,
+    cache: bool = True,
+    **edit: Any,
+) -> EditPlan:
+    """Decide an edit from headers alone: which rows of which tensors are written, and which files are carried over.
+
+    Per query head ``M = W_Qᵀ W_K`` (d_model × d_model, rank ≤ d_head) has the singular value decomposition
+    ``U diag(S) Vᵀ``; the edit multiplies the first ``modes`` of ``S`` by ``alpha`` and maps the result back to the
+    queries, ``W_Q' = W_Q (I − (1 − alpha) U_r U_rᵀ)``. Keys stay.
+
+    Args:
+        source: a directory, a ``.safetensors`` file, ``org/name[@revision]``, or a recipe's name.
+        request: the edit as a value; in its place, its fields by keyword: ``layers=range(10, 19)`` (or ``"10-18"``),
+            ``heads``, ``modes=4``, ``alpha=0.8`` in [0, 1], ``channel="full"``, ``select="dominant"``, ``seed``,
+            ``recipe``, ``attention``, ``fold_norm``, ``max_shard_size`` (bytes, or ``"5GB"``).
+        out: where it is to be written, where that should be refused now.
+        writing: how, likewise.
+        cache: read a snapshot in the Hub cache where there is a whole one.
+        **edit: the fields of ``request``.
+
+    Raises:
+        UsageError: the request contradicts itself or the model; OUT cannot be written.
+        AmbiguousError: no recipe fits, or more than one.
+        UnsupportedError: a checkpoint that qkpatch recognises and does not edit.
+        QKPatchError: SOURCE cannot be found or read.
+    """
+    request = _request(request, edit)
+    how = Writing() if writing is None else writing
+    text = str(source)
+    if out is not None:
+        check_out(Path(out), local_path(text), overwrite=how.overwrite, force=how.force)
+    made = make_plan(text, request, Access.ranges if cache else Access.no_cache)
+    if out is not None:
+        check_apart(Path(out), made.model.checkpoint)
+    return made
+
+
+def _request(request: Request | None, edit: dict[str, Any]) -> Request:
+    if request is None:
+        return Request.of(**edit)
+    if edit:
+        raise UsageError(f"{', '.join(edit)} beside a request", fix="put it into the request")
+    return request
+
+
+def apply(
+    plan: EditPlan,
+    out: PathLike | None = None,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    cache: bool = True,
+    observer: Observer = UNSEEN,
+    writing: Writing | None = None,
+    **how: Any,
+) -> Manifest:
+    """Write the edited checkpoint and return its manifest, ``OUT/qkpatch.json``.
+
+    SOURCE is only read. OUT appears whole, by one rename, or not at all; the bytes do not depend on ``threads``.
+
+    Args:
+        plan: of :func:`plan`.
+        out: a directory whose parent is there; by default ``plan.default_name`` in the current one.
+        device: ``cpu``, ``cuda``, ``cuda:i`` or ``auto``.
+        threads: heads that are computed side by side; by default processors, within 450 MiB.
+        cache: of the Hub: download into the Hub cache first; else straight into OUT.
+        observer: hears of progress, from any thread.
+        writing: how OUT is written; in its place, its fields by keyword: ``overwrite``, ``force``, ``resume``,
+            ``digest``, ``link``, ``link_cache``.
+        **how: the fields of ``writing``.
+
+    Raises:
+        UsageError: OUT cannot be written, or holds what qkpatch did not write; there is no such device.
+        HubError: a file does not come, or is not what the Hub lists.
+        FileSystemError: reading, writing or space; SOURCE changed meanwhile.
+        NumericalError: NaN or Inf, or a tensor that the edit would leave as it was.
+    """
+    from qkpatch.compare.replacing import replaceable
+    from qkpatch.patching.apply import apply_plan
+
+    writing = Writing(**how) if writing is None else writing
+    if writing.force and not writing.overwrite:
+        raise UsageError("--force goes with --overwrite", fix="add --overwrite, or leave it out")
+    check_device_name(device)
+    place = Path(plan.default_name if out is None else out)
+    check_out(place, plan.model.source.path, overwrite=writing.overwrite, force=writing.force)
+    check_apart(place, plan.model.checkpoint)
+    # What is refused is refused before a download.
+    replaced = replaceable(place, plan, writing, observer)
+    is_remote = plan.model.source.path is None
+    if is_remote and cache:
+        plan = _downloaded(plan, observer)
+    n_threads = choose_threads(threads, plan.head_memory, len(plan.model.checkpoint.tensors))
+    n_heads = len(plan.edits) * len(plan.settings.heads)
+    observer.begins("download" if is_remote and not cache else "copy", plan.output_bytes, n_heads)
+    return apply_plan(
+        plan, place, observer=observer, device=device, threads=n_threads, writing=writing, replaced=replaced
+    )
+
+
+def _downloaded(plan: EditPlan, observer: Observer) -> EditPlan:
+    """The same plan, of the snapshot in the Hub cache, which is made complete."""
+    observer.begins("fetch", 0, 0)
+    source = plan.model.source
+    anew = make_plan(source.text, plan.request)
+    if anew.model.source.commit != source.commit:
+        raise HubError(
+            f"it moved from commit {source.commit} to {anew.model.source.commit} after it was planned",
+            where=source.name,
+            fix="plan again, or name a commit: org/name@commit",
+        )
+    return anew
+
+
+def spectra(
+    source: PathLike,
+    request: Request | None = None,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    observer: Observer = UNSEEN,
+    **edit: Any,
+) -> tuple[LayerSpectra, ...]:
+    """The singular values of the query-key products, by layer and head; nothing is written.
+
+    Args:
+        source: as of :func:`plan`; of a repository, headers and the rows that are needed are fetched.
+        request: as of :func:`plan`; ``modes`` is the r of energy share and gap. All layers where none is named.
+        device: as of :func:`apply`.
+        threads: as of :func:`apply`.
+        observer: hears of heads.
+        **edit: the fields of ``request``.
+
+    Raises:
+        QKPatchError: as :func:`plan`; weights that hold NaN or Inf.
+    """
+    from qkpatch.patching.inspection import Inspection
+
+    request = _request(request, edit)
+    check_device_name(device)
+    return tuple(Inspection.of(str(source), request).spectra(device, threads, observer))
+
+
+def verify(
+    out: PathLike, source: PathLike, *, recipe: str | None = None, observer: Observer = UNSEEN
+) -> Verification:
+    """Check that OUT is SOURCE with only the planned rows changed, as its manifest says.
+
+    Args:
+        out: what :func:`apply` wrote.
+        source: what it was made from; of a repository, the planned rows are fetched and digests compared.
+        recipe: the YAML file, where OUT was made by a recipe of the user's own.
+        observer: hears of bytes compared.
+
+    Raises:
+        CheckpointError: OUT has no manifest, or one that cannot be read.
+        QKPatchError: SOURCE cannot be opened.
+    """
+    from qkpatch.compare.verify import check
+
+    with Rooted(Path(out)) as root:
+        present = Present(root)
+        observer.begins("compare", present.size, 0)
+        return check(present, str(source), observer.copied, recipe)
+
+
+def diff(a: PathLike, b: PathLike, *, observer: Observer = UNSEEN) -> Difference:
+    """Compare two checkpoints by tensors and files, however they are divided into shards.
+
+    Raises:
+        QKPatchError: one of them cannot be read.
+    """
+    from qkpatch.checkpoint.source import open_stored
+    from qkpatch.compare.diff import bytes_to_compare, difference
+    from qkpatch.model.locate import locate
+
+    stored_a, stored_b = (open_stored(locate(str(side)).place) for side in (a, b))
+    observer.begins("compare", bytes_to_compare(stored_a, stored_b), 0)
+    return difference(stored_a, stored_b, observer.copied)
+
+
+def recipe_for(source: PathLike) -> Recipe:
+    """The recipe that fits a checkpoint, from its config and headers alone.
+
+    Raises:
+        AmbiguousError: none fits, or more than one.
+        QKPatchError: SOURCE cannot be found or read.
+    """
+    return open_model(str(source), access=Access.ranges).recipe
+
+
+def card(out: PathLike, results: PathLike | None = None, base_results: PathLike | None = None) -> str:
+    """The model card of an output, as Markdown.
+
+    Args:
+        out: what :func:`apply` wrote.
+        results: ``*_results.json`` of lmms-eval on OUT.
+        base_results: the same of a run on SOURCE.
+
+    Raises:
+        UsageError: one of the results without the other, or of different tasks.
+        QKPatchError: OUT has no manifest that can be read.
+    """
+    from qkpatch.compare.verify import read_out
+    from qkpatch.publishing.card import model_card
+    from qkpatch.publishing.lmms_eval import compare_both
+
+    comparison = compare_both(results, base_results)
+    manifest, base_card = read_out(Path(out))
+    return model_card(manifest, Path(out).resolve().name, base_card, comparison)
+
+
+def patch_model(model: torch.nn.Module, request: Request | None = None, **edit: Any) -> LoadedEdit:
+    """Edit a loaded transformers model in place: the numbers that :func:`apply` would store, bit for bit.
+
+    All heads are computed before the first is written.
+
+    Args:
+        model: with its ``config``, its weights in one place.
+        request: as of :func:`plan`, but for ``max_shard_size``.
+        **edit: the fields of ``request``.
+
+    Returns:
+        What was written; its ``restore()`` puts the former bits back.
+
+    Raises:
+        UnsupportedError: weights on ``meta`` or on several devices, or quantised ones.
+        QKPatchError: as :func:`plan`.
+    """
+    from qkpatch.patching.loaded import edit_loaded
+
+    return edit_loaded(model, _request(request, edit))
+
+
+def patched(
+    model: torch.nn.Module, request: Request | None = None, **edit: Any
+) -> AbstractContextManager[LoadedEdit]:
+    """:func:`patch_model` for the length of a ``with`` block; the former bits are back however it ends."""
+    from contextlib import contextmanager
+
+    @contextmanager
+    def within() -> Iterator[LoadedEdit]:
+        made = patch_model(model, request, **edit)
+        try:
+            yield made
+        finally:
+            made.restore()
+
+    return within()
+
+
+__all__ = (
+    "apply", "card", "diff", "patch_model", "patched", "plan", "recipe_for", "spectra", "verify",
+)  # fmt: skip

@@ -1,0 +1,122 @@
+"""``qkpatch apply``: an edited copy of SOURCE."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qkpatch.cli.boundary import command
+from qkpatch.cli.commands.plan import preview
+from qkpatch.cli.commands.publishing import push_out, push_wish, show_commit
+from qkpatch.cli.flags import EditFlags, PushFlags, RunFlags, ShowFlags, SourceArg, WriteFlags, expanded
+from qkpatch.errors import UsageError
+from qkpatch.output.options import Writing
+from qkpatch.planning.request import check_device_name
+
+if TYPE_CHECKING:
+    from qkpatch.planning.plan import EditPlan
+    from qkpatch.publishing.publication import Wish
+
+
+@command
+def apply(
+    source: SourceArg,
+    *,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Directory to write.",
+            show_default="SOURCE's name, qkpatch, a hash of the edit",
+            callback=expanded,
+        ),
+    ] = None,
+    edit: EditFlags,
+    run: RunFlags,
+    write: WriteFlags,
+    publish: PushFlags,
+    show: ShowFlags,
+    no_cache: Annotated[
+        bool,
+        typer.Option(
+            "--no-cache", help="From the Hub straight into OUT: one copy on the disk, none in the cache."
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Plan only; the same as `qkpatch plan`.")
+    ] = False,
+) -> None:
+    """Write an edited copy of SOURCE to OUT, with a manifest of what was changed."""
+    from qkpatch import api
+    from qkpatch.cli.console import bars, note, print_text, show_warnings, size_text
+    from qkpatch.cli.tables import show_applied
+
+    if write.force and not write.overwrite:
+        raise UsageError("--force goes with --overwrite", fix="add --overwrite, or leave it out")
+    writing = Writing(
+        write.digest,
+        write.link or write.link_cache,
+        write.link_cache,
+        write.resume,
+        write.overwrite,
+        write.force,
+    )
+    request, wish = edit.request, push_wish(publish)
+    if dry_run:
+        _check_wish(preview(source, request, out, run, writing, show), wish, run, show)
+        return
+    if no_cache:
+        _check_no_cache(source, writing)
+    check_device_name(run.device)
+    plan = api.plan(source, request, out=out, writing=writing, cache=not no_cache)
+    say = (lambda _: None) if show.quiet else note
+    if out is None:
+        out = Path(plan.default_name)
+        say(f"OUT is not named, so it is {out} in the current directory")
+    _check_wish(plan, wish, run, show=None)  # what is refused is refused before a download
+    is_cached = plan.model.source.path is not None or no_cache
+    with bars(quiet=show.is_bare) as observer:
+        if not is_cached:
+            say(f"{plan.model.source.name}: {size_text(plan.model.checkpoint.size)} into the Hub cache")
+        manifest = api.apply(
+            plan,
+            out,
+            device=run.device,
+            threads=run.threads,
+            cache=not no_cache,
+            observer=observer,
+            writing=writing,
+        )
+    if not show.quiet:
+        show_warnings(manifest.warnings)
+    if show.as_json:
+        print_text(manifest.dumps())
+    elif not show.quiet:
+        show_applied(plan, manifest, source, out)
+    if wish is not None:
+        where = None if plan.model.source.kind == "hub" else source
+        say(f"Published: {push_out(out, wish, where, plan.model.recipe_file, show)}")
+
+
+def _check_wish(plan: EditPlan, wish: Wish | None, run: RunFlags, show: ShowFlags | None) -> None:
+    """Refuse what cannot be published; ``show`` the commit that is foreseen."""
+    from qkpatch.planning.manifest import planned_manifest
+    from qkpatch.publishing.publication import plan_publication
+
+    if wish is not None:
+        publication = plan_publication(wish, planned_manifest(plan, run.device), plan, None)
+        if show is not None:
+            show_commit(publication, show)
+
+
+def _check_no_cache(source: str, writing: Writing) -> None:
+    """Refuse ``--no-cache`` where it means nothing."""
+    from qkpatch.model.locate import local_path
+
+    if local_path(source) is not None:
+        raise UsageError("SOURCE is on this machine already", where="--no-cache", fix="leave it out")
+    if writing.link:
+        raise UsageError("nothing is there to link to", where="--link", fix="leave out --link or --no-cache")

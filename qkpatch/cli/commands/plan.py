@@ -1,0 +1,66 @@
+"""``qkpatch plan``: what ``apply`` would do, and what it would cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qkpatch.cli.boundary import command
+from qkpatch.cli.flags import EditFlags, RunFlags, ShowFlags, SourceArg, expanded
+from qkpatch.output.options import Writing
+from qkpatch.planning.request import Request, check_device_name
+
+if TYPE_CHECKING:
+    from qkpatch.planning.plan import EditPlan
+
+
+@command
+def plan(
+    source: SourceArg,
+    *,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where OUT would be.", callback=expanded)
+    ] = None,
+    edit: EditFlags,
+    run: RunFlags,
+    show: ShowFlags,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="OUT may be an earlier output.")] = False,
+) -> None:
+    """Show what `apply` would do, from headers alone: tensors, heads, bytes, disk and memory."""
+    preview(source, edit.request, out, run, Writing(overwrite=overwrite), show)
+
+
+def preview(
+    source: str, request: Request, out: Path | None, run: RunFlags, writing: Writing, show: ShowFlags
+) -> EditPlan:
+    """The plan, shown."""
+    from qkpatch import api
+    from qkpatch.cli.console import print_text, show_warnings
+    from qkpatch.cli.tables import show_plan
+    from qkpatch.common.json_text import canonical_json
+    from qkpatch.output.space import free_bytes
+    from qkpatch.planning.manifest import planned_manifest
+    from qkpatch.planning.memory import choose_threads, peak_memory
+
+    check_device_name(run.device)
+    plan = api.plan(source, request, out=out, writing=writing)
+    n_tensors = len(plan.model.checkpoint.tensors)
+    n_threads = choose_threads(run.threads, plan.head_memory, n_tensors)
+    memory = peak_memory(n_threads, plan.head_memory, n_tensors)
+    free_disk = free_bytes(out if out is not None else Path("out"))
+    if not show.quiet:
+        show_warnings(plan.warnings)
+    if show.as_json:
+        costs = {
+            "output_bytes": plan.output_bytes,
+            "edited_bytes": plan.edited_bytes,
+            "free_disk_bytes": free_disk,
+            "expected_peak_memory_bytes": memory,
+            "threads": n_threads,
+        }
+        print_text(canonical_json({**planned_manifest(plan, run.device).to_json(), "costs": costs}))
+    elif not show.quiet:
+        show_plan(plan, free_disk, memory, n_threads)
+    return plan

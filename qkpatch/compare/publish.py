@@ -1,0 +1,90 @@
+"""Verify OUT, then publish it as it was verified."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+from qkpatch.checkpoint.present import Present
+from qkpatch.checkpoint.rooted import Rooted
+from qkpatch.compare.verify import Verification, check, recorded
+from qkpatch.errors import MismatchError, UsageError
+from qkpatch.model.locate import Access
+from qkpatch.patching.observer import UNSEEN, Observer
+from qkpatch.planning.manifest import Manifest
+from qkpatch.planning.plan import EditPlan
+from qkpatch.publishing.publication import Publication, Wish, plan_publication
+
+_SHOWN = 5  # mismatches
+
+
+def publish_verified(
+    out: Path,
+    wish: Wish,
+    source: str | None,
+    recipe: str | None,
+    *,
+    observer: Observer = UNSEEN,
+    decide: Callable[[Publication], bool] = lambda _: True,
+) -> str | None:
+    """Publish an output; returns the commit's address, None where ``decide`` says no.
+
+    Args:
+        out: OUT.
+        wish: what is asked for.
+        source: SOURCE; None for the repository that the manifest names.
+        recipe: where a recipe of the user's own is.
+        observer: hears of bytes compared.
+        decide: is shown the commit, and says whether it is to be made.
+
+    Raises:
+        MismatchError: OUT is not what its manifest says.
+        QKPatchError: as :func:`check` and :func:`plan_publication`.
+    """
+    with Rooted(out) as root:
+        present = Present(root)
+        manifest = recorded(present)
+        plan = _verified(present, manifest, source, recipe, observer)
+        publication = plan_publication(wish, manifest, plan, present)
+        return publication.carry_out(present) if decide(publication) else None
+
+
+def _verified(
+    present: Present, manifest: Manifest, source: str | None, recipe: str | None, observer: Observer
+) -> EditPlan:
+    """OUT against SOURCE, and where the manifest names a repository that SOURCE is not, against that as well."""
+    said, verified = manifest.source, None
+    claim = f"{said['name']}@{said['commit']}" if said["kind"] == "hub" else None
+    for place in (source, claim):
+        if place is None or (verified is not None and verified.model.source.kind == "hub"):
+            continue
+        observer.begins("compare", present.size, 0)
+        result = check(present, place, observer.copied, recipe, Access.listed)
+        if result.plan is None or not result.ok:
+            raise _mismatch(result, present.root.path, place, recipe)
+        if place == claim and result.plan.model.source.kind != "hub":
+            raise UsageError(
+                "a path here bears the repository's name and hides it",
+                where=claim,
+                fix="call it from elsewhere",
+            )
+        verified = verified or result.plan
+    if verified is None:
+        raise UsageError(
+            f"nothing says where {said['name']!r} is, and only what was verified is published",
+            where="--push",
+            fix="say what OUT was made from: --source SOURCE",
+        )
+    return verified
+
+
+def _mismatch(result: Verification, out: Path, source: str, recipe: str | None) -> MismatchError:
+    found = [f"{mismatch.where}: {mismatch.what}" for mismatch in result.mismatches]
+    more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    own = ["--recipe", recipe] if recipe else []
+    return MismatchError(
+        f"it is not what its manifest says, so it is not published: {'; '.join(found[:_SHOWN])}{more}",
+        where=str(out),
+        fix=shlex.join(["qkpatch", "verify", str(out), "--source", source, *own]) + " shows all; apply again",
+    )

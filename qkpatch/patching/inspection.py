@@ -1,0 +1,63 @@
+"""``Inspection``: what the spectra of a model are taken of. Torch-free until they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qkpatch.common.interrupts import signals_held
+from qkpatch.model.locate import Access
+from qkpatch.model.model import Model, open_model
+from qkpatch.model.targets import LayerTarget
+from qkpatch.patching.observer import UNSEEN, Observer
+from qkpatch.planning.memory import choose_threads, head_memory
+from qkpatch.planning.request import Request
+from qkpatch.planning.settings import EditSettings, resolve
+
+if TYPE_CHECKING:
+    from qkpatch.patching.spectra import LayerSpectra
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A model, and the layers and heads that are looked at."""
+
+    model: Model
+    settings: EditSettings
+    targets: tuple[LayerTarget, ...]
+
+    @classmethod
+    def of(cls, source: str, request: Request) -> Inspection:
+        """All layers that have a product, where ``request`` names none.
+
+        Raises:
+            QKPatchError: as :func:`open_model` and :func:`resolve`.
+        """
+        model = open_model(source, request.recipe, request.attention, Access.ranges)
+        settings = resolve(request.over(Request(layers=model.editable_layers)), model)
+        return cls(model, settings, model.targets(settings.layers, fold_norm=settings.fold_norm))
+
+    def spectra(
+        self, device: str = "cpu", threads: int | None = None, observer: Observer = UNSEEN
+    ) -> Iterator[LayerSpectra]:
+        """The spectra of each layer in turn.
+
+        Raises:
+            UsageError: there is no such device, or so many threads are absurd.
+            NumericalError: weights hold NaN or Inf.
+        """
+        per_thread = head_memory(target.layout for target in self.targets)
+        if self.model.source.path is None:  # a layer that is read where it is waits in memory
+            per_thread += max(target.read_bytes(self.settings.heads) for target in self.targets)
+        n_threads = choose_threads(threads, per_thread, len(self.model.checkpoint.tensors))
+        with signals_held():  # torch's imports swallow what is raised in their midst
+            from qkpatch.patching.device import choose_device
+            from qkpatch.patching.spectra import layer_spectra
+        where, settings = choose_device(device), self.settings
+        observer.begins("look", 0, len(self.targets) * len(settings.heads))
+        for layer in layer_spectra(
+            self.model, self.targets, settings.heads, settings.rule.modes, where, n_threads
+        ):
+            observer.edited(len(layer.heads))
+            yield layer

@@ -1,0 +1,190 @@
+"""The edit of a loaded transformers model: its tensors are read as a checkpoint's would be, and written in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkpatch.checkpoint.content import Held, HeldFile
+from qkpatch.checkpoint.files import Readable
+from qkpatch.checkpoint.header import Header, TensorRef
+from qkpatch.checkpoint.source import Checkpoint
+from qkpatch.checkpoint.tree import Repository, SourceFile
+from qkpatch.errors import CheckpointError, UnsupportedError, UsageError
+from qkpatch.model.locate import Source
+from qkpatch.model.model import understood
+from qkpatch.patching.editor import Editor
+from qkpatch.patching.observer import UNSEEN
+from qkpatch.patching.threads import Crew
+from qkpatch.patching.weights import DTYPES
+from qkpatch.planning.manifest import HeadRecord
+from qkpatch.planning.memory import choose_threads
+from qkpatch.planning.plan import EditPlan, plan_of
+from qkpatch.planning.request import Request
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items() if dtype is not torch.uint8}
+_FILE = "memory"
+
+
+@dataclass(frozen=True)
+class LoadedEdit:
+    """What was written into a model, and what was there before."""
+
+    plan: EditPlan
+    heads: Mapping[str, tuple[HeadRecord, ...]]  # by the query tensor's name
+    _before: tuple[tuple[Tensor, int, Tensor], ...]  # a tensor, an offset in its bytes, and the bytes
+
+    def restore(self) -> None:
+        """Put the former bits back; once more does nothing else."""
+        for tensor, at, data in self._before:
+            _write(tensor, at, data)
+
+
+def edit_loaded(model: torch.nn.Module, request: Request, threads: int | None = None) -> LoadedEdit:
+    """As :func:`qkpatch.api.patch_model`."""
+    if request.max_shard_size is not None:
+        raise UsageError("a loaded model has no shards", where="max_shard_size", fix="leave it out")
+    tensors = _tensors(model)
+    where = type(model).__name__
+    refs = _refs(tensors)
+    checkpoint = Checkpoint(
+        where=where,
+        root=None,
+        single_file=False,
+        index=None,
+        headers={_FILE: Header(_FILE, 0, _end(refs), refs, None)},
+        files={_FILE: _Memory(_FILE, _end(refs), 0o600, where)},
+        directories={},
+        mode=0o700,
+        twins=(),
+        previous_manifest=None,
+        config=_config(model),
+    )
+    source = Source(_Loaded(), "memory", where)
+    plan = plan_of(understood(source, checkpoint, request.recipe, request.attention), request)
+    written: list[tuple[Tensor, int, bytes]] = []
+
+    def write(shard: str, data: bytes | bytearray, at: int) -> None:
+        ref = next(ref for target in plan.edits for ref in target.written if ref.begin <= at < ref.end)
+        written.append((tensors[ref.name], at - ref.begin, bytes(data)))
+
+    @contextmanager
+    def opened(shard: str, ranges: Sequence[tuple[int, int]]) -> Iterator[Readable]:
+        """Copies of the tensors that the ranges lie in."""
+        needed = [ref for ref in refs.values() if any(ref.begin < e and b < ref.end for b, e in ranges)]
+        rest = {ref.begin: _bytes(tensors[ref.name]) for ref in needed}
+        yield HeldFile(_end(refs), list[Held](), rest, {})
+
+    heads: dict[str, tuple[HeadRecord, ...]] = {}
+    n_threads = choose_threads(threads, plan.head_memory, len(tensors))
+    with Crew(n_threads) as crew:
+        for target, records in Editor.on("cpu").edited(plan, opened, crew, write, UNSEEN):
+            heads[target.query.name] = records
+    # Not before all heads are computed: what fails leaves the model as it was.
+    before = tuple((tensor, at, _read(tensor, at, len(data))) for tensor, at, data in written)
+    for tensor, at, data in written:
+        _write(tensor, at, torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    return LoadedEdit(plan, heads, before)
+
+
+class _Loaded(Repository):
+    """Files that are nowhere."""
+
+    where = _FILE
+    files: Mapping[str, SourceFile] = {}
+
+    @property
+    def directories(self) -> Mapping[str, int]:
+        return {}
+
+
+class _Memory(SourceFile):
+    """In place of a file; it is read by other means."""
+
+    @property
+    def content(self) -> str:
+        return self.where
+
+    def open(self, ranges: Sequence[tuple[int, int]] = ()) -> AbstractContextManager[Readable]:
+        raise NotImplementedError("tensors of a loaded model are no files")
+
+
+def _tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    """All of a model's tensors, by the names that it saves them under.
+
+    Raises:
+        UnsupportedError: they are not where they can be written.
+    """
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
+        raise UnsupportedError(
+            "the model was quantised when it was loaded",
+            where=type(model).__name__,
+            fix="load it without quantization_config, or edit the checkpoint with `qkpatch apply`",
+        )
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
+    places = sorted({str(tensor.device) for tensor in tensors.values()})
+    if "meta" in places:
+        raise UnsupportedError(
+            "its weights are on the meta device, where there is nothing to edit",
+            where=type(model).__name__,
+            fix="load it with weights, and without offloading to disk",
+        )
+    if len(places) > 1:
+        raise UnsupportedError(
+            f"its weights are on several devices: {', '.join(places)}",
+            where=type(model).__name__,
+            fix="load it on one, or edit the checkpoint with `qkpatch apply`",
+        )
+    return tensors
+
+
+def _refs(tensors: Mapping[str, Tensor]) -> dict[str, TensorRef]:
+    """The tensors as if they lay one after the other in a file."""
+    refs, at = {}, 0
+    for name, tensor in tensors.items():
+        dtype = _NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch.").upper())
+        end = at + tensor.numel() * tensor.element_size()
+        refs[name] = TensorRef(name, _FILE, dtype, tuple(tensor.shape), at, end)
+        at = end
+    return refs
+
+
+def _end(refs: Mapping[str, TensorRef]) -> int:
+    return max((ref.end for ref in refs.values()), default=0)
+
+
+def _config(model: torch.nn.Module) -> Mapping[str, object]:
+    """As ``save_pretrained`` would write it."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        raise CheckpointError(
+            "it has no config that says what it is",
+            where=type(model).__name__,
+            fix="give a model of transformers",
+        )
+    return {**config.to_dict(), "architectures": [type(model).__name__]}
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return bytes(_read(tensor, 0, tensor.numel() * tensor.element_size()).numpy(force=True).data)
+
+
+def _read(tensor: Tensor, at: int, size: int) -> Tensor:
+    """A copy of bytes of a tensor, on the CPU."""
+    flat = tensor.contiguous().view(-1).view(torch.uint8)
+    return flat[at : at + size].cpu().clone()
+
+
+def _write(tensor: Tensor, at: int, data: Tensor) -> None:
+    """Put bytes into a tensor, whatever its strides."""
+    if tensor.is_contiguous():
+        tensor.view(-1).view(torch.uint8)[at : at + len(data)] = data.to(tensor.device)
+        return
+    whole = tensor.contiguous()
+    whole.view(-1).view(torch.uint8)[at : at + len(data)] = data.to(tensor.device)
+    tensor.copy_(whole)

@@ -1,0 +1,58 @@
+"""The page of models: every recipe, and what is special about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from qkpatch.recipes.catalogue import shipped_recipes
+from qkpatch.recipes.recipe import Recipe
+from qkpatch.recipes.rows import RowLayout
+from qkpatch.recipes.words import attention, defaults, layout
+from scripts.markdown import joined, table
+
+TESTED = {
+    "transformers class": "a tiny random model of its own class, patched, compared with a dense float64 computation, "
+    "and loaded back",
+    "documented layout": "weights built by hand, as the family's remote code documents them",
+    "real weights": "a tiny random model, and the language weights of SmolLM2-135M besides",
+}
+
+
+def page(repo: Path) -> str:
+    """Tables from configs/: the families by what they were tested on, and what is special about each."""
+    recipes = list(shipped_recipes().values())
+    (edit,) = {defaults(recipe) for recipe in recipes}  # one for all, so it is not a column
+    families = [
+        block
+        for tested, meaning in TESTED.items()
+        for block in (
+            f"## Tested on: {tested}",
+            f"That is {meaning}.",
+            table(
+                ("recipe", "models", "default repository"),
+                ((f"`{r.name}`", r.title, r.default_repo) for r in recipes if r.tested == tested),
+            ),
+        )
+    ]
+    return joined([
+        "# Models",
+        f"{len(recipes)} families, each a YAML file in [configs/](../configs). A recipe is chosen from `config.json` "
+        "and the tensor names; it knows the Hub's names and those of newer or older transformers versions. "
+        "`qkpatch recipes check SOURCE` says which one fits a checkpoint. For a model that none fits it drafts one: "
+        "see [how to add a family](../configs/README.md).",
+        f"The default edit is *{edit}*, in every family: ours, not the paper's. A recipe's name, as SOURCE, stands "
+        "for its default repository on the Hub. **No recipe has been tested on its full released weights.**",
+        "Refused by name: pickled weights; queries or keys quantised otherwise than in block FP8; multi-head latent "
+        "attention; layers without keys of their own.",
+        *families,
+        "## Language models and attention",
+        "*Language models* are the text `model_type`s of config.json that a recipe knows. *Rows* is how heads lie in "
+        "the tensors, where queries and keys are not simply separate. *Special* is what else is out of the ordinary.",
+        table(("recipe", "language models", "rows", "special"), map(_attention, recipes)),
+    ])  # fmt: skip
+
+
+def _attention(recipe: Recipe) -> Sequence[str]:
+    rows = "" if recipe.tensors.rows is RowLayout.separate else layout(recipe)
+    return f"`{recipe.name}`", ", ".join(recipe.config.class_defaults), rows, attention(recipe)
