@@ -73,12 +73,12 @@ STRESS ?=
 
 stress: $(STAMP)  ## attacks at the borders, then kills, faults and races, ROUNDS times those of `make test`; 50 take an hour
 	$(BIN)/python -m pytest -m stress || test $$? -eq 5  # pytest's word for a mark that no test has
-	QKPATCH_ROUNDS=$(ROUNDS) QKPATCH_SEED=$(SEED) $(BIN)/python -m pytest tests/test_faults.py $(STRESS)
+	QKPATCH_ROUNDS=$(ROUNDS) QKPATCH_SEED=$(SEED) $(BIN)/python -m pytest tests/promises/test_faults.py $(STRESS)
 
 # The oldest huggingface_hub that pyproject.toml allows: in a folder of its own, which the tested processes look in first.
 HUB_FLOOR := .cache/hub-floor
-HUB_TESTS ?= tests/test_hub.py tests/test_remote.py tests/test_no_cache.py tests/test_publish.py \
-    tests/test_trust_publish.py tests/test_trust_token.py tests/test_trust_download.py
+HUB_TESTS ?= tests/hub/test_hub.py tests/hub/test_remote.py tests/hub/test_no_cache.py tests/publishing/test_publish.py \
+    tests/publishing/test_trust_publish.py tests/hub/test_trust_token.py tests/hub/test_trust_download.py
 
 $(HUB_FLOOR)/.installed: pyproject.toml
 	rm -rf $(HUB_FLOOR)

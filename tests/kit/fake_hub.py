@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_secret"
-REPO_ROOT = Path(__file__).resolve().parent.parent
+REPO_ROOT = Path(__file__).resolve().parents[2]
 PIECE = 1 << 20
 HASHED = 64 << 20  # larger files are named by their name and size: tests have sparse ones of many gigabytes
 

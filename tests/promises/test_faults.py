@@ -88,10 +88,10 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
     shim = tmp_path_factory.mktemp("shim") / "faulty_io.so"
     has_shim = shutil.which("gcc") is not None
     if has_shim:
-        code = Path(__file__).with_name("faulty_io.c")
+        code = REPO / "tests" / "kit" / "faulty_io.c"
         subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", shim, code, "-ldl"], check=True)
         environment["LD_PRELOAD"] = str(shim)
-    command = [sys.executable, str(Path(__file__).with_name("fault_driver.py"))]
+    command = [sys.executable, str(REPO / "tests" / "kit" / "fault_driver.py")]
     with subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:

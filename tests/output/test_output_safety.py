@@ -28,7 +28,7 @@ from qkpatch.patching.apply import apply_plan
 from qkpatch.planning.plan import make_plan
 from qkpatch.planning.request import Request
 
-REPO_ROOT = Path(__file__).resolve().parent.parent
+REPO_ROOT = Path(__file__).resolve().parents[2]
 CPU = "cpu"
 State = dict[str, tuple[str, int]]
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from conftest import Tiny, build_tiny
 
-REPO_ROOT = Path(__file__).resolve().parent.parent
+REPO_ROOT = Path(__file__).resolve().parents[2]
 LAYERS = "0-3"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"}
 

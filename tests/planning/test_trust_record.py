@@ -49,7 +49,7 @@ def build_source(path: Path) -> Tiny:
 
 
 def golden(name: str) -> Path:
-    return REPO / "tests" / "goldens" / f"{name.replace(' ', '_')}.json"
+    return REPO / "tests" / "planning" / "goldens" / f"{name.replace(' ', '_')}.json"
 
 
 @pytest.mark.parametrize("name", GOLDENS)
