@@ -77,7 +77,8 @@ stress: $(STAMP)  ## attacks at the borders, then kills, faults and races, ROUND
 
 # The oldest huggingface_hub that pyproject.toml allows: in a folder of its own, which the tested processes look in first.
 HUB_FLOOR := .cache/hub-floor
-HUB_TESTS ?= tests/test_hub.py tests/test_remote.py tests/test_no_cache.py tests/test_publish.py
+HUB_TESTS ?= tests/test_hub.py tests/test_remote.py tests/test_no_cache.py tests/test_publish.py \
+    tests/test_trust_publish.py tests/test_trust_token.py tests/test_trust_download.py
 
 $(HUB_FLOOR)/.installed: pyproject.toml
 	rm -rf $(HUB_FLOOR)

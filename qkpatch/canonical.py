@@ -1,4 +1,4 @@
-"""JSON in one canonical form: the same values, the same bytes."""
+"""JSON in one canonical form: the same values, the same bytes; and numbers as people read and records hold them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,30 @@ MAX_DEPTH = 64
 Json = Any
 
 
-def round_number(x: float) -> float:
-    """``x`` to nine significant digits.
+def measured(value: Json) -> Json:
+    """A figure that was measured, to nine significant digits; a tuple item by item, anything else as it is.
+
+    Settings are not rounded: another α gives other bytes.
 
     Raises:
         ValueError: NaN or Inf, which JSON cannot hold.
     """
-    if not math.isfinite(x):
-        raise ValueError(f"{x} cannot be recorded")
-    return float(f"{x:.{SIGNIFICANT_DIGITS}g}")
+    if isinstance(value, tuple):
+        return tuple(measured(item) for item in value)
+    return float(f"{_finite(value):.{SIGNIFICANT_DIGITS}g}") if isinstance(value, float) else value
+
+
+def exact(x: float) -> str:
+    """A setting as people write it, with all the digits that it takes to read the same number again: ``0.8``, ``1``."""
+    return repr(x).removesuffix(".0")
 
 
 def canonical_json(value: Json) -> str:
-    """Sorted keys, two-space indent, lists of scalars on one line, numbers by :func:`round_number`."""
+    """Sorted keys, two-space indent, lists of scalars on one line, each number as short as it can be read back exactly.
+
+    Raises:
+        ValueError: NaN or Inf, which JSON cannot hold; or lists in lists, deeper than anything qkpatch writes.
+    """
     return _canonical(value, "") + "\n"
 
 
@@ -45,6 +56,10 @@ def _canonical(value: Json, indent: str) -> str:
         if any(isinstance(item, (Mapping, list, tuple)) for item in value):
             return "[\n" + ",\n".join(inner + _canonical(item, inner) for item in value) + f"\n{indent}]"
         return "[" + ", ".join(_canonical(item, inner) for item in value) + "]"
-    if isinstance(value, float):
-        value = round_number(value)
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return json.dumps(_finite(value) if isinstance(value, float) else value, ensure_ascii=False)
+
+
+def _finite(x: float) -> float:
+    if not math.isfinite(x):
+        raise ValueError(f"{x} cannot be recorded")
+    return x

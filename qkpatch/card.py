@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from statistics import mean
 
 from qkpatch import front_matter
+from qkpatch.canonical import exact
+from qkpatch.catalogue import shipped_recipes
 from qkpatch.manifest import Manifest
 from qkpatch.results import Comparison, Metric
 from qkpatch.selection import format_ranges
@@ -18,8 +20,23 @@ FOLLOWS = "<!-- The card of the base model follows, as it was. -->"
 _NOT_INHERITED = ("model-index", "new_version", "eval_results")
 
 
-def model_card(manifest: Manifest, title: str, base_card: str | None, comparison: Comparison | None) -> str:
-    """The card as Markdown; ``base_card`` is SOURCE's README.md, whose text is kept below ours."""
+def model_card(
+    manifest: Manifest,
+    title: str,
+    base_card: str | None,
+    comparison: Comparison | None,
+    *,
+    is_checked: bool = False,
+) -> str:
+    """The card as Markdown.
+
+    Args:
+        manifest: what was done.
+        title: the model's name.
+        base_card: SOURCE's README.md, whose text is kept below ours.
+        comparison: results of both models.
+        is_checked: this very OUT was just verified.
+    """
     yaml, text = front_matter.split(base_card or "")
     base = manifest.source["name"] if manifest.source["kind"] == "hub" else None
     values: dict[str, str | list[str]] = {}
@@ -29,7 +46,7 @@ def model_card(manifest: Manifest, title: str, base_card: str | None, comparison
     parts = [
         f"---\n{front_matter.changed(yaml, values, _NOT_INHERITED)}---\n",
         f"\n# {title}\n",
-        *_edit(manifest, base),
+        *_edit(manifest, base, is_checked=is_checked),
         *_claims(comparison),
     ]
     if base_card is not None:
@@ -45,7 +62,7 @@ def is_card_over(card: str, base_card: str | None) -> bool:
     )
 
 
-def _edit(manifest: Manifest, base: str | None) -> Iterator[str]:
+def _edit(manifest: Manifest, base: str | None, *, is_checked: bool) -> Iterator[str]:
     source, edit = manifest.source, manifest.edit
     what = f"[{base}](https://huggingface.co/{base})" if base else f"`{source['name']}`"
     commit = f" at commit `{source['commit']}`" if source["commit"] else ""
@@ -61,7 +78,7 @@ def _edit(manifest: Manifest, base: str | None) -> Iterator[str]:
         "layers": format_ranges(edit["layers"]),
         "query heads": format_ranges(edit["heads"]),
         "selection": f"{edit['select']}, {edit['modes_edited']} mode(s) per head",
-        "factor α": f"{edit['alpha']:g}",
+        "factor α": exact(edit["alpha"]),
         "channel of `W_Qᵀ W_K`": edit["channel"]
         + (", gain before attention folded in" if edit["fold_norm"] else ""),
         "edited tensors": f"{len(manifest.edits)} in {' and '.join(sorted({e.dtype for e in manifest.edits})) or '-'}",
@@ -72,9 +89,17 @@ def _edit(manifest: Manifest, base: str | None) -> Iterator[str]:
         for record in manifest.edits:
             changes = [head.relative_change for head in record.heads]
             yield f"| {record.layer} | `{record.tensor}` | {mean(changes):.4f} | {max(changes):.4f} |\n"
+    own = (
+        "" if manifest.recipe["name"] in shipped_recipes() else f" --recipe {shlex.quote(_recipe(manifest))}"
+    )
+    made = (
+        "Made, and checked byte for byte, by"
+        if is_checked
+        else "Made by the first of these; the second checks it"
+    )
     yield (
-        "\n`qkpatch.json` records every edited tensor and head, with digests before and after. Made, and checked byte "
-        f"for byte, by\n\n```\n{_command(manifest)}\nqkpatch verify OUT --source {_source(manifest)}\n```\n"
+        f"\n`qkpatch.json` records every edited tensor and head, with digests before and after. {made}\n\n"
+        f"```\n{_command(manifest)}\nqkpatch verify OUT --source {_source(manifest)}{own}\n```\n"
     )
 
 
@@ -83,19 +108,26 @@ def _source(manifest: Manifest) -> str:
     return shlex.quote(source["name"] + (f"@{source['commit']}" if source["kind"] == "hub" else ""))
 
 
+def _recipe(manifest: Manifest) -> str:
+    """As the command line names it: one of the user's own lies in a file that is called after it."""
+    name: str = manifest.recipe["name"]
+    return name if name in shipped_recipes() else f"./{name}.yaml"
+
+
 def _command(manifest: Manifest) -> str:
-    request = manifest.request()
+    request, device = manifest.request(), manifest.compute["device"]
     flags = {
-        "recipe": request.recipe,
-        "attention": request.attention,
-        "layers": request.layers,
-        "heads": request.heads,
+        "recipe": _recipe(manifest),
+        "attention": ",".join(request.attention or ()),
+        "layers": format_ranges(request.layers or ()),
+        "heads": format_ranges(request.heads or ()),
         "modes": request.modes,
-        "alpha": None if request.alpha is None else f"{request.alpha:g}",
+        "alpha": None if request.alpha is None else exact(request.alpha),
         "channel": None if request.channel is None else request.channel.value,
         "select": None if request.select is None else request.select.value,
         "seed": request.seed,
         "max-shard-size": request.max_shard_size,
+        "device": None if device == "cpu" else device,
     }
     given = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None]
     fold = ["--fold-norm"] if request.fold_norm else []

@@ -1,18 +1,16 @@
-"""The recipes that ship with qkpatch, and the choice of the one that fits a checkpoint."""
+"""The recipes that ship with qkpatch, and those in files of a user's own, by name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from qkpatch.checkpoint.tree import source_file
 from qkpatch.describe import near_names
-from qkpatch.errors import AmbiguousError, RecipeError, UsageError
+from qkpatch.errors import RecipeError, UsageError
 from qkpatch.recipe import Recipe
 from qkpatch.recipe_file import parse_recipe
-from qkpatch.refusals import refuse_known
 
 CHECK = "check"  # `qkpatch recipes check SOURCE`; no recipe can be called so
 
@@ -61,50 +59,6 @@ def is_recipe_file(name: str) -> bool:
 def recipe_text(name: str) -> str:
     """The YAML of a shipped recipe, as it stands."""
     return (_config_dir() / f"{get_recipe(name).name}.yaml").read_text(encoding="utf-8")
-
-
-def choose_recipe(config: Mapping[str, Any], tensor_names: Iterable[str]) -> Recipe:
-    """The one shipped recipe whose model type, architectures and tensor names fit.
-
-    Raises:
-        AmbiguousError: none fits, or more than one; the candidates and what they lack are listed.
-    """
-    names = list(tensor_names)
-    claimed = [recipe for recipe in shipped_recipes().values() if recipe.matches(config)]
-    fitting = [recipe for recipe in claimed if recipe.tensors.matching_prefixes(names)]
-    if len(fitting) == 1:
-        return fitting[0]
-    identity = f"model_type {config.get('model_type')!r}, architectures {config.get('architectures')!r}"
-    if fitting:
-        raise AmbiguousError(
-            f"{len(fitting)} recipes fit {identity}: {', '.join(r.name for r in fitting)}",
-            where="config.json",
-            fix="choose one with --recipe",
-        )
-    refuse_known(names)
-    if claimed:
-        expected = "; ".join(
-            f"{r.name} expects {p}{r.tensors.query}" for r in claimed for p in r.tensors.prefixes
-        )
-        raise AmbiguousError(
-            f"{identity} is known, but no query tensor has the expected name: {expected}",
-            where="tensor names",
-            fix=f"the checkpoint holds, for example: {', '.join(query_like(names)) or 'no q_proj at all'}",
-        )
-    raise AmbiguousError(
-        f"no recipe is made for {identity}",
-        where="config.json",
-        fix="`qkpatch recipes check SOURCE` tells what comes near; if the layout is a known one, name it with --recipe",
-    )
-
-
-def query_like(names: Iterable[str], limit: int = 3) -> list[str]:
-    """A few names that look like query projections, one per spelling, for error messages."""
-    found: dict[str, str] = {}
-    for name in names:
-        if "q_proj" in name or "qkv" in name or "query" in name:
-            found.setdefault("".join(c for c in name if not c.isdigit()), name)
-    return list(found.values())[:limit]
 
 
 def _config_dir() -> Path:

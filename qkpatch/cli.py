@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from typing import Annotated, NoReturn
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -18,9 +20,34 @@ from qkpatch.commands.recipes import recipes
 from qkpatch.commands.verify import verify
 from qkpatch.console import prepare_streams
 from qkpatch.errors import FileSystemError
+from qkpatch.redaction import redact
+
+
+class _Commands(typer.core.TyperGroup):
+    """Typer's; what is wrong with the command line itself is redacted before it is wrapped into a frame."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _redacted_usage():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _redacted_usage():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _redacted_usage() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if isinstance(message := getattr(error, "message", None), str):
+            error.message = redact(message)  # type: ignore[attr-defined]
+        raise
+
 
 app = typer.Typer(
     name="qkpatch",
+    cls=_Commands,
     help="Edit the query-key product of a vision-language checkpoint, straight in its safetensors files.\n\n"
     "Exit codes: 0 ok, 1 mismatch or difference, 2 usage, 3 unsupported or ambiguous checkpoint, 4 I/O.",
     no_args_is_help=True,

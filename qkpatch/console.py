@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qkpatch.errors import FileSystemError, QKPatchError
+from qkpatch.redaction import Redacted
 from qkpatch.wrapping import plain
 
 _LONGEST = 8000  # characters of a message
@@ -38,13 +39,15 @@ def _console(*, stderr: bool = False) -> Console:
 
 
 def prepare_streams() -> None:
-    """Make stdout and stderr take any text, whatever the locale, and be there even when they were closed."""
+    """Make stdout and stderr take any text, whatever the locale, and be there even when closed; redact stderr."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open until the process ends
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    # All that goes there: messages, logs and warnings of libraries, tracebacks of any thread.
+    sys.stderr = Redacted(sys.stderr)
 
 
 @contextmanager
@@ -161,7 +164,8 @@ def bars(total_bytes: int, total_heads: int, *, quiet: bool, verb: str = "copy")
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=_console(stderr=True), transient=True) as progress:
+    # Left to rich, lines that come meanwhile would be wrapped, and an address in two halves is not redacted.
+    with Progress(*columns, console=_console(stderr=True), transient=True, redirect_stderr=False) as progress:
         yield Bars(progress, total_bytes, total_heads, verb)
 
 

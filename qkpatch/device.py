@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 
 from qkpatch.errors import UsageError
-from qkpatch.settings import check_device_name
+from qkpatch.request import check_device_name
 
 MOST_TOGETHER = 16  # heads; more would only take more memory
 _OF_THREAD = threading.local()

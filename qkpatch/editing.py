@@ -10,12 +10,14 @@ from itertools import groupby
 
 import torch
 
+from qkpatch.canonical import measured
 from qkpatch.copier import Copier, Observer
 from qkpatch.crew import Crew
 from qkpatch.device import choose_device, computing, heads_together
 from qkpatch.errors import NumericalError
 from qkpatch.manifest import HeadRecord
 from qkpatch.plan import EditPlan
+from qkpatch.sources import Sources
 from qkpatch.spectral.edit import Folding, HeadError, edit_and_round
 from qkpatch.targets import LayerTarget
 from qkpatch.weights import LayerWeights, open_layer
@@ -61,7 +63,7 @@ class Editor:
         return str(torch.__version__)
 
     def edited(
-        self, plan: EditPlan, crew: Crew, copier: Copier, observer: Observer
+        self, plan: EditPlan, sources: Sources, crew: Crew, copier: Copier, observer: Observer
     ) -> Iterator[tuple[LayerTarget, tuple[HeadRecord, ...]]]:
         """Edit all planned heads; each target with its heads' records when it is done.
 
@@ -73,7 +75,7 @@ class Editor:
         def edit(chunk: _Chunk) -> tuple[LayerTarget, list[tuple[HeadRecord, bool]]]:
             with (
                 computing(self.device),
-                open_layer(plan.model, chunk.target, self.device, chunk.heads) as weights,
+                open_layer(sources.open, chunk.target, self.device, chunk.heads) as weights,
             ):
                 done = []
                 for record in _edit_heads(plan, chunk, together, weights, copier):
@@ -115,7 +117,8 @@ def _edit_heads(
             for ref, begin, end, at in plan.head_ranges(target, head):
                 data = stored.pieces[i][ref] if is_changed else weights.raw(ref, begin, end)
                 copier.write(plan.output.place(ref).shard, data, at)
-            record = HeadRecord(head=head, kv_head=target.layout.kv_head(head), **vars(reports[i]))
+            figures = {name: measured(figure) for name, figure in vars(reports[i]).items()}
+            record = HeadRecord(head=head, kv_head=target.layout.kv_head(head), **figures)
             yield record, is_changed
         del of, stored, store, folding  # before the next heads are read
 

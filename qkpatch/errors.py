@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from qkpatch.redaction import redact
+
 
 class QKPatchError(Exception):
-    """A failure with its facts: ``what`` happened, ``where`` (file, tensor, flag), how to ``fix`` it."""
+    """A failure with its facts: ``what`` happened, ``where`` (file, tensor, flag), how to ``fix`` it; no secrets."""
 
     exit_code: ClassVar[int] = 3
     kind: ClassVar[str] = "error"
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
-        super().__init__(what)
-        self.what = what
-        self.where = where
-        self.fix = fix
+        self.what = redact(what)
+        self.where = None if where is None else redact(where)
+        self.fix = None if fix is None else redact(fix)
+        super().__init__(self.what)
 
     def __str__(self) -> str:
         """All three facts on one line, for logs and tests; ``console`` lays them out for people."""
@@ -78,6 +80,13 @@ class AmbiguousError(QKPatchError):
     """No recipe, or more than one, fits; ``what`` lists the candidates."""
 
     kind = "ambiguous"
+
+
+class MismatchError(QKPatchError):
+    """OUT is not SOURCE plus the edit that its manifest declares, where it must be."""
+
+    exit_code = 1
+    kind = "mismatch"
 
 
 class NumericalError(QKPatchError):

@@ -22,6 +22,7 @@ class Access(Enum):
     download = "into the Hub cache, all of it"
     ranges = "where it is, by byte ranges, unless the Hub cache has all of it"
     no_cache = "where it is, whatever the Hub cache has"
+    listed = "where it is, even where SOURCE names a snapshot in the Hub cache"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Source:
     requested_revision: str | None = None
     commit: str | None = None
     recipe: Recipe | None = None  # when SOURCE was a recipe's name
+    checked: frozenset[str] = frozenset()  # files that were downloaded just now and are what the Hub lists
 
     @property
     def path(self) -> Path | None:
@@ -49,22 +51,27 @@ def locate(text: str, access: Access = Access.download) -> Source:
         HubError: the Hub cannot deliver it.
     """
     path = local_path(text)
+    recipe: Recipe | None = None
     if path is not None:
-        return _local(path)
-    if text in shipped_recipes():
+        here = _local(path)
+        if here.commit is None or access is not Access.listed:
+            return here
+        hub_id: HubId | None = HubId(here.name, here.commit)
+    elif text in shipped_recipes():
         recipe = get_recipe(text)
         hub_id = HubId.parse(recipe.default_repo)
     else:
-        recipe = None
         hub_id = HubId.parse(text)
-    if hub_id is None or text.startswith((".", "/", "~")):
+    if hub_id is None or (path is None and text.startswith((".", "/", "~"))):
         raise UsageError(
             "no such file or directory, recipe, or Hub id (org/name)",
             where=text,
             fix=f"check the path; {near_names(text, shipped_recipes())}",
         )
     found = download(hub_id) if access is Access.download else look(hub_id, use_cache=access is Access.ranges)
-    return Source(found.place, "hub", found.repo, found.requested_revision, found.commit, recipe)
+    return Source(
+        found.place, "hub", found.repo, found.requested_revision, found.commit, recipe, found.checked
+    )
 
 
 def local_path(text: str) -> Path | None:

@@ -1,7 +1,8 @@
 """``Manifest``: what was done, precisely enough to check it byte for byte. Canonical JSON, torch-free.
 
 Everything but the ``run`` block is reproducible: same source, same edit, same stack, same bytes. Keys are
-sorted, numbers finite and of nine significant digits, paths relative and POSIX, nothing of the machine.
+sorted, numbers finite, settings exact and measured figures of nine significant digits, paths relative and POSIX,
+nothing of the machine.
 """
 
 from __future__ import annotations
@@ -13,14 +14,11 @@ from typing import NamedTuple
 
 from qkpatch.canonical import Json, canonical_json
 from qkpatch.checkpoint.output import Output, OutputFile
-from qkpatch.checkpoint.reshard import parse_size
 from qkpatch.checkpoint.tree import load_json
 from qkpatch.errors import CheckpointError, UsageError
+from qkpatch.manifest_check import check_manifest
 from qkpatch.plan import EditPlan
-from qkpatch.rows import RowLayout
-from qkpatch.selection import format_ranges, parse_ranges
-from qkpatch.settings import Request
-from qkpatch.spectral.rule import Channel, Select
+from qkpatch.request import Request
 from qkpatch.targets import LayerTarget
 
 SCHEMA = "qkpatch/1"
@@ -144,6 +142,7 @@ class FileRecord:
     action: str  # "copied", "patched", or "resharded"
     sha256: str | None = None  # where digests of files are wanted
     source_sha256: str | None = None  # of the file in SOURCE, where the Hub cache names it by that
+    outside: bool = False  # SOURCE has it, or a part of it, by a link that leads out of SOURCE
 
 
 @dataclass(frozen=True)
@@ -208,7 +207,7 @@ class Manifest:
                 files=tuple(FileRecord(**file) for file in document["files"]),
                 warnings=tuple(document["warnings"]),
             )
-            manifest._check()
+            check_manifest(manifest)
             manifest.dumps().encode()  # finite numbers, text that is text
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError, UsageError) as error:
             raise CheckpointError(f"malformed manifest: {error!r}", where=where) from error
@@ -217,48 +216,19 @@ class Manifest:
     def request(self) -> Request:
         """The request that leads to the recorded edit on the same SOURCE."""
         edit = self.edit
-        return Request(
+        return Request.of(
             recipe=self.recipe["name"],
-            attention=",".join(edit["attention"]),
-            layers=format_ranges(sorted([*edit["layers"], *edit["skipped_layers"]])),
-            heads=format_ranges(edit["heads"]),
+            attention=edit["attention"],
+            layers=[*edit["layers"], *edit["skipped_layers"]],
+            heads=edit["heads"],
             modes=edit["modes"],
             alpha=edit["alpha"],
-            channel=Channel(edit["channel"]),
-            select=Select(edit["select"]),
+            channel=edit["channel"],
+            select=edit["select"],
             seed=edit["seed"],
             fold_norm=edit["fold_norm"],
-            max_shard_size=None if (size := self.output["max_shard_size"]) is None else str(size),
+            max_shard_size=self.output["max_shard_size"],
         )
-
-    def _check(self) -> None:
-        """Raise ``TypeError`` or ``ValueError`` for what ``verify`` could not work with."""
-        request = self.request()
-        if not (isinstance(request.recipe, str) and isinstance(request.alpha, int | float)):
-            raise TypeError("the recipe is not a name, or alpha not a number")
-        if request.max_shard_size is not None:
-            parse_size(request.max_shard_size)
-        if type(request.modes) is not int or type(request.seed) is not int:
-            raise TypeError("modes or seed is not a whole number")
-        parse_ranges(request.layers or "", "edit.layers")
-        parse_ranges(request.heads or "", "edit.heads")
-        sizes = [
-            self.model[key]
-            for key in ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
-        ]
-        heads = [head.head for edit in self.edits for head in edit.heads]
-        RowLayout(self.model["rows"])
-        if not all(type(n) is int for n in (*sizes, *heads)) or min(sizes) < 1:
-            raise TypeError("a head or a size is not a whole number")
-        if not all(
-            isinstance(block, dict) for block in (self.edit, self.model, self.output, self.source, self.run)
-        ):
-            raise TypeError("a block is not an object")
-        names = [edit.tensor for edit in self.edits]
-        if not all(isinstance(name, str) for name in (*names, *(file.name for file in self.files))):
-            raise TypeError("a name is not a string")
-        if len(set(names)) != len(names):
-            raise ValueError("a tensor is recorded twice")
 
 
 def _edit_record(edit: Mapping[str, Json]) -> EditRecord:
@@ -279,9 +249,15 @@ def planned_manifest(plan: EditPlan, device: str) -> Manifest:
         "name": model.source.name,
         "requested_revision": model.source.requested_revision,
         "commit": model.source.commit,
+        "checked": None,
     }
+    strays = set(checkpoint.from_outside)
     if checkpoint.previous_manifest is not None:
-        source["previous_edit"] = Manifest.loads(checkpoint.previous_manifest, "SOURCE's qkpatch.json").edit
+        previous = Manifest.loads(checkpoint.previous_manifest, "SOURCE's qkpatch.json")
+        source["previous_edit"] = previous.edit
+        if model.source.kind != "hub":  # where all can see them anyway
+            strays |= {file.name for file in previous.files if file.outside}
+    outside = plan.output.made_of(strays)
     return Manifest(
         tool={"name": "qkpatch", "version": version("qkpatch"), "torch": version("torch")},
         compute={"device": device, "dtype": "float64"},
@@ -306,7 +282,13 @@ def planned_manifest(plan: EditPlan, device: str) -> Manifest:
         output={"max_shard_size": plan.max_shard_size},
         edits=tuple(EditRecord.planned(target, plan.output) for target in plan.edits),
         files=tuple(
-            FileRecord(name, file.size, _action(name, plan), source_sha256=_source_sum(file))
+            FileRecord(
+                name,
+                file.size,
+                _action(name, plan),
+                source_sha256=_source_sum(file),
+                outside=name in outside,
+            )
             for name, file in plan.output.files.items()
         ),
         warnings=plan.warnings,

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from qkpatch.catalogue import choose_recipe, get_recipe, is_recipe_file, query_like
+from qkpatch.catalogue import get_recipe, is_recipe_file
 from qkpatch.checkpoint.source import Checkpoint, open_checkpoint
+from qkpatch.choice import choose_recipe, query_like
 from qkpatch.errors import AmbiguousError, CheckpointError, UsageError
 from qkpatch.locate import Access, Source, locate
 from qkpatch.recipe import Recipe, TensorNames
 from qkpatch.refusals import refuse_known
-from qkpatch.selection import format_ranges
-from qkpatch.settings import EditSettings, Request, check_modes, resolve
 from qkpatch.targets import AttentionSet, LayerTarget
 from qkpatch.tower import LanguageTower, read_tower
 
@@ -39,53 +38,25 @@ class Model:
             n for n in range(self.tower.n_layers) if any(n in s.layers and s.has(n) for s in self.sets)
         )
 
-    def targets(self, settings: EditSettings) -> tuple[LayerTarget, ...]:
-        """The tensors of the settings' layers, each checked.
+    def targets(self, layers: Iterable[int], *, fold_norm: bool) -> tuple[LayerTarget, ...]:
+        """The tensors of some layers, each checked.
 
         Raises:
             QKPatchError: as :meth:`AttentionSet.target`.
         """
         return tuple(
-            chosen.target(layer, fold_norm=settings.fold_norm)
-            for layer in settings.layers
+            chosen.target(layer, fold_norm=fold_norm)
+            for layer in layers
             for chosen in self.sets
             if chosen.has(layer)
         )
 
-    def settings(self, request: Request) -> EditSettings:
-        """``request`` with the recipe's defaults, checked against this model's size.
-
-        Layers that have no query-key product by the family's design are skipped and listed.
+    def check_skipped(self, layers: Iterable[int]) -> None:
+        """A layer that is skipped must be there in another form; one of which nothing is stored is a lost shard.
 
         Raises:
-            UsageError: a layer, head or mode that the model does not have, or no layer left to edit.
+            CheckpointError: nothing is stored of one.
         """
-        tower = self.tower
-        settings = resolve(
-            request,
-            self.recipe,
-            n_layers=tower.n_layers,
-            n_heads=tower.layout.n_heads,
-        )
-        present = tuple(layer for layer in settings.layers if any(s.has(layer) for s in self.sets))
-        if not present:
-            raise UsageError(
-                f"none of layers {format_ranges(settings.layers)} has a query-key product of its own",
-                where="--layers",
-                fix=f"choose from {format_ranges(self.editable_layers)}",
-            )
-        self._check_skipped(layer for layer in settings.layers if layer not in present)
-        for layout in {s.tower.layout_of(layer) for s in self.sets for layer in present if s.has(layer)}:
-            check_modes(settings.rule, layout.d_head, layout.d_model)
-        return replace(
-            settings,
-            attention=tuple(s.names.attention for s in self.sets),
-            layers=present,
-            skipped_layers=tuple(layer for layer in settings.layers if layer not in present),
-        )
-
-    def _check_skipped(self, layers: Iterable[int]) -> None:
-        """A layer that is skipped must be there in another form; one of which nothing is stored is a lost shard."""
         for layer in layers:
             stems = tuple(s.prefix.format(layer=layer) for s in self.sets)
             if not self.checkpoint.single_file and not any(
@@ -101,7 +72,7 @@ class Model:
 def open_model(
     source: str,
     recipe_name: str | None = None,
-    attention: str | None = None,
+    attention: Sequence[str] | None = None,
     access: Access = Access.download,
 ) -> Model:
     """Locate SOURCE, read its headers, find the recipe that fits and the sets of tensors named by ``attention``.
@@ -116,7 +87,7 @@ def open_model(
     located = locate(source, access)
     checkpoint = open_checkpoint(located.place)
     recipe = named or located.recipe or choose_recipe(checkpoint.config, checkpoint.tensors)
-    wanted = [recipe.tensors.attention] if attention is None else [a.strip() for a in attention.split(",")]
+    wanted = [recipe.tensors.attention] if attention is None else attention
     sets = tuple(
         open_set(recipe, recipe.set_named(name), checkpoint, insist=named is not None)
         for name in dict.fromkeys(wanted)

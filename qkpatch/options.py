@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from qkpatch.checkpoint.tree import source_file
-from qkpatch.settings import Request, parse_request
+from qkpatch.request import Request, parse_request
 from qkpatch.spectral.rule import Channel, Select
 
 SourceArg = Annotated[
@@ -74,6 +74,18 @@ PrivateOpt = Annotated[bool, typer.Option("--private", help="With --push: a new 
 CreatePrOpt = Annotated[
     bool, typer.Option("--create-pr", help="With --push: a pull request instead of a commit.")
 ]
+IncludeOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--include",
+        metavar="NAME",
+        help="With --push: also this file, or glob, that SOURCE has by a link to elsewhere; repeatable.",
+        show_default=False,
+    ),
+]
+IncludeHiddenOpt = Annotated[
+    bool, typer.Option("--include-hidden", help="With --push: also files that are private by name.")
+]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 DebugOpt = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", envvar="QKPATCH_DEBUG")]
@@ -100,8 +112,19 @@ def edit_request(
 ) -> Request:
     """The flags over ``--config``; None where neither says anything."""
     # A flag that is not given says nothing, so that --config may say it.
-    edit = (recipe, attention, layers, heads, modes, alpha, channel, select, seed, fold_norm or None)
-    flags = Request(*edit, max_shard_size)
+    flags = Request.of(
+        recipe=recipe,
+        attention=attention,
+        layers=layers,
+        heads=heads,
+        modes=modes,
+        alpha=alpha,
+        channel=channel,
+        select=select,
+        seed=seed,
+        fold_norm=fold_norm or None,
+        max_shard_size=max_shard_size,
+    )
     if config is None:
         return flags
     file = source_file(config, config.name)  # a regular one: a pipe or a device would never end

@@ -19,15 +19,18 @@ from qkpatch.canonical import canonical_json
 from qkpatch.checkpoint.journal import Journal
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME
 from qkpatch.checkpoint.space import check_space
+from qkpatch.checkpoint.staged import StagedFiles
 from qkpatch.checkpoint.staging import Staging
 from qkpatch.checkpoint.target import check_apart, check_out
-from qkpatch.copier import Carried, Copier, Observer, space_needed
+from qkpatch.copier import Copier, Observer, space_needed
 from qkpatch.crew import Crew
 from qkpatch.errors import HubError
 from qkpatch.interrupts import signals_held, signals_let_through
 from qkpatch.manifest import EditRecord, HeadRecord, Manifest, planned_manifest
 from qkpatch.plan import EditPlan
+from qkpatch.replacing import Replaced, replaceable
 from qkpatch.selection import abbreviate
+from qkpatch.sources import Sources
 from qkpatch.sums import refuse_own_sums, sums_text
 from qkpatch.targets import LayerTarget
 from qkpatch.writing import PLAIN, Digest, Writing
@@ -48,10 +51,12 @@ def apply_plan(
     device: str = "cpu",
     threads: int = 1,
     writing: Writing = PLAIN,
+    replaced: Replaced | None = None,
 ) -> Manifest:
     """Write the edited checkpoint to ``out`` and return its manifest; the same bytes whatever ``threads``.
 
-    SOURCE is only read. OUT appears whole, by one rename, or not at all.
+    SOURCE is only read. OUT appears whole, by one rename, or not at all. ``replaced`` is what is known to be
+    replaceable in its place already.
 
     Raises:
         UsageError: OUT is not acceptable, or there is no such device.
@@ -59,35 +64,42 @@ def apply_plan(
         NumericalError: NaN or Inf, or a tensor that the edit would leave as it was.
     """
     checkpoint = plan.model.checkpoint
-    check_out(out, plan.model.source.path, overwrite=writing.overwrite)
+    check_out(out, plan.model.source.path, overwrite=writing.overwrite, force=writing.force)
     check_apart(out, checkpoint)
+    if replaced is None:
+        replaced = replaceable(out, plan, writing, lambda _: None)
     if writing.digest is Digest.files:
         refuse_own_sums(checkpoint)
     if device not in ("auto", "cpu"):  # which are always there
         _editor(device)
-    fingerprint = _fingerprint(plan)
+    fingerprint = _fingerprint(plan, writing)
     started = _now()
     with _resumable(), signals_held(), ExitStack() as stack:
-        staging = stack.enter_context(Staging(out, fingerprint if writing.resume else None))
-        journal = stack.enter_context(Journal(staging.path, fingerprint))
-        check_space(out, space_needed(plan, staging.path, journal, writing), checkpoint.files.values())
-        copier = stack.enter_context(Copier(plan, staging.path, journal, writing, observer))
+        resume = fingerprint if writing.resume else None
+        staging = stack.enter_context(Staging(out, resume, checkpoint.mode))
+        journal = stack.enter_context(Journal(staging.room, fingerprint))
+        staged = StagedFiles(staging.files)
+        check_space(out, space_needed(plan, staged, journal, writing), checkpoint.files.values())
+        sources = Sources(plan, staged, writing)
+        copier = stack.enter_context(Copier(plan, sources, staged, journal, writing, observer))
         crew = stack.enter_context(Crew(threads, alongside=copier.lanes + 1))
         with signals_let_through():  # but not while any of the above begins or ends
+            copier.prepare(crew)
             copying = copier.start(crew)
             editor = _editor(device)
+            carried = copier.wait(copying, crew) if sources.is_download else {}
             heads: dict[LayerTarget, tuple[HeadRecord, ...]] = {}
             digests: dict[LayerTarget, Future[_Digests]] = {}
-            for target, records in editor.edited(plan, crew, copier, observer):
+            for target, records in editor.edited(plan, sources, crew, copier, observer):
                 heads[target] = records
                 if plan.writes_all_of(target):  # and while it is in the page cache
-                    digests[target] = crew.start(partial(_digests, copier, writing, target))
-            carried: dict[str, Carried] = {}
-            for lane in copying:
-                carried |= lane.result()
+                    digests[target] = crew.start(partial(_digests, sources, copier, writing, target))
+            if not sources.is_download:
+                carried = copier.wait(copying, crew)
+            copier.seal()
             for target in plan.edits:
                 if target not in digests:
-                    digests[target] = crew.start(partial(_digests, copier, writing, target))
+                    digests[target] = crew.start(partial(_digests, sources, copier, writing, target))
             done = tuple(
                 EditRecord.planned(target, plan.output).done(*digests[target].result(), heads[target])
                 for target in plan.edits
@@ -98,6 +110,7 @@ def apply_plan(
             manifest = replace(
                 planned,
                 tool={**planned.tool, "torch": editor.torch_version, "python": platform.python_version()},
+                source={**planned.source, "checked": sources.is_checked},
                 edits=done,
                 files=tuple(replace(file, sha256=sums[file.name]) for file in planned.files),
                 warnings=(*planned.warnings, *_numerical_warnings(done, plan)),
@@ -109,10 +122,10 @@ def apply_plan(
             )
             record = manifest.dumps().encode()
             if writing.digest is Digest.files:
-                copier.write_new(SUMS_NAME, sums_text(manifest, record).encode())
-            copier.write_new(MANIFEST_NAME, record)
-            journal.remove()
-            staging.publish(checkpoint.directories, overwrite=writing.overwrite)
+                staged.write_new(SUMS_NAME, sums_text(manifest, record).encode())
+            staged.write_new(MANIFEST_NAME, record)
+            staged.check(checkpoint.directories)
+            staging.publish(checkpoint.directories, None if replaced is None else replaced.check)
     return manifest
 
 
@@ -134,9 +147,13 @@ def _editor(device: str) -> Editor:
         return Editor.on(device)
 
 
-def _fingerprint(plan: EditPlan) -> str:
+def _fingerprint(plan: EditPlan, writing: Writing) -> str:
     """What a run must have in common with one that it resumes: the plan, the stack, and the very files of SOURCE."""
-    files = {name: file.content for name, file in plan.model.checkpoint.files.items()}
+    files = {
+        # A hard link that the run before made has moved the file's ctime; the two names are one file anyway.
+        name: str(file.id.but_for_links) if writing.may_link(file) else file.content
+        for name, file in plan.model.checkpoint.files.items()
+    }
     document = {**planned_manifest(plan, "").to_json(), "source_files": files}
     return hashlib.sha256(canonical_json(document).encode()).hexdigest()
 
@@ -144,11 +161,11 @@ def _fingerprint(plan: EditPlan) -> str:
 _Digests = tuple[list[str | None], list[str | None]]
 
 
-def _digests(copier: Copier, writing: Writing, target: LayerTarget) -> _Digests:
+def _digests(sources: Sources, copier: Copier, writing: Writing, target: LayerTarget) -> _Digests:
     """SHA-256 of each written tensor in SOURCE, and of what reached the file in OUT."""
     if writing.digest is Digest.none:
         return [None] * len(target.written), [None] * len(target.written)
-    before: list[str | None] = [copier.source_sum(ref) for ref in target.written]
+    before: list[str | None] = [sources.sum(ref) for ref in target.written]
     after: list[str | None] = [copier.staged_sum(ref) for ref in target.written]
     return before, after
 

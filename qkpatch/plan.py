@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from qkpatch.budget import head_memory
-from qkpatch.canonical import canonical_json
+from qkpatch.canonical import canonical_json, exact
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.output import Output
-from qkpatch.checkpoint.reshard import parse_size, reshard
+from qkpatch.checkpoint.reshard import reshard
 from qkpatch.locate import Access
 from qkpatch.model import Model, open_model
 from qkpatch.recipe_file import UNTESTED
+from qkpatch.request import Request
 from qkpatch.selection import abbreviate, format_ranges
-from qkpatch.settings import EditSettings, Request, check_request
+from qkpatch.settings import EditSettings, resolve
 from qkpatch.spectral.rule import EditRule, Select
 from qkpatch.targets import LayerTarget
 
@@ -92,8 +93,8 @@ class EditPlan:
             return "alpha 1: nothing is edited"
         what = {
             Select.shrink: f"W_Q shrunk by as much as {rule.paired_modes} dominant modes would move it",
-            Select.subspace: f"a random {rule.modes}-dimensional subspace of each query × {rule.alpha:g}",
-        }.get(rule.select, f"{rule.paired_modes} {rule.select.value} modes × {rule.alpha:g}")
+            Select.subspace: f"a random {rule.modes}-dimensional subspace of each query × {exact(rule.alpha)}",
+        }.get(rule.select, f"{rule.paired_modes} {rule.select.value} modes × {exact(rule.alpha)}")
         folded = ", gain before attention folded" if self.settings.fold_norm else ""
         return f"{what}, {rule.channel.value} channel{folded}"
 
@@ -102,16 +103,15 @@ def make_plan(source: str, request: Request, access: Access = Access.download) -
     """Decide everything and refuse everything that can be refused, before the first byte is written.
 
     Raises:
-        UsageError: the request is malformed, or the model has no such layer, head or mode.
+        UsageError: the model has no such layer, head or mode.
         QKPatchError: as :func:`open_model`, :meth:`Model.target` and :func:`reshard`.
     """
-    check_request(request)
     model = open_model(source, request.recipe, request.attention, access)
-    settings = model.settings(request)
-    targets = model.targets(settings)
+    settings = resolve(request, model)
+    targets = model.targets(settings.layers, fold_norm=settings.fold_norm)
     edits = () if settings.rule.is_noop else targets
     checkpoint = model.checkpoint
-    max_shard_size = None if request.max_shard_size is None else parse_size(request.max_shard_size)
+    max_shard_size = request.max_shard_size
     output = Output.copy_of(checkpoint) if max_shard_size is None else reshard(checkpoint, max_shard_size)
     warnings = tuple(_warnings(model, settings, targets))
     return EditPlan(model, settings, edits, warnings, output, max_shard_size)

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+import hashlib
+import shlex
+from dataclasses import dataclass, replace
 
+from qkpatch.canonical import exact
+from qkpatch.card import model_card
 from qkpatch.checkpoint.hub import HubId
+from qkpatch.checkpoint.present import Present
 from qkpatch.checkpoint.publish import Base, Step, Target, check_target, copyable, publish
-from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME
-from qkpatch.checkpoint.tree import source_file
-from qkpatch.errors import CheckpointError, UsageError
-from qkpatch.manifest import Manifest
-from qkpatch.selection import format_ranges
+from qkpatch.checkpoint.source import INDEX_SUFFIX, MANIFEST_NAME, SUMS_NAME
+from qkpatch.checkpoint.tree import is_plain_relative
+from qkpatch.errors import MismatchError, UsageError
+from qkpatch.manifest import FileRecord, Manifest, planned_manifest
+from qkpatch.plan import EditPlan
+from qkpatch.results import Comparison
+from qkpatch.selection import abbreviate, format_ranges
+from qkpatch.withheld import Insisted
 
 CARD_NAME = "README.md"
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user asks to be published, and where."""
+
+    target: Target
+    insisted: Insisted
+    comparison: Comparison | None = None
 
 
 @dataclass(frozen=True)
@@ -24,15 +40,16 @@ class Publication:
     base: Base | None
     steps: tuple[Step, ...]
     summary: str
+    warnings: tuple[str, ...]
 
     @property
     def sent_bytes(self) -> int:
         """Bytes that leave this machine, at most: what the Hub has already is not sent."""
         return sum(step.size for step in self.steps if not step.is_copy)
 
-    def carry_out(self, out: Path) -> str:
+    def carry_out(self, present: Present) -> str:
         """Make the commit; returns its address. Raises as :func:`publish`."""
-        return publish(self.target, out, self.base, self.steps, self.summary)
+        return publish(self.target, present, self.base, self.steps, self.summary)
 
 
 def parse_target(text: str, *, private: bool, create_pr: bool) -> Target:
@@ -47,39 +64,100 @@ def parse_target(text: str, *, private: bool, create_pr: bool) -> Target:
     return Target(hub_id.repo, private, create_pr)
 
 
-def plan_publication(manifest: Manifest, target: Target, card: bytes) -> Publication:
-    """Copies of what the base repository has, and uploads of the rest; ``card`` is the model card.
+def plan_publication(wish: Wish, manifest: Manifest, plan: EditPlan, present: Present | None) -> Publication:
+    """Copies of what the base repository has, and uploads of the rest, with a model card.
 
-    SHA256SUMS stays behind: the card in it is another.
+    Copies are what has the SHA-256 that the Hub lists at the base's commit. SHA256SUMS stays behind: the card in it is
+    another; so does what is withheld, with its records.
+
+    Args:
+        wish: what is asked for.
+        manifest: what was done, or will be.
+        plan: what it leads to on SOURCE.
+        present: OUT, verified; None where it is still to be made, and copies are only foreseen.
 
     Raises:
-        UsageError: the target is the base, or holds other weights.
+        UsageError: the target is the base, or holds other weights; the model cannot do without what is withheld.
+        MismatchError: a file does not have the digest on record.
         HubError: as :func:`copyable` and :func:`check_target`.
     """
-    base = _base(manifest)
+    base, target = _base(manifest), wish.target
     if base is not None and base.repo.lower() == target.repo.lower():
         raise UsageError("that is the base model's own repository", where="--push", fix="choose another name")
-    on_hub = {} if base is None else copyable(base)
-    steps = [
-        Step(file.name, file.size, file.action == "copied" and on_hub.get(file.name) == file.size)
-        for file in manifest.files
-        if file.name not in (CARD_NAME, SUMS_NAME)
-    ]
-    record = manifest.dumps().encode()
-    steps += [Step(MANIFEST_NAME, len(record), False, record), Step(CARD_NAME, len(card), False, card)]
-    check_target(target, [step.name for step in steps])
-    return Publication(target, base, tuple(steps), _summary(manifest))
-
-
-def check_whole(out: Path, manifest: Manifest) -> None:
-    """Raise :class:`CheckpointError` where OUT is plainly not what its manifest lists."""
+    records = (manifest, planned_manifest(plan, ""))
+    outside = {file.name for record in records for file in record.files if file.outside}
+    withheld: dict[str, list[str]] = {}
     for file in manifest.files:
-        if source_file(out / file.name, file.name).size != file.size:
-            raise CheckpointError(
-                f"has not the {file.size} bytes that the manifest lists",
-                where=file.name,
-                fix=f"qkpatch verify {out} --source ...; apply again",
+        if (flag := wish.insisted.withholds(file.name, outside)) is not None:
+            withheld.setdefault(flag, []).append(file.name)
+    names = {name for some in withheld.values() for name in some}
+    _refuse_lame(withheld, plan)
+    kept = [file for file in manifest.files if file.name not in names]
+    if odd := [file.name for file in kept if not is_plain_relative(file.name)]:
+        raise UsageError("no name for a file on the Hub", where=repr(odd[0]), fix="rename it in SOURCE")
+    on_hub = {} if base is None else copyable(base)
+    steps = []
+    for file in kept:
+        if file.name not in (CARD_NAME, SUMS_NAME):
+            foreseen = file.source_sha256 if file.action == "copied" else None
+            digest = foreseen if present is None else _digest(file, present)
+            is_copy = digest is not None and on_hub.get(file.name) == digest
+            steps.append(Step(file.name, file.size, digest, is_copy))
+    record = replace(manifest, files=tuple(kept)).dumps().encode()
+    card = _card(wish, manifest, plan, is_withheld=CARD_NAME in names, is_checked=present is not None)
+    for name, content in ((MANIFEST_NAME, record), (CARD_NAME, card)):
+        steps.append(Step(name, len(content), hashlib.sha256(content).hexdigest(), False, content))
+    check_target(target, [step.name for step in steps])
+    return Publication(target, base, tuple(steps), _summary(manifest), tuple(_warnings(withheld)))
+
+
+def _refuse_lame(withheld: dict[str, list[str]], plan: EditPlan) -> None:
+    """Raise :class:`UsageError` where the model cannot be loaded without what is withheld."""
+    source, output = plan.model.checkpoint, plan.output
+    needed = output.made_of({*source.headers, "config.json"})
+    needed |= {name for name in output.files if name == source.index or name.endswith(INDEX_SUFFIX)}
+    for flag, names in withheld.items():
+        if lost := [name for name in names if name in needed]:
+            raise UsageError(
+                f"the model cannot do without {abbreviate(lost, 5)}, {_WHY[flag]}",
+                where="--push",
+                fix="if the world may have that, insist: "
+                + " ".join(
+                    [flag] if flag == "--include-hidden" else [f"{flag} {shlex.quote(n)}" for n in lost]
+                ),
             )
+
+
+_WHY = {
+    "--include": "reached by links that lead out of SOURCE",
+    "--include-hidden": "private by name",
+}
+
+
+def _warnings(withheld: dict[str, list[str]]) -> list[str]:
+    return [
+        f"{len(names)} file(s) are not published, {_WHY[flag]} ({flag} insists): {', '.join(names)}"
+        for flag, names in withheld.items()
+    ]
+
+
+def _digest(file: FileRecord, present: Present) -> str:
+    """SHA-256 of a file of OUT, which has the recorded size and digest."""
+    found = present.files.get(file.name)
+    digest = None if found is None or found.size != file.size else present.sha256(file.name)
+    if digest is None or file.sha256 not in (None, digest):
+        raise MismatchError(
+            "it is not the file that the manifest lists", where=file.name, fix="apply again, or verify OUT"
+        )
+    return digest
+
+
+def _card(wish: Wish, manifest: Manifest, plan: EditPlan, *, is_withheld: bool, is_checked: bool) -> bytes:
+    """The model card over SOURCE's, whatever OUT has in its place."""
+    file = None if is_withheld else plan.model.checkpoint.files.get(CARD_NAME)
+    base_card = None if file is None else file.read().decode("utf-8", "replace")
+    title = wish.target.repo.partition("/")[2]
+    return model_card(manifest, title, base_card, wish.comparison, is_checked=is_checked).encode()
 
 
 def _base(manifest: Manifest) -> Base | None:
@@ -91,5 +169,5 @@ def _summary(manifest: Manifest) -> str:
     edit = manifest.edit
     return (
         f"QK product steering of {manifest.source['name']}: layers {format_ranges(edit['layers'])}, "
-        f"{edit['modes_edited']} {edit['select']} mode(s), alpha {edit['alpha']:g}, {edit['channel']} channel"
+        f"{edit['modes_edited']} {edit['select']} mode(s), alpha {exact(edit['alpha'])}, {edit['channel']} channel"
     )

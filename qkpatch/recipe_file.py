@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,6 +11,7 @@ from enum import Enum
 from types import MappingProxyType
 from typing import TypeVar
 
+from qkpatch.canonical import measured
 from qkpatch.errors import UsageError
 from qkpatch.recipe import (
     COUNT_KEYS,
@@ -97,14 +99,21 @@ def _class_defaults(fields: Fields) -> Mapping[str, Mapping[str, ConfigValue]]:
         for key in LOGIT_KEYS:
             if key in entry:
                 values[key] = (
-                    entry.take(key, bool, default=False)
-                    if entry.is_a(key, bool)
-                    else entry.take(key, float, default=0.0)
+                    entry.take(key, bool, default=False) if entry.is_a(key, bool) else _fact(entry, key)
                 )
         table[text_type] = MappingProxyType(values)
     if not table:
         fields.fault("must name at least one text model type")
     return MappingProxyType(table)
+
+
+def _fact(entry: Fields, key: str) -> float:
+    """A number that is recorded only, as config.json's own are."""
+    value = entry.take(key, float, default=0.0)
+    if not math.isfinite(value):
+        entry.fault("must be finite", key)
+        return 0.0
+    return float(measured(value))
 
 
 def _layer_type(fields: Fields) -> LayerType:

@@ -12,6 +12,7 @@ from typing import Any
 
 from qkpatch.checkpoint.tree import load_json, source_file
 from qkpatch.errors import CheckpointError, UsageError
+from qkpatch.redaction import redact
 
 # pope_yes_ratio counts the right answers, not the model's: one half, whatever the model says.
 _MEANINGLESS = {"pope_yes_ratio"}
@@ -124,7 +125,9 @@ def _what_ran(document: Mapping[str, Any]) -> str:
     parts = [
         part for part in (model, arguments, document.get("model_name")) if isinstance(part, str) and part
     ]
-    return ", ".join(dict.fromkeys(parts)) or "not said"
+    return (
+        redact(", ".join(dict.fromkeys(parts))) or "not said"
+    )  # the arguments may have had a token among them
 
 
 def _figures(figures: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from operator import index
 
 from qkpatch.errors import UsageError
 
@@ -42,6 +43,30 @@ def parse_ranges(text: str, what: str) -> tuple[int, ...]:
     if repeated:
         raise UsageError(f"{format_ranges(repeated)} named twice", where=f"{what} {text!r}")
     return tuple(sorted(numbers))
+
+
+Numbers = int | str | Iterable[int]
+
+
+def as_numbers(given: Numbers, what: str) -> tuple[int, ...]:
+    """What :func:`parse_ranges` gives, also from one number or several.
+
+    Raises:
+        UsageError: as :func:`parse_ranges`; or something else than whole numbers from 0 on.
+    """
+    if isinstance(given, str):
+        return parse_ranges(given, what)
+    try:
+        numbers = [-1 if n is True or n is False else index(n) for n in _several(given)]
+    except TypeError:
+        numbers = [-1]
+    if not numbers or min(numbers) < 0 or len(numbers) > _MOST:
+        raise UsageError(f"{given!r:.80} is no list of numbers from 0 on", where=what)
+    return parse_ranges(",".join(map(str, numbers)), what)
+
+
+def _several(given: int | Iterable[int]) -> Iterable[int]:
+    return given if isinstance(given, Iterable) else [given]
 
 
 def format_ranges(numbers: Sequence[int]) -> str:

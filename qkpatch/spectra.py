@@ -52,7 +52,7 @@ def layer_spectra(
 
     def of_target(target: LayerTarget) -> LayerSpectra:
         found: list[HeadSpectrum] = []
-        with computing(device), open_layer(model, target, device, heads) as weights:
+        with computing(device), open_layer(model.checkpoint.opened, target, device, heads) as weights:
             for of in weights.batches(heads, together):
                 crew.check()
                 kv_heads = [target.layout.kv_head(head) for head in of.heads]

@@ -173,6 +173,8 @@ def show_verification(result: Verification, out: Path) -> None:
     with results() as console:
         for mismatch in result.mismatches:
             console.print(f"[red]mismatch[/] {safe(mismatch.where)}: {safe(mismatch.what)}", soft_wrap=True)
+        for note in result.notes:
+            console.print(f"[yellow]note[/] {safe(note)}", soft_wrap=True)
         if result.ok:
             console.print(
                 f"[green]ok[/] {safe(str(out))}: {result.files} files, {size_text(result.compared_bytes)} compared; "

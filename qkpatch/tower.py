@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from qkpatch.canonical import measured
 from qkpatch.errors import CheckpointError, UnsupportedError
 from qkpatch.fp8 import BLOCK
 from qkpatch.heads import HeadLayout
@@ -74,7 +75,7 @@ def read_tower(
     counts = _Counts(numbers, where, names)
     n_layers = counts.number("num_hidden_layers")
     logits = {
-        key: value
+        key: measured(value)
         for key in LOGIT_KEYS
         if isinstance(value := section.get(key, defaults.get(key)), int | float) and abs(value) < MAX_LOGIT
     }

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +15,6 @@ from qkpatch.checkpoint.files import Readable, read_exact, read_into
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.errors import NumericalError
 from qkpatch.fp8 import BLOCK, scale_range
-from qkpatch.model import Model
 from qkpatch.recipe import NormKind
 from qkpatch.spectral.fp8 import dequantise, requantise
 from qkpatch.spectral.product import Factor, QKProduct, is_finite, largest
@@ -256,15 +255,17 @@ class LayerWeights:
         return raw.to(device=self.device, dtype=COMPUTE_DTYPE)
 
 
+Opened = Callable[[str, Sequence[tuple[int, int]]], AbstractContextManager[Readable]]
+
+
 @contextmanager
 def open_layer(
-    model: Model, target: LayerTarget, device: torch.device, heads: tuple[int, ...]
+    opened: Opened, target: LayerTarget, device: torch.device, heads: tuple[int, ...]
 ) -> Iterator[LayerWeights]:
-    """Open the shards of a layer's weights for reading ``heads``; they must be as the plan saw them."""
+    """Open the shards of a layer's weights for reading ``heads``; ``opened`` opens one for reading some ranges."""
     with ExitStack() as stack:
-        files = model.checkpoint.files
         fds = {
-            shard: stack.enter_context(files[shard].open(ranges))
+            shard: stack.enter_context(opened(shard, ranges))
             for shard, ranges in target.read_ranges(heads).items()
         }
         yield LayerWeights(target, device, fds)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import TypeGuard
+
+from qkpatch.checkpoint.hub_cache import blob_of
+from qkpatch.checkpoint.tree import LocalFile, SourceFile
 
 
 class Digest(str, Enum):
@@ -23,6 +27,13 @@ class Writing:
     link_cache: bool = False  # also to files in the Hub cache, which other programs may clear or replace
     resume: bool = False
     overwrite: bool = False
+    force: bool = False  # overwrite whatever is there
+
+    def may_link(self, file: SourceFile) -> TypeGuard[LocalFile]:
+        """Whether a hard link to a file of SOURCE may stand for a copy of it."""
+        if not (self.link or self.link_cache) or not isinstance(file, LocalFile):
+            return False
+        return self.link_cache or blob_of(file.path) is None
 
 
 PLAIN = Writing()

@@ -35,7 +35,7 @@ from qkpatch.errors import (
 )
 from qkpatch.manifest import EditRecord, FileRecord, HeadRecord, Manifest
 from qkpatch.recipe_file import parse_recipe
-from qkpatch.settings import check_request, parse_request
+from qkpatch.request import parse_request
 from qkpatch.tower import read_tower
 
 U64 = 2**64
@@ -564,7 +564,7 @@ def settings_seeds() -> list[bytes]:
 def check_settings(content: bytes) -> None:
     """A request that can be checked, or a typed error."""
     try:
-        check_request(parse_request(content, "edit.yaml"))
+        parse_request(content, "edit.yaml")
     except (RecipeError, UsageError):
         return
 
@@ -618,7 +618,7 @@ def check_manifest(content: bytes) -> None:
     if Manifest.loads(text.encode(), "again").dumps() != text:
         raise FindingError("a manifest that changes when it is read again")
     try:
-        check_request(manifest.request())
+        manifest.request()
     except UsageError:
         return
 

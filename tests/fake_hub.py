@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -51,7 +51,9 @@ class Repo:
         return name.endswith(self.lfs)
 
     def oid(self, name: str) -> str:
-        return _sha1(self._identity(name))
+        """As Git names it."""
+        content = self._identity(name)
+        return _sha1(b"blob %d\0" % len(content) + content)
 
     def sha256(self, name: str) -> str:
         return hashlib.sha256(self._identity(name)).hexdigest()
@@ -85,13 +87,16 @@ class Request:
     token: str | None
     host: str = "hub"  # or "cdn"
     range: str | None = None
+    cookie: str | None = None
 
 
 @dataclass
 class Fault:
     """What goes wrong with the next ``times`` requests whose path matches."""
 
-    kind: str  # "status 503", "cut", "stall", "whole", "other range", "other etag", "other commit", "gzip", "damage"
+    # "headers" alone, "status 503", "cut", "stall", "whole", "other range", "other etag", "other commit", "gzip" or
+    # "damage"
+    kind: str
     match: str = ""
     times: int = 1
     headers: dict[str, str] = field(default_factory=dict)
@@ -121,11 +126,19 @@ class FakeHub:
     fault: str | None = None  # "hang up", "error 503" or "not a hub"
     faults: list[Fault] = field(default_factory=list)
     sent: dict[str, int] = field(default_factory=dict)  # bytes of bodies, by path
+    substitutes: dict[str, Path] = field(default_factory=dict)  # delivered in place of a file, by its name
     bad_token: bool = False
     created: dict[str, dict[str, Any]] = field(default_factory=dict)
     uploads: dict[str, bytes] = field(default_factory=dict)  # by SHA-256
+    broken_uploads: bool = False
+    ignored: list[str | None] = field(default_factory=list)  # patterns that came with files to be uploaded
     duplicated: list[dict[str, Any]] = field(default_factory=list)
     commits: list[Commit] = field(default_factory=list)
+    lfs_actions: dict[str, Any] = field(default_factory=dict)  # beside "upload", or in its place
+    commit_answer: dict[str, str] = field(default_factory=dict)  # beside, or in place of, the usual
+    meddle: dict[str, Callable[[], object]] = field(
+        default_factory=dict
+    )  # done once a path like that is asked for
     signature: int = 0  # of addresses on the other host; raise it and the ones before are refused
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -231,8 +244,12 @@ class _Base(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         authorization = self.headers.get("Authorization")
         token = authorization.removeprefix("Bearer ") if authorization else None
-        request = Request(self.command, path, token, self.host, self.headers.get("Range"))
+        request = Request(
+            self.command, path, token, self.host, self.headers.get("Range"), self.headers.get("Cookie")
+        )
         self.state.log.append(request)
+        for pattern in [p for p in self.state.meddle if re.search(p, path)]:
+            self.state.meddle.pop(pattern)()
         self.fault = self.state.take_fault(path, self.host)
         return path
 
@@ -250,6 +267,7 @@ class _Base(BaseHTTPRequestHandler):
             headers["ETag"] = '"other"'
         if kind == "gzip":
             headers["Content-Encoding"] = "gzip"
+        path = self.state.substitutes.get(path.name, path)
         size = path.stat().st_size
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if span is None or kind == "whole":
@@ -266,7 +284,8 @@ class _Base(BaseHTTPRequestHandler):
 
     def _stream(self, status: int, path: Path, begin: int, end: int, headers: dict[str, str]) -> None:
         self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(end - begin)}.items():
+        more = {} if self.fault is None else self.fault.headers
+        for key, value in {**headers, **more, "Content-Length": str(end - begin)}.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command == "HEAD":
@@ -296,7 +315,8 @@ class _Base(BaseHTTPRequestHandler):
 
     def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(len(body))}.items():
+        more = {} if self.fault is None else self.fault.headers
+        for key, value in {**headers, **more, "Content-Length": str(len(body))}.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -322,6 +342,9 @@ class _Elsewhere(_Base):
         path = self._noted()
         if self._is_broken():
             return
+        if not path.startswith("/signed-"):  # nothing that it was ever asked for by one who means well
+            self._send_json([])
+            return
         _, signature, owner, name, file = path.split("/", 4)
         repo = self.state.repos[f"{owner}/{name}"]
         if signature != f"signed-{self.state.signature}":
@@ -332,9 +355,17 @@ class _Elsewhere(_Base):
     def do_HEAD(self) -> None:
         self.do_GET()
 
+    def do_POST(self) -> None:
+        self._noted()
+        self._received()
+        self._send_json({})
+
     def do_PUT(self) -> None:
         self._noted()
         data = self._received()
+        if self.state.broken_uploads:
+            self._send(400, b"no", {})
+            return
         self.state.uploads[hashlib.sha256(data).hexdigest()] = data
         self._send(200, b"", {})
 
@@ -359,6 +390,7 @@ class _Handler(_Base):
             self._create(json.loads(body))
         elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/(.+)", path):
             sent = json.loads(body)["files"]
+            self.state.ignored.append(json.loads(body).get("gitIgnore"))
             self._send_json({"files": [self._upload_mode(file) for file in sent]})
         elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/paths-info/(.+)", path):
             repo = self.state.repos.get(found[1])
@@ -388,7 +420,14 @@ class _Handler(_Base):
 
     def _lfs_batch(self, objects: list[dict[str, Any]]) -> None:
         answers = [
-            {**o, "actions": {"upload": {"href": f"{self.state.cdn}/upload/{o['oid']}"}}} for o in objects
+            {
+                **o,
+                "actions": {
+                    "upload": {"href": f"{self.state.cdn}/upload/{o['oid']}"},
+                    **self.state.lfs_actions,
+                },
+            }
+            for o in objects
         ]
         self._send_json({"transfer": "basic", "objects": answers})
 
@@ -411,7 +450,7 @@ class _Handler(_Base):
         answer = {"commitOid": oid, "commitUrl": f"{self.state.endpoint}/{repo}/commit/{oid}"}
         if is_pull_request:
             answer["pullRequestUrl"] = f"{self.state.endpoint}/{repo}/discussions/1"
-        self._send_json(answer)
+        self._send_json({**answer, **self.state.commit_answer})
 
     def _answer(self) -> None:
         path = self._noted()

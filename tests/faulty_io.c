@@ -64,6 +64,19 @@ static int is_meant_fd(const char *call, int fd)
     return is_meant(call, path);
 }
 
+static int is_meant_at(const char *call, int directory, const char *name)
+{
+    char link[64], path[2 * PATH_MAX];
+    if (name[0] == '/' || directory < 0)
+        return is_meant(call, name);
+    snprintf(link, sizeof link, "/proc/self/fd/%d", directory);
+    ssize_t n = readlink(link, path, PATH_MAX);
+    if (n < 0)
+        return 0;
+    snprintf(path + n, sizeof path - (size_t)n, "/%s", name);
+    return is_meant(call, path);
+}
+
 static int fails(int meant)
 {
     if (!meant || (int)dice(1000) >= number("FAULT_PER_MILLE"))
@@ -146,9 +159,16 @@ int rename(const char *old, const char *new)
     return fails(is_meant("rename", old)) ? -1 : REAL("rename", int (*)(const char *, const char *))(old, new);
 }
 
+int renameat(int a, const char *old, int b, const char *new)
+{
+    if (fails(is_meant_at("rename", a, old)))
+        return -1;
+    return REAL("renameat", int (*)(int, const char *, int, const char *))(a, old, b, new);
+}
+
 int renameat2(int a, const char *old, int b, const char *new, unsigned flags)
 {
-    if (fails(is_meant("rename", old)))
+    if (fails(is_meant_at("rename", a, old)))
         return -1;
     return REAL("renameat2", int (*)(int, const char *, int, const char *, unsigned))(a, old, b, new, flags);
 }
@@ -156,4 +176,11 @@ int renameat2(int a, const char *old, int b, const char *new, unsigned flags)
 int mkdir(const char *path, mode_t mode)
 {
     return fails(is_meant("mkdir", path)) ? -1 : REAL("mkdir", int (*)(const char *, mode_t))(path, mode);
+}
+
+int mkdirat(int directory, const char *path, mode_t mode)
+{
+    if (fails(is_meant_at("mkdir", directory, path)))
+        return -1;
+    return REAL("mkdirat", int (*)(int, const char *, mode_t))(directory, path, mode);
 }

@@ -233,11 +233,10 @@ class TestManifest:
         assert "/home" not in text
         assert json.loads(text)["source"]["name"] == "tiny"
 
-    def test_keys_are_sorted_and_numbers_short_and_finite(self) -> None:
+    def test_keys_are_sorted_and_numbers_exact_and_finite(self) -> None:
         text = canonical_json({"b": 1 / 3, "a": [1.0, 2], "c": [{"x": None}]})
-        assert (
-            text
-            == '{\n  "a": [1.0, 2],\n  "b": 0.333333333,\n  "c": [\n    {\n      "x": null\n    }\n  ]\n}\n'
+        assert text == (
+            '{\n  "a": [1.0, 2],\n  "b": 0.3333333333333333,\n  "c": [\n    {\n      "x": null\n    }\n  ]\n}\n'
         )
         for value in (math.nan, math.inf):
             with pytest.raises(ValueError, match="cannot be recorded"):

@@ -103,6 +103,7 @@ def test_a_repository_is_patched_exactly_as_its_directory_is(
         "name": "org/tiny",
         "requested_revision": None,
         "commit": published.commit,
+        "checked": True,
     }
     assert {(request.host, request.token) for request in hub.log} == {("hub", TOKEN), ("cdn", None)}
     for text in (result.stdout, result.stderr, json.dumps(ours)):

@@ -164,7 +164,7 @@ def test_what_had_come_before_a_kill_is_taken_over(
             and time.monotonic() < deadline
         ):
             time.sleep(0.1)
-            notes = [path / ".qkpatch-journal" for path in staged(tmp_path)]
+            notes = [path / "journal" for path in staged(tmp_path)]
             journal = "".join(path.read_text() for path in notes if path.exists())
     finally:
         process.send_signal(signal.SIGKILL)
@@ -208,7 +208,7 @@ def test_a_file_that_comes_damaged_is_refused(
     hub.faults.append(Fault("damage", "00004-of-00004.safetensors", 1, host="cdn", skip=2))
     result = run_qkpatch(environment, "apply", "org/model", "--no-cache", "-o", tmp_path / "out")
     assert result.returncode == 4, result.stderr
-    assert "SHA-256 is another" in result.stderr
+    assert "digest is another" in result.stderr
     assert not (tmp_path / "out").exists()
 
 

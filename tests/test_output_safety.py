@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
 from qkpatch.checkpoint import staging
-from qkpatch.checkpoint.staging import Staging, remove_stale
+from qkpatch.checkpoint.staging import Staging
 from qkpatch.errors import FileSystemError, UsageError
 from qkpatch.patch import apply_plan
 from qkpatch.plan import make_plan
-from qkpatch.settings import Request
+from qkpatch.request import Request
 from qkpatch.writing import Writing
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
@@ -134,7 +134,7 @@ def test_an_empty_directory_is_taken(tiny: Tiny, folder: Path, run: Callable[...
 
 def test_overwrite_replaces_an_earlier_output(tiny: Tiny, folder: Path, run: Callable[..., Result]) -> None:
     out = folder / "out"
-    assert run("apply", tiny.path, "-o", out).exit_code == 0
+    assert run("apply", tiny.path, "-o", out, "--digest", "files").exit_code == 0
     assert_refused(run("apply", tiny.path, "-o", out), 2, "--overwrite")
     (tiny.path / "tokenizer.json").rename(tiny.path / "renamed.json")
     assert run("apply", tiny.path, "-o", out, "--overwrite", "--alpha", "0").exit_code == 0
@@ -391,7 +391,7 @@ def test_a_source_that_changes_meanwhile_is_an_error(
                 file.seek(size if change == "grown" else size - 1)
                 file.write(b"!")
 
-    plan = make_plan(str(tiny.path), Request(layers="0-2"))
+    plan = make_plan(str(tiny.path), Request.of(layers="0-2"))
     # config.json is copied first, the shard second; heads of layer 0 are edited first.
     observer = Meddler(moment, 2 if moment == "copied" else 1, meddle)
     with pytest.raises(FileSystemError, match=r"changed|ends 1 bytes early"):
@@ -474,7 +474,7 @@ def test_without_renameat2_an_old_output_comes_back_when_it_cannot_be_replaced(
     rename = os.rename
 
     def fail_to_publish(old: Any, new: Any, **kwargs: Any) -> None:
-        if ".qkpatch-" in str(old) and Path(new) == out:
+        if str(old) == "files" and Path(new).name == out.name:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         rename(old, new, **kwargs)
 
@@ -493,7 +493,7 @@ def test_without_renameat2_an_out_that_appears_at_the_last_moment_is_left_alone(
     out, rename = folder / "out", os.rename
 
     def be_late(old: Any, new: Any, **kwargs: Any) -> None:
-        if ".qkpatch-" in str(old):
+        if str(old) == "files":
             out.mkdir()
             (out / "mine.txt").write_text("mine")
         rename(old, new, **kwargs)
@@ -508,13 +508,20 @@ def test_without_renameat2_an_out_that_appears_at_the_last_moment_is_left_alone(
 # -------- staging
 
 
+def orphan_of(folder: Path, name: str = ".out.qkpatch-0123abcd") -> Path:
+    """What a run that was killed leaves."""
+    orphan = folder / name
+    orphan.mkdir(mode=0o700)
+    (orphan / "journal").write_text('{"fingerprint": "0"}\n')
+    (orphan / "files").mkdir()
+    (orphan / "files" / "half").write_text("half")
+    return orphan
+
+
 def test_staging_whose_owner_lives_is_kept_and_an_orphan_is_removed(folder: Path) -> None:
-    orphan = folder / ".out.qkpatch-0123abcd"
-    orphan.mkdir()
-    (orphan / "half").write_text("half")
+    orphan = orphan_of(folder)
     with Staging(folder / "out") as first:
         assert not orphan.exists()
-        assert remove_stale(folder / "out") == []
         with Staging(folder / "out") as second:
             assert first.path.is_dir()
         assert not second.path.exists()
@@ -542,9 +549,10 @@ def test_fresh_staging_survives_another_run_that_cleans_up_before_it_is_locked(
 
     def be_looked_at(path: Any, *args: Any, **kwargs: Any) -> None:
         mkdir(path, *args, **kwargs)
-        if Path(path).parent == folder:
+        if ".qkpatch-" in str(path):
             monkeypatch.setattr(os, "mkdir", mkdir)
-            remove_stale(out)
+            with Staging(out):  # takes the first one for stale
+                pass
 
     monkeypatch.setattr(os, "mkdir", be_looked_at)
     result = run("apply", tiny.path, "-o", out)

@@ -340,12 +340,12 @@ def test_a_dry_run_shows_the_commit_and_makes_none(
 
 
 def test_a_directory_is_sent_whole_with_results_in_its_card_as_a_pull_request(
-    hub: FakeHub, out: Path, environment: dict[str, str], tmp_path: Path
+    hub: FakeHub, base: Tiny, out: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
     hub.repos["me/new"] = Repo(_folder(tmp_path / "there", {"README.md": "# there\n"}))
     before, after = lmms(tmp_path / "b", [1.0, 0.0], [True]), lmms(tmp_path / "p", [1.0, 1.0], [True])
     flags = ("--push", "me/new", "--create-pr", "--results", after, "--base-results", before)
-    result = run_qkpatch(environment, "card", out, *flags)
+    result = run_qkpatch(environment, "card", out, *flags, "--source", base.path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == f"{hub.endpoint}/me/new/discussions/1"
     (commit,) = hub.commits
@@ -404,10 +404,10 @@ def test_flags_of_publishing_that_make_no_sense_are_refused(
 
 
 def test_an_output_that_was_cut_is_not_published(
-    hub: FakeHub, out: Path, environment: dict[str, str]
+    hub: FakeHub, base: Tiny, out: Path, environment: dict[str, str]
 ) -> None:
     shutil.copy(out / "config.json", out / PATCHED)
-    result = run_qkpatch(environment, "card", out, "--push", "me/new")
-    assert result.returncode == 3
+    result = run_qkpatch(environment, "card", out, "--push", "me/new", "--source", base.path)
+    assert result.returncode == 1
     assert PATCHED in result.stderr
     assert hub.commits == []

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import REPO, build_tiny
 
-from qkpatch.catalogue import choose_recipe, get_recipe, load_recipe, shipped_recipes
+from qkpatch.catalogue import get_recipe, load_recipe, shipped_recipes
+from qkpatch.choice import choose_recipe
 from qkpatch.errors import AmbiguousError, CheckpointError, RecipeError, UnsupportedError, UsageError
 from qkpatch.heads import HeadLayout
 from qkpatch.recipe_file import parse_recipe

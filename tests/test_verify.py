@@ -84,6 +84,7 @@ def test_json_says_how_much_was_compared(tiny: Tiny, out: Path, run: Callable[..
         "mismatches": [],
         "files": 3,
         "edited_tensors": 1,
+        "notes": [],
         "edited_bytes": 8 * 24 * 2,
         "compared_bytes": sum(path.stat().st_size for path in tiny.path.iterdir()),
     }

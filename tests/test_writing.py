@@ -204,7 +204,7 @@ class TestResume:
         process = subprocess.Popen([str(part) for part in command], env=ENVIRONMENT)
         try:
             while process.poll() is None:
-                for journal in out.parent.glob(f".{out.name}.qkpatch-*/.qkpatch-journal"):
+                for journal in out.parent.glob(f".{out.name}.qkpatch-*/journal"):
                     if after in journal.read_text():
                         process.send_signal(signal.SIGKILL)
                 time.sleep(0.001)
@@ -224,7 +224,7 @@ class TestResume:
         assert run("apply", slow.path, "-o", plain).exit_code == 0
         staging = self.kill(slow.path, out, after)
         done = "side.bin" if after == "side.bin" else "model.safetensors"
-        inode = (staging / done).stat().st_ino
+        inode = (staging / "files" / done).stat().st_ino
         assert run("apply", slow.path, "-o", out, "--resume").exit_code == 0
         assert same_but_for_the_record(plain, out)
         assert (out / done).stat().st_ino == inode
@@ -247,7 +247,7 @@ class TestResume:
         elif change == "no --resume":
             options = []
         else:
-            with open(staging / "side.bin", "r+b") as file:
+            with open(staging / "files" / "side.bin", "r+b") as file:
                 file.write(b"!")
         assert run("apply", source, "-o", out, *options).exit_code == 0
         assert (out / "side.bin").read_bytes() == (source / "side.bin").read_bytes()
@@ -259,7 +259,7 @@ class TestResume:
     ) -> None:
         out = tmp_path / "out"
         staging = self.kill(slow.path, out, "filled")
-        journal = staging / ".qkpatch-journal"
+        journal = staging / "journal"
         journal.write_bytes(journal.read_bytes()[:-7])
         assert run("apply", slow.path, "-o", out, "--resume").exit_code == 0
         assert run("verify", out, "--source", slow.path).exit_code == 0

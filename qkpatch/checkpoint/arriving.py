@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-
 from qkpatch.checkpoint.copying import Lane, Passage
-from qkpatch.checkpoint.files import Progress, Readable, Remote, write_exact
+from qkpatch.checkpoint.files import Digesting, Progress, Readable, Remote, write_exact
 
 
 class Arrival:
@@ -20,9 +18,7 @@ class Arrival:
     def __exit__(self, *_: object) -> None:
         """Nothing is open but what the caller opened."""
 
-    def copy(
-        self, begin: int, end: int, at: int, progress: Progress, digest: hashlib._Hash | None = None
-    ) -> str:
+    def copy(self, begin: int, end: int, at: int, progress: Progress, digest: Digesting | None = None) -> str:
         """As :meth:`Passage.copy`.
 
         Raises:

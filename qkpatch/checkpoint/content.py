@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import groupby
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
-from qkpatch.checkpoint.files import Readable, update_digest
+from qkpatch.checkpoint.files import READ_CHUNK, Digesting, Readable, read_exact, read_into, update_digest
+from qkpatch.errors import HubError
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,36 @@ class Content:
         return digest.hexdigest() == self.digest
 
 
+def damaged(where: str) -> HubError:
+    """What is said of a file that came with other bytes than the Hub lists."""
+    return HubError(
+        "what came is not what the Hub lists: its digest is another",
+        where=where,
+        fix="run again; if it stays, the file on the Hub is damaged, or something on the way changes it",
+    )
+
+
+class Parts:
+    """A digest of a file that is fed from its beginning on, and the SHA-256 of parts of it."""
+
+    def __init__(self, whole: Digesting, parts: Iterable[tuple[int, int]]) -> None:
+        self._whole, self._position = whole, 0
+        self._parts = [(begin, end, hashlib.sha256()) for begin, end in parts]
+
+    def update(self, data: bytes | bytearray | memoryview, /) -> None:
+        """Take more bytes in."""
+        self._whole.update(data)
+        view, first = memoryview(data), self._position
+        self._position += len(view)
+        for begin, end, digest in self._parts:
+            if begin < self._position and first < end:
+                digest.update(view[max(begin - first, 0) : end - first])
+
+    def sums(self) -> list[str]:
+        """The SHA-256 of each part, in the order in which they were given."""
+        return [digest.hexdigest() for _, _, digest in self._parts]
+
+
 class Held(NamedTuple):
     """The bytes ``begin:end`` of a file of SOURCE, which OUT holds in ``name`` from ``at`` on."""
 
@@ -72,7 +104,7 @@ def gaps(size: int, held: Iterable[Held]) -> list[tuple[int, int]]:
 
 
 def feed_source(
-    digest: hashlib._Hash, source: Readable, size: int, held: Sequence[Held], opened: Opened, where: str
+    digest: Digesting, source: Readable, size: int, held: Sequence[Held], opened: Opened, where: str
 ) -> None:
     """Feed a file of SOURCE to ``digest``, as OUT has it: what OUT does not hold is read from ``source``.
 
@@ -97,3 +129,56 @@ def feed_source(
                 position = end
     for begin, end in rest:
         update_digest(digest, source, begin, end, where)
+
+
+class HeldFile:
+    """A file of SOURCE to be read out of what OUT holds of it; the rest, such as a header, is in memory.
+
+    It is a :class:`~qkpatch.checkpoint.files.Remote`: size, ``read_into`` and ``pieces``.
+    """
+
+    def __init__(
+        self, size: int, held: Sequence[Held], rest: Mapping[int, bytes], opened: Mapping[str, int]
+    ) -> None:
+        """Open it.
+
+        Args:
+            size: of the file.
+            held: what of it can be read; asking for anything else is an error.
+            rest: what OUT does not hold, by offset.
+            opened: descriptors of OUT's files, by name.
+        """
+        self.size = size
+        self._opened = opened
+        own = [(begin, begin + len(data), data, 0) for begin, data in rest.items()]
+        self._parts: list[tuple[int, int, bytes | str, int]] = sorted([*own, *held], key=itemgetter(0))
+        self._begins = [part[0] for part in self._parts]
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` from ``offset`` on."""
+        done = 0
+        while done < len(buffer):
+            position = offset + done
+            begin, end, place, at = self._parts[bisect_right(self._begins, position) - 1]
+            n = min(end - position, len(buffer) - done)
+            if position < begin or n <= 0:
+                raise ValueError(f"byte {position} is not held")
+            piece = buffer[done : done + n]
+            if isinstance(place, bytes):
+                piece[:] = place[position - begin : position - begin + n]
+            else:
+                read_into(self._opened[place], piece, at + position - begin, place)
+            done += n
+
+    def pieces(self, begin: int, end: int) -> Iterator[memoryview]:
+        """The bytes ``begin:end`` in order; each piece holds until the next one is asked for."""
+        buffer = memoryview(bytearray(min(READ_CHUNK, end - begin)))
+        for offset in range(begin, end, len(buffer) or 1):
+            piece = buffer[: end - offset]
+            self.read_into(piece, offset)
+            yield piece
+
+
+def read_rest(source: Readable, size: int, held: Sequence[Held], where: str) -> dict[int, bytes]:
+    """What OUT does not hold of a file of SOURCE, by offset; for :class:`HeldFile`."""
+    return {begin: bytes(read_exact(source, end - begin, begin, where)) for begin, end in gaps(size, held)}

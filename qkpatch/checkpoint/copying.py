@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import mmap
 import os
 from collections import deque
@@ -15,7 +14,7 @@ from itertools import cycle, pairwise
 from pathlib import Path
 from types import TracebackType
 
-from qkpatch.checkpoint.files import Progress, Readable, os_errors, read_into
+from qkpatch.checkpoint.files import Digesting, Progress, Readable, os_errors, read_into
 from qkpatch.errors import FileSystemError
 
 # One system call copies at most this much, so that progress moves and Ctrl-C is heard.
@@ -91,9 +90,7 @@ class Passage:
             if raw is not None:
                 os.close(raw)
 
-    def copy(
-        self, begin: int, end: int, at: int, progress: Progress, digest: hashlib._Hash | None = None
-    ) -> str:
+    def copy(self, begin: int, end: int, at: int, progress: Progress, digest: Digesting | None = None) -> str:
         """Copy the bytes ``begin:end`` to ``at``, and feed them to ``digest``; returns the name of the means.
 
         The target is as long already, and zero where nothing was written: holes are left out. ``progress`` may
@@ -113,7 +110,7 @@ class Passage:
         self._leave_out(position, end, progress, digest)
         return used
 
-    def _leave_out(self, begin: int, end: int, progress: Progress, digest: hashlib._Hash | None) -> None:
+    def _leave_out(self, begin: int, end: int, progress: Progress, digest: Digesting | None) -> None:
         if digest is not None:
             zeros = bytes(min(PIECE, end - begin))
             for at in range(begin, end, PIECE):
@@ -121,7 +118,7 @@ class Passage:
         progress(end - begin)
 
     def _copy_data(
-        self, begin: int, end: int, shift: int, progress: Progress, digest: hashlib._Hash | None
+        self, begin: int, end: int, shift: int, progress: Progress, digest: Digesting | None
     ) -> str:
         # Whole blocks of the target, in the source's offsets.
         first, last = -(-(begin + shift) // ALIGN) * ALIGN - shift, (end + shift) // ALIGN * ALIGN - shift
@@ -140,7 +137,7 @@ class Passage:
         pieces: Sequence[tuple[int, int]],
         shift: int,
         progress: Progress,
-        digest: hashlib._Hash | None,
+        digest: Digesting | None,
     ) -> None:
         """Read pieces in order, and write each while the next ones are read."""
         writing: deque[Future[int]] = deque()

@@ -27,6 +27,13 @@ _ADVICE = {
 Progress = Callable[[int], None]
 
 
+class Digesting(Protocol):
+    """What bytes are fed to: a digest of :mod:`hashlib`, or several."""
+
+    def update(self, data: bytes | bytearray | memoryview, /) -> None:
+        """Take the next bytes."""
+
+
 class Remote(Protocol):
     """A file that is open elsewhere, and read by byte ranges."""
 
@@ -42,6 +49,22 @@ class Remote(Protocol):
 
 
 Readable = int | Remote  # a file descriptor, or a file elsewhere
+
+
+class Digests:
+    """Some digests of the same bytes, by name."""
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, hashlib._Hash] = {}
+
+    def update(self, data: bytes | bytearray | memoryview, /) -> None:
+        """Take the next bytes."""
+        for digest in self.kinds.values():
+            digest.update(data)
+
+    def hex(self, kind: str) -> str | None:
+        """One of them; None where it was not taken."""
+        return self.kinds[kind].hexdigest() if kind in self.kinds else None
 
 
 @contextmanager
@@ -66,16 +89,30 @@ class FileId:
     size: int
     mtime_ns: int
     ctime_ns: int  # which cannot be set by hand: content that changed under a restored time is noticed
+    n_links: int
 
     @classmethod
     def of(cls, status: os.stat_result) -> FileId:
         """The identity in a ``stat`` result."""
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        return cls(
+            status.st_dev,
+            status.st_ino,
+            status.st_size,
+            status.st_mtime_ns,
+            status.st_ctime_ns,
+            status.st_nlink,
+        )
 
     @property
     def but_for_links(self) -> FileId:
         """The same whatever hard links are made to the file, which move its ctime."""
-        return replace(self, ctime_ns=0)
+        return replace(self, ctime_ns=0, n_links=0)
+
+    def is_still(self, before: FileId) -> bool:
+        """Whether nothing has happened to the file since, but for hard links that somebody made or removed."""
+        return self == before or (
+            self.n_links != before.n_links and self.but_for_links == before.but_for_links
+        )
 
 
 @contextmanager
@@ -97,7 +134,7 @@ def open_read(path: Path, expected: FileId | None = None) -> Iterator[int]:
 
 def check_unchanged(fd: int, path: Path, expected: FileId | None) -> None:
     """Raise :class:`FileSystemError` where the open file is no longer the one that was planned for."""
-    if expected is not None and FileId.of(os.fstat(fd)) != expected:
+    if expected is not None and not FileId.of(os.fstat(fd)).is_still(expected):
         raise FileSystemError(
             "the source changed while qkpatch was running",
             where=str(path),
@@ -156,7 +193,7 @@ def sha256_range(fd: Readable, begin: int, end: int, where: str | Path) -> str:
     return digest.hexdigest()
 
 
-def update_digest(digest: hashlib._Hash, fd: Readable, begin: int, end: int, where: str | Path) -> None:
+def update_digest(digest: Digesting, fd: Readable, begin: int, end: int, where: str | Path) -> None:
     """Feed the bytes ``begin:end`` of an open file to ``digest``."""
     if not isinstance(fd, int):
         for piece in fd.pieces(begin, end):

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from qkpatch.checkpoint.content import Content, damaged
+from qkpatch.checkpoint.files import open_read, size_of, update_digest
+from qkpatch.checkpoint.hub_cache import blob_of, blobs_of
 from qkpatch.checkpoint.hub_errors import hub_errors, is_out_of_reach
+from qkpatch.checkpoint.hub_token import hub_api
 from qkpatch.checkpoint.remote import RemoteRepo
 from qkpatch.checkpoint.transfer import Listed
 from qkpatch.errors import HubError
+
+_HASHING = 4  # files at a time: SHA-256 is slower than most disks
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,7 @@ class Found:
     repo: str
     requested_revision: str | None
     commit: str
+    checked: frozenset[str] = frozenset()  # files that are what the Hub lists, by their digests
 
 
 def download(hub_id: HubId) -> Found:
@@ -53,12 +62,41 @@ def download(hub_id: HubId) -> Found:
     Raises:
         HubError: with the cause and the next step, one sentence for each kind.
     """
-    from huggingface_hub import snapshot_download
-
+    before = blobs_of(hub_id.repo)
     with hub_errors(str(hub_id)):
-        path = Path(snapshot_download(hub_id.repo, revision=hub_id.revision))
+        path = Path(hub_api().snapshot_download(hub_id.repo, revision=hub_id.revision))
     # snapshots/<commit>: the cache's layout names the commit that the revision resolved to.
-    return Found(path, hub_id.repo, hub_id.revision, path.name)
+    checked = _check_new(path, before)
+    return Found(path, hub_id.repo, hub_id.revision, path.name, checked)
+
+
+def _check_new(snapshot: Path, before: Collection[str]) -> frozenset[str]:
+    """Hash what came into the cache just now, since the library checks sizes alone; the names of those files.
+
+    Raises:
+        HubError: a file is not what its blob's name says; it is removed, so that the next run downloads it anew.
+    """
+    blobs: dict[str, tuple[Path, Content]] = {}
+    for path in snapshot.rglob("*"):
+        blob = blob_of(path)
+        content = None if blob is None or blob.name in before else Content.of_name(blob.name)
+        if blob is not None and content is not None:
+            blobs[path.relative_to(snapshot).as_posix()] = blob, content
+
+    def check(name: str) -> None:
+        blob, content = blobs[name]
+        with open_read(blob) as fd:
+            digest = content.hasher(size_of(fd))
+            update_digest(digest, fd, 0, size_of(fd), blob)
+        if digest.hexdigest() != content.digest:
+            for path in (blob.resolve(), blob):
+                path.unlink(missing_ok=True)
+            raise damaged(f"{snapshot.parent.parent.name}: {name}")
+
+    with ThreadPoolExecutor(_HASHING) as pool:
+        for _ in pool.map(check, blobs):
+            pass
+    return frozenset(blobs)
 
 
 def look(hub_id: HubId, *, use_cache: bool = True) -> Found:
@@ -67,10 +105,10 @@ def look(hub_id: HubId, *, use_cache: bool = True) -> Found:
     Raises:
         HubError: as :func:`download`.
     """
-    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub import constants
     from huggingface_hub.hf_api import RepoFile
 
-    api, is_offline = HfApi(library_name="qkpatch"), constants.is_offline_mode()
+    api, is_offline = hub_api(), constants.is_offline_mode()
     with hub_errors(str(hub_id)):
         found = api.resolve_revision(hub_id.repo, revision=hub_id.revision, local_files_only=is_offline)
     commit = found.resolved
@@ -82,7 +120,7 @@ def look(hub_id: HubId, *, use_cache: bool = True) -> Found:
         except HubError as error:
             if use_cache and is_out_of_reach(error.__cause__):
                 with hub_errors(str(hub_id)):  # it may be whole, where nothing says that it is not
-                    cached = Path(snapshot_download(hub_id.repo, revision=commit, local_files_only=True))
+                    cached = Path(api.snapshot_download(hub_id.repo, revision=commit, local_files_only=True))
                 return Found(cached, hub_id.repo, hub_id.revision, commit)
             raise
         listed = [
@@ -96,12 +134,12 @@ def look(hub_id: HubId, *, use_cache: bool = True) -> Found:
 
 def _cached(hub_id: HubId, commit: str) -> Path | None:
     """The snapshot of a commit, where the cache has all of it and knows that it has."""
-    from huggingface_hub import get_cached_repo_tree, snapshot_download
+    from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
 
     try:
         with hub_errors(str(hub_id)):
-            path = Path(snapshot_download(hub_id.repo, revision=commit, local_files_only=True))
+            path = Path(hub_api().snapshot_download(hub_id.repo, revision=commit, local_files_only=True))
             tree = get_cached_repo_tree(hub_id.repo, revision=commit)
     except (HubError, CachedRepoTreeNotFoundError) as error:
         if isinstance(error, HubError) and not isinstance(error.__cause__, LocalEntryNotFoundError):

@@ -34,6 +34,17 @@ def blob_of(path: Path) -> Path | None:
     return None
 
 
+def blobs_of(repo: str) -> frozenset[str]:
+    """The names of all blobs of a repository that the cache holds."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "blobs"
+    try:
+        return frozenset(path.name for path in folder.iterdir())
+    except OSError:
+        return frozenset()
+
+
 def snapshot_at(path: Path) -> Snapshot | None:
     """Which snapshot a directory is; None for one outside the cache of this machine, whatever it is called."""
     real = Path(os.path.realpath(path))

@@ -1,4 +1,4 @@
-"""What can go wrong with the Hub, each worded once: the cause, and the next step."""
+"""Around every call to the Hub: the token is guarded, and what can go wrong is worded once, with the next step."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from qkpatch.checkpoint.hub_token import refusal_in, token_guarded
 from qkpatch.errors import HubError
 
 
@@ -30,15 +31,21 @@ def is_tls_failure(error: BaseException | None) -> bool:
 
 @contextmanager
 def hub_errors(where: str) -> Iterator[None]:
-    """Turn what huggingface_hub and its HTTP library raise into :class:`HubError`."""
+    """Turn what huggingface_hub and its HTTP library raise into :class:`HubError`, and keep the token."""
     from huggingface_hub.errors import HFValidationError
 
+    library = httpx()
+    known = (OSError, ValueError, KeyError, library.HTTPError, library.InvalidURL, *_others())
     try:
-        yield
-    except HFValidationError as error:
-        raise HubError(f"not a name that the Hub allows: {error}", where=where, fix="check it") from error
-    except (OSError, ValueError, KeyError, httpx().HTTPError, *_others()) as error:
-        if isinstance(error, HubError):
+        with token_guarded():
+            yield
+    except Exception as error:
+        refusal = refusal_in(error)
+        if refusal is not None:  # whatever huggingface_hub made of it
+            raise HubError(refusal.what, where=where, fix=refusal.fix) from error
+        if isinstance(error, HFValidationError):
+            raise HubError(f"not a name that the Hub allows: {error}", where=where, fix="check it") from error
+        if isinstance(error, HubError) or not isinstance(error, known):
             raise
         raise _explained(error, where) from error
 

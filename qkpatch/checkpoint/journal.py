@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
-from qkpatch.checkpoint.files import os_errors
+from qkpatch.checkpoint.files import os_errors, read_exact
 from qkpatch.checkpoint.output import OutputFile
+from qkpatch.checkpoint.rooted import Rooted
+from qkpatch.errors import FileSystemError
 
-NAME = ".qkpatch-journal"  # in the staging directory, never in OUT
+NAME = "journal"  # in the staging directory, beside the files
+_BEGINS = '{"fingerprint": "'
 
 
 class State(str, Enum):
@@ -24,24 +26,29 @@ class State(str, Enum):
 class Journal:
     """Notes for one staging directory; the first line says for which plan and which source files it is."""
 
-    def __init__(self, staging: Path, fingerprint: str) -> None:
-        self._path = staging / NAME
-        self._done = _read(self._path, fingerprint) or {}
-        with os_errors("write", self._path):
-            if not self._done:
-                self._path.write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
-            else:  # a last line that the kill cut short: what follows is a line of its own
-                os.truncate(self._path, self._path.read_bytes().rindex(b"\n") + 1)
-            self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-
-    def state(self, staged: Path, file: OutputFile) -> State | None:
-        """How far ``staged``, the copy of ``file``, was when the journal was left; None where nothing is sure."""
-        note = self._done.get(file.name)
+    def __init__(self, room: Rooted, fingerprint: str) -> None:
+        self._where = room.path / NAME
+        self._done = _read(room, fingerprint) or {}
+        with os_errors("open", self._where):
+            self._fd = room.open(NAME, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         try:
-            status = staged.lstat()
-        except OSError:
-            return None
-        if note is None or (status.st_ino, status.st_size) != (note["inode"], file.size):
+            self._begin(fingerprint)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def _begin(self, fingerprint: str) -> None:
+        with os_errors("write", self._where):
+            # A last line that the kill cut short: what follows is a line of its own.
+            text = os.pread(self._fd, os.fstat(self._fd).st_size, 0) if self._done else b""
+            os.ftruncate(self._fd, text.rfind(b"\n") + 1)
+        if not self._done:
+            self._append({"fingerprint": fingerprint})
+
+    def state(self, status: os.stat_result | None, file: OutputFile) -> State | None:
+        """How far the staged copy of ``file`` was when the journal was left; None where nothing is sure."""
+        note = self._done.get(file.name)
+        if status is None or note is None or (status.st_ino, status.st_size) != (note["inode"], file.size):
             return None
         state = State(note["state"])
         # ctime cannot be set by hand: nothing has touched the copy since. The rows of the others may have changed.
@@ -50,19 +57,17 @@ class Journal:
     def forget(self, file: OutputFile) -> None:
         """Take back what was noted of ``file``, which is about to be made anew: perhaps under the same inode number."""
         if self._done.pop(file.name, None) is not None:
-            with os_errors("write", self._path):
-                os.write(self._fd, (json.dumps({"name": file.name, "state": None}) + "\n").encode())
+            self._append({"name": file.name, "state": None})
 
     def note(self, fd: int, file: OutputFile, state: State) -> None:
         """Say that the open copy of ``file`` is on the disk in ``state``."""
         status = os.fstat(fd)
-        line = {
-            "name": file.name,
-            "state": state.value,
-            "inode": status.st_ino,
-            "ctime_ns": status.st_ctime_ns,
-        }
-        with os_errors("write", self._path):
+        note = {"state": state.value, "inode": status.st_ino, "ctime_ns": status.st_ctime_ns}
+        self._done[file.name] = note
+        self._append({"name": file.name, **note})
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with os_errors("write", self._where):
             os.write(self._fd, (json.dumps(line) + "\n").encode())
 
     def __enter__(self) -> Journal:
@@ -71,24 +76,33 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
 
-    def remove(self) -> None:
-        """Take the journal out of the directory, which is about to become OUT."""
-        with os_errors("remove", self._path):
-            self._path.unlink()
+
+def is_of(room: Rooted, fingerprint: str) -> bool:
+    """Whether a staging directory was left by a run of the same plan on the same source files."""
+    return _read(room, fingerprint) is not None
 
 
-def is_of(staging: Path, fingerprint: str) -> bool:
-    """Whether ``staging`` was left by a run of the same plan on the same source files."""
-    return _read(staging / NAME, fingerprint) is not None
+def is_one(room: Rooted) -> bool:
+    """Whether there is a journal: one that begins as ours do, or that a kill left empty."""
+    try:
+        lines = _lines(room)
+    except (FileSystemError, ValueError):
+        return False
+    return not lines or lines[0][: len(_BEGINS)] == _BEGINS[: len(lines[0])]
 
 
-def _read(path: Path, fingerprint: str) -> dict[str, dict[str, Any]] | None:
+def _lines(room: Rooted) -> list[str]:
+    with room.reading(NAME) as fd:
+        return read_exact(fd, os.fstat(fd).st_size, 0, room.path / NAME).decode("utf-8").splitlines()
+
+
+def _read(room: Rooted, fingerprint: str) -> dict[str, dict[str, Any]] | None:
     """The notes by file; None where there is no journal of this fingerprint."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = _lines(room)
         if not lines or json.loads(lines[0]) != {"fingerprint": fingerprint}:
             return None
-    except (OSError, ValueError):
+    except (FileSystemError, ValueError):
         return None
     notes: dict[str, dict[str, Any]] = {}
     for line in lines[1:]:

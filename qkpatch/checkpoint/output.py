@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from qkpatch.checkpoint.content import Held
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.source import Stored
 from qkpatch.checkpoint.tree import SourceFile
@@ -54,6 +55,14 @@ class OutputFile:
         only = self.extents[0] if len(self.extents) == 1 and not self.own else None
         return only.file if only is not None and only.end - only.begin == only.file.size else None
 
+    def inside(self, ranges: Sequence[tuple[int, int]]) -> Iterator[Extent]:
+        """The parts of the extents that lie in ``ranges`` of this file, which are ascending and apart."""
+        for extent in self.extents:
+            for begin, end in ranges:
+                first, last = max(begin, extent.at), min(end, extent.upto)
+                if first < last:
+                    yield extent.within(first, last)
+
     def around(self, ranges: Sequence[tuple[int, int]]) -> Iterator[Extent]:
         """The extents less ``ranges`` of this file, which are ascending and apart."""
         for extent in self.extents:
@@ -77,9 +86,22 @@ class Output:
         """The files of SOURCE, as they are."""
         return cls({name: OutputFile.copy_of(file) for name, file in source.files.items()})
 
+    def held(self, leave_out: Callable[[str], Sequence[tuple[int, int]]]) -> dict[str, list[Held]]:
+        """What OUT holds of each file of SOURCE, less the ranges of OUT's files that ``leave_out`` gives."""
+        held: dict[str, list[Held]] = {}
+        for name, file in self.files.items():
+            for extent in file.around(leave_out(name)):
+                part = Held(extent.begin, extent.end, name, extent.at)
+                held.setdefault(extent.file.name, []).append(part)
+        return held
+
     def place(self, ref: TensorRef) -> TensorRef:
         """Where OUT has a tensor of SOURCE."""
         return ref if self.moved is None else self.moved[ref.name]
+
+    def made_of(self, names: Collection[str]) -> set[str]:
+        """The files of OUT that have something of these files of SOURCE."""
+        return {name for name, file in self.files.items() if any(e.file.name in names for e in file.extents)}
 
     @property
     def size(self) -> int:

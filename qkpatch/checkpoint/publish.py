@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qkpatch.checkpoint.hub_errors import hub_errors
+from qkpatch.checkpoint.hub_token import hub_api
+from qkpatch.checkpoint.present import Present
 from qkpatch.checkpoint.source import WEIGHT_SUFFIXES
-from qkpatch.errors import HubError, UsageError
+from qkpatch.errors import HubError, MismatchError, UsageError
+from qkpatch.redaction import redact
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd
+
+_IN_MEMORY = 10 << 20  # bytes of a file that is sent as it was read; of larger ones the descriptor is kept
 
 
 @dataclass(frozen=True)
@@ -25,7 +34,8 @@ class Step:
 
     name: str
     size: int
-    is_copy: bool  # on the Hub's side, from the base repository
+    sha256: str | None  # None where OUT is still to be made
+    is_copy: bool  # on the Hub's side, from the base repository, where the file has that digest
     content: bytes | None = None  # of our own; None: it lies in OUT
 
 
@@ -38,18 +48,19 @@ class Target:
     create_pr: bool
 
 
-def copyable(base: Base) -> dict[str, int]:
-    """Sizes of the files that the Hub can copy from one repository to another: its large ones.
+def copyable(base: Base) -> dict[str, str]:
+    """SHA-256 of the files that the Hub can copy from one repository to another: its large ones.
 
     Raises:
         HubError: they cannot be listed.
     """
-    from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
     with hub_errors(f"{base.repo}@{base.commit[:12]}"):
-        entries = list(HfApi().list_repo_tree(base.repo, recursive=True, revision=base.commit))
-    return {e.path: e.size for e in entries if isinstance(e, RepoFile) and e.lfs is not None and e.xet_hash}
+        entries = list(hub_api().list_repo_tree(base.repo, recursive=True, revision=base.commit))
+    return {
+        e.path: e.lfs.sha256 for e in entries if isinstance(e, RepoFile) and e.lfs is not None and e.xet_hash
+    }
 
 
 def check_target(target: Target, names: Sequence[str]) -> None:
@@ -59,13 +70,13 @@ def check_target(target: Target, names: Sequence[str]) -> None:
         UsageError: the repository has other weights, which a loader might take; or is not as private as asked for.
         HubError: no token, or the Hub cannot be asked.
     """
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import get_token
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
     from huggingface_hub.hf_api import RepoFile
 
     if get_token() is None:
         raise HubError("publishing needs a token", where=target.repo, fix="hf auth login, or set HF_TOKEN")
-    api = HfApi()
+    api = hub_api()
     try:
         with hub_errors(target.repo):
             entries = list(api.list_repo_tree(target.repo, recursive=True))
@@ -94,31 +105,69 @@ def check_target(target: Target, names: Sequence[str]) -> None:
         )
 
 
-def publish(target: Target, out: Path, base: Base | None, steps: Sequence[Step], summary: str) -> str:
+def publish(target: Target, present: Present, base: Base | None, steps: Sequence[Step], summary: str) -> str:
     """Make the repository where there is none, and the commit; returns its address.
 
+    What is sent is what had the steps' digests: files are open, or in memory, until their content is there, and no
+    commit is made where one has changed by then.
+
+    Args:
+        target: where it goes.
+        present: OUT.
+        base: where files are copied from.
+        steps: the files.
+        summary: of the commit.
+
     Raises:
+        MismatchError: a file does not have the digest of its step.
+        FileSystemError: a file has changed.
         HubError: refused, or broken off: then there is no commit.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationCopy, HfApi
+    from huggingface_hub import CommitOperationCopy
 
-    api = HfApi(library_name="qkpatch")
-    operations: list[CommitOperationAdd | CommitOperationCopy] = []
-    for step in steps:
-        if step.is_copy and base is not None:
-            operations.append(
-                CommitOperationCopy(
-                    src_path_in_repo=step.name,
-                    path_in_repo=step.name,
-                    src_revision=base.commit,
-                    src_repo_id=base.repo,
-                    src_repo_type="model",
-                )
+    api = hub_api()
+    with ExitStack() as stack, hub_errors(target.repo):
+        additions = [_addition(step, present, stack) for step in steps if not step.is_copy]
+        copies = [
+            CommitOperationCopy(
+                src_path_in_repo=step.name,
+                path_in_repo=step.name,
+                src_revision=base.commit,
+                src_repo_id=base.repo,
+                src_repo_type="model",
             )
-        else:
-            source = str(out / step.name) if step.content is None else step.content
-            operations.append(CommitOperationAdd(path_in_repo=step.name, path_or_fileobj=source))
-    with hub_errors(target.repo):
+            for step in steps
+            if step.is_copy and base is not None
+        ]
         api.create_repo(target.repo, private=target.private or None, exist_ok=True)
-        done = api.create_commit(target.repo, operations, commit_message=summary, create_pr=target.create_pr)
-    return str(done.pr_url or done.commit_url)
+        # An empty list of patterns: the repository's own .gitignore must not leave anything out.
+        try:
+            api.preupload_lfs_files(target.repo, additions, create_pr=target.create_pr, gitignore_content="")
+        except RuntimeError as error:  # how the library says that one of its threads failed
+            raise OSError(str(error.__cause__ or error)) from error
+        for step in steps:
+            if step.content is None:
+                present.confirm(step.name)
+        done = api.create_commit(
+            target.repo, [*additions, *copies], commit_message=summary, create_pr=target.create_pr
+        )
+    return redact(str(done.pr_url or done.commit_url))
+
+
+def _addition(step: Step, present: Present, stack: ExitStack) -> CommitOperationAdd:
+    """One file to be sent; large ones by a descriptor that ``stack`` keeps open."""
+    from huggingface_hub import CommitOperationAdd
+
+    content: bytes | str
+    if step.content is not None:
+        content = step.content
+    elif step.size <= _IN_MEMORY:
+        content = present.read(step.name)
+    else:
+        content = f"/dev/fd/{stack.enter_context(present.open(step.name))}"
+    operation = CommitOperationAdd(path_in_repo=step.name, path_or_fileobj=content)
+    if operation.upload_info.sha256.hex() != step.sha256:
+        raise MismatchError(
+            "it is not what was verified any more", where=step.name, fix="run again when nothing writes to it"
+        )
+    return operation

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import PurePosixPath
 
-from qkpatch.checkpoint.content import Content
+from qkpatch.checkpoint.content import Content, damaged
 from qkpatch.checkpoint.ranges import Fetchers, RangeReader
 from qkpatch.checkpoint.transfer import Listed, Transfer
-from qkpatch.checkpoint.tree import BOOKKEEPING, MAX_JSON_BYTES, SourceFile, is_plain_relative
+from qkpatch.checkpoint.tree import BOOKKEEPING, MAX_JSON_BYTES, Repository, SourceFile, is_plain_relative
 from qkpatch.errors import CheckpointError
 
 _MODE = 0o644  # the Hub knows of no other
@@ -31,7 +31,7 @@ class RemoteFile(SourceFile):
         return self.entry.blob
 
     @property
-    def listed(self) -> Content | None:
+    def listed(self) -> Content:
         """Its SHA-256, or of small files Git's name."""
         entry = self.entry
         return Content("git", entry.blob) if entry.sha256 is None else Content("sha256", entry.sha256)
@@ -44,13 +44,20 @@ class RemoteFile(SourceFile):
             yield reader
 
     def read(self, limit: int = MAX_JSON_BYTES) -> bytes:
-        """All of a small file, in one request: the Hub may not know ranges of those that are in Git itself."""
+        """All of a small file, in one request: the Hub may not know ranges of those that are in Git itself.
+
+        Raises:
+            HubError: it does not come, or is not what was listed.
+        """
         self.check_size(limit)
-        return self.transfer.whole(self.entry)
+        data = self.transfer.whole(self.entry)
+        if not self.listed.is_of(data):
+            raise damaged(self.where)
+        return data
 
 
 @dataclass(frozen=True)
-class RemoteRepo:
+class RemoteRepo(Repository):
     """All files of a repository at one commit."""
 
     where: str
@@ -78,7 +85,7 @@ class RemoteRepo:
         return cls(repo, files)
 
     @property
-    def directories(self) -> tuple[str, ...]:
-        """All sub-directories, each after the one that it lies in."""
+    def directories(self) -> dict[str, int]:
+        """All sub-directories, each after the one that it lies in; the Hub knows of no modes."""
         parents = (PurePosixPath(name).parents for name in self.files)
-        return tuple(sorted({path.as_posix() for some in parents for path in some} - {"."}))
+        return dict.fromkeys(sorted({path.as_posix() for some in parents for path in some} - {"."}), 0o777)

@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 
@@ -112,19 +112,10 @@ class Rooted:
         with self._parent(name) as (fd, last):
             os.mkdir(last, mode, dir_fd=fd)
 
-    def chmod(self, name: str, mode: int) -> None:
-        """Set a directory's mode."""
+    def remove(self, name: str, status: os.stat_result) -> None:
+        """Remove an empty directory, a file, or a link itself, whichever ``status`` says."""
         with self._parent(name) as (fd, last):
-            inner = os.open(last, _DIRECTORY, dir_fd=fd)
-            try:
-                os.fchmod(inner, mode)
-            finally:
-                os.close(inner)
-
-    def unlink(self, name: str) -> None:
-        """Remove a file, or a link itself."""
-        with self._parent(name) as (fd, last):
-            os.unlink(last, dir_fd=fd)
+            (os.rmdir if stat.S_ISDIR(status.st_mode) else os.unlink)(last, dir_fd=fd)
 
     def link(self, source: str, name: str) -> None:
         """Make ``name`` a hard link to the file at the path ``source``."""
@@ -142,6 +133,20 @@ class Rooted:
                 os.fsync(fd)
             finally:
                 os.close(fd)
+
+    def names(self) -> list[str]:
+        """Of what lies in it, sorted."""
+        with os_errors("list", self.path):
+            return sorted(os.listdir(self.fd))
+
+    def clear(self) -> None:
+        """Remove everything below, as far as that can be done, one name after the other in order."""
+        found = list(self.walk())
+        for top in self.names():
+            below = [(name, status) for name, status in found if PurePosixPath(name).parts[0] == top]
+            for name, status in reversed(below):
+                with suppress(OSError):
+                    self.remove(name, status)
 
     def walk(self) -> Iterator[tuple[str, os.stat_result]]:
         """Everything below, sorted, directories before what is in them; links are told, never followed."""

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qkpatch.checkpoint.files import os_errors
+from qkpatch.checkpoint.files import Readable, os_errors
 from qkpatch.checkpoint.header import Header, TensorRef, read_header
 from qkpatch.checkpoint.hub_cache import leads_out
-from qkpatch.checkpoint.remote import RemoteRepo
 from qkpatch.checkpoint.tree import (
     MAX_CONFIG_BYTES,
     LocalFile,
+    Repository,
     SourceFile,
     is_plain_relative,
     load_json,
@@ -51,7 +51,8 @@ class Stored:
     index: str | None  # the file that says which shard holds which tensor
     headers: Mapping[str, Header]  # weight shards, by file name
     files: Mapping[str, SourceFile]  # all files to carry over, shards included, sorted by name
-    directories: tuple[str, ...]
+    directories: Mapping[str, int]  # all sub-directories and their modes, each after the one that it lies in
+    mode: int  # of the directory itself
     twins: tuple[str, ...]  # other files that look like weights and will stay as they are
     previous_manifest: bytes | None  # SOURCE was itself written by qkpatch
 
@@ -64,6 +65,10 @@ class Stored:
     def size(self) -> int:
         """Bytes of all files."""
         return sum(file.size for file in self.files.values())
+
+    def opened(self, name: str, ranges: Sequence[tuple[int, int]] = ()) -> AbstractContextManager[Readable]:
+        """A file for reading, as :meth:`SourceFile.open`."""
+        return self.files[name].open(ranges)
 
     @cached_property
     def from_outside(self) -> tuple[str, ...]:
@@ -85,7 +90,7 @@ class Checkpoint(Stored):
     config: Mapping[str, Any]
 
 
-def open_checkpoint(place: Path | RemoteRepo) -> Checkpoint:
+def open_checkpoint(place: Path | Repository) -> Checkpoint:
     """As :func:`open_stored`, and ``config.json``.
 
     Raises:
@@ -97,7 +102,7 @@ def open_checkpoint(place: Path | RemoteRepo) -> Checkpoint:
     return Checkpoint(**{field.name: getattr(stored, field.name) for field in fields(stored)}, config=config)
 
 
-def open_stored(place: Path | RemoteRepo) -> Stored:
+def open_stored(place: Path | Repository) -> Stored:
     """Read all headers at ``place`` and check them against index and file sizes.
 
     Raises:
@@ -108,8 +113,9 @@ def open_stored(place: Path | RemoteRepo) -> Stored:
         FileSystemError: something cannot be read.
     """
     files: dict[str, SourceFile]
-    if isinstance(place, RemoteRepo):
+    if isinstance(place, Repository):
         files, directories, where, root = dict(place.files), place.directories, place.where, None
+        mode = 0o777
     else:
         with os_errors("read", place):
             status = place.stat()
@@ -118,7 +124,7 @@ def open_stored(place: Path | RemoteRepo) -> Stored:
         if not stat.S_ISDIR(status.st_mode):
             raise FileSystemError("neither a directory nor a file", where=str(place))
         found, directories = walk_files(place)
-        files, where, root = {**found}, str(place), place
+        files, where, root, mode = {**found}, str(place), place, status.st_mode & 0o777
     previous = files.pop(MANIFEST_NAME, None)
     if previous is not None:
         files.pop(SUMS_NAME, None)  # of that edit, and untrue of the next
@@ -141,6 +147,7 @@ def open_stored(place: Path | RemoteRepo) -> Stored:
         headers=headers,
         files=files,
         directories=directories,
+        mode=mode,
         twins=tuple(n for n in files if n.endswith(WEIGHT_SUFFIXES) and n not in headers),
         previous_manifest=None if previous is None else previous.read(),
     )
@@ -161,7 +168,8 @@ def _open_single(path: Path) -> Stored:
         index=None,
         headers=_headers([file]),
         files={file.name: file},
-        directories=(),
+        directories={},
+        mode=0o777,
         twins=(),
         previous_manifest=None,
     )

@@ -1,8 +1,10 @@
-"""Where the output grows until it is whole: a sibling directory, published by one rename.
+"""Where the output grows until it is whole: beside OUT, in a directory of the caller's own, published by one rename.
 
-OUT is never seen half done. The staging directory ``.OUT.qkpatch-<random>`` lies beside OUT, so the rename
-stays on one file system; its owner holds a lock on it, which the kernel drops when the process dies in any
-way. The next run for the same OUT takes an unlocked staging directory for what it is and removes it.
+OUT is never seen half done. The staging directory ``.OUT.qkpatch-<random>`` lies beside OUT, so the rename stays on
+one file system; it holds the journal and ``files``, the directory that becomes OUT, so no name of SOURCE's can meet
+one of ours. Nobody but its owner may enter it, and it is used by descriptor: whoever renames it, or puts another in
+its place, redirects nothing. Its owner holds a lock on it, which the kernel drops when the process dies in any way.
+The next run for the same OUT takes over or removes an unlocked one, if it is the caller's and plainly qkpatch's.
 """
 
 from __future__ import annotations
@@ -13,21 +15,21 @@ import fcntl
 import os
 import re
 import secrets
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from qkpatch.checkpoint import journal
 from qkpatch.checkpoint.files import os_errors
-from qkpatch.checkpoint.journal import is_of
-from qkpatch.checkpoint.target import refuse_foreign_files, target_path
+from qkpatch.checkpoint.rooted import Rooted
+from qkpatch.checkpoint.target import target_path
 from qkpatch.errors import FileSystemError, HubError, UsageError
 from qkpatch.interrupts import signals_held
 
+FILES = "files"  # in the staging directory: what becomes OUT
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
-_AT_FDCWD = -100
 _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 
 
@@ -37,92 +39,125 @@ class Staging:
     Where the Hub failed it stays, for a run that resumes: what had come need not come again.
     """
 
-    def __init__(self, out: Path, resume: str | None = None) -> None:
-        """``resume`` is the fingerprint of the run whose leftovers are taken over, where there are any."""
+    room: Rooted  # the staging directory itself
+    files: Rooted  # what becomes OUT
+
+    def __init__(self, out: Path, resume: str | None = None, mode: int = 0o777) -> None:
+        """Name a new one.
+
+        Args:
+            out: where it will be published.
+            resume: the fingerprint of the run whose leftovers are taken over, where there are any.
+            mode: of OUT, less the umask.
+        """
         self.out = target_path(out)
         self.path = self.out.with_name(f".{out.name}.qkpatch-{secrets.token_hex(4)}")
-        self._resume = resume
-        self._lock = -1
+        self._resume, self._mode = resume, mode | 0o700
+        self._is_held = False
 
     def __enter__(self) -> Staging:
-        with os_errors("look for stale staging directories", self.out.parent):
-            for path, lock in _stale(self.out):
-                if self._resume is not None and self._lock < 0 and is_of(path, self._resume):
-                    self.path, self._lock = path, lock
-                else:
-                    _remove(path, lock)
+        self._parent = Rooted(self.out.parent)
         try:
+            with os_errors("look for stale staging directories", self.out.parent):
+                for room in _stale(self._parent, self.out):
+                    if self._resume is not None and not self._is_held and journal.is_of(room, self._resume):
+                        self.path, self.room, self._is_held = room.path, room, True
+                    else:
+                        _remove(self._parent, room)
             with os_errors("create the staging directory", self.path):
-                while self._lock < 0 or not self._is_locked():
-                    self._create_locked()
+                while not self._is_held:
+                    self._create()
+                with suppress(FileExistsError):
+                    self.room.mkdir(FILES, self._mode)
+            self.files = Rooted(self.path / FILES, within=self.room, name=FILES)
         except BaseException:
             self._clean()
             raise
         return self
 
-    def _create_locked(self) -> None:
-        self._unlock()
-        self.path.mkdir(exist_ok=True)
-        with suppress(FileNotFoundError):
-            self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
-
-    def _is_locked(self) -> bool:
-        """False where another run took the directory for stale between its creation and its lock."""
+    def _create(self) -> None:
+        """Make and lock a directory; it is not held where another run took it for stale before it was locked."""
+        self._parent.mkdir(self.path.name, 0o700)
         try:
-            return os.path.samestat(os.fstat(self._lock), self.path.stat())
-        except FileNotFoundError:
-            return False
+            room = Rooted(self.path, within=self._parent, name=self.path.name)
+        except FileSystemError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return
+            raise
+        try:
+            fcntl.flock(room.fd, fcntl.LOCK_EX)
+            if not _is_still(room, self._parent.status(self.path.name)):
+                return
+            self.room, self._is_held = room, True
+        finally:
+            if not self._is_held:
+                room.close()
+        # Owned as what we make in it: on some file systems that is not the user's own number.
+        os.close(room.open(journal.NAME, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        inner = room.status(journal.NAME)
+        if inner is None or os.fstat(room.fd).st_uid != inner.st_uid:
+            self._is_held = False  # nor is it to be removed
+            raise FileSystemError(
+                "somebody else put a directory in place of the staging directory",
+                where=str(self.path),
+                fix="choose an -o where only you may write",
+            )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, HubError):
-            self._unlock()
+            self._let_go()
             return
-        self._clean()
-        if error is None and self.path.exists():
+        if not self._clean() and error is None:
             raise FileSystemError(
                 "OUT is whole, but the directory it replaced could not be removed",
                 where=str(self.path),
                 fix="remove it yourself",
             )
 
-    def _clean(self) -> None:
+    def _clean(self) -> bool:
         with signals_held():  # a second Ctrl-C must not leave half of it behind
-            if self.path.exists():
-                shutil.rmtree(self.path, ignore_errors=True)
-            self._unlock()
+            try:
+                return not self._is_held or _clear(self._parent, self.room)
+            finally:
+                self._let_go()
 
-    def _unlock(self) -> None:
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+    def _let_go(self) -> None:
+        for held in ("files", "room", "_parent"):
+            if hasattr(self, held):
+                getattr(self, held).close()
 
-    def publish(self, directories: Iterable[str], *, overwrite: bool) -> None:
+    def publish(self, directories: Iterable[str], still_replaceable: Callable[[], None] | None) -> None:
         """Make the staged directory OUT, all or nothing. Files must be synced already; directories are here.
 
+        ``still_replaceable`` raises where the OUT that was to be replaced is another by now; None where there was none.
+
         Raises:
-            UsageError: OUT came into being meanwhile.
+            UsageError: OUT came into being, or changed, meanwhile.
         """
         for name in (*directories, "."):
-            _sync_directory(self.path / name)
+            self.files.sync(name)
         with os_errors("publish", self.out):
-            if not os.path.lexists(self.out):
+            if self._parent.status(self.out.name) is None:
                 self._move(_RENAME_NOREPLACE)
             elif not any(self.out.iterdir()):
-                os.rename(self.path, self.out)  # replaces an empty directory, fails on any other
-            elif overwrite:
-                refuse_foreign_files(self.out)  # some may have come since
+                self._rename()  # replaces an empty directory, fails on any other
+            elif still_replaceable is not None:
+                still_replaceable()
                 self._move(_RENAME_EXCHANGE)  # the old output is now the staged one, and goes on exit
             else:
                 raise self._raced()
-        _sync_directory(self.out.parent)
+        self.room.sync()
+        self._parent.sync()
+
+    def _rename(self) -> None:
+        os.rename(FILES, self.out.name, src_dir_fd=self.room.fd, dst_dir_fd=self._parent.fd)
 
     def _move(self, flag: int) -> None:
         try:
             try:
-                _renameat2(self.path, self.out, flag)
+                _renameat2(self.room.fd, FILES, self._parent.fd, self.out.name, flag)
             except OSError as error:
                 if error.errno not in _UNSUPPORTED:
                     raise
@@ -135,16 +170,15 @@ class Staging:
     def _move_plainly(self, flag: int) -> None:
         """The nearest that a file system without renameat2 can do (some network and FUSE mounts)."""
         if flag == _RENAME_NOREPLACE:
-            os.rename(self.path, self.out)  # refuses all but an empty directory
+            self._rename()  # refuses all but an empty directory
             return
-        aside = self.out.with_name(f".{self.out.name}.replaced-{secrets.token_hex(4)}")
-        os.rename(self.out, aside)
+        aside = {"src_dir_fd": self._parent.fd, "dst_dir_fd": self.room.fd}
+        os.rename(self.out.name, "replaced", **aside)
         try:
-            os.rename(self.path, self.out)
+            self._rename()
         except BaseException:
-            os.rename(aside, self.out)
+            os.rename("replaced", self.out.name, src_dir_fd=self.room.fd, dst_dir_fd=self._parent.fd)
             raise
-        shutil.rmtree(aside, ignore_errors=True)
 
     def _raced(self) -> UsageError:
         return UsageError(
@@ -154,49 +188,60 @@ class Staging:
         )
 
 
-def remove_stale(out: Path) -> list[Path]:
-    """Remove staging directories for ``out`` whose owner is dead; returns them."""
-    return [_remove(path, lock) for path, lock in _stale(out)]
-
-
-def _stale(out: Path) -> Iterator[tuple[Path, int]]:
-    """Staging directories for ``out`` whose owner is dead, each locked by us from here on."""
+def _stale(parent: Rooted, out: Path) -> Iterator[Rooted]:
+    """Staging directories for ``out`` whose owner is dead, each open, and locked by us from here on."""
     pattern = re.compile(rf"\.{re.escape(out.name)}\.qkpatch-[0-9a-f]{{8}}")
-    for path in [p for p in out.parent.iterdir() if pattern.fullmatch(p.name)]:
+    for name in filter(pattern.fullmatch, parent.names()):
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError:
+            room = Rooted(parent.path / name, within=parent, name=name)
+        except FileSystemError:
             continue  # not a directory, or not ours to read
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(room.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            os.close(fd)  # its owner lives, or the file system cannot tell
+            room.close()  # its owner lives, or the file system cannot tell
+            continue
+        if _is_ours(room):
+            yield room
         else:
-            yield path, fd
+            room.close()
 
 
-def _remove(path: Path, lock: int) -> Path:
+def _is_ours(room: Rooted) -> bool:
+    """Whether a directory is the caller's alone and holds what a staging directory holds, nothing else."""
+    status = os.fstat(room.fd)
+    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        return False
+    names = set(room.names())
+    return not names or (names <= {journal.NAME, FILES} and journal.is_one(room))
+
+
+def _clear(parent: Rooted, room: Rooted) -> bool:
+    """Remove a staging directory and all in it, as far as that can be done; whether it is gone."""
+    room.clear()  # the journal last: what a kill leaves of it is still plainly ours
+    name = room.path.name
+    if _is_still(room, parent.status(name)):
+        with suppress(OSError):
+            os.rmdir(name, dir_fd=parent.fd)
+    return not _is_still(room, parent.status(name))
+
+
+def _is_still(room: Rooted, status: os.stat_result | None) -> bool:
+    return status is not None and os.path.samestat(os.fstat(room.fd), status)
+
+
+def _remove(parent: Rooted, room: Rooted) -> None:
     try:
-        shutil.rmtree(path, ignore_errors=True)
+        _clear(parent, room)
     finally:
-        os.close(lock)
-    return path
+        room.close()
 
 
-def _renameat2(old: Path, new: Path, flags: int) -> None:
+def _renameat2(old_fd: int, old: str, new_fd: int, new: str, flags: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     function = getattr(libc, "renameat2", None)
     if function is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    if function(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), flags) != 0:
+    if function(old_fd, os.fsencode(old), new_fd, os.fsencode(new), flags) != 0:
         code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), str(new))
-
-
-def _sync_directory(path: Path) -> None:
-    with os_errors("sync", path):
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        raise OSError(code, os.strerror(code), new)

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from qkpatch.checkpoint.present import Present
+from qkpatch.checkpoint.rooted import Rooted
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME, Checkpoint
 from qkpatch.checkpoint.tree import LocalFile, load_json
 from qkpatch.errors import FileSystemError, QKPatchError, UsageError
@@ -19,14 +21,18 @@ def target_path(out: Path) -> Path:
     return Path(os.path.realpath(out.absolute().parent)) / out.name
 
 
-def check_out(out: Path, source: Path | None, *, overwrite: bool) -> None:
+def check_out(out: Path, source: Path | None, *, overwrite: bool, force: bool = False) -> None:
     """Refuse an OUT that is known to be wrong before anything is read or downloaded.
 
-    ``source`` is SOURCE's path where it is one, None for something on the Hub.
+    Args:
+        out: OUT.
+        source: SOURCE's path where it is one, None for something on the Hub.
+        overwrite: an earlier output may be replaced.
+        force: whatever is there may be.
 
     Raises:
         UsageError: OUT has no name of its own (``.``), overlaps SOURCE, is a file, is not empty, or with
-            ``overwrite`` holds files that qkpatch did not write.
+            ``overwrite`` holds files that qkpatch plainly did not write.
         FileSystemError: OUT's parent is missing or not writable.
     """
     if source is not None:
@@ -62,7 +68,8 @@ def check_out(out: Path, source: Path | None, *, overwrite: bool) -> None:
         raise UsageError(
             "exists and is not empty", where=str(out), fix="choose another -o, or add --overwrite"
         )
-    refuse_foreign_files(out)
+    if not force:
+        refuse_foreign_files(out)
 
 
 def check_apart(out: Path, checkpoint: Checkpoint) -> None:
@@ -97,36 +104,35 @@ def _refuse_overlap(out: Path, *, inside: Iterable[Path], holding: Iterable[Path
 
 
 def refuse_foreign_files(out: Path) -> None:
-    """Raise where ``out`` holds anything but what its manifest lists, as it was when that was written."""
-    manifest = out / MANIFEST_NAME
-    try:
-        known = {str(f["name"]): f["size"] for f in load_json(manifest.read_bytes(), MANIFEST_NAME)["files"]}
-        written = manifest.stat().st_ctime_ns  # qkpatch writes it last; ctime cannot be set by hand
-    except (OSError, QKPatchError, KeyError, TypeError):
-        known, written = {}, -1
-    for path in sorted(out.rglob("*")):
-        name = path.relative_to(out).as_posix()
-        if path.is_dir() and not path.is_symlink():
-            continue
-        status = path.lstat()
-        if name in (MANIFEST_NAME, SUMS_NAME) and known and status.st_ctime_ns <= written:
-            continue
-        if name not in known:
-            reason = "which qkpatch did not write"
-        elif path.is_symlink() or status.st_size != known[name] or _is_touched(status, written):
-            reason = "which is not as qkpatch left it"
-        else:
-            continue
-        raise UsageError(
-            f"holds {name}, {reason}",
-            where=str(out),
-            fix="--overwrite replaces only what qkpatch wrote; remove OUT yourself, or choose another -o",
-        )
+    """Raise where ``out`` is not, by names, kinds and sizes alone, what a manifest in it lists: content is not read.
 
-
-def _is_touched(status: os.stat_result, written: int) -> bool:
-    """Whether a file changed since OUT was written. ctime follows every hard link made and removed, elsewhere too.
-
-    But what has another name is not lost with this one.
+    Raises:
+        UsageError: it is not.
     """
-    return status.st_ctime_ns > written and status.st_nlink == 1
+    with Rooted(out) as root:
+        present = Present(root)
+        try:
+            files = load_json(present.read(MANIFEST_NAME), MANIFEST_NAME)["files"]
+            known = {str(file["name"]): file["size"] for file in files}
+        except (QKPatchError, KeyError, TypeError):
+            known = {}
+    ours = {MANIFEST_NAME, SUMS_NAME} if known else set()
+    for name in sorted({*present.odd, *present.files} - (ours - present.odd.keys())):
+        if name in present.odd:
+            raise foreign(out, f"{name}, which {present.odd[name]}")
+        if name not in known:
+            raise foreign(out, f"{name}, which qkpatch did not write")
+        if present.files[name].size != known[name]:
+            raise foreign(out, f"{name}, which is not as qkpatch left it: it had {known[name]} bytes")
+    if lost := sorted(known.keys() - present.files.keys()):
+        raise foreign(out, f"no {lost[0]}, which qkpatch wrote")
+
+
+def foreign(out: Path, what: str) -> UsageError:
+    """The error for an OUT that holds ``what``, which qkpatch did not leave there."""
+    return UsageError(
+        f"holds {what}",
+        where=str(out),
+        fix="--overwrite replaces only what qkpatch wrote; remove OUT yourself, choose another -o, or insist: "
+        "--overwrite --force",
+    )

@@ -6,7 +6,7 @@ import json
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -93,6 +93,18 @@ class LocalFile(SourceFile):
         return open_read(self.path, self.id)
 
 
+class Repository(ABC):
+    """All files of a checkpoint that is elsewhere, at one commit."""
+
+    where: str
+    files: Mapping[str, SourceFile]
+
+    @property
+    @abstractmethod
+    def directories(self) -> Mapping[str, int]:
+        """All sub-directories with their modes, each after the one that it lies in."""
+
+
 def is_plain_relative(name: str) -> bool:
     """Whether ``name`` is a path that stays inside the checkpoint, written in the one plain way."""
     path = PurePosixPath(name)
@@ -108,10 +120,13 @@ def is_plain_relative(name: str) -> bool:
 
 def walk_files(
     root: Path, skip: Collection[str] = BOOKKEEPING
-) -> tuple[dict[str, LocalFile], tuple[str, ...]]:
-    """All regular files below ``root`` with links followed, sorted by name, and all sub-directories, less ``skip``."""
+) -> tuple[dict[str, LocalFile], dict[str, int]]:
+    """All regular files below ``root``, links followed, and all sub-directories with their modes, less ``skip``.
+
+    Files are sorted by name; a directory comes after the one that it lies in.
+    """
     files: dict[str, LocalFile] = {}
-    directories: list[str] = []
+    directories: dict[str, int] = {}
 
     def visit(directory: Path, prefix: str, ancestors: tuple[Path, ...]) -> None:
         real = directory.resolve()
@@ -128,15 +143,15 @@ def walk_files(
                     "the file's name is not UTF-8", where=ascii(entry.path), fix="rename it"
                 )
             with os_errors("read (is it a dangling link?)", entry.path):
-                is_dir = stat.S_ISDIR(entry.stat().st_mode)
-            if not is_dir:
+                mode = entry.stat().st_mode
+            if not stat.S_ISDIR(mode):
                 files[name] = source_file(Path(entry.path), name, fix="move it out of SOURCE")
             else:
-                directories.append(name)
+                directories[name] = mode & 0o777
                 visit(Path(entry.path), f"{name}/", (*ancestors, real))
 
     visit(root, "", ())
-    return dict(sorted(files.items())), tuple(directories)
+    return dict(sorted(files.items())), directories
 
 
 def source_file(path: Path, name: str, fix: str | None = None) -> LocalFile:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qkpatch.boundary import command
-from qkpatch.commands.publishing import publication_of, push_target, source_card
+from qkpatch.commands.publishing import push_out, push_wish, show
 from qkpatch.errors import UsageError
 from qkpatch.options import (
     AlphaOpt,
@@ -21,6 +20,8 @@ from qkpatch.options import (
     DeviceOpt,
     FoldOpt,
     HeadsOpt,
+    IncludeHiddenOpt,
+    IncludeOpt,
     JsonOpt,
     LayersOpt,
     ModesOpt,
@@ -36,7 +37,7 @@ from qkpatch.options import (
     edit_request,
     expanded,
 )
-from qkpatch.settings import Request, check_device_name
+from qkpatch.request import Request, check_device_name
 from qkpatch.writing import Digest, Writing
 
 if TYPE_CHECKING:
@@ -77,6 +78,9 @@ def apply(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier output of qkpatch.")
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="With --overwrite: replace OUT whatever it holds.")
+    ] = False,
     digest: Annotated[
         Digest,
         typer.Option(help="SHA-256 of the edited tensors; of all files, as SHA256SUMS; or of nothing."),
@@ -99,6 +103,8 @@ def apply(
     push: PushOpt = None,
     private: PrivateOpt = False,
     create_pr: CreatePrOpt = False,
+    include: IncludeOpt = None,
+    include_hidden: IncludeHiddenOpt = False,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
     debug: DebugOpt = False,
@@ -106,12 +112,17 @@ def apply(
     """Write an edited copy of SOURCE to OUT, with a manifest of what was changed."""
     from qkpatch.budget import choose_threads
     from qkpatch.checkpoint.target import check_out
-    from qkpatch.console import bars, note, print_text, show_warnings, silent
+    from qkpatch.console import bars, note, print_text, show_warnings, silent, size_text
     from qkpatch.locate import Access
     from qkpatch.manifest import planned_manifest
     from qkpatch.patch import apply_plan
-    from qkpatch.tables import show_applied, show_publication
+    from qkpatch.plan import make_plan
+    from qkpatch.publication import plan_publication
+    from qkpatch.replacing import replaceable
+    from qkpatch.tables import show_applied
 
+    if force and not overwrite:
+        raise UsageError("--force goes with --overwrite", fix="add --overwrite, or leave it out")
     request = edit_request(
         layers,
         modes,
@@ -126,43 +137,68 @@ def apply(
         config,
         max_shard_size,
     )
-    target = push_target(push, private=private, create_pr=create_pr)
+    wish = push_wish(
+        push, private=private, create_pr=create_pr, include=include, include_hidden=include_hidden
+    )
+    writing = Writing(digest, link or link_cache, link_cache, resume, overwrite, force)
+    is_quiet = quiet or as_json
     if dry_run:
         plan = _preview(
-            source, request, out, device, threads, as_json=as_json, quiet=quiet, overwrite=overwrite
+            source,
+            request,
+            out,
+            device,
+            threads,
+            as_json=as_json,
+            quiet=quiet,
+            overwrite=overwrite,
+            force=force,
         )
-        if target is not None:
-            publication = publication_of(planned_manifest(plan, device), target, source_card(plan))
-            if not (quiet or as_json):
-                show_publication(publication)
+        if wish is not None:
+            show(
+                plan_publication(wish, planned_manifest(plan, device), plan, None),
+                quiet=quiet,
+                as_json=as_json,
+            )
         return
     say = silent if quiet else note
-    writing = Writing(digest, link or link_cache, link_cache, resume, overwrite)
     if no_cache:
         check_no_cache(source, writing)
-    plan = decide(
-        source, request, out, device, Access.no_cache if no_cache else Access.download, overwrite, say
-    )
+    plan = decide(source, request, out, device, Access.no_cache if no_cache else Access.ranges, writing)
     if out is None:
         out = Path(plan.default_name)
-        check_out(out, plan.model.source.path, overwrite=overwrite)
+        check_out(out, plan.model.source.path, overwrite=overwrite, force=force)
         say(f"OUT is not named, so it is {out} in the current directory")
-    base_card = source_card(plan)
-    if target is not None:
-        publication_of(planned_manifest(plan, device), target, base_card)  # what is refused is refused now
+    # What is refused is refused before a download.
+    with bars(plan.output_bytes if overwrite else 0, 0, quiet=is_quiet, verb="look at OUT:") as observer:
+        replaced = replaceable(out, plan, writing, observer.copied)
+    if wish is not None:
+        plan_publication(wish, planned_manifest(plan, device), plan, None)
+    if plan.model.source.path is None and not no_cache:
+        say(f"{plan.model.source.name}: {size_text(plan.model.checkpoint.size)} into the Hub cache")
+        plan = make_plan(source, request)
     n_threads = choose_threads(threads, plan.head_memory, len(plan.model.checkpoint.tensors))
     n_heads, verb = len(plan.edits) * len(plan.settings.heads), "download" if no_cache else "copy"
-    with bars(plan.output_bytes, n_heads, quiet=quiet or as_json, verb=verb) as observer:
-        manifest = apply_plan(plan, out, device=device, threads=n_threads, observer=observer, writing=writing)
+    with bars(plan.output_bytes, n_heads, quiet=is_quiet, verb=verb) as observer:
+        manifest = apply_plan(
+            plan,
+            out,
+            device=device,
+            threads=n_threads,
+            observer=observer,
+            writing=writing,
+            replaced=replaced,
+        )
     if not quiet:
         show_warnings(manifest.warnings)
     if as_json:
         print_text(manifest.dumps())
     elif not quiet:
         show_applied(plan, manifest, source, out)
-    if target is not None:
-        address = publication_of(manifest, target, base_card).carry_out(out)
-        say(f"Published: {address}")
+    if wish is not None:
+        where = None if plan.model.source.kind == "hub" else source
+        own = plan.model.recipe_file
+        say(f"Published: {push_out(out, wish, where, own, quiet=quiet, as_json=as_json)}")
 
 
 @command
@@ -205,31 +241,23 @@ def plan(
         config,
         max_shard_size,
     )
-    _preview(source, request, out, device, threads, as_json=as_json, quiet=quiet, overwrite=overwrite)
+    _preview(
+        source, request, out, device, threads, as_json=as_json, quiet=quiet, overwrite=overwrite, force=False
+    )
 
 
 def decide(
-    source: str,
-    request: Request,
-    out: Path | None,
-    device: str,
-    access: Access,
-    overwrite: bool,
-    say: Callable[[str], None],
+    source: str, request: Request, out: Path | None, device: str, access: Access, writing: Writing
 ) -> EditPlan:
-    """The plan, with everything refused that can be; what is wrong already does not wait for a download."""
+    """The plan, with everything refused that can be without a download."""
     from qkpatch.checkpoint.target import check_apart, check_out
-    from qkpatch.console import size_text
-    from qkpatch.locate import Access, local_path
+    from qkpatch.locate import local_path
     from qkpatch.plan import make_plan
 
     check_device_name(device)
     if out is not None:
-        check_out(out, local_path(source), overwrite=overwrite)
-    plan = make_plan(source, request, Access.ranges if access is Access.download else access)
-    if access is Access.download and plan.model.source.path is None:
-        say(f"{plan.model.source.name}: {size_text(plan.model.checkpoint.size)} into the Hub cache")
-        plan = make_plan(source, request, access)
+        check_out(out, local_path(source), overwrite=writing.overwrite, force=writing.force)
+    plan = make_plan(source, request, access)
     if out is not None:
         check_apart(out, plan.model.checkpoint)
     return plan
@@ -255,16 +283,18 @@ def _preview(
     as_json: bool,
     quiet: bool,
     overwrite: bool,
+    force: bool,
 ) -> EditPlan:
     from qkpatch.budget import choose_threads, peak_memory
     from qkpatch.canonical import canonical_json
     from qkpatch.checkpoint.space import free_bytes
-    from qkpatch.console import print_text, show_warnings, silent
+    from qkpatch.console import print_text, show_warnings
     from qkpatch.locate import Access
     from qkpatch.manifest import planned_manifest
     from qkpatch.tables import show_plan
 
-    plan = decide(source, request, out, device, Access.ranges, overwrite, silent)
+    writing = Writing(overwrite=overwrite, force=force)
+    plan = decide(source, request, out, device, Access.ranges, writing)
     n_tensors = len(plan.model.checkpoint.tensors)
     n_threads = choose_threads(threads, plan.head_memory, n_tensors)
     memory = peak_memory(n_threads, plan.head_memory, n_tensors)

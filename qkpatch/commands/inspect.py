@@ -21,7 +21,7 @@ from qkpatch.options import (
     SourceArg,
     ThreadsOpt,
 )
-from qkpatch.settings import Request, check_device_name
+from qkpatch.request import Request, check_device_name
 
 if TYPE_CHECKING:
     from qkpatch.spectra import LayerSpectra
@@ -54,20 +54,18 @@ def inspect(
     from qkpatch.errors import UsageError
     from qkpatch.locate import Access
     from qkpatch.model import open_model
-    from qkpatch.selection import format_ranges
-    from qkpatch.settings import check_request
+    from qkpatch.settings import resolve
     from qkpatch.tables import show_spectra
 
     if as_json and as_csv:
         raise UsageError("one of --json and --csv", fix="drop the other")
-    request = Request(
+    request = Request.of(
         recipe=recipe, attention=attention, layers=layers, heads=heads, modes=modes, fold_norm=fold_norm
     )
     check_device_name(device)
-    check_request(request)
-    model = open_model(source, recipe, attention, Access.ranges)
-    chosen = model.settings(request.over(Request(layers=format_ranges(model.editable_layers))))
-    targets = model.targets(chosen)
+    model = open_model(source, recipe, request.attention, Access.ranges)
+    chosen = resolve(request.over(Request(layers=model.editable_layers)), model)
+    targets = model.targets(chosen.layers, fold_norm=chosen.fold_norm)
     per_thread = head_memory(target.layout for target in targets)
     if model.source.path is None:  # a layer that is read where it is waits in memory
         per_thread += max(target.read_bytes(chosen.heads) for target in targets)

@@ -28,17 +28,20 @@ def verify(
     debug: DebugOpt = False,
 ) -> None:
     """Prove that OUT is SOURCE with only the planned rows changed, as its manifest says. Exit 1 if not."""
+    from qkpatch.checkpoint.present import Present
+    from qkpatch.checkpoint.rooted import Rooted
     from qkpatch.console import bars, print_json
     from qkpatch.tables import show_verification
-    from qkpatch.verify import verify as run
+    from qkpatch.verify import check
 
     if not out.is_dir():
         raise FileSystemError("no such directory", where=str(out), fix="check the path")
-    total = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    with bars(total, 0, quiet=quiet or as_json, verb="compare") as observer:
-        result = run(out, source, observer.copied, recipe)
+    with Rooted(out) as root:
+        present = Present(root)
+        with bars(present.size, 0, quiet=quiet or as_json, verb="compare") as observer:
+            result = check(present, source, observer.copied, recipe)
     if as_json:
-        print_json({**vars(result), "ok": result.ok, "mismatches": [vars(m) for m in result.mismatches]})
+        print_json(result.to_json())
     elif not quiet:
         show_verification(result, out)
     if not result.ok:

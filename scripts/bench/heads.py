@@ -27,7 +27,6 @@ from qkpatch.crew import Crew
 from qkpatch.device import choose_device, computing, heads_together
 from qkpatch.editing import head_generator
 from qkpatch.model import Model, open_model
-from qkpatch.settings import Request
 from qkpatch.spectral.edit import edit_and_round
 from qkpatch.spectral.rule import Channel, EditRule, Select
 from qkpatch.targets import LayerTarget
@@ -59,7 +58,7 @@ def main(shape: Shape, channel: Channel, device: torch.device, threads: int) -> 
 
 def edit_layer(model: Model, channel: Channel, device: torch.device, crew: Crew) -> Heads:
     """Edit the first layer, as ``patch`` does."""
-    target, *_ = model.targets(model.settings(Request(layers="0")))
+    target, *_ = model.targets([0], fold_norm=False)
     rule = EditRule(channel, Select.dominant, 4, 0.5)
     together = heads_together(device, head_memory([target.layout]), crew.threads)
 
@@ -80,7 +79,7 @@ def _edit(
     device: torch.device,
 ) -> Heads:
     found: dict[int, bytearray] = {}
-    with computing(device), open_layer(model, target, device, heads) as weights:
+    with computing(device), open_layer(model.checkpoint.opened, target, device, heads) as weights:
         for of in weights.batches(heads, together):
             generators = [head_generator(0, target, head) for head in of.heads]
             stored, _ = edit_and_round(of.product, rule, partial(weights.store, of.heads), generators)
@@ -92,11 +91,11 @@ def _edit(
 
 def _differing(stored: Heads, model: Model, channel: Channel, crew: Crew) -> str:
     """How many numbers are not those that a CPU stores, and by how many units in the last place."""
-    target, *_ = model.targets(model.settings(Request(layers="0")))
+    target, *_ = model.targets([0], fold_norm=False)
     rule, cpu = EditRule(channel, Select.dominant, 4, 0.5), torch.device("cpu")
     count, most = 0, 0
     some = tuple(range(0, target.layout.n_heads, 4))
-    with open_layer(model, target, cpu, some) as weights:
+    with open_layer(model.checkpoint.opened, target, cpu, some) as weights:
         for of in weights.batches(some, 1):
             (head,) = of.heads
             expected, _ = edit_and_round(

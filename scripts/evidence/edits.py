@@ -22,8 +22,8 @@ from torch import Tensor
 
 from qkpatch.editing import head_generator
 from qkpatch.plan import EditPlan, make_plan
+from qkpatch.request import Request
 from qkpatch.selection import format_ranges
-from qkpatch.settings import Request
 from qkpatch.spectral.edit import edit_query
 from qkpatch.spectral.product import QKProduct
 from qkpatch.spectral.rounding import round_once
@@ -83,15 +83,18 @@ class Editor:
     """All heads of one checkpoint, read once."""
 
     def __init__(self, path: Path) -> None:
-        everything = make_plan(str(path), Request(layers="0-0", modes=1, alpha=0.5))
+        everything = make_plan(str(path), Request.of(layers="0-0", modes=1, alpha=0.5))
         n_layers = everything.model.tower.n_layers
-        self._plan: EditPlan = make_plan(str(path), Request(layers=f"0-{n_layers - 1}", modes=1, alpha=0.5))
+        self._plan: EditPlan = make_plan(
+            str(path), Request.of(layers=f"0-{n_layers - 1}", modes=1, alpha=0.5)
+        )
         self.n_layers = n_layers
         self._heads: dict[int, list[QKProduct]] = {}
         self._targets: dict[int, LayerTarget] = {}
         for target in self._plan.edits:
             heads = self._plan.settings.heads
-            with open_layer(self._plan.model, target, torch.device("cpu"), heads) as weights:
+            opened = self._plan.model.checkpoint.opened
+            with open_layer(opened, target, torch.device("cpu"), heads) as weights:
                 self._heads[target.layer] = [of.product for of in weights.batches(heads, 1)]
             self._targets[target.layer] = target
         products = [product for of_layer in self._heads.values() for product in of_layer]

@@ -1,0 +1,88 @@
+"""Where a manifest is not what its own edit leads to on SOURCE; figures and digests aside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+
+from qkpatch.canonical import canonical_json
+from qkpatch.checkpoint.source import MANIFEST_NAME
+from qkpatch.comparing import Mismatch
+from qkpatch.locate import Source
+from qkpatch.manifest import FileRecord, Manifest
+from qkpatch.plan import EditPlan
+
+# What of a recipe decides an edit; the rest is for people, and may change from version to version.
+_RECIPE_KEYS = ("name", "prefix", "config", "tensors", "others")
+
+
+def origin_mismatches(manifest: Manifest, found: Source) -> Iterator[Mismatch]:
+    """Where the manifest says that OUT was made of a repository, SOURCE is that one, where it is one at all."""
+    said = manifest.source
+    if said["kind"] != "hub" or found.kind != "hub":
+        return
+    for key, ours, theirs in (
+        ("name", found.name.lower(), said["name"].lower()),
+        ("commit", found.commit, said["commit"]),
+    ):
+        if ours != theirs:
+            yield Mismatch(MANIFEST_NAME, f"source.{key} is {theirs!r}, and SOURCE is {ours!r}")
+
+
+def differences(
+    manifest: Manifest, planned: Manifest, plan: EditPlan, unpublished: Collection[str]
+) -> Iterator[Mismatch]:
+    """Where the manifest is not the plan that its own edit leads to; figures and digests aside."""
+    ours, theirs = (json.loads(canonical_json(m.to_json())) for m in (planned, manifest))
+    other = [key for key in _RECIPE_KEYS if theirs["recipe"].get(key) != ours["recipe"][key]]
+    if other:
+        yield Mismatch(
+            MANIFEST_NAME,
+            f"it was made with another recipe called {ours['recipe']['name']} ({', '.join(other)} differ); "
+            "if that is a file of yours, say --recipe FILE.yaml",
+        )
+    for block, keys in (
+        ("edit", ours["edit"].keys() - {"from_recipe"}),  # the flags may have said the same
+        ("model", ours["model"].keys()),
+    ):
+        for key in sorted(keys):
+            if theirs[block].get(key) != ours[block][key]:
+                yield Mismatch(
+                    MANIFEST_NAME,
+                    f"{block}.{key} is {theirs[block].get(key)!r}, planned {ours[block][key]!r}",
+                )
+    if theirs["source"].get("previous_edit") != ours["source"].get("previous_edit"):
+        yield Mismatch(
+            MANIFEST_NAME, "source.previous_edit is not the edit that SOURCE's own manifest records"
+        )
+    files = {file.name: file for file in manifest.files}
+    for file in planned.files:
+        noted = files.pop(file.name, None)
+        if noted is None and file.name in unpublished:
+            continue
+        if noted is None or _known_first(noted) != _known_first(file):
+            yield Mismatch(file.name, "the manifest's record of this file is not what it should be")
+    for name in files:
+        yield Mismatch(name, "is in the manifest only")
+    recorded = {edit.tensor: edit for edit in manifest.edits}
+    layouts = {target.query.name: target.layout for target in plan.edits}
+    for edit in planned.edits:
+        heads = [(head, layouts[edit.tensor].kv_head(head)) for head in plan.settings.heads]
+        record = recorded.pop(edit.tensor, None)
+        if record is None:
+            yield Mismatch(edit.tensor, "should be edited, and the manifest has no record of it")
+        elif record.without_figures() != edit:
+            yield Mismatch(edit.tensor, "the manifest's record of this tensor is not what SOURCE stores")
+        elif [(head.head, head.kv_head) for head in record.heads] != heads:
+            yield Mismatch(edit.tensor, "the manifest's heads of this tensor are not the planned ones")
+    for name in recorded:
+        yield Mismatch(name, "the manifest records an edit that its own settings do not lead to")
+
+
+def _known_first(file: FileRecord) -> FileRecord:
+    """The record without digests: one is taken last, the other only where SOURCE lies in the Hub cache.
+
+    Also without where it was from: copies of SOURCE need not have its links.
+    """
+    return replace(file, sha256=None, source_sha256=None, outside=False)

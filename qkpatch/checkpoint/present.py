@@ -1,0 +1,117 @@
+"""``Present``: what lies in OUT, as it was when it was listed; read by descriptor, never through a link."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from qkpatch.checkpoint.files import FileId, os_errors, read_exact, sha256_range
+from qkpatch.checkpoint.rooted import Rooted
+from qkpatch.checkpoint.tree import MAX_JSON_BYTES
+from qkpatch.errors import CheckpointError, FileSystemError
+
+_KINDS = {
+    stat.S_IFLNK: "is a link",
+    stat.S_IFIFO: "is a named pipe",
+    stat.S_IFSOCK: "is a socket",
+    stat.S_IFCHR: "is a device",
+    stat.S_IFBLK: "is a device",
+}
+
+
+class Present:
+    """The regular files of an open directory. One that changes after it was listed is an error when it is used."""
+
+    def __init__(self, root: Rooted) -> None:
+        """Raises :class:`FileSystemError` where the directory cannot be listed."""
+        self.root = root
+        self.files: dict[str, FileId] = {}
+        self.odd: dict[str, str] = {}  # what is neither a regular file nor a directory, and what it is
+        self.identities: dict[str, FileId] = {}  # of both, for whoever asks later whether anything changed
+        self._sums: dict[str, str] = {}
+        with os_errors("list", root.path):
+            for name, status in root.walk():
+                if not stat.S_ISDIR(status.st_mode):
+                    self._add(name, status)
+
+    def _add(self, name: str, status: os.stat_result) -> None:
+        self.identities[name] = _identity(status)
+        shown = name.encode("utf-8", "backslashreplace").decode()
+        if shown != name:  # how Python holds bytes that are not UTF-8
+            self.odd[shown] = "has a name that is not UTF-8"
+        elif not stat.S_ISREG(status.st_mode):
+            self.odd[name] = _KINDS.get(stat.S_IFMT(status.st_mode), "is no regular file")
+        else:
+            self.files[name] = FileId.of(status)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files.values())
+
+    def where(self, name: str) -> str:
+        """What messages call a file."""
+        return str(self.root.path / name)
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[int]:
+        """A descriptor for reading.
+
+        Raises:
+            FileSystemError: it is no regular file, not readable, or not the one that was listed, now or on closing.
+        """
+        with self.root.reading(name) as fd:
+            self.check(name, fd)
+            yield fd
+            self.check(name, fd)
+
+    def check(self, name: str, fd: int) -> None:
+        """Raise :class:`FileSystemError` where an open file is not, or no longer, the one that was listed."""
+        with os_errors("read", self.where(name)):
+            status = os.fstat(fd)
+        if FileId.of(status) != self.files.get(name):
+            raise FileSystemError(
+                "it changed while qkpatch was reading it",
+                where=self.where(name),
+                fix="run again when nothing writes to it",
+            )
+
+    def confirm(self, name: str) -> None:
+        """Raise :class:`FileSystemError` where a file is not, or no longer, the one that was listed."""
+        with self.open(name):
+            return
+
+    def read(self, name: str, limit: int = MAX_JSON_BYTES) -> bytes:
+        """All of a small file.
+
+        Raises:
+            CheckpointError: it has more than ``limit`` bytes.
+            FileSystemError: as :meth:`open`.
+        """
+        with self.open(name) as fd:
+            size = os.fstat(fd).st_size
+            if size > limit:
+                raise CheckpointError(
+                    f"{size} bytes, more than any real file of this kind", where=self.where(name)
+                )
+            return bytes(read_exact(fd, size, 0, self.where(name)))
+
+    def sha256(self, name: str) -> str:
+        """Of a whole file, read once: whoever uses the file afterwards meets the same one, or an error."""
+        if name not in self._sums:
+            with self.open(name) as fd:
+                self._sums[name] = sha256_range(fd, 0, os.fstat(fd).st_size, self.where(name))
+        return self._sums[name]
+
+
+def first_change(before: Mapping[str, FileId], after: Mapping[str, FileId]) -> str | None:
+    """The first name that is not the same in two listings of a directory."""
+    return next((name for name in sorted({*before, *after}) if before.get(name) != after.get(name)), None)
+
+
+def _identity(status: os.stat_result) -> FileId:
+    """As :class:`FileId`; of a file with other names, which links made and removed elsewhere would change, less."""
+    identity = FileId.of(status)
+    return identity if status.st_nlink == 1 else identity.but_for_links

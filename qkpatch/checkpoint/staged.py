@@ -1,0 +1,135 @@
+"""``StagedFiles``: the files of OUT while they grow, by descriptor; and the last look at them before they are OUT."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+from qkpatch.checkpoint.files import FileId, os_errors, write_exact
+from qkpatch.checkpoint.output import OutputFile
+from qkpatch.checkpoint.rooted import Rooted
+from qkpatch.checkpoint.tree import LocalFile
+from qkpatch.errors import FileSystemError
+
+
+class StagedFiles:
+    """What is in the directory that becomes OUT, and how each file was when it was done."""
+
+    def __init__(self, files: Rooted) -> None:
+        self._files = files
+        self._done: dict[str, FileId] = {}
+
+    def status(self, name: str) -> os.stat_result | None:
+        """Of a regular file; None where there is none."""
+        status = self._files.status(name)
+        return status if status is not None and stat.S_ISREG(status.st_mode) else None
+
+    def make_directories(self, directories: Collection[tuple[str, int]]) -> None:
+        """Make those that are not there, with their modes less the umask; the owner may write in each."""
+        for name, mode in directories:
+            with os_errors("create a directory", self._files.path / name):
+                status = self._files.status(name)
+                if status is None:
+                    self._files.mkdir(name, mode | 0o700)
+
+    def prune(self, files: Collection[str], directories: Collection[str]) -> None:
+        """Remove what a run that is resumed left and this one does not make, such as a manifest."""
+        for name, status in sorted(self._files.walk(), reverse=True):
+            is_directory = stat.S_ISDIR(status.st_mode)
+            is_kept = name in directories if is_directory else stat.S_ISREG(status.st_mode) and name in files
+            if not is_kept:
+                with os_errors("remove", self._files.path / name):
+                    self._files.remove(name, status)
+
+    def create(self, file: OutputFile) -> int:
+        """A new file, open for reading and writing: it has its size, our own bytes, and else zeros."""
+        path = self._files.path / file.name
+        with os_errors("create", path):
+            if (status := self._files.status(file.name)) is not None:
+                self._files.remove(file.name, status)  # left by a run that is resumed, and of no use
+            # The owner may always write, so that edits can be made in a copy of a read-only file.
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+            fd = self._files.open(file.name, flags, file.mode & 0o777 | 0o200)
+        try:
+            with os_errors("write", path):
+                os.ftruncate(fd, file.size)
+            write_exact(fd, file.own, 0, path)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def open(self, name: str) -> int:
+        """A file that is there, for reading and writing."""
+        with os_errors("open", self._files.path / name):
+            return self._files.open(name, os.O_RDWR)
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator[int]:
+        """A file for reading, which must still be as it was when it was done."""
+        with self._files.reading(name) as fd:
+            done = self._done.get(name)
+            if done is not None and not FileId.of(os.fstat(fd)).is_still(done):
+                raise self._changed(name)
+            yield fd
+
+    def link(self, file: LocalFile, name: str) -> bool:
+        """Make ``name`` a hard link to ``file``, links resolved; False where the file system cannot."""
+        if (status := self._files.status(name)) is not None:
+            self._files.remove(name, status)
+        try:
+            self._files.link(os.path.realpath(file.path), name)
+        except OSError:
+            return False  # another file system, too many links, not permitted: copying will do
+        status = self.status(name)
+        if status is None or FileId.of(status).but_for_links != file.id.but_for_links:
+            return False  # it changed meanwhile, which copying will tell
+        self.is_done(name, status)
+        return True
+
+    def write_new(self, name: str, data: bytes) -> None:
+        """Write a file that SOURCE does not have, and sync it."""
+        with os_errors("write", self._files.path / name):
+            fd = self._files.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                write_exact(fd, data, 0, name)
+                os.fsync(fd)
+                self.is_done(name, os.fstat(fd))
+            finally:
+                os.close(fd)
+
+    def is_done(self, name: str, status: os.stat_result) -> None:
+        """From here on nobody may touch it; digests that are taken later are of these bytes."""
+        self._done[name] = FileId.of(status)
+
+    def check(self, directories: Collection[str]) -> None:
+        """Every file that was done is there as it was, and nothing else.
+
+        Raises:
+            FileSystemError: somebody removed, replaced, changed or added one.
+        """
+        found = dict(self._files.walk())
+        for name, done in self._done.items():
+            status = found.pop(name, None)
+            if status is None:
+                raise self._error(name, "is gone")
+            if not stat.S_ISREG(status.st_mode) or not FileId.of(status).is_still(done):
+                raise self._changed(name)
+        for name in directories:
+            status = found.pop(name, None)
+            if status is None or not stat.S_ISDIR(status.st_mode):
+                raise self._error(name, "is gone")
+        if found:
+            raise self._error(min(found), "came from elsewhere")
+
+    def _changed(self, name: str) -> FileSystemError:
+        return self._error(name, "changed after it was written")
+
+    def _error(self, name: str, what: str) -> FileSystemError:
+        return FileSystemError(
+            f"a file of the unfinished OUT {what}",
+            where=str(self._files.path / name),
+            fix="run again when nothing else writes there",
+        )

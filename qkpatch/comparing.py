@@ -1,0 +1,167 @@
+"""OUT's bytes against SOURCE's: side by side where those are on this machine, by the Hub's digests where not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
+
+from safetensors import SafetensorError, safe_open
+
+from qkpatch.checkpoint.content import Held, Parts, feed_source
+from qkpatch.checkpoint.files import Progress, Readable, os_errors, read_exact, sha256_range
+from qkpatch.checkpoint.header import TensorRef
+from qkpatch.checkpoint.output import Extent, Output, OutputFile
+from qkpatch.checkpoint.present import Present
+from qkpatch.checkpoint.side_by_side import Reader, Span
+from qkpatch.checkpoint.source import Stored
+from qkpatch.checkpoint.tree import LocalFile, SourceFile
+
+Spans = Callable[[str], list[tuple[int, int]]]  # the planned rows of a file of OUT
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """One way in which OUT is not what it should be."""
+
+    where: str
+    what: str
+
+
+def side_by_side(
+    wanted: OutputFile,
+    present: Present,
+    planned: list[tuple[int, int]],
+    source: Stored,
+    progress: Progress,
+) -> Iterator[Mismatch]:
+    """The first byte of a file outside ``planned`` that is neither our own header's nor SOURCE's, where that is local.
+
+    Args:
+        wanted: the file as it should be.
+        present: OUT.
+        planned: rows that may differ.
+        source: SOURCE, for messages.
+        progress: hears of bytes compared.
+    """
+    size = present.files[wanted.name].size
+    if wanted.size != size:
+        yield Mismatch(wanted.name, f"has {size} bytes, and should have {wanted.size}")
+        return
+    with present.open(wanted.name) as b:
+        if bytes(read_exact(b, len(wanted.own), 0, present.where(wanted.name))) != wanted.own:
+            yield Mismatch(wanted.name, "the header or index is not as qkpatch writes it")
+            return
+        for file, extents in groupby(wanted.around(planned), attrgetter("file")):
+            if not isinstance(file, LocalFile):
+                continue
+            with file.open() as a:
+                for extent in extents:
+                    difference = _first_difference(a, b, extent, wanted.name, progress)
+                    if difference is not None:
+                        place = _place(source, file.name, difference - extent.at + extent.begin)
+                        yield Mismatch(
+                            wanted.name,
+                            f"differs outside the planned rows, first at byte {difference}{place}",
+                        )
+                        return
+        progress(len(wanted.own) + sum(end - begin for begin, end in planned))
+
+
+class Listing:
+    """Files that are elsewhere, by the Hub's digests: OUT's bytes have them, once the planned rows are put back.
+
+    Of SOURCE nothing is read but those rows, and the headers that a resharded OUT does not have.
+    """
+
+    def __init__(self, output: Output, present: Present, planned: Spans) -> None:
+        self._present = present
+        self._held: dict[str, list[Held]] = {}
+        self._lost: set[str] = (
+            set()
+        )  # files of SOURCE of which OUT has a part not at all, which is told elsewhere
+        for name, wanted in output.files.items():
+            if name not in present.files or present.files[name].size != wanted.size:
+                self._lost |= {extent.file.name for extent in wanted.extents}
+                continue
+            for extent in wanted.around(planned(name)):
+                held = Held(extent.begin, extent.end, name, extent.at)
+                self._held.setdefault(extent.file.name, []).append(held)
+
+    def check(
+        self, file: SourceFile, edited: Sequence[TensorRef], progress: Progress
+    ) -> tuple[list[Mismatch], dict[str, str]]:
+        """What is wrong with a file of SOURCE as OUT has it, and the SHA-256 in SOURCE of ``edited`` tensors of it."""
+        held = self._held.get(file.name, [])
+        if file.name in self._lost or not held or isinstance(file, LocalFile):
+            return [], {}
+        whole = [Held(0, file.size, held[0].name, 0)]
+        listed, sums = file.listed, list[str]()
+        if listed is not None and listed.sha256 is not None and held == whole:
+            is_same = self._present.sha256(held[0].name) == listed.sha256
+        elif listed is not None:
+            digest = listed.hasher(file.size)
+            parts = Parts(digest, [(ref.begin, ref.end) for ref in edited])
+            with file.open() as opened:
+                feed_source(parts, opened, file.size, held, self._present.open, file.where)
+            is_same, sums = digest.hexdigest() == listed.digest, parts.sums()
+        else:
+            is_same = False
+        progress(sum(piece.end - piece.begin for piece in held))
+        if is_same:
+            return [], {ref.name: digest for ref, digest in zip(edited, sums, strict=True)}
+        names = sorted({piece.name for piece in held})
+        more = "" if len(names) == 1 else f" (and {len(names) - 1} more)"
+        what = f"differs outside the planned rows: it is not {file.where} as the Hub lists it, by its digest"
+        return [Mismatch(names[0], f"{what}{more}")], {}
+
+
+def tensor_sum(file: SourceFile, ref: TensorRef) -> str:
+    """SHA-256 of a tensor of SOURCE."""
+    with file.open() as fd:
+        return sha256_range(fd, ref.begin, ref.end, file.where)
+
+
+def _first_difference(a: Readable, b: Readable, extent: Extent, where: str, progress: Progress) -> int | None:
+    """The offset in OUT."""
+    offset = extent.at
+    pairs = Reader().pairs(
+        Span(a, extent.begin, extent.end, extent.file.name), Span(b, extent.at, extent.upto, where)
+    )
+    for x, y in pairs:
+        if x != y:
+            return offset + next(i for i in range(len(x)) if x[i] != y[i])
+        offset += len(x)
+        progress(len(x))
+    return None
+
+
+def _place(source: Stored, shard: str, offset: int) -> str:
+    """What lies at an offset of a file of SOURCE."""
+    header = source.headers.get(shard)
+    if header is not None:
+        if offset < header.data_start:
+            return ", in its header"
+        for ref in header.tensors.values():
+            if ref.begin <= offset < ref.end:
+                return f", in {ref.name}"
+    return ""
+
+
+def library_verdict(wanted: OutputFile, present: Present) -> Iterator[Mismatch]:
+    """The safetensors library must open what it opened in SOURCE; it does not know every dtype we carry over."""
+    sources = [extent.file for extent in wanted.extents]
+    if not all(isinstance(file, LocalFile) and _library_accepts(str(file.path)) for file in sources):
+        return
+    with present.open(wanted.name) as fd:
+        if not _library_accepts(f"/proc/self/fd/{fd}"):
+            yield Mismatch(wanted.name, "the safetensors library opens it in SOURCE and refuses it in OUT")
+
+
+def _library_accepts(path: str) -> bool:
+    try:
+        with os_errors("read", path), safe_open(path, framework="pt"):
+            return True
+    except SafetensorError:
+        return False

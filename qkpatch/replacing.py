@@ -1,0 +1,95 @@
+"""``Replaced``: proof that what ``--overwrite`` is about to replace is what qkpatch wrote, and still is at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qkpatch.catalogue import shipped_recipes
+from qkpatch.checkpoint.files import FileId, Progress
+from qkpatch.checkpoint.present import Present, first_change
+from qkpatch.checkpoint.rooted import Rooted
+from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME
+from qkpatch.checkpoint.target import foreign, target_path
+from qkpatch.comparing import Mismatch
+from qkpatch.errors import CheckpointError
+from qkpatch.locate import Access
+from qkpatch.manifest import Manifest
+from qkpatch.plan import EditPlan
+from qkpatch.verify import check, recorded, sums_mismatches
+from qkpatch.writing import Writing
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """An OUT that may be replaced, as it was when that was found."""
+
+    out: Path
+    entries: Mapping[str, FileId]
+
+    def check(self) -> None:
+        """Raise :class:`UsageError` where anything in it has changed since."""
+        with Rooted(self.out) as root:
+            changed = first_change(self.entries, Present(root).identities)
+        if changed is not None:
+            raise foreign(self.out, f"{ascii(changed)[1:-1]}, which changed while qkpatch was running")
+
+
+def replaceable(out: Path, plan: EditPlan, writing: Writing, progress: Progress) -> Replaced | None:
+    """What ``plan`` will replace; None where there is nothing, or nothing is to be replaced.
+
+    Every file whose digest is recorded has it. What else there is, is what the recorded edit makes of this SOURCE, by
+    ``verify``, and the edited tensors have their digests. ``writing.force`` takes it as it is.
+
+    Raises:
+        UsageError: OUT holds something else.
+    """
+    if not writing.overwrite or not out.is_dir():
+        return None
+    with Rooted(out) as root:
+        present = Present(root)
+        if not present.identities:
+            return None
+        first = None if writing.force else next(_foreign(present, plan, progress), None)
+    if first is not None:
+        raise foreign(out, f"{first.where}, which is not as qkpatch left it: {first.what}")
+    return Replaced(target_path(out), present.identities)
+
+
+def _foreign(present: Present, plan: EditPlan, progress: Progress) -> Iterator[Mismatch]:
+    try:
+        manifest = recorded(present)
+    except CheckpointError as error:
+        yield Mismatch(MANIFEST_NAME, str(error))
+        return
+    if manifest.dumps().encode() != present.read(MANIFEST_NAME):
+        yield Mismatch(MANIFEST_NAME, "somebody has edited it")
+    elif all(file.sha256 is not None for file in manifest.files):
+        yield from _by_digest(manifest, present, progress)
+    else:
+        source = plan.model.source
+        where = str(source.path) if source.path is not None else f"{source.name}@{source.commit}"
+        own = None if manifest.recipe["name"] in shipped_recipes() else plan.model.recipe_file
+        try:
+            yield from check(present, where, progress, own, Access.ranges, as_written=True).mismatches
+        except CheckpointError as error:
+            yield Mismatch(MANIFEST_NAME, str(error))
+
+
+def _by_digest(manifest: Manifest, present: Present, progress: Progress) -> Iterator[Mismatch]:
+    """All that is there has a digest on record, so that SOURCE need not be asked."""
+    known = {file.name: file.sha256 for file in manifest.files}
+    has_sums = SUMS_NAME in present.files and SUMS_NAME not in known
+    for name, what in present.odd.items():
+        yield Mismatch(name, what)
+    for name in sorted({*present.files, *known} - {MANIFEST_NAME, *({SUMS_NAME} if has_sums else ())}):
+        if name not in known or name not in present.files:
+            yield Mismatch(
+                name, "is not one of the files that the manifest lists" if name not in known else "is gone"
+            )
+        elif present.sha256(name) != known[name]:
+            yield Mismatch(name, "does not have the recorded digest (sha256)")
+        else:
+            progress(present.files[name].size)
+    yield from sums_mismatches(manifest, present, has_sums=has_sums)

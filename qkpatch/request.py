@@ -1,0 +1,165 @@
+"""What the user asked for, as values: flags over ``--config EDIT.yaml``. Text is parsed here and nowhere further in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from enum import Enum
+from typing import TYPE_CHECKING, TypedDict, TypeVar
+
+from qkpatch.checkpoint.reshard import parse_size
+from qkpatch.errors import UsageError
+from qkpatch.selection import Numbers, as_numbers
+from qkpatch.spectral.rule import Channel, Select
+from qkpatch.strict import Fields, load_yaml
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+E = TypeVar("E", bound=Enum)
+
+
+class Said(TypedDict, total=False):
+    """What needs no parsing."""
+
+    recipe: str | None
+    modes: int | None
+    alpha: float | None
+    channel: Channel | str | None
+    select: Select | str | None
+    seed: int | None
+    fold_norm: bool | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """The edit as asked for; None stands for "not said". What is wrong whatever the model is refused here.
+
+    Raises:
+        UsageError: ``alpha`` outside [0, 1], ``modes`` < 1, no layer or head, a useless or absurd seed.
+    """
+
+    recipe: str | None = None  # a shipped one by name, or a file of the user's
+    attention: tuple[str, ...] | None = None
+    layers: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None
+    modes: int | None = None
+    alpha: float | None = None
+    channel: Channel | None = None
+    select: Select | None = None
+    seed: int | None = None
+    fold_norm: bool | None = None
+    max_shard_size: int | None = None  # bytes
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        layers: Numbers | None = None,
+        heads: Numbers | None = None,
+        attention: str | Iterable[str] | None = None,
+        max_shard_size: int | str | None = None,
+        **said: Unpack[Said],
+    ) -> Request:
+        """A request from what people write: ``layers=range(10, 19)`` or ``"10-18"``, ``channel="full"``, ``"5GB"``."""
+        if isinstance(attention, str):
+            attention = [name.strip() for name in attention.split(",")]
+        if isinstance(max_shard_size, str):
+            max_shard_size = parse_size(max_shard_size)
+        return cls(
+            attention=None if attention is None else tuple(attention),
+            layers=None if layers is None else as_numbers(layers, "--layers"),
+            heads=None if heads is None else as_numbers(heads, "--heads"),
+            max_shard_size=max_shard_size,
+            recipe=said.get("recipe"),
+            modes=said.get("modes"),
+            alpha=said.get("alpha"),
+            channel=_member(said.get("channel"), Channel, "--channel"),
+            select=_member(said.get("select"), Select, "--select"),
+            seed=said.get("seed"),
+            fold_norm=said.get("fold_norm"),
+        )
+
+    def __post_init__(self) -> None:
+        for what in ("layers", "heads", "attention"):
+            if getattr(self, what) == ():
+                raise UsageError("it names nothing", where=f"--{what}", fix="name at least one")
+        if self.max_shard_size is not None and self.max_shard_size < 1:
+            raise UsageError(f"{self.max_shard_size} is no size", where="--max-shard-size")
+        if self.alpha is not None and not 0.0 <= self.alpha <= 1.0:
+            raise UsageError(
+                f"{self.alpha} is not between 0 and 1",
+                where="--alpha",
+                fix="0 removes the modes, 1 changes nothing",
+            )
+        if self.modes is not None and self.modes < 1:
+            raise UsageError(f"{self.modes} is not at least 1", where="--modes")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise UsageError(f"{self.seed} is not between 0 and 2^63 - 1", where="--seed")
+        if self.select is Select.subspace and self.channel not in (None, Channel.full):
+            raise UsageError(
+                f"--select subspace draws directions that belong to no channel, not to {self.channel.value}",
+                where="--channel",
+                fix="drop --channel, or choose another --select",
+            )
+
+    def over(self, other: Request) -> Request:
+        """This request, with what it does not say taken from ``other``."""
+        said = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        return replace(other, **said)
+
+
+def parse_request(text: bytes, where: str) -> Request:
+    """Read ``EDIT.yaml``, the flags of ``apply`` as keys; all faults in one :class:`RecipeError`."""
+    root = Fields(load_yaml(text, where), where)
+    layers, heads = _range_text(root, "layers"), _range_text(root, "heads")
+    attention, size = root.take_optional("attention", str), _range_text(root, "max_shard_size")
+    said = Said(
+        recipe=root.take_optional("recipe", str),
+        modes=root.take_optional("modes", int),
+        alpha=root.take_optional("alpha", float),
+        channel=_choice(root, "channel", Channel),
+        select=_choice(root, "select", Select),
+        seed=root.take_optional("seed", int),
+        fold_norm=root.take_optional("fold_norm", bool),
+    )
+    root.finish()
+    return Request.of(layers=layers, heads=heads, attention=attention, max_shard_size=size, **said)
+
+
+def check_device_name(name: str) -> None:
+    """Refuse a device that no machine has; whether this one has it, torch will say.
+
+    Raises:
+        UsageError: not ``auto``, ``cpu``, ``cuda`` or ``cuda:i``.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", name, re.ASCII):
+        raise UsageError(f"{name!r} is not a device", where="--device", fix="use auto, cpu, cuda or cuda:0")
+
+
+def _member(value: E | str | None, kind: type[E], where: str) -> E | None:
+    try:
+        return None if value is None else kind(value)
+    except ValueError:
+        fix = f"choose one of {', '.join(str(item.value) for item in kind)}"
+        raise UsageError(f"{value!r} is none of them", where=where, fix=fix) from None
+
+
+def _range_text(root: Fields, key: str) -> str | None:
+    if root.is_a(key, int):  # `layers: 10` is a number in YAML
+        return str(root.take(key, int, default=0))
+    if root.is_a(key, list):  # `layers: [10, 11]`
+        return ",".join(str(number) for number in root.take_list(key, int, required=True))
+    return root.take_optional(key, str)
+
+
+def _choice(root: Fields, key: str, kind: type[E]) -> E | None:
+    text = root.take_optional(key, str)
+    if text is None:
+        return None
+    try:
+        return kind(text)
+    except ValueError:
+        root.fault(f"{text!r} is not one of {', '.join(str(item.value) for item in kind)}", key)
+        return None

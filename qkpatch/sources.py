@@ -1,0 +1,129 @@
+"""``Sources``: SOURCE's files as a run reads them, and which of them were found to be what the Hub lists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+
+from qkpatch.checkpoint.content import Content, Held, HeldFile, damaged, gaps, read_rest
+from qkpatch.checkpoint.files import Readable, sha256_range, update_digest
+from qkpatch.checkpoint.header import TensorRef, read_header
+from qkpatch.checkpoint.staged import StagedFiles
+from qkpatch.checkpoint.tree import LocalFile, SourceFile
+from qkpatch.crew import Crew
+from qkpatch.errors import HubError
+from qkpatch.plan import EditPlan
+from qkpatch.writing import Digest, Writing
+
+
+class Sources:
+    """Files on this machine are read where they are; those that come from the Hub, where they then are in staging.
+
+    So what an edit is computed from is what was hashed.
+    """
+
+    def __init__(self, plan: EditPlan, staged: StagedFiles, writing: Writing) -> None:
+        self._plan, self._staged, self._writing = plan, staged, writing
+        self._files = plan.model.checkpoint.files
+        self.is_download = plan.model.source.path is None
+        self.proven = set(plan.model.source.checked)  # files that are what the Hub lists
+        self._sums: dict[
+            TensorRef, str
+        ] = {}  # of tensors as they came, before they are edited where they are
+
+    @property
+    def is_checked(self) -> bool | None:
+        """Whether each file that OUT has was found to be what the Hub lists; None where nothing is listed."""
+        return None if self._plan.model.source.kind != "hub" else self.proven >= self._held.keys()
+
+    def wanted(self, file: SourceFile) -> Content | None:
+        """What a file is still to be compared with: it is downloaded, or in the Hub cache and digests are wanted."""
+        is_cached = self._plan.model.source.kind == "hub" and self._writing.digest is Digest.files
+        is_wanted = (self.is_download or is_cached) and file.name not in self.proven
+        return file.listed if is_wanted else None
+
+    def check(self, crew: Crew) -> None:
+        """Read the files that must be what the Hub lists and were not read from end to end yet.
+
+        Raises:
+            HubError: one is not.
+        """
+        for _ in crew.map(self._check, [name for name in self._held if self.wanted(self._files[name])]):
+            pass
+        if not self.is_download:
+            return
+        for shard, header in self._plan.model.checkpoint.headers.items():
+            with self.open(shard, [(0, header.data_start)]) as opened:
+                if read_header(opened, shard) != header:  # the plan was made from another
+                    raise damaged(self._files[shard].where)
+        if self._writing.digest is not Digest.none:
+            refs = [ref for target in self._plan.edits for ref in target.written]
+            self._sums = dict(zip(refs, crew.map(self.sum, refs), strict=True))
+
+    def _check(self, name: str) -> None:
+        file = self._files[name]
+        with self.open(name) as opened:
+            if not is_listed(file, opened, file.where):
+                raise damaged_file(file)
+        self.proven.add(name)
+
+    @cached_property
+    def _held(self) -> dict[str, list[Held]]:
+        """What OUT holds of each file of SOURCE; of files that are edited where they are, before that."""
+        leave_out = (lambda name: []) if self.is_download else self._plan.written_ranges
+        return self._plan.output.held(leave_out)
+
+    @contextmanager
+    def open(self, name: str, ranges: Sequence[tuple[int, int]] = ()) -> Iterator[Readable]:
+        """A file of SOURCE for reading ``ranges``, or all; one that came from the Hub is read where it now is."""
+        file = self._files[name]
+        if not self.is_download:
+            with file.open(ranges) as opened:
+                yield opened
+            return
+        held = self._held.get(name, [])
+        spans = ranges or [(0, file.size)]
+        needed = [part for part in held if any(b < part.end and part.begin < e for b, e in spans)]
+        with ExitStack() as stack:
+            rest = {}
+            if any(self._gap(file, span) for span in spans):
+                with file.open(gaps(file.size, held)) as elsewhere:
+                    rest = read_rest(elsewhere, file.size, held, file.where)
+            fds = {
+                part.name: stack.enter_context(self._staged.reading(part.name))
+                for part in {part.name: part for part in needed}.values()
+            }
+            yield HeldFile(file.size, needed, rest, fds)
+
+    def _gap(self, file: SourceFile, span: tuple[int, int]) -> bool:
+        held = self._held.get(file.name, [])
+        return any(begin < span[1] and span[0] < end for begin, end in gaps(file.size, held))
+
+    def sum(self, ref: TensorRef) -> str:
+        """SHA-256 of a tensor's bytes in SOURCE."""
+        if ref in self._sums:
+            return self._sums[ref]
+        with self.open(ref.shard, [(ref.begin, ref.end)]) as opened:
+            return sha256_range(opened, ref.begin, ref.end, ref.shard)
+
+
+def is_listed(file: SourceFile, opened: Readable, where: str) -> bool:
+    """Whether an open copy of a file holds what the Hub lists."""
+    listed = file.listed
+    if listed is None:
+        return False
+    digest = listed.hasher(file.size)
+    update_digest(digest, opened, 0, file.size, where)
+    return digest.hexdigest() == listed.digest
+
+
+def damaged_file(file: SourceFile) -> HubError:
+    """What is said of a file that is not what the Hub lists, here or in the Hub cache."""
+    if not isinstance(file, LocalFile):
+        return damaged(file.where)
+    return HubError(
+        "the file in the Hub cache is not what its name there says: its digest is another",
+        where=str(file.path.resolve()),
+        fix="delete it, and run again: it will be downloaded",
+    )

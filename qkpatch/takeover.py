@@ -1,0 +1,61 @@
+"""What a run before this one left in staging, read again before it is taken over."""
+
+from __future__ import annotations
+
+import os
+
+from qkpatch.checkpoint.files import READ_CHUNK, read_exact, write_exact
+from qkpatch.checkpoint.output import OutputFile
+from qkpatch.checkpoint.side_by_side import Reader, Span
+from qkpatch.checkpoint.staged import StagedFiles
+from qkpatch.crew import Crew
+from qkpatch.plan import EditPlan
+from qkpatch.sources import Sources, is_listed
+
+
+def is_as_noted(plan: EditPlan, sources: Sources, staged: StagedFiles, crew: Crew, file: OutputFile) -> bool:
+    """Whether a file that is noted as done still holds what it should: it is read again.
+
+    Args:
+        plan: of this run, the same as of the one before.
+        sources: what it is compared with.
+        staged: where it lies.
+        crew: that this is a task of.
+        file: which.
+    """
+    fd = staged.open(file.name)
+    try:
+        if file.name not in plan.edits_by_file:
+            staged.is_done(file.name, os.fstat(fd))
+        if bytes(read_exact(fd, len(file.own), 0, file.name)) != file.own:
+            return False
+        if not sources.is_download:
+            return _equals_source(plan, crew, file, fd)
+        # What an edit had begun to overwrite comes once more; then the whole is as the Hub lists it, or not.
+        for extent in file.inside(plan.written_ranges(file.name)):
+            with extent.file.open([(extent.begin, extent.end)]) as source:
+                for begin in range(extent.begin, extent.end, READ_CHUNK):
+                    data = read_exact(source, min(READ_CHUNK, extent.end - begin), begin, extent.file.where)
+                    write_exact(fd, data, begin - extent.begin + extent.at, file.name)
+        whole = file.original
+        if whole is None:  # a part of several files, which are checked when all have come
+            return True
+        if not is_listed(whole, fd, file.name):
+            return False
+        sources.proven.add(whole.name)
+        return True
+    finally:
+        os.close(fd)
+
+
+def _equals_source(plan: EditPlan, crew: Crew, file: OutputFile, fd: int) -> bool:
+    """Whether all but the planned rows is what SOURCE has, byte for byte."""
+    reader = Reader()
+    for extent in file.around(plan.written_ranges(file.name)):
+        with extent.file.open() as source:
+            ours = Span(fd, extent.at, extent.upto, file.name)
+            for a, b in reader.pairs(Span(source, extent.begin, extent.end, extent.file.where), ours):
+                crew.check()
+                if a != b:
+                    return False
+    return True
