@@ -29,7 +29,7 @@ fixtures: $(STAMP)  ## real checkpoints for tests and demo, built once under .ca
 	$(BIN)/python scripts/make_fixtures.py
 
 test: $(STAMP) fixtures
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 demo: $(STAMP)  ## the main job on a toy VLM, offline; ends with a picture, out/captions.png
 	bash scripts/demo.sh $(BIN)
@@ -72,7 +72,7 @@ ROUNDS ?= 50
 STRESS ?=
 
 stress: $(STAMP)  ## attacks at the borders, then kills, faults and races, ROUNDS times those of `make test`; 50 take an hour
-	$(BIN)/python -m pytest -m stress || test $$? -eq 5  # pytest's word for a mark that no test has
+	$(BIN)/python -m pytest -n auto -m stress $(STRESS)
 	QKPATCH_ROUNDS=$(ROUNDS) QKPATCH_SEED=$(SEED) $(BIN)/python -m pytest tests/promises/test_faults.py $(STRESS)
 
 # The oldest huggingface_hub that pyproject.toml allows: in a folder of its own, which the tested processes look in first.

@@ -33,27 +33,28 @@ def command(function: Command) -> Command:
         if kwargs.get("quiet") or kwargs.get("as_json") or not sys.stderr.isatty():
             # huggingface_hub reads it when it is first imported, which is later.
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        try:
-            share_free_memory()
-            with unwinding_on_kill():
+        share_free_memory()
+        # What is said is said inside: a signal that comes meanwhile must not cut that short either.
+        with unwinding_on_kill():
+            try:
                 function(**gathered(kwargs))
-        except QKPatchError as error:
-            if kwargs.get("debug"):
-                raise
-            if kwargs.get("as_json"):
-                print_json({"error": error.to_json()})
-            show_error(error)
-            raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            note("Interrupted; nothing half done is left behind.")
-            raise typer.Exit(128 + signal.SIGINT) from None
-        except Terminated as error:
-            note("Terminated; nothing half done is left behind.")
-            raise typer.Exit(128 + error.number) from None
-        except BrokenPipeError:
-            # The reader of stdout is gone; the interpreter must not complain when it flushes at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(128 + signal.SIGPIPE) from None
+            except QKPatchError as error:
+                if kwargs.get("debug"):
+                    raise
+                if kwargs.get("as_json"):
+                    print_json({"error": error.to_json()})
+                show_error(error)
+                raise typer.Exit(error.exit_code) from None
+            except KeyboardInterrupt:
+                note("Interrupted; nothing half done is left behind.")
+                raise typer.Exit(128 + signal.SIGINT) from None
+            except Terminated as error:
+                note("Terminated; nothing half done is left behind.")
+                raise typer.Exit(128 + error.number) from None
+            except BrokenPipeError:
+                # The reader of stdout is gone; the interpreter must not complain when it flushes at exit.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                raise typer.Exit(128 + signal.SIGPIPE) from None
 
     wrapper.__signature__ = signature  # type: ignore[attr-defined]
     wrapper.__annotations__ = {name: of.annotation for name, of in signature.parameters.items()}

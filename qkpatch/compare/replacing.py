@@ -9,6 +9,7 @@ from qkpatch.checkpoint.files import Progress
 from qkpatch.checkpoint.present import Present
 from qkpatch.checkpoint.rooted import Rooted
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME
+from qkpatch.common.json_text import canonical_json, load_json
 from qkpatch.compare.contents import Mismatch
 from qkpatch.compare.verify import check, recorded, sums_mismatches
 from qkpatch.errors import CheckpointError
@@ -49,7 +50,9 @@ def _foreign(present: Present, plan: EditPlan, progress: Progress) -> Iterator[M
     except CheckpointError as error:
         yield Mismatch(MANIFEST_NAME, str(error))
         return
-    if manifest.dumps().encode() != present.read(MANIFEST_NAME):
+    raw = present.read(MANIFEST_NAME)
+    # Not `manifest.dumps()`, which gives an older manifest the keys that it did not have.
+    if canonical_json(load_json(raw, MANIFEST_NAME)).encode() != raw:
         yield Mismatch(MANIFEST_NAME, "somebody has edited it")
     elif all(file.sha256 is not None for file in manifest.files):
         yield from _by_digest(manifest, present, progress)

@@ -799,7 +799,8 @@ def test_of_runs_that_overwrite_each_leaves_a_whole_output(
         ends = driver.together(*runs)
         assert any(end.code == 0 for end in ends), ends
         for end in ends:
-            assert end.code in (0, 2), end
+            # Hard links that one run makes and another's overwriting drops look like a change of SOURCE.
+            assert end.code in (0, 2) or "the source changed" in end.text, end
             assert end.code == 0 or "Error:" in end.text
         assert names(folder) == ["out"]
         assert whole(out) in (plain, earlier)

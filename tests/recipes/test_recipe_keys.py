@@ -29,16 +29,15 @@ FIELDS = [(cls.__name__, f.name) for cls in CLASSES for f in dataclasses.fields(
 
 # These define recipes, read them, or put them in words for people: no reading there acts on a key.
 NO_ACTORS = {
-    "recipe",
-    "recipe_file",
-    "describe",
+    "recipes.recipe",
+    "recipes.reading",
+    "recipes.words",
     *(f"diagnosis.{path.stem}" for path in (PACKAGE / "diagnosis").glob("*.py")),
 }
 # What does not change an edit, with the modules that read it all the same.
-RECORDED = {
-    "orientation": {"manifest"}
-}  # only one value is accepted; verify and readers must not have to assume it
-FOR_PEOPLE = {"title": {"describe", "catalogue"}, "tested": {"describe"}}
+# Only one value is accepted; verify and readers must not have to assume it.
+RECORDED = {"orientation": {"planning.manifest"}}
+FOR_PEOPLE = {"title": {"recipes.words"}, "tested": {"recipes.words"}}
 # Read by a method of the recipe's own, which others call.
 THROUGH = {
     ("Recipe", "model_types"): "matches",
@@ -85,7 +84,7 @@ def test_a_field_is_read_by_code_that_acts_on_it(cls: str, name: str) -> None:
         return
     methods = {
         node.name: node
-        for node in ast.walk(ast.parse((PACKAGE / "recipe.py").read_text()))
+        for node in ast.walk(ast.parse((PACKAGE / "recipes" / "recipe.py").read_text()))
         if isinstance(node, ast.FunctionDef)
     }
     assert name in reads(methods[method])
