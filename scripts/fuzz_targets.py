@@ -20,6 +20,7 @@ from typing import Any
 
 import safetensors
 
+from qkpatch.checkpoint.files import LocalOpenFile
 from qkpatch.checkpoint.header import DTYPE_BITS, MAX_HEADER_SIZE, Header, read_header
 from qkpatch.checkpoint.source import _read_config, open_checkpoint
 from qkpatch.checkpoint.tree import source_file
@@ -394,7 +395,7 @@ def our_verdict(content: bytes) -> Header | HeaderError:
     os.ftruncate(fd, 0)
     os.pwrite(fd, content, 0)
     try:
-        return read_header(fd, "m")
+        return read_header(LocalOpenFile(fd, "m"), "m")
     except HeaderError as error:
         return error
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
-from qkpatch.checkpoint.files import READ_CHUNK, Digesting, Readable, read_exact, read_into, update_digest
+from qkpatch.checkpoint.files import Digesting, OpenFile
 from qkpatch.errors import HubError
 
 
@@ -88,7 +88,7 @@ class Held(NamedTuple):
     at: int
 
 
-Opened = Callable[[str], AbstractContextManager[Readable]]
+Opened = Callable[[str], AbstractContextManager[OpenFile]]
 
 
 def gaps(size: int, held: Iterable[Held]) -> list[tuple[int, int]]:
@@ -103,9 +103,7 @@ def gaps(size: int, held: Iterable[Held]) -> list[tuple[int, int]]:
     return found
 
 
-def feed_source(
-    digest: Digesting, source: Readable, size: int, held: Sequence[Held], opened: Opened, where: str
-) -> None:
+def feed_source(digest: Digesting, source: OpenFile, held: Sequence[Held], opened: Opened) -> None:
     """Feed a file of SOURCE to ``digest``, as OUT has it: what OUT does not hold is read from ``source``.
 
     Where the digest is that of SOURCE's file, OUT's bytes are SOURCE's, whatever is read from where.
@@ -113,49 +111,55 @@ def feed_source(
     Args:
         digest: of the whole file.
         source: the file, open, of which only the :func:`gaps` are read.
-        size: of the file.
         held: what OUT holds of it.
         opened: opens a file of OUT, by name.
-        where: what messages call the file.
     """
-    rest = deque(gaps(size, held))
+    rest = deque(gaps(source.size, held))
     position = 0
     for name, parts in groupby(sorted(held), attrgetter("name")):
         with opened(name) as file:
             for begin, end, _, at in parts:
                 if rest and rest[0][0] == position and position < begin:
-                    update_digest(digest, source, *rest.popleft(), where)
-                update_digest(digest, file, at, at + end - begin, name)
+                    source.feed(digest, *rest.popleft())
+                file.feed(digest, at, at + end - begin)
                 position = end
     for begin, end in rest:
-        update_digest(digest, source, begin, end, where)
+        source.feed(digest, begin, end)
 
 
-class HeldFile:
-    """A file of SOURCE to be read out of what OUT holds of it; the rest, such as a header, is in memory.
-
-    It is a :class:`~qkpatch.checkpoint.files.Remote`: size, ``read_into`` and ``pieces``.
-    """
+class HeldFile(OpenFile):
+    """A file of SOURCE to be read out of what OUT holds of it; the rest, such as a header, is in memory."""
 
     def __init__(
-        self, size: int, held: Sequence[Held], rest: Mapping[int, bytes], opened: Mapping[str, int]
+        self,
+        where: str,
+        size: int,
+        held: Sequence[Held],
+        rest: Mapping[int, bytes],
+        opened: Mapping[str, OpenFile],
     ) -> None:
         """Open it.
 
         Args:
+            where: what messages call it.
             size: of the file.
             held: what of it can be read; asking for anything else is an error.
             rest: what OUT does not hold, by offset.
-            opened: descriptors of OUT's files, by name.
+            opened: OUT's files, by name.
         """
-        self.size = size
+        self.where, self._size = where, size
         self._opened = opened
         own = [(begin, begin + len(data), data, 0) for begin, data in rest.items()]
         self._parts: list[tuple[int, int, bytes | str, int]] = sorted([*own, *held], key=itemgetter(0))
         self._begins = [part[0] for part in self._parts]
 
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self._size
+
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill ``buffer`` from ``offset`` on."""
+        """As :meth:`OpenFile.read_into`."""
         done = 0
         while done < len(buffer):
             position = offset + done
@@ -167,18 +171,10 @@ class HeldFile:
             if isinstance(place, bytes):
                 piece[:] = place[position - begin : position - begin + n]
             else:
-                read_into(self._opened[place], piece, at + position - begin, place)
+                self._opened[place].read_into(piece, at + position - begin)
             done += n
 
-    def pieces(self, begin: int, end: int) -> Iterator[memoryview]:
-        """The bytes ``begin:end`` in order; each piece holds until the next one is asked for."""
-        buffer = memoryview(bytearray(min(READ_CHUNK, end - begin)))
-        for offset in range(begin, end, len(buffer) or 1):
-            piece = buffer[: end - offset]
-            self.read_into(piece, offset)
-            yield piece
 
-
-def read_rest(source: Readable, size: int, held: Sequence[Held], where: str) -> dict[int, bytes]:
+def read_rest(source: OpenFile, held: Sequence[Held]) -> dict[int, bytes]:
     """What OUT does not hold of a file of SOURCE, by offset; for :class:`HeldFile`."""
-    return {begin: bytes(read_exact(source, end - begin, begin, where)) for begin, end in gaps(size, held)}
+    return {begin: bytes(source.read(end - begin, begin)) for begin, end in gaps(source.size, held)}

@@ -1,10 +1,11 @@
-"""Small file primitives: exact reads and writes, identity, digests. Errors say which file and what to do."""
+"""Small file primitives: open files, exact writes, identity, digests. Errors say which file and what to do."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,23 +33,6 @@ class Digesting(Protocol):
 
     def update(self, data: bytes | bytearray | memoryview, /) -> None:
         """Take the next bytes."""
-
-
-class Remote(Protocol):
-    """A file that is open elsewhere, and read by byte ranges."""
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill ``buffer`` from ``offset`` on, or raise."""
-
-    def pieces(self, begin: int, end: int) -> Iterator[memoryview]:
-        """The bytes ``begin:end`` in order; each piece holds until the next one is asked for."""
-
-
-Readable = int | Remote  # a file descriptor, or a file elsewhere
 
 
 class Digests:
@@ -115,66 +99,122 @@ class FileId:
         )
 
 
+class OpenFile(ABC):
+    """A file that is open for reading, on this machine or elsewhere; it has no position."""
+
+    where: str  # what messages call it
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Bytes."""
+
+    @abstractmethod
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` from ``offset`` on.
+
+        Raises:
+            FileSystemError: on a read error, or when the file ends before.
+            HubError: it does not come.
+        """
+
+    def read(self, size: int, offset: int) -> bytearray:
+        """``size`` bytes at ``offset``; otherwise as :meth:`read_into`."""
+        buffer = bytearray(size)
+        self.read_into(memoryview(buffer), offset)
+        return buffer
+
+    def pieces(self, begin: int, end: int) -> Iterator[memoryview]:
+        """The bytes ``begin:end`` in order; each piece holds until the next one is asked for."""
+        # One buffer for all: fresh memory costs more than reading.
+        buffer = memoryview(bytearray(min(READ_CHUNK, end - begin)))
+        for offset in range(begin, end, len(buffer) or 1):
+            piece = buffer[: end - offset]
+            self.read_into(piece, offset)
+            yield piece
+
+    def feed(self, digest: Digesting, begin: int, end: int) -> None:
+        """Feed the bytes ``begin:end`` to ``digest``, in bounded memory."""
+        for piece in self.pieces(begin, end):
+            digest.update(piece)
+
+    def sha256(self, begin: int, end: int) -> str:
+        """Of the bytes ``begin:end``."""
+        digest = hashlib.sha256()
+        self.feed(digest, begin, end)
+        return digest.hexdigest()
+
+    def data(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        """What of ``begin:end`` is not a hole."""
+        yield begin, end
+
+
+@dataclass(frozen=True)
+class LocalOpenFile(OpenFile):
+    """A file on this machine, by its descriptor, which whoever opened it closes."""
+
+    fd: int
+    where: str
+
+    @property
+    def size(self) -> int:
+        """Bytes, as of now."""
+        return os.fstat(self.fd).st_size
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """As :meth:`OpenFile.read_into`."""
+        size, done = len(buffer), 0
+        with os_errors("read", self.where):
+            while done < size:
+                n = os.preadv(self.fd, [buffer[done:]], offset + done)
+                if n == 0:
+                    raise FileSystemError(
+                        f"the file ends {size - done} bytes early",
+                        where=self.where,
+                        fix="is it being written to?",
+                    )
+                done += n
+
+    def data(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        """As :meth:`OpenFile.data`; all of it where the file system cannot tell."""
+        while begin < end:
+            try:
+                first = os.lseek(self.fd, begin, os.SEEK_DATA)
+                last = os.lseek(self.fd, first, os.SEEK_HOLE)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    yield begin, end
+                return
+            if first < end:
+                yield first, min(last, end)
+            begin = last
+
+
 @contextmanager
-def open_read(path: Path, expected: FileId | None = None) -> Iterator[int]:
-    """A read-only descriptor; with ``expected``, the file must be unchanged on opening and on closing.
+def open_read(path: Path, expected: FileId | None = None) -> Iterator[LocalOpenFile]:
+    """A file for reading; with ``expected``, it must be unchanged on opening and on closing.
 
     Raises:
         FileSystemError: not readable, or replaced, truncated or written to meanwhile.
     """
     with os_errors("read", path):
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    opened = LocalOpenFile(fd, str(path))
     try:
-        check_unchanged(fd, path, expected)
-        yield fd
-        check_unchanged(fd, path, expected)
+        _check_unchanged(opened, expected)
+        yield opened
+        _check_unchanged(opened, expected)
     finally:
         os.close(fd)
 
 
-def check_unchanged(fd: int, path: Path, expected: FileId | None) -> None:
-    """Raise :class:`FileSystemError` where the open file is no longer the one that was planned for."""
-    if expected is not None and not FileId.of(os.fstat(fd)).is_still(expected):
+def _check_unchanged(opened: LocalOpenFile, expected: FileId | None) -> None:
+    if expected is not None and not FileId.of(os.fstat(opened.fd)).is_still(expected):
         raise FileSystemError(
             "the source changed while qkpatch was running",
-            where=str(path),
+            where=opened.where,
             fix="run again when nothing writes to it",
         )
-
-
-def size_of(fd: Readable) -> int:
-    """Bytes of an open file."""
-    return os.fstat(fd).st_size if isinstance(fd, int) else fd.size
-
-
-def read_exact(fd: Readable, size: int, offset: int, where: str | Path) -> bytearray:
-    """``size`` bytes at ``offset``; the file position stays.
-
-    Raises:
-        FileSystemError: on a read error, or when the file ends before.
-    """
-    buffer = bytearray(size)
-    read_into(fd, buffer, offset, where)
-    return buffer
-
-
-def read_into(fd: Readable, buffer: bytearray | memoryview, offset: int, where: str | Path) -> None:
-    """Fill ``buffer`` from ``offset`` on; otherwise as :func:`read_exact`."""
-    view = memoryview(buffer)
-    if not isinstance(fd, int):
-        fd.read_into(view, offset)
-        return
-    size, done = len(buffer), 0
-    with os_errors("read", where):
-        while done < size:
-            n = os.preadv(fd, [view[done:]], offset + done)
-            if n == 0:
-                raise FileSystemError(
-                    f"the file ends {size - done} bytes early",
-                    where=str(where),
-                    fix="is it being written to?",
-                )
-            done += n
 
 
 def write_exact(fd: int, data: bytes | bytearray | memoryview, offset: int, where: str | Path) -> None:
@@ -184,23 +224,3 @@ def write_exact(fd: int, data: bytes | bytearray | memoryview, offset: int, wher
     with os_errors("write", where):
         while done < len(view):
             done += os.pwrite(fd, view[done:], offset + done)
-
-
-def sha256_range(fd: Readable, begin: int, end: int, where: str | Path) -> str:
-    """SHA-256 of the bytes ``begin:end`` of an open file, in bounded memory."""
-    digest = hashlib.sha256()
-    update_digest(digest, fd, begin, end, where)
-    return digest.hexdigest()
-
-
-def update_digest(digest: Digesting, fd: Readable, begin: int, end: int, where: str | Path) -> None:
-    """Feed the bytes ``begin:end`` of an open file to ``digest``."""
-    if not isinstance(fd, int):
-        for piece in fd.pieces(begin, end):
-            digest.update(piece)
-        return
-    buffer = bytearray(min(READ_CHUNK, end - begin))  # one for all: fresh memory costs more than reading
-    for offset in range(begin, end, len(buffer) or 1):
-        view = memoryview(buffer)[: end - offset]
-        read_into(fd, view, offset, where)
-        digest.update(view)

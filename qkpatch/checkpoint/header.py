@@ -19,16 +19,15 @@ Refused here although safetensors 0.8 lets it pass:
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TypeGuard, cast
 
-from qkpatch.checkpoint.files import Readable, read_exact, size_of
+from qkpatch.checkpoint.files import OpenFile
 from qkpatch.common.json_text import half_surrogate
-from qkpatch.errors import FileSystemError, HeaderError
+from qkpatch.errors import HeaderError
 
 MAX_HEADER_SIZE = 100_000_000
 
@@ -77,10 +76,10 @@ class Header:
     metadata: Mapping[str, str] | None
 
 
-def read_header(fd: Readable, shard: str) -> Header:
-    """Read the header of an open file, whose position stays; FileSystemError only where reading fails."""
-    file_size = size_of(fd)
-    start = _pread(fd, 32, 0, shard)
+def read_header(file: OpenFile, shard: str) -> Header:
+    """Read the header of an open file; FileSystemError only where reading fails."""
+    file_size = file.size
+    start = _read(file, 32, 0)
     if start.startswith(b"version https://git-lfs"):
         fix = "run `git lfs pull`, or download the file from the Hub"
         raise _fault("this is a Git LFS pointer, not the file it points to", shard, fix=fix)
@@ -88,7 +87,7 @@ def read_header(fd: Readable, shard: str) -> Header:
         raise _fault(f"the file is truncated: it ends after {len(start)} bytes", shard, fix=_AGAIN)
     length = int.from_bytes(start[:_PREFIX], "little")
     _check_length(length, shard, file_size)
-    raw = _pread(fd, length, _PREFIX, shard)
+    raw = _read(file, length, _PREFIX)
     if len(raw) < length:
         raise _fault("the file became shorter while it was read", shard, fix=_AGAIN)
     return parse_header(raw, shard=shard, file_size=file_size)
@@ -115,17 +114,9 @@ def _shown(text: object) -> str:
     return safe if len(safe) <= 200 else safe[:200] + "..."
 
 
-def _pread(fd: Readable, size: int, offset: int, shard: str) -> bytes:
+def _read(file: OpenFile, size: int, offset: int) -> bytes:
     """The ``size`` bytes from ``offset`` on; fewer only where the file ends."""
-    if not isinstance(fd, int):
-        return bytes(read_exact(fd, min(size, fd.size - offset), offset, shard))
-    read = bytearray()
-    try:
-        while len(read) < size and (part := os.pread(fd, size - len(read), offset + len(read))):
-            read += part
-    except OSError as error:
-        raise FileSystemError(f"the header cannot be read: {error.strerror}", where=shard) from error
-    return bytes(read)
+    return bytes(file.read(max(min(size, file.size - offset), 0), offset))
 
 
 def _check_length(length: int, shard: str, file_size: int) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
-from qkpatch.checkpoint.files import Readable, read_into
+from qkpatch.checkpoint.files import OpenFile
 
 CHUNK = 1 << 20
 
@@ -14,10 +13,9 @@ CHUNK = 1 << 20
 class Span(NamedTuple):
     """A half-open byte range of an open file."""
 
-    fd: Readable
+    file: OpenFile
     begin: int
     end: int
-    where: str | Path
 
 
 class Reader:
@@ -46,5 +44,5 @@ class Reader:
 
     def _read(self, which: int, span: Span, begin: int, size: int) -> bytearray:
         buffer = self._buffers[which] if size == CHUNK else bytearray(size)
-        read_into(span.fd, buffer, begin, span.where)
+        span.file.read_into(memoryview(buffer), begin)
         return buffer

@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from qkpatch.checkpoint.files import FileId, os_errors, read_exact, sha256_range
+from qkpatch.checkpoint.files import FileId, LocalOpenFile, os_errors
 from qkpatch.checkpoint.rooted import Rooted
 from qkpatch.checkpoint.tree import MAX_JSON_BYTES
 from qkpatch.errors import CheckpointError, FileSystemError
@@ -56,25 +56,24 @@ class Present:
         return str(self.root.path / name)
 
     @contextmanager
-    def open(self, name: str) -> Iterator[int]:
-        """A descriptor for reading.
+    def open(self, name: str) -> Iterator[LocalOpenFile]:
+        """A file for reading.
 
         Raises:
             FileSystemError: it is no regular file, not readable, or not the one that was listed, now or on closing.
         """
-        with self.root.reading(name) as fd:
-            self.check(name, fd)
-            yield fd
-            self.check(name, fd)
+        with self.root.reading(name) as opened:
+            self._check(name, opened)
+            yield opened
+            self._check(name, opened)
 
-    def check(self, name: str, fd: int) -> None:
-        """Raise :class:`FileSystemError` where an open file is not, or no longer, the one that was listed."""
-        with os_errors("read", self.where(name)):
-            status = os.fstat(fd)
+    def _check(self, name: str, opened: LocalOpenFile) -> None:
+        with os_errors("read", opened.where):
+            status = os.fstat(opened.fd)
         if FileId.of(status) != self.files.get(name):
             raise FileSystemError(
                 "it changed while qkpatch was reading it",
-                where=self.where(name),
+                where=opened.where,
                 fix="run again when nothing writes to it",
             )
 
@@ -90,19 +89,19 @@ class Present:
             CheckpointError: it has more than ``limit`` bytes.
             FileSystemError: as :meth:`open`.
         """
-        with self.open(name) as fd:
-            size = os.fstat(fd).st_size
+        with self.open(name) as opened:
+            size = opened.size
             if size > limit:
                 raise CheckpointError(
-                    f"{size} bytes, more than any real file of this kind", where=self.where(name)
+                    f"{size} bytes, more than any real file of this kind", where=opened.where
                 )
-            return bytes(read_exact(fd, size, 0, self.where(name)))
+            return bytes(opened.read(size, 0))
 
     def sha256(self, name: str) -> str:
         """Of a whole file, read once: whoever uses the file afterwards meets the same one, or an error."""
         if name not in self._sums:
-            with self.open(name) as fd:
-                self._sums[name] = sha256_range(fd, 0, os.fstat(fd).st_size, self.where(name))
+            with self.open(name) as opened:
+                self._sums[name] = opened.sha256(0, opened.size)
         return self._sums[name]
 
 

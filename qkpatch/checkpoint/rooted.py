@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 
-from qkpatch.checkpoint.files import os_errors
+from qkpatch.checkpoint.files import LocalOpenFile, os_errors
 from qkpatch.errors import FileSystemError
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -90,8 +90,8 @@ class Rooted:
             return os.open(last, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=fd)
 
     @contextmanager
-    def reading(self, name: str) -> Iterator[int]:
-        """A descriptor of a regular file for reading.
+    def reading(self, name: str) -> Iterator[LocalOpenFile]:
+        """A regular file for reading.
 
         Raises:
             FileSystemError: it is not there, or no regular file, or not readable.
@@ -103,7 +103,7 @@ class Rooted:
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise FileSystemError("not a regular file", where=str(where))
-            yield fd
+            yield LocalOpenFile(fd, str(where))
         finally:
             os.close(fd)
 

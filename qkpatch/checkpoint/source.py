@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qkpatch.checkpoint.cache import leads_out
-from qkpatch.checkpoint.files import Readable, os_errors
+from qkpatch.checkpoint.files import OpenFile, os_errors
 from qkpatch.checkpoint.header import Header, TensorRef, read_header
 from qkpatch.checkpoint.tree import (
     MAX_CONFIG_BYTES,
@@ -66,7 +66,7 @@ class Stored:
         """Bytes of all files."""
         return sum(file.size for file in self.files.values())
 
-    def opened(self, name: str, ranges: Sequence[tuple[int, int]] = ()) -> AbstractContextManager[Readable]:
+    def opened(self, name: str, ranges: Sequence[tuple[int, int]] = ()) -> AbstractContextManager[OpenFile]:
         """A file for reading, as :meth:`SourceFile.open`."""
         return self.files[name].open(ranges)
 

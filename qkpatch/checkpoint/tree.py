@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from qkpatch.checkpoint.cache import blob_of, is_in_cache
 from qkpatch.checkpoint.content import Content
-from qkpatch.checkpoint.files import FileId, Readable, open_read, os_errors, read_exact
+from qkpatch.checkpoint.files import FileId, LocalOpenFile, OpenFile, open_read, os_errors
 from qkpatch.errors import CheckpointError, FileSystemError
 
 BOOKKEEPING = (".git", ".cache/huggingface")  # of git and huggingface_hub, not the model's
@@ -42,7 +42,7 @@ class SourceFile(ABC):
         return None
 
     @abstractmethod
-    def open(self, ranges: Sequence[tuple[int, int]] = ()) -> AbstractContextManager[Readable]:
+    def open(self, ranges: Sequence[tuple[int, int]] = ()) -> AbstractContextManager[OpenFile]:
         """Open it for reading; ``ranges`` tells what will be read, where that is known.
 
         Raises:
@@ -57,7 +57,7 @@ class SourceFile(ABC):
         """
         self.check_size(limit)
         with self.open([(0, self.size)]) as opened:
-            return bytes(read_exact(opened, self.size, 0, self.where))
+            return bytes(opened.read(self.size, 0))
 
     def check_size(self, limit: int) -> None:
         """Raise :class:`CheckpointError` where it has more than ``limit`` bytes."""
@@ -85,8 +85,8 @@ class LocalFile(SourceFile):
         blob = blob_of(self.path)
         return None if blob is None or not is_in_cache(blob) else Content.of_name(blob.name)
 
-    def open(self, ranges: Sequence[tuple[int, int]] = ()) -> AbstractContextManager[int]:
-        """A descriptor, as :func:`open_read`."""
+    def open(self, ranges: Sequence[tuple[int, int]] = ()) -> AbstractContextManager[LocalOpenFile]:
+        """As :func:`open_read`."""
         return open_read(self.path, self.id)
 
 

@@ -10,7 +10,7 @@ from operator import attrgetter
 from safetensors import SafetensorError, safe_open
 
 from qkpatch.checkpoint.content import Held, Parts, feed_source
-from qkpatch.checkpoint.files import Progress, Readable, os_errors, read_exact, sha256_range
+from qkpatch.checkpoint.files import OpenFile, Progress, os_errors
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.pairs import Reader, Span
 from qkpatch.checkpoint.present import Present
@@ -50,7 +50,7 @@ def side_by_side(
         yield Mismatch(wanted.name, f"has {size} bytes, and should have {wanted.size}")
         return
     with present.open(wanted.name) as b:
-        if bytes(read_exact(b, len(wanted.own), 0, present.where(wanted.name))) != wanted.own:
+        if bytes(b.read(len(wanted.own), 0)) != wanted.own:
             yield Mismatch(wanted.name, "the header or index is not as qkpatch writes it")
             return
         for file, extents in groupby(wanted.around(planned), attrgetter("file")):
@@ -58,7 +58,7 @@ def side_by_side(
                 continue
             with file.open() as a:
                 for extent in extents:
-                    difference = _first_difference(a, b, extent, wanted.name, progress)
+                    difference = _first_difference(a, b, extent, progress)
                     if difference is not None:
                         place = _place(source, file.name, difference - extent.at + extent.begin)
                         yield Mismatch(
@@ -104,7 +104,7 @@ class Listing:
             digest = listed.hasher(file.size)
             parts = Parts(digest, [(ref.begin, ref.end) for ref in edited])
             with file.open() as opened:
-                feed_source(parts, opened, file.size, held, self._present.open, file.where)
+                feed_source(parts, opened, held, self._present.open)
             is_same, sums = digest.hexdigest() == listed.digest, parts.sums()
         else:
             is_same = False
@@ -119,16 +119,14 @@ class Listing:
 
 def tensor_sum(file: SourceFile, ref: TensorRef) -> str:
     """SHA-256 of a tensor of SOURCE."""
-    with file.open() as fd:
-        return sha256_range(fd, ref.begin, ref.end, file.where)
+    with file.open() as opened:
+        return opened.sha256(ref.begin, ref.end)
 
 
-def _first_difference(a: Readable, b: Readable, extent: Extent, where: str, progress: Progress) -> int | None:
+def _first_difference(a: OpenFile, b: OpenFile, extent: Extent, progress: Progress) -> int | None:
     """The offset in OUT."""
     offset = extent.at
-    pairs = Reader().pairs(
-        Span(a, extent.begin, extent.end, extent.file.name), Span(b, extent.at, extent.upto, where)
-    )
+    pairs = Reader().pairs(Span(a, extent.begin, extent.end), Span(b, extent.at, extent.upto))
     for x, y in pairs:
         if x != y:
             return offset + next(i for i in range(len(x)) if x[i] != y[i])
@@ -154,8 +152,8 @@ def library_verdict(wanted: OutputFile, present: Present) -> Iterator[Mismatch]:
     sources = [extent.file for extent in wanted.extents]
     if not all(isinstance(file, LocalFile) and _library_accepts(str(file.path)) for file in sources):
         return
-    with present.open(wanted.name) as fd:
-        if not _library_accepts(f"/proc/self/fd/{fd}"):
+    with present.open(wanted.name) as opened:
+        if not _library_accepts(f"/proc/self/fd/{opened.fd}"):
             yield Mismatch(wanted.name, "the safetensors library opens it in SOURCE and refuses it in OUT")
 
 

@@ -54,12 +54,12 @@ def difference(a: Stored, b: Stored, progress: Progress) -> Difference:
     differing: dict[str, TensorDifference] = {}
     for pairs in _by_shards(_common(a.tensors, b.tensors)):
         file_a, file_b = a.files[pairs[0][0].shard], b.files[pairs[0][1].shard]
-        with file_a.open() as fd_a, file_b.open() as fd_b:
+        with file_a.open() as opened_a, file_b.open() as opened_b:
             for x, y in pairs:
                 change = None
                 if _is_comparable(x, y):
-                    span_a = Span(fd_a, x.begin, x.end, file_a.where)
-                    span_b = Span(fd_b, y.begin, y.end, file_b.where)
+                    span_a = Span(opened_a, x.begin, x.end)
+                    span_b = Span(opened_b, y.begin, y.end)
                     change = _change(reader, span_a, span_b, x.dtype, y.dtype, progress)
                 if change is not None or not _is_same_type(x, y):
                     differing[x.name] = TensorDifference(x, y, change)
@@ -161,8 +161,8 @@ def _first_difference(
 ) -> int | None:
     """Where two files begin to differ, or one ends; with ``end``, before that byte."""
     size = min(a.size, b.size) if end is None else end
-    with a.open() as fd_a, b.open() as fd_b:
-        spans = Span(fd_a, 0, size, a.where), Span(fd_b, 0, size, b.where)
+    with a.open() as opened_a, b.open() as opened_b:
+        spans = Span(opened_a, 0, size), Span(opened_b, 0, size)
         for number, (x, y) in enumerate(reader.pairs(*spans)):
             if x != y:
                 return number * CHUNK + next(i for i in range(len(x)) if x[i] != y[i])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from qkpatch.checkpoint.files import Progress, sha256_range
+from qkpatch.checkpoint.files import Progress
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.present import Present
 from qkpatch.checkpoint.rooted import Rooted
@@ -296,8 +296,8 @@ def _check_edits(
                 continue  # told already
             source = sources[ref.shard]
             before = tensor_sum(source, ref) if isinstance(source, LocalFile) else listed.get(ref.name)
-            with present.open(place.shard) as fd:
-                after = sha256_range(fd, place.begin, place.end, present.where(place.shard))
+            with present.open(place.shard) as opened:
+                after = opened.sha256(place.begin, place.end)
             if before is not None and written.sha256_before not in (None, before):
                 yield Mismatch(ref.name, "SOURCE does not hold the values that were edited (sha256_before)")
             if written.sha256_after not in (None, after):

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from qkpatch.checkpoint.files import read_exact
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.source import Checkpoint
 from qkpatch.diagnosis.survey import PERCEPTION_WORDS
@@ -121,8 +120,8 @@ def _numbers(checkpoint: Checkpoint, ref: TensorRef) -> Iterator[float]:
     file = checkpoint.files.get(ref.shard)
     if code is None or file is None or not 0 < ref.nbytes <= _MOST_BYTES:
         return
-    with file.open([(ref.begin, ref.end)]) as fd:
-        raw = bytes(read_exact(fd, ref.nbytes, ref.begin, file.where))
+    with file.open([(ref.begin, ref.end)]) as opened:
+        raw = bytes(opened.read(ref.nbytes, ref.begin))
     if ref.dtype == "BF16":  # the upper half of a float32
         raw = b"".join(b"\0\0" + raw[i : i + 2] for i in range(0, len(raw), 2))
         code = "f"

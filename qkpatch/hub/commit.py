@@ -163,7 +163,7 @@ def _addition(step: Step, present: Present, stack: ExitStack) -> CommitOperation
     elif step.size <= _IN_MEMORY:
         content = present.read(step.name)
     else:
-        content = f"/dev/fd/{stack.enter_context(present.open(step.name))}"
+        content = f"/dev/fd/{stack.enter_context(present.open(step.name)).fd}"
     operation = CommitOperationAdd(path_in_repo=step.name, path_or_fileobj=content)
     if operation.upload_info.sha256.hex() != step.sha256:
         raise MismatchError(

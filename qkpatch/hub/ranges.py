@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from qkpatch.checkpoint.files import OpenFile
 from qkpatch.common.interrupts import check_stop, signals_masked
 
 BLOCK = 8 << 20  # bytes of one request at most: a layer's weights come in several, side by side
@@ -97,21 +98,26 @@ class Fetchers:
             self._waiting.get().run()
 
 
-class RangeReader:
+class RangeReader(OpenFile):
     """One open file elsewhere. What was announced is fetched ahead and kept; what was not, when it is read."""
 
     def __init__(
-        self, size: int, fetch: Fetch, fetchers: Fetchers, announced: Sequence[tuple[int, int]]
+        self, where: str, size: int, fetch: Fetch, fetchers: Fetchers, announced: Sequence[tuple[int, int]]
     ) -> None:
-        self.size = size
+        self.where, self._size = where, size
         self._fetch, self._fetchers = fetch, fetchers
         self._kept = [self._start(*span) for span in blocks(merged(announced))]
 
     def _start(self, begin: int, end: int) -> Block:
         return self._fetchers.start(Block(self._fetch, begin, end))
 
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self._size
+
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill ``buffer`` from ``offset`` on."""
+        """As :meth:`OpenFile.read_into`."""
         upto = offset + len(buffer)
         known = [block for block in self._kept if block.begin < upto and block.end > offset]
         gaps, position = [], offset

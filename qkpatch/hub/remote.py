@@ -40,7 +40,7 @@ class RemoteFile(SourceFile):
     def open(self, ranges: Sequence[tuple[int, int]] = ()) -> Iterator[RangeReader]:
         """A reader; ``ranges`` begin to arrive at once, and are kept until it is closed."""
         fetch = partial(self.transfer.fetch, self.entry)
-        with closing(RangeReader(self.size, fetch, self.fetchers, ranges)) as reader:
+        with closing(RangeReader(self.where, self.size, fetch, self.fetchers, ranges)) as reader:
             yield reader
 
     def read(self, limit: int = MAX_JSON_BYTES) -> bytes:

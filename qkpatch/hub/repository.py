@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qkpatch.checkpoint.cache import blob_of, blobs_of
 from qkpatch.checkpoint.content import Content, damaged
-from qkpatch.checkpoint.files import open_read, size_of, update_digest
+from qkpatch.checkpoint.files import open_read
 from qkpatch.errors import HubError
 from qkpatch.hub.errors import hub_errors, is_out_of_reach
 from qkpatch.hub.remote import RemoteRepo
@@ -85,9 +85,9 @@ def _check_new(snapshot: Path, before: Collection[str]) -> frozenset[str]:
 
     def check(name: str) -> None:
         blob, content = blobs[name]
-        with open_read(blob) as fd:
-            digest = content.hasher(size_of(fd))
-            update_digest(digest, fd, 0, size_of(fd), blob)
+        with open_read(blob) as opened:
+            digest = content.hasher(opened.size)
+            opened.feed(digest, 0, opened.size)
         if digest.hexdigest() != content.digest:
             for path in (blob.resolve(), blob):
                 path.unlink(missing_ok=True)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from qkpatch.checkpoint.files import Digesting, Progress, Readable, Remote, write_exact
+from qkpatch.checkpoint.files import Digesting, LocalOpenFile, OpenFile, Progress, write_exact
 from qkpatch.output.passage import Lane, Passage
 
 
 class Arrival:
     """From a file elsewhere to an open one, in order; a few pieces are in memory and none is on the disk twice."""
 
-    def __init__(self, source: Remote, target: int, where: str) -> None:
-        self._source, self._target, self._where = source, target, where
+    def __init__(self, source: OpenFile, target: int) -> None:
+        self._source, self._target = source, target
 
     def __enter__(self) -> Arrival:
         return self
@@ -28,12 +28,12 @@ class Arrival:
         for piece in self._source.pieces(begin, end):
             if digest is not None:
                 digest.update(piece)
-            write_exact(self._target, piece, at, self._where)
+            write_exact(self._target, piece, at, self._source.where)
             at += len(piece)
             progress(len(piece))
         return "download"
 
 
-def way(lane: Lane, source: Readable, target: int, where: str) -> Passage | Arrival:
+def way(lane: Lane, source: OpenFile, target: int) -> Passage | Arrival:
     """What carries bytes from ``source`` to ``target``."""
-    return Passage(lane, source, target, where) if isinstance(source, int) else Arrival(source, target, where)
+    return Passage(lane, source, target) if isinstance(source, LocalOpenFile) else Arrival(source, target)

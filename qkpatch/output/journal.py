@@ -7,7 +7,7 @@ import os
 from enum import Enum
 from typing import Any
 
-from qkpatch.checkpoint.files import os_errors, read_exact
+from qkpatch.checkpoint.files import os_errors
 from qkpatch.checkpoint.rooted import Rooted
 from qkpatch.errors import FileSystemError
 from qkpatch.output.files import OutputFile
@@ -92,8 +92,8 @@ def is_one(room: Rooted) -> bool:
 
 
 def _lines(room: Rooted) -> list[str]:
-    with room.reading(NAME) as fd:
-        return read_exact(fd, os.fstat(fd).st_size, 0, room.path / NAME).decode("utf-8").splitlines()
+    with room.reading(NAME) as opened:
+        return opened.read(opened.size, 0).decode("utf-8").splitlines()
 
 
 def _read(room: Rooted, fingerprint: str) -> dict[str, dict[str, Any]] | None:

@@ -7,14 +7,13 @@ import fcntl
 import mmap
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from itertools import cycle, pairwise
-from pathlib import Path
 from types import TracebackType
 
-from qkpatch.checkpoint.files import Digesting, Progress, Readable, os_errors, read_into
+from qkpatch.checkpoint.files import Digesting, LocalOpenFile, Progress, os_errors
 from qkpatch.errors import FileSystemError
 
 # One system call copies at most this much, so that progress moves and Ctrl-C is heard.
@@ -72,13 +71,10 @@ class Passage:
     the processor time of ``copy_file_range``, which the edit can use, and leaves other programs' files in the cache.
     """
 
-    def __init__(self, lane: Lane, source: int, target: int, where: str) -> None:
-        self._lane, self._where = lane, where
-        self._source, self._target = source, target
-        self._raw_source, self._raw_target = (
-            _past_cache(source, os.O_RDONLY),
-            _past_cache(target, os.O_WRONLY),
-        )
+    def __init__(self, lane: Lane, source: LocalOpenFile, target: int) -> None:
+        self._lane, self._source, self._target = lane, source, target
+        self._raw_source = _past_cache(source.fd, os.O_RDONLY)
+        self._raw_target = _past_cache(target, os.O_WRONLY)
 
     def __enter__(self) -> Passage:
         return self
@@ -101,12 +97,12 @@ class Passage:
         """
         shift = at - begin
         used, position = "none", begin
-        for first, last in _data(self._source, begin, end):
+        for first, last in self._source.data(begin, end):
             self._leave_out(position, first, progress, digest)
             used, position = self._copy_data(first, last, shift, progress, digest), last
-        missing = end - os.fstat(self._source).st_size
+        missing = end - self._source.size
         if missing > 0:  # no hole
-            raise _ends_early(missing, self._where)
+            raise _ends_early(missing, self._source)
         self._leave_out(position, end, progress, digest)
         return used
 
@@ -124,7 +120,7 @@ class Passage:
         first, last = -(-(begin + shift) // ALIGN) * ALIGN - shift, (end + shift) // ALIGN * ALIGN - shift
         is_direct = self._raw_target is not None and last - first >= LEAST_DIRECT
         if not is_direct and digest is None:
-            return copy_range(self._source, self._target, begin, end, self._where, progress, shift)
+            return copy_range(self._source, self._target, begin, end, progress, shift)
         edges = [begin, first, last, end] if is_direct else [begin, end]
         pieces = [
             (at, min(at + PIECE, upto)) for start, upto in pairwise(edges) for at in range(start, upto, PIECE)
@@ -158,15 +154,15 @@ class Passage:
     def _read(self, piece: memoryview, offset: int) -> None:
         """Out of the page cache what is there, past it what is not."""
         raw = self._raw_source if _is_aligned(piece, offset) else None
-        if raw is not None and not _is_cached(self._source, offset + len(piece) - 1):
+        if raw is not None and not _is_cached(self._source.fd, offset + len(piece) - 1):
             with suppress(OSError):  # the plain way works, or says why not
                 if os.preadv(raw, [piece], offset) == len(piece):
                     return
-        read_into(self._source, piece, offset, self._where)
+        self._source.read_into(piece, offset)
 
     def _write(self, piece: memoryview, offset: int) -> int:
         raw, done = self._raw_target if _is_aligned(piece, offset) else None, 0
-        with os_errors("copy", self._where):
+        with os_errors("copy", self._source.where):
             while done < len(piece):
                 try:
                     done += os.pwrite(self._target if raw is None else raw, piece[done:], offset + done)
@@ -199,30 +195,8 @@ def _past_cache(fd: int, access: int) -> int | None:
     return None
 
 
-def data_size(fd: Readable, begin: int, end: int) -> int:
-    """Bytes of ``begin:end`` that a copy writes: all but the holes."""
-    if not isinstance(fd, int):
-        return end - begin
-    return sum(last - first for first, last in _data(fd, begin, end))
-
-
-def _data(fd: int, begin: int, end: int) -> Iterator[tuple[int, int]]:
-    """What of ``begin:end`` is not a hole."""
-    while begin < end:
-        try:
-            first = os.lseek(fd, begin, os.SEEK_DATA)
-            last = os.lseek(fd, first, os.SEEK_HOLE)
-        except OSError as error:
-            if error.errno != errno.ENXIO:  # the file system cannot tell
-                yield begin, end
-            return
-        if first < end:
-            yield first, min(last, end)
-        begin = last
-
-
 def copy_range(
-    source: int, target: int, begin: int, end: int, where: str | Path, progress: Progress, shift: int = 0
+    source: LocalOpenFile, target: int, begin: int, end: int, progress: Progress, shift: int = 0
 ) -> str:
     """Copy the bytes ``begin:end`` between open files within the kernel where it can; returns the means' name.
 
@@ -231,7 +205,7 @@ def copy_range(
     """
     done = begin
     used = "none"
-    with os_errors("copy", where):
+    with os_errors("copy", source.where):
         for name, step in (
             ("copy_file_range", _copy_file_range),
             ("sendfile", _sendfile),
@@ -239,7 +213,7 @@ def copy_range(
         ):
             while done < end:
                 try:
-                    n = step(source, target, done, done + shift, min(COPY_CHUNK, end - done))
+                    n = step(source.fd, target, done, done + shift, min(COPY_CHUNK, end - done))
                 except OSError as error:
                     if error.errno not in _DECLINED or name == "read_write":
                         raise
@@ -251,11 +225,11 @@ def copy_range(
                 progress(n)
             if done == end:
                 return used
-    raise _ends_early(end - done, where)
+    raise _ends_early(end - done, source)
 
 
-def _ends_early(n_bytes: int, where: str | Path) -> FileSystemError:
-    return FileSystemError(f"the source ends {n_bytes} bytes early", where=str(where))
+def _ends_early(n_bytes: int, source: LocalOpenFile) -> FileSystemError:
+    return FileSystemError(f"the source ends {n_bytes} bytes early", where=source.where)
 
 
 def _copy_file_range(source: int, target: int, offset: int, at: int, count: int) -> int:

@@ -7,7 +7,7 @@ import stat
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
-from qkpatch.checkpoint.files import FileId, os_errors, write_exact
+from qkpatch.checkpoint.files import FileId, LocalOpenFile, os_errors, write_exact
 from qkpatch.checkpoint.rooted import Rooted
 from qkpatch.checkpoint.tree import LocalFile
 from qkpatch.errors import FileSystemError
@@ -67,13 +67,13 @@ class StagedFiles:
             return self._files.open(name, os.O_RDWR)
 
     @contextmanager
-    def reading(self, name: str) -> Iterator[int]:
+    def reading(self, name: str) -> Iterator[LocalOpenFile]:
         """A file for reading, which must still be as it was when it was done."""
-        with self._files.reading(name) as fd:
+        with self._files.reading(name) as opened:
             done = self._done.get(name)
-            if done is not None and not FileId.of(os.fstat(fd)).is_still(done):
+            if done is not None and not FileId.of(os.fstat(opened.fd)).is_still(done):
                 raise self._changed(name)
-            yield fd
+            yield opened
 
     def link(self, file: LocalFile, name: str) -> bool:
         """Make ``name`` a hard link to ``file``, links resolved; False where the file system cannot."""

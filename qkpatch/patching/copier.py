@@ -15,14 +15,7 @@ from threading import BoundedSemaphore, Condition
 from types import TracebackType
 from typing import NamedTuple
 
-from qkpatch.checkpoint.files import (
-    Digesting,
-    Digests,
-    os_errors,
-    sha256_range,
-    update_digest,
-    write_exact,
-)
+from qkpatch.checkpoint.files import Digesting, Digests, LocalOpenFile, os_errors, write_exact
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.tree import LocalFile
 from qkpatch.errors import HubError
@@ -30,7 +23,7 @@ from qkpatch.output.arrival import way
 from qkpatch.output.files import OutputFile
 from qkpatch.output.journal import Journal, State
 from qkpatch.output.options import Digest, Writing
-from qkpatch.output.passage import Lane, clone, data_size
+from qkpatch.output.passage import Lane, clone
 from qkpatch.output.staged import StagedFiles
 from qkpatch.patching.observer import Observer
 from qkpatch.patching.sources import Sources, damaged_file
@@ -68,7 +61,7 @@ class Copier:
     ) -> None:
         self._plan, self._sources, self._staged, self._observer = plan, sources, staged, observer
         self._journal, self._writing = journal, writing
-        self._fds: dict[str, int] = {}  # edited files in staging, open for reading and writing
+        self._edited: dict[str, LocalOpenFile] = {}  # in staging, open for reading and writing
         # Edited files of which only the rows are to be written, and the means.
         self._ready: dict[str, str] = {}
         self._taken_over: set[str] = set()  # files that a run before this one had copied
@@ -108,7 +101,7 @@ class Copier:
                 self._journal.forget(files[name])
             fd = self._staged.open(name) if is_filled else self._staged.create(files[name])
             self._open.callback(os.close, fd)
-            self._fds[name] = fd
+            self._edited[name] = LocalOpenFile(fd, name)
             if is_filled:
                 self._ready[name] = "resumed"
             elif _cloned(files[name], fd):
@@ -122,7 +115,7 @@ class Copier:
     def start(self, crew: Crew) -> list[Future[dict[str, Carried]]]:
         """Begin to carry every file over, in tasks of ``crew``; how, file by file."""
         # What is edited comes last: by then most rows are written, and read from the page cache.
-        files = deque(sorted(self._plan.output.files.values(), key=lambda file: file.name in self._fds))
+        files = deque(sorted(self._plan.output.files.values(), key=lambda file: file.name in self._edited))
         return [crew.start(partial(self._carry, files, crew)) for _ in range(self.lanes)]
 
     def wait(self, copying: list[Future[dict[str, Carried]]], crew: Crew) -> dict[str, Carried]:
@@ -147,7 +140,7 @@ class Copier:
 
     def write(self, name: str, data: bytes | bytearray, at: int) -> None:
         """Write planned rows of a file."""
-        write_exact(self._fds[name], data, at, name)
+        write_exact(self._edited[name].fd, data, at, name)
         self._rows.add(name, at)
 
     def _carry(self, files: deque[OutputFile], crew: Crew) -> dict[str, Carried]:
@@ -166,8 +159,8 @@ class Copier:
     def _one(self, file: OutputFile, lane: Lane, crew: Crew) -> tuple[int | None, str, str | None]:
         """Copy, share or link one file: the open copy, unless nothing is left to do; the means; the digest taken."""
         means = None
-        if file.name in self._fds:
-            fd, means = self._fds[file.name], self._ready.get(file.name)
+        if file.name in self._edited:
+            fd, means = self._edited[file.name].fd, self._ready.get(file.name)
         elif file.name in self._taken_over:
             fd, means = None, "resumed"
         elif (of := _linkable(file, self._writing)) and self._staged.link(of, file.name):
@@ -188,7 +181,7 @@ class Copier:
         """Copy what is not left out; the means of most of it, and the digest of the whole, edited rows too."""
         ranges = [] if self._sources.is_download else self._plan.written_ranges(file.name)
         sums, whole = Digests(), file.original
-        if self._writing.digest is Digest.files and (ranges or file.name not in self._fds):
+        if self._writing.digest is Digest.files and (ranges or file.name not in self._edited):
             sums.kinds["out"] = hashlib.sha256()
         wanted = None if whole is None or ranges else self._sources.wanted(whole)
         if wanted is not None:
@@ -200,7 +193,7 @@ class Copier:
         position = len(file.own)
         self._observer.copied(position)
         for source, extents in groupby(file.around(ranges), attrgetter("file")):
-            with source.open() as opened, way(lane, opened, fd, source.where) as passage:
+            with source.open() as opened, way(lane, opened, fd) as passage:
                 for extent in extents:
                     self._pass(file, ranges, (position, extent.at), crew, digest)
                     progress = partial(self._progress, crew)
@@ -229,12 +222,12 @@ class Copier:
             for begin, _ in ranges:
                 if first <= begin < last:
                     self._rows.wait_for(file.name, begin, crew)
-            update_digest(digest, self._fds[file.name], first, last, file.name)
+            self._edited[file.name].feed(digest, first, last)
         self._observer.copied(last - first)
 
     def _finish(self, file: OutputFile, fd: int | None, sha256: str | None) -> str | None:
         """Wait for the disk; the file's digest, where one is wanted and no edit is still to come."""
-        is_edited = file.name in self._fds
+        is_edited = file.name in self._edited
         if fd is not None and self._ready.get(file.name) != "resumed":
             _sync(fd, file.name)
             self._journal.note(fd, file, State.filled if is_edited else State.copied)
@@ -245,7 +238,7 @@ class Copier:
                 self._slots.release()
         if self._writing.digest is Digest.files and sha256 is None and not is_edited:
             with self._staged.reading(file.name) as again:
-                sha256 = sha256_range(again, 0, file.size, file.name)
+                sha256 = again.sha256(0, file.size)
         return sha256
 
     def _close_copies(self) -> None:
@@ -260,26 +253,26 @@ class Copier:
     def staged_sum(self, ref: TensorRef) -> str:
         """SHA-256 of an edited tensor's bytes as they reached the file."""
         at = self._plan.output.place(ref)
-        return sha256_range(self._fds[at.shard], at.begin, at.end, at.shard)
+        return self._edited[at.shard].sha256(at.begin, at.end)
 
     def seal(self) -> None:
         """Say that nothing more will be written to the edited files."""
-        for name, fd in self._fds.items():
-            self._staged.is_done(name, os.fstat(fd))
+        for name, opened in self._edited.items():
+            self._staged.is_done(name, os.fstat(opened.fd))
 
     def edited_sums(self, crew: Crew, taken: dict[str, Carried]) -> dict[str, str]:
         """SHA-256 of the edited files, as they are now, of which none could be ``taken`` before they were edited."""
         if self._writing.digest is not Digest.files:
             return {}
-        names = [name for name in self._fds if taken[name].sha256 is None]
+        names = [name for name in self._edited if taken[name].sha256 is None]
         sizes = self._plan.output.files
-        sums = crew.map(lambda name: sha256_range(self._fds[name], 0, sizes[name].size, name), names)
+        sums = crew.map(lambda name: self._edited[name].sha256(0, sizes[name].size), names)
         return dict(zip(names, sums, strict=True))
 
     def sync_edited(self) -> None:
         """Wait until the edited files are on the disk."""
-        for name, fd in self._fds.items():
-            _sync(fd, name)
+        for name, opened in self._edited.items():
+            _sync(opened.fd, name)
 
 
 class _Rows:
@@ -304,10 +297,10 @@ class _Rows:
 def _cloned(file: OutputFile, fd: int) -> bool:
     """Whether ``fd`` now shares all blocks of the file it is to be a copy of."""
     original = file.original
-    if original is None or not file.size:
+    if not isinstance(original, LocalFile) or not file.size:
         return False
     with original.open() as source:
-        return isinstance(source, int) and clone(source, fd)
+        return clone(source.fd, fd)
 
 
 def _linkable(file: OutputFile, writing: Writing) -> LocalFile | None:
@@ -333,6 +326,6 @@ def space_needed(plan: EditPlan, staged: StagedFiles, journal: Journal, writing:
 def _written_bytes(file: OutputFile) -> int:
     total = len(file.own)
     for extent in file.extents:
-        with extent.file.open() as fd:
-            total += data_size(fd, extent.begin, extent.end)
+        with extent.file.open() as opened:
+            total += sum(last - first for first, last in opened.data(extent.begin, extent.end))
     return total

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qkpatch.checkpoint.content import Held, HeldFile
-from qkpatch.checkpoint.files import Readable
+from qkpatch.checkpoint.files import OpenFile
 from qkpatch.checkpoint.header import Header, TensorRef
 from qkpatch.checkpoint.source import Checkpoint
 from qkpatch.checkpoint.tree import Repository, SourceFile
@@ -74,11 +74,11 @@ def edit_loaded(model: torch.nn.Module, request: Request, threads: int | None = 
         written.append((tensors[ref.name], at - ref.begin, bytes(data)))
 
     @contextmanager
-    def opened(shard: str, ranges: Sequence[tuple[int, int]]) -> Iterator[Readable]:
+    def opened(shard: str, ranges: Sequence[tuple[int, int]]) -> Iterator[OpenFile]:
         """Copies of the tensors that the ranges lie in."""
         needed = [ref for ref in refs.values() if any(ref.begin < e and b < ref.end for b, e in ranges)]
         rest = {ref.begin: _bytes(tensors[ref.name]) for ref in needed}
-        yield HeldFile(_end(refs), list[Held](), rest, {})
+        yield HeldFile(where, _end(refs), list[Held](), rest, {})
 
     heads: dict[str, tuple[HeadRecord, ...]] = {}
     n_threads = choose_threads(threads, plan.head_memory, len(tensors))
@@ -110,7 +110,7 @@ class _Memory(SourceFile):
     def content(self) -> str:
         return self.where
 
-    def open(self, ranges: Sequence[tuple[int, int]] = ()) -> AbstractContextManager[Readable]:
+    def open(self, ranges: Sequence[tuple[int, int]] = ()) -> AbstractContextManager[OpenFile]:
         raise NotImplementedError("tensors of a loaded model are no files")
 
 

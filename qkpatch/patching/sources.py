@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from functools import cached_property
 
 from qkpatch.checkpoint.content import Content, Held, HeldFile, damaged, gaps, read_rest
-from qkpatch.checkpoint.files import Readable, sha256_range, update_digest
+from qkpatch.checkpoint.files import OpenFile
 from qkpatch.checkpoint.header import TensorRef, read_header
 from qkpatch.checkpoint.tree import LocalFile, SourceFile
 from qkpatch.errors import HubError
@@ -64,7 +64,7 @@ class Sources:
     def _check(self, name: str) -> None:
         file = self._files[name]
         with self.open(name) as opened:
-            if not is_listed(file, opened, file.where):
+            if not is_listed(file, opened):
                 raise damaged_file(file)
         self.proven.add(name)
 
@@ -75,7 +75,7 @@ class Sources:
         return self._plan.output.held(leave_out)
 
     @contextmanager
-    def open(self, name: str, ranges: Sequence[tuple[int, int]] = ()) -> Iterator[Readable]:
+    def open(self, name: str, ranges: Sequence[tuple[int, int]] = ()) -> Iterator[OpenFile]:
         """A file of SOURCE for reading ``ranges``, or all; one that came from the Hub is read where it now is."""
         file = self._files[name]
         if not self.is_download:
@@ -89,12 +89,12 @@ class Sources:
             rest = {}
             if any(self._gap(file, span) for span in spans):
                 with file.open(gaps(file.size, held)) as elsewhere:
-                    rest = read_rest(elsewhere, file.size, held, file.where)
-            fds = {
+                    rest = read_rest(elsewhere, held)
+            places = {
                 part.name: stack.enter_context(self._staged.reading(part.name))
                 for part in {part.name: part for part in needed}.values()
             }
-            yield HeldFile(file.size, needed, rest, fds)
+            yield HeldFile(file.where, file.size, needed, rest, places)
 
     def _gap(self, file: SourceFile, span: tuple[int, int]) -> bool:
         held = self._held.get(file.name, [])
@@ -105,16 +105,16 @@ class Sources:
         if ref in self._sums:
             return self._sums[ref]
         with self.open(ref.shard, [(ref.begin, ref.end)]) as opened:
-            return sha256_range(opened, ref.begin, ref.end, ref.shard)
+            return opened.sha256(ref.begin, ref.end)
 
 
-def is_listed(file: SourceFile, opened: Readable, where: str) -> bool:
+def is_listed(file: SourceFile, opened: OpenFile) -> bool:
     """Whether an open copy of a file holds what the Hub lists."""
     listed = file.listed
     if listed is None:
         return False
     digest = listed.hasher(file.size)
-    update_digest(digest, opened, 0, file.size, where)
+    opened.feed(digest, 0, file.size)
     return digest.hexdigest() == listed.digest
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from qkpatch.checkpoint.files import READ_CHUNK, read_exact, write_exact
+from qkpatch.checkpoint.files import READ_CHUNK, LocalOpenFile, write_exact
 from qkpatch.checkpoint.pairs import Reader, Span
 from qkpatch.output.files import OutputFile
 from qkpatch.output.staged import StagedFiles
@@ -23,38 +23,38 @@ def is_as_noted(plan: EditPlan, sources: Sources, staged: StagedFiles, crew: Cre
         crew: that this is a task of.
         file: which.
     """
-    fd = staged.open(file.name)
+    ours = LocalOpenFile(staged.open(file.name), file.name)
     try:
         if file.name not in plan.edits_by_file:
-            staged.is_done(file.name, os.fstat(fd))
-        if bytes(read_exact(fd, len(file.own), 0, file.name)) != file.own:
+            staged.is_done(file.name, os.fstat(ours.fd))
+        if bytes(ours.read(len(file.own), 0)) != file.own:
             return False
         if not sources.is_download:
-            return _equals_source(plan, crew, file, fd)
+            return _equals_source(plan, crew, file, ours)
         # What an edit had begun to overwrite comes once more; then the whole is as the Hub lists it, or not.
         for extent in file.inside(plan.written_ranges(file.name)):
             with extent.file.open([(extent.begin, extent.end)]) as source:
                 for begin in range(extent.begin, extent.end, READ_CHUNK):
-                    data = read_exact(source, min(READ_CHUNK, extent.end - begin), begin, extent.file.where)
-                    write_exact(fd, data, begin - extent.begin + extent.at, file.name)
+                    data = source.read(min(READ_CHUNK, extent.end - begin), begin)
+                    write_exact(ours.fd, data, begin - extent.begin + extent.at, file.name)
         whole = file.original
         if whole is None:  # a part of several files, which are checked when all have come
             return True
-        if not is_listed(whole, fd, file.name):
+        if not is_listed(whole, ours):
             return False
         sources.proven.add(whole.name)
         return True
     finally:
-        os.close(fd)
+        os.close(ours.fd)
 
 
-def _equals_source(plan: EditPlan, crew: Crew, file: OutputFile, fd: int) -> bool:
+def _equals_source(plan: EditPlan, crew: Crew, file: OutputFile, ours: LocalOpenFile) -> bool:
     """Whether all but the planned rows is what SOURCE has, byte for byte."""
     reader = Reader()
     for extent in file.around(plan.written_ranges(file.name)):
         with extent.file.open() as source:
-            ours = Span(fd, extent.at, extent.upto, file.name)
-            for a, b in reader.pairs(Span(source, extent.begin, extent.end, extent.file.where), ours):
+            spans = Span(source, extent.begin, extent.end), Span(ours, extent.at, extent.upto)
+            for a, b in reader.pairs(*spans):
                 crew.check()
                 if a != b:
                     return False

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from qkpatch.checkpoint.files import Readable, read_exact, read_into
+from qkpatch.checkpoint.files import OpenFile
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.errors import NumericalError
 from qkpatch.model.block_fp8 import BLOCK, scale_range
@@ -64,7 +64,7 @@ class LayerWeights:
 
     target: LayerTarget
     device: torch.device
-    fds: Mapping[str, Readable]  # open shards, by name
+    shards: Mapping[str, OpenFile]  # by name
 
     @cached_property
     def input_gain(self) -> Tensor | None:
@@ -190,7 +190,7 @@ class LayerWeights:
 
     def raw(self, ref: TensorRef, begin: int, end: int) -> bytearray:
         """Bytes of a tensor as they are stored."""
-        return read_exact(self.fds[ref.shard], end - begin, begin, ref.shard)
+        return self.shards[ref.shard].read(end - begin, begin)
 
     def _queries(self, heads: Sequence[int]) -> Tensor:
         ref = self.target.query
@@ -245,7 +245,7 @@ class LayerWeights:
         buffer, filled = bytearray(sum(end - begin for begin, end in byte_ranges)), 0
         for begin, end in byte_ranges:
             piece = memoryview(buffer)[filled : filled + end - begin]
-            read_into(self.fds[ref.shard], piece, begin, ref.shard)
+            self.shards[ref.shard].read_into(piece, begin)
             filled += len(piece)
         raw = torch.frombuffer(buffer, dtype=DTYPES[ref.dtype])
         if (
@@ -255,7 +255,7 @@ class LayerWeights:
         return raw.to(device=self.device, dtype=COMPUTE_DTYPE)
 
 
-Opened = Callable[[str, Sequence[tuple[int, int]]], AbstractContextManager[Readable]]
+Opened = Callable[[str, Sequence[tuple[int, int]]], AbstractContextManager[OpenFile]]
 
 
 @contextmanager
@@ -264,11 +264,11 @@ def open_layer(
 ) -> Iterator[LayerWeights]:
     """Open the shards of a layer's weights for reading ``heads``; ``opened`` opens one for reading some ranges."""
     with ExitStack() as stack:
-        fds = {
+        shards = {
             shard: stack.enter_context(opened(shard, ranges))
             for shard, ranges in target.read_ranges(heads).items()
         }
-        yield LayerWeights(target, device, fds)
+        yield LayerWeights(target, device, shards)
 
 
 def to_bytes(W: Tensor) -> bytearray:

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from qkpatch.checkpoint import header
+from qkpatch.checkpoint.files import LocalOpenFile, open_read
 from qkpatch.checkpoint.header import DTYPE_BITS, MAX_HEADER_SIZE, Header, parse_header, read_header
 from qkpatch.errors import FileSystemError, HeaderError
 
@@ -394,8 +395,8 @@ def scratch(tmp_path: Path) -> Path:
 
 def read(path: Path, content: bytes, shard: str = "m") -> Header:
     path.write_bytes(content)
-    with path.open("rb") as file:
-        return read_header(file.fileno(), shard)
+    with open_read(path) as file:
+        return read_header(file, shard)
 
 
 def library_accepts(path: Path) -> bool:
@@ -550,45 +551,48 @@ def test_the_file_position_stays(scratch: Path) -> None:
     scratch.write_bytes(one(entry()))
     with scratch.open("rb", buffering=0) as file:
         file.seek(5)
-        read_header(file.fileno(), "m")
+        read_header(LocalOpenFile(file.fileno(), "m"), "m")
         assert file.tell() == 5
 
 
 def test_short_reads_are_continued(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.pread
-    monkeypatch.setattr(os, "pread", lambda fd, size, offset: real(fd, min(size, 3), offset))
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, views, offset: real(fd, [views[0][:3]], offset))
     assert list(read(scratch, one(entry())).tensors) == ["a"]
 
 
-def test_a_file_that_shrinks_while_it_is_read(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    content = one(entry())
-    scratch.write_bytes(content)
-    status = scratch.stat()
-    monkeypatch.setattr(os, "fstat", lambda fd: status)
+@pytest.mark.parametrize("size", [50, 4])
+def test_a_file_that_shrinks_while_it_is_read(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    real = os.preadv
+
+    def shrink(fd: int, views: list[memoryview], offset: int) -> int:
+        done = real(fd, views, offset)
+        os.truncate(scratch, size)
+        return done
+
+    monkeypatch.setattr(os, "preadv", shrink)
     with pytest.raises(HeaderError, match="became shorter"):
-        read(scratch, content[:50])
+        read(scratch, one(entry()))
 
 
 def test_what_the_system_cannot_read_is_an_io_fault(tmp_path: Path) -> None:
-    fd = os.open(tmp_path, os.O_RDONLY)
-    try:
-        with pytest.raises(FileSystemError, match="directory"):
-            read_header(fd, "m")
-    finally:
-        os.close(fd)
+    with open_read(tmp_path) as directory, pytest.raises(FileSystemError, match="directory"):
+        read_header(directory, "m")
 
 
 def test_a_huge_length_is_refused_before_anything_is_read(
     scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    real = os.pread
+    real = os.preadv
 
-    def spy(fd: int, size: int, offset: int) -> bytes:
-        asked.append(size)
-        return real(fd, size, offset)
+    def spy(fd: int, views: list[memoryview], offset: int) -> int:
+        asked.append(len(views[0]))
+        return real(fd, views, offset)
 
-    monkeypatch.setattr(os, "pread", spy)
+    monkeypatch.setattr(os, "preadv", spy)
     for length in (MAX_HEADER_SIZE, 2**40, U64):
         with pytest.raises(HeaderError):
             read(scratch, length.to_bytes(8, "little") + b"{}" * 50)
@@ -600,8 +604,8 @@ def test_the_data_are_not_read(scratch: Path) -> None:
     text = framed(f'{{"a":{entry(shape=f"[{size}]", offsets=f"[0,{size}]")}}}')
     scratch.write_bytes(text)
     os.truncate(scratch, len(text) + size)  # sparse
-    with scratch.open("rb") as file:
-        assert read_header(file.fileno(), "m").tensors["a"].nbytes == size
+    with open_read(scratch) as file:
+        assert read_header(file, "m").tensors["a"].nbytes == size
 
 
 # -------- speed
@@ -610,8 +614,8 @@ def test_the_data_are_not_read(scratch: Path) -> None:
 def timed(path: Path, content: bytes) -> float:
     path.write_bytes(content)
     start = time.perf_counter()
-    with path.open("rb") as file, contextlib.suppress(HeaderError):
-        read_header(file.fileno(), "m")
+    with open_read(path) as file, contextlib.suppress(HeaderError):
+        read_header(file, "m")
     return time.perf_counter() - start
 
 

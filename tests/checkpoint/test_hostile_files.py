@@ -241,14 +241,17 @@ def test_the_library_agrees(case: Case, scratch: Path) -> None:
 # -------- size: time and memory
 
 MEASURE = """
-import os, re, sys
+import re, sys
+from pathlib import Path
+from qkpatch.checkpoint.files import open_read
 from qkpatch.checkpoint.header import read_header
 from qkpatch.errors import HeaderError
 from qkpatch.cli import app
 before = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 try:
     if sys.argv[1] == "header":
-        read_header(os.open(sys.argv[2], os.O_RDONLY), "m")
+        with open_read(Path(sys.argv[2])) as opened:
+            read_header(opened, "m")
     else:
         app(sys.argv[1:])
 except HeaderError:

@@ -298,7 +298,7 @@ def test_a_reader_gives_the_same_bytes_whatever_was_announced() -> None:
         asked.append((begin, end))
         buffer[:] = data[begin:end]
 
-    reader = RangeReader(len(data), fetch, Fetchers(3), [(100, 300), (301, 900), (5000, 6000)])
+    reader = RangeReader("data", len(data), fetch, Fetchers(3), [(100, 300), (301, 900), (5000, 6000)])
     for begin, end in [(0, len(data)), (150, 200), (250, 350), (890, 5100), (0, 50), (6000, 6000)]:
         buffer = bytearray(end - begin)
         reader.read_into(memoryview(buffer), begin)

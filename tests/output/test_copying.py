@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import random
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from typer.testing import Result
 
 from qkpatch.checkpoint import files
-from qkpatch.checkpoint.files import open_read, read_exact, write_exact
+from qkpatch.checkpoint.files import LocalOpenFile, open_read, write_exact
 from qkpatch.errors import FileSystemError
 from qkpatch.output import passage as copying
 from qkpatch.output.passage import copy_range
@@ -40,7 +41,8 @@ def copy(tmp_path: Path, data: bytes, size: int | None = None) -> tuple[str, byt
     told: list[int] = []
     with open(tmp_path / "source", "rb") as source, open(tmp_path / "target", "w+b") as target:
         size = len(data) if size is None else size
-        means = copy_range(source.fileno(), target.fileno(), 0, size, "source", told.append)
+        opened = LocalOpenFile(source.fileno(), "source")
+        means = copy_range(opened, target.fileno(), 0, size, told.append)
     return means, (tmp_path / "target").read_bytes(), told
 
 
@@ -145,14 +147,25 @@ def test_short_reads_are_completed(tmp_path: Path, data: bytes, monkeypatch: pyt
     (tmp_path / "file").write_bytes(data)
     preadv = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, views, at: preadv(fd, [views[0][:777]], at))
-    with open_read(tmp_path / "file") as fd:
-        assert read_exact(fd, 5000, 10, "file") == data[10:5010]
+    with open_read(tmp_path / "file") as file:
+        assert file.read(5000, 10) == data[10:5010]
 
 
 def test_a_read_past_the_end_is_an_error(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "file").write_bytes(data)
-    with open_read(tmp_path / "file") as fd, pytest.raises(FileSystemError, match="4 bytes early"):
-        read_exact(fd, 5, len(data) - 1, "file")
+    with open_read(tmp_path / "file") as file, pytest.raises(FileSystemError, match="4 bytes early"):
+        file.read(5, len(data) - 1)
+
+
+def test_pieces_are_parts_of_one_buffer(tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(data)
+    monkeypatch.setattr(files, "READ_CHUNK", 1000)
+    with open_read(tmp_path / "file") as file:
+        pieces = [(bytes(piece), id(piece.obj)) for piece in file.pieces(7, 2507)]
+        assert [piece for piece, _ in pieces] == [data[7:1007], data[1007:2007], data[2007:2507]]
+        assert len({buffer for _, buffer in pieces}) == 1
+        assert list(file.pieces(7, 7)) == []
+        assert file.sha256(7, 2507) == hashlib.sha256(data[7:2507]).hexdigest()
 
 
 def test_short_writes_are_completed(tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:

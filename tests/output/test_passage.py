@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import build_tiny
 
+from qkpatch.checkpoint.files import LocalOpenFile
 from qkpatch.errors import FileSystemError
 from qkpatch.output import passage as copying
 from qkpatch.output.passage import ALIGN, Lane, Passage
@@ -44,7 +45,7 @@ class Files:
         with open(self.source, "rb") as a, open(self.target, "w+b") as b, Lane() as lane:
             b.truncate(self.size)
             hooks.get("before", lambda fd: None)(b.fileno())
-            with Passage(lane, a.fileno(), b.fileno(), self.source) as passage:
+            with Passage(lane, LocalOpenFile(a.fileno(), str(self.source)), b.fileno()) as passage:
                 progress = hooks.get("progress", self.told.append)
                 return passage.copy(begin, end, at, progress, digest)
 
@@ -227,7 +228,7 @@ def test_rows_that_others_write_meanwhile_stay(tmp_path: Path) -> None:
 
             writer = threading.Thread(target=write)
             writer.start()
-            with Passage(lane, a.fileno(), b.fileno(), tmp_path) as passage:
+            with Passage(lane, LocalOpenFile(a.fileno(), "source"), b.fileno()) as passage:
                 position = 0
                 for begin, end in [*ranges, (len(data), len(data))]:
                     passage.copy(position, begin, position, lambda n: None)

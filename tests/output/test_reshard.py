@@ -14,6 +14,7 @@ from conftest import Tiny, build_tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from qkpatch.checkpoint.files import open_read
 from qkpatch.checkpoint.header import Header, read_header
 from qkpatch.checkpoint.source import open_stored
 from qkpatch.errors import UsageError
@@ -29,8 +30,8 @@ QUERIES_APART = [["k_proj"], ["q_proj"], [""]]
 def headers(path: Path) -> dict[str, Header]:
     found = {}
     for file in sorted(path.glob("*.safetensors")):
-        with open(file, "rb") as opened:
-            found[file.name] = read_header(opened.fileno(), file.name)
+        with open_read(file) as opened:
+            found[file.name] = read_header(opened, file.name)
     return found
 
 
