@@ -13,7 +13,7 @@ import re
 import tempfile
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,13 @@ from qkpatch.errors import (
     UsageError,
 )
 from qkpatch.model.tower import read_tower
+from qkpatch.planning import blocks
 from qkpatch.planning.manifest import EditRecord, FileRecord, HeadRecord, Manifest
 from qkpatch.planning.request import parse_request
 from qkpatch.recipes.catalogue import shipped_recipes
 from qkpatch.recipes.reading import parse_recipe
+from qkpatch.recipes.rows import RowLayout
+from qkpatch.spectral.rule import Channel, Select
 
 U64 = 2**64
 
@@ -583,28 +586,34 @@ def manifest_seeds() -> list[bytes]:
         sha256_before="0" * 64, sha256_after="1" * 64, heads=(head,),
     )  # fmt: skip
     manifest = Manifest(
-        tool={"name": "qkpatch", "version": "0.1.0", "torch": "2.13.0"},
-        compute={"device": "cpu", "dtype": "float64"},
-        source={"kind": "directory", "name": "tiny", "requested_revision": None, "commit": None},
-        recipe={"name": "llama", "prefix": {"self": "model.layers.{layer}."}},
-        edit={
-            "attention": ["self"], "layers": [1, 2, 5], "skipped_layers": [], "heads": [0, 1], "modes": 2,
-            "modes_edited": 2, "alpha": 0.5, "channel": "full", "select": "dominant", "seed": 0,
-            "fold_norm": False, "from_recipe": ["modes"],
-        },
-        model={
-            "model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-            "hidden_size": 24, "rows": "separate", "logits": {},
-        },
-        output={"max_shard_size": None},
+        tool=blocks.ToolBlock("qkpatch", "0.1.0", "2.13.0"),
+        compute=blocks.ComputeBlock("cpu", "float64"),
+        source=blocks.SourceBlock("directory", "tiny", None, None),
+        recipe=blocks.RecipeBlock("llama", "2" * 64, {"self": "model.layers.{layer}."}, {}, {}, []),
+        edit=blocks.EditBlock(
+            attention=("self",), layers=(1, 2, 5), skipped_layers=(), heads=(0, 1), modes=2, modes_edited=2,
+            alpha=0.5, channel=Channel.full, select=Select.dominant, seed=0, fold_norm=False, from_recipe=("modes",),
+        ),
+        model=blocks.ModelBlock(
+            model_type="llama", text_model_type="llama", num_hidden_layers=8, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, hidden_size=24, orientation="out_in", rows=RowLayout.separate,
+            logits={"attention_multiplier": 0.5, "use_qk_norm": True},
+        ),
+        output=blocks.OutputBlock(None),
         edits=(record,),
         files=(FileRecord("config.json", 9, "copied"), FileRecord("model.safetensors", 2000, "patched")),
         warnings=("one",),
-        run={"started": "2026-01-01T00:00:00Z"},
+        run=blocks.RunBlock("2026-01-01T00:00:00Z"),
     )  # fmt: skip
     planned = EditRecord.without_figures(record)
-    bare = Manifest(
-        **{**vars(manifest), "edits": (planned,), "output": {"max_shard_size": 5000}, "files": (), "run": {}}
+    source = replace(manifest.source, previous_edit=manifest.edit)
+    bare = replace(
+        manifest,
+        source=source,
+        edits=(planned,),
+        output=blocks.OutputBlock(5000),
+        files=(),
+        run=blocks.RunBlock(),
     )
     return [manifest.dumps().encode(), bare.dumps().encode()]
 

@@ -89,7 +89,7 @@ def test_a_repository_is_planned_and_applied(cache: bool, tiny: Tiny, tmp_path: 
     code = (
         "import sys, qkpatch; plan = qkpatch.plan('org/tiny', layers=1); "
         "manifest = qkpatch.apply(plan, sys.argv[1], cache=sys.argv[2] == 'True'); "
-        "assert manifest.source['name'] == 'org/tiny' and manifest.source['checked'], manifest.source; "
+        "assert manifest.source.name == 'org/tiny' and manifest.source.checked, manifest.source; "
         "assert qkpatch.verify(sys.argv[1], 'org/tiny').ok"
     )
     with fake_hub() as hub:

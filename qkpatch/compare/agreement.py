@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from qkpatch.checkpoint.source import MANIFEST_NAME
-from qkpatch.common.json_text import canonical_json
+from qkpatch.common.typed_json import as_json
 from qkpatch.compare.contents import Mismatch
 from qkpatch.model.locate import Source
 from qkpatch.planning.manifest import FileRecord, Manifest
 from qkpatch.planning.plan import EditPlan
 
-# What of a recipe decides an edit; the rest is for people, and may change from version to version.
 _RECIPE_KEYS = ("name", "prefix", "config", "tensors", "others")
 
 
 def origin_mismatches(manifest: Manifest, found: Source) -> Iterator[Mismatch]:
     """Where the manifest says that OUT was made of a repository, SOURCE is that one, where it is one at all."""
     said = manifest.source
-    if said["kind"] != "hub" or found.kind != "hub":
+    if said.kind != "hub" or found.kind != "hub":
         return
     for key, ours, theirs in (
-        ("name", found.name.lower(), said["name"].lower()),
-        ("commit", found.commit, said["commit"]),
+        ("name", found.name.lower(), said.name.lower()),
+        ("commit", found.commit, said.commit),
     ):
         if ours != theirs:
             yield Mismatch(MANIFEST_NAME, f"source.{key} is {theirs!r}, and SOURCE is {ours!r}")
@@ -34,25 +32,21 @@ def differences(
     manifest: Manifest, planned: Manifest, plan: EditPlan, unpublished: Collection[str]
 ) -> Iterator[Mismatch]:
     """Where the manifest is not the plan that its own edit leads to; figures and digests aside."""
-    ours, theirs = (json.loads(canonical_json(m.to_json())) for m in (planned, manifest))
-    other = [key for key in _RECIPE_KEYS if theirs["recipe"].get(key) != ours["recipe"][key]]
+    recipe = planned.recipe
+    other = [key for key in _RECIPE_KEYS if getattr(manifest.recipe, key) != getattr(recipe, key)]
     if other:
         yield Mismatch(
             MANIFEST_NAME,
-            f"it was made with another recipe called {ours['recipe']['name']} ({', '.join(other)} differ); "
+            f"it was made with another recipe called {recipe.name} ({', '.join(other)} differ); "
             "if that is a file of yours, say --recipe FILE.yaml",
         )
-    for block, keys in (
-        ("edit", ours["edit"].keys() - {"from_recipe"}),  # the flags may have said the same
-        ("model", ours["model"].keys()),
-    ):
-        for key in sorted(keys):
-            if theirs[block].get(key) != ours[block][key]:
-                yield Mismatch(
-                    MANIFEST_NAME,
-                    f"{block}.{key} is {theirs[block].get(key)!r}, planned {ours[block][key]!r}",
-                )
-    if theirs["source"].get("previous_edit") != ours["source"].get("previous_edit"):
+    for block in ("edit", "model"):
+        ours, theirs = (as_json(getattr(m, block)) for m in (planned, manifest))
+        # The flags may have said the same as the recipe.
+        for key in sorted(ours.keys() - {"from_recipe"}):
+            if theirs[key] != ours[key]:
+                yield Mismatch(MANIFEST_NAME, f"{block}.{key} is {theirs[key]!r}, planned {ours[key]!r}")
+    if manifest.source.previous_edit != planned.source.previous_edit:
         yield Mismatch(
             MANIFEST_NAME, "source.previous_edit is not the edit that SOURCE's own manifest records"
         )

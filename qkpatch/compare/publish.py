@@ -55,7 +55,7 @@ def _verified(
 ) -> EditPlan:
     """OUT against SOURCE, and where the manifest names a repository that SOURCE is not, against that as well."""
     said, verified = manifest.source, None
-    claim = f"{said['name']}@{said['commit']}" if said["kind"] == "hub" else None
+    claim = said.address
     for place in (source, claim):
         if place is None or (verified is not None and verified.model.source.kind == "hub"):
             continue
@@ -72,7 +72,7 @@ def _verified(
         verified = verified or result.plan
     if verified is None:
         raise UsageError(
-            f"nothing says where {said['name']!r} is, and only what was verified is published",
+            f"nothing says where {said.name!r} is, and only what was verified is published",
             where="--push",
             fix="say what OUT was made from: --source SOURCE",
         )

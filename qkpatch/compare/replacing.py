@@ -59,7 +59,7 @@ def _foreign(present: Present, plan: EditPlan, progress: Progress) -> Iterator[M
     else:
         source = plan.model.source
         where = str(source.path) if source.path is not None else f"{source.name}@{source.commit}"
-        own = None if manifest.recipe["name"] in shipped_recipes() else plan.model.recipe_file
+        own = None if manifest.recipe.name in shipped_recipes() else plan.model.recipe_file
         try:
             yield from check(present, where, progress, own, Access.ranges, as_written=True).mismatches
         except CheckpointError as error:

@@ -132,7 +132,7 @@ def check(
         QKPatchError: SOURCE cannot be opened.
     """
     manifest = recorded(present)
-    request = replace(manifest.request(), recipe=recipe or manifest.recipe["name"])
+    request = replace(manifest.request(), recipe=recipe or manifest.recipe.name)
     if recipe is None and request.recipe not in shipped_recipes():
         raise CheckpointError(
             f"it was made with a recipe of its own, {request.recipe!r}",
@@ -227,10 +227,10 @@ def _listed(
 
 def _notes(manifest: Manifest, found: Source, unpublished: Collection[str]) -> Iterator[str]:
     said = manifest.source
-    if said["kind"] == "hub" and found.kind != "hub":
+    if said.address is not None and found.kind != "hub":
         yield (
-            f"SOURCE is a {found.kind}, which does not show that OUT was made from {said['name']}: "
-            f"--source {said['name']}@{said['commit']} does"
+            f"SOURCE is a {found.kind}, which does not show that OUT was made from {said.name}: "
+            f"--source {said.address} does"
         )
     if unpublished:
         yield f"not in OUT, since it is not published: {abbreviate(sorted(unpublished), 5)}"

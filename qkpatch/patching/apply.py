@@ -31,6 +31,7 @@ from qkpatch.patching.copier import Copier, space_needed
 from qkpatch.patching.observer import UNSEEN, Observer
 from qkpatch.patching.sources import Sources
 from qkpatch.patching.threads import Crew
+from qkpatch.planning.blocks import RunBlock
 from qkpatch.planning.manifest import EditRecord, HeadRecord, Manifest, planned_manifest
 from qkpatch.planning.plan import EditPlan
 from qkpatch.planning.sums import refuse_own_sums, sums_text
@@ -115,16 +116,12 @@ def apply_plan(
             planned = planned_manifest(plan, str(editor.device))
             manifest = replace(
                 planned,
-                tool={**planned.tool, "torch": editor.torch_version, "python": platform.python_version()},
-                source={**planned.source, "checked": sources.is_checked},
+                tool=replace(planned.tool, torch=editor.torch_version, python=platform.python_version()),
+                source=replace(planned.source, checked=sources.is_checked),
                 edits=done,
                 files=tuple(replace(file, sha256=sums[file.name]) for file in planned.files),
                 warnings=(*planned.warnings, *_numerical_warnings(done, plan)),
-                run={
-                    "started": started,
-                    "finished": _now(),
-                    "copied_by": dict(Counter(how.means for how in carried.values())),
-                },
+                run=RunBlock(started, _now(), Counter(how.means for how in carried.values())),
             )
             record = manifest.dumps().encode()
             if writing.digest is Digest.files:

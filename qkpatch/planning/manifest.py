@@ -7,15 +7,17 @@ nothing of the machine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
 from typing import NamedTuple
 
 from qkpatch.common.json_text import Json, canonical_json, load_json
+from qkpatch.common.typed_json import as_json, from_json
 from qkpatch.errors import CheckpointError, UsageError
 from qkpatch.model.targets import LayerTarget
 from qkpatch.output.files import Output, OutputFile
+from qkpatch.planning import blocks
 from qkpatch.planning.manifest_check import check_manifest
 from qkpatch.planning.plan import EditPlan
 from qkpatch.planning.request import Request
@@ -148,34 +150,21 @@ class FileRecord:
 class Manifest:
     """The content of ``qkpatch.json``."""
 
-    tool: Mapping[str, Json]
-    compute: Mapping[str, Json]
-    source: Mapping[str, Json]
-    recipe: Mapping[str, Json]
-    edit: Mapping[str, Json]
-    model: Mapping[str, Json]
-    output: Mapping[str, Json]
+    tool: blocks.ToolBlock
+    compute: blocks.ComputeBlock
+    source: blocks.SourceBlock
+    recipe: blocks.RecipeBlock
+    edit: blocks.EditBlock
+    model: blocks.ModelBlock
+    output: blocks.OutputBlock
     edits: tuple[EditRecord, ...]
     files: tuple[FileRecord, ...]
     warnings: tuple[str, ...]
-    run: Mapping[str, Json] = field(default_factory=dict, compare=False)
+    run: blocks.RunBlock = field(compare=False)
 
     def to_json(self) -> dict[str, Json]:
         """Plain JSON values, in the schema's shape."""
-        return {
-            "schema": SCHEMA,
-            "tool": self.tool,
-            "compute": self.compute,
-            "source": self.source,
-            "recipe": self.recipe,
-            "edit": self.edit,
-            "model": self.model,
-            "output": self.output,
-            "edits": [{**vars(edit), "heads": [vars(head) for head in edit.heads]} for edit in self.edits],
-            "files": [vars(file) for file in self.files],
-            "warnings": self.warnings,
-            "run": self.run,
-        }
+        return {"schema": SCHEMA, **as_json(self)}
 
     def dumps(self) -> str:
         """Canonical text; ``Manifest.loads(m.dumps()).dumps() == m.dumps()``."""
@@ -196,89 +185,66 @@ class Manifest:
                 where=where,
                 fix="use the qkpatch version that wrote it",
             )
+        known = {f.name: document[f.name] for f in fields(cls) if f.name in document}
         try:
-            manifest = cls(
-                **{
-                    name: document[name]
-                    for name in ("tool", "compute", "source", "recipe", "edit", "model", "output", "run")
-                },
-                edits=tuple(_edit_record(edit) for edit in document["edits"]),
-                files=tuple(FileRecord(**file) for file in document["files"]),
-                warnings=tuple(document["warnings"]),
-            )
+            # Finite numbers, and no lists in lists without end.
+            canonical_json(known)
+            manifest: Manifest = from_json(cls, known)
             check_manifest(manifest)
-            manifest.dumps().encode()  # finite numbers, text that is text
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError, UsageError) as error:
-            raise CheckpointError(f"malformed manifest: {error!r}", where=where) from error
+        except (UsageError, ValueError) as error:
+            raise CheckpointError(f"malformed manifest: {error}", where=where) from error
         return manifest
 
     def request(self) -> Request:
         """The request that leads to the recorded edit on the same SOURCE."""
         edit = self.edit
         return Request.of(
-            recipe=self.recipe["name"],
-            attention=edit["attention"],
-            layers=[*edit["layers"], *edit["skipped_layers"]],
-            heads=edit["heads"],
-            modes=edit["modes"],
-            alpha=edit["alpha"],
-            channel=edit["channel"],
-            select=edit["select"],
-            seed=edit["seed"],
-            fold_norm=edit["fold_norm"],
-            max_shard_size=self.output["max_shard_size"],
+            recipe=self.recipe.name,
+            attention=edit.attention,
+            layers=[*edit.layers, *edit.skipped_layers],
+            heads=edit.heads,
+            modes=edit.modes,
+            alpha=edit.alpha,
+            channel=edit.channel,
+            select=edit.select,
+            seed=edit.seed,
+            fold_norm=edit.fold_norm,
+            max_shard_size=self.output.max_shard_size,
         )
-
-
-def _edit_record(edit: Mapping[str, Json]) -> EditRecord:
-    begin, end = edit["byte_range"]
-    heads = tuple(HeadRecord(**_tuples(head)) for head in edit["heads"])
-    return EditRecord(**{**_tuples(edit), "byte_range": (int(begin), int(end)), "heads": heads})
-
-
-def _tuples(record: Mapping[str, Json]) -> dict[str, Json]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
 
 
 def planned_manifest(plan: EditPlan, device: str) -> Manifest:
     """The manifest of ``plan`` as far as it is known before any weight is read."""
     model, checkpoint, layout = plan.model, plan.model.checkpoint, plan.model.tower.layout
-    source: dict[str, Json] = {
-        "kind": model.source.kind,
-        "name": model.source.name,
-        "requested_revision": model.source.requested_revision,
-        "commit": model.source.commit,
-        "checked": None,
-    }
+    found = model.source
+    source = blocks.SourceBlock(found.kind, found.name, found.requested_revision, found.commit)
     strays = set(checkpoint.from_outside)
     if checkpoint.previous_manifest is not None:
         previous = Manifest.loads(checkpoint.previous_manifest, "SOURCE's qkpatch.json")
-        source["previous_edit"] = previous.edit
-        if model.source.kind != "hub":  # where all can see them anyway
+        source = replace(source, previous_edit=previous.edit)
+        if found.kind != "hub":  # where all can see them anyway
             strays |= {file.name for file in previous.files if file.outside}
     outside = plan.output.made_of(strays)
+    prefixes = {chosen.names.attention: chosen.prefix for chosen in model.sets}
     return Manifest(
-        tool={"name": "qkpatch", "version": version("qkpatch"), "torch": version("torch")},
-        compute={"device": device, "dtype": "float64"},
+        tool=blocks.ToolBlock("qkpatch", version("qkpatch"), version("torch")),
+        compute=blocks.ComputeBlock(device, "float64"),
         source=source,
-        recipe={
-            **model.recipe.to_json(),
-            "prefix": {chosen.names.attention: chosen.prefix for chosen in model.sets},
-        },
-        edit=plan.settings.to_json(),
-        model={
-            "model_type": checkpoint.config.get("model_type"),
-            "text_model_type": model.tower.text_model_type,
-            "num_hidden_layers": model.tower.n_layers,
-            "num_attention_heads": layout.n_heads,
-            "num_key_value_heads": layout.n_kv_heads,
-            "head_dim": layout.d_head,
-            "hidden_size": layout.d_model,
-            "orientation": model.recipe.tensors.orientation,
-            "rows": layout.rows.value,
-            "logits": model.tower.logits,
-        },
-        output={"max_shard_size": plan.max_shard_size},
+        recipe=from_json(blocks.RecipeBlock, {**model.recipe.to_json(), "prefix": prefixes}),
+        edit=plan.settings.block,
+        model=blocks.ModelBlock(
+            model_type=checkpoint.config.get("model_type"),
+            text_model_type=model.tower.text_model_type,
+            num_hidden_layers=model.tower.n_layers,
+            num_attention_heads=layout.n_heads,
+            num_key_value_heads=layout.n_kv_heads,
+            head_dim=layout.d_head,
+            hidden_size=layout.d_model,
+            orientation=model.recipe.tensors.orientation,
+            rows=layout.rows,
+            logits=model.tower.logits,
+        ),
+        output=blocks.OutputBlock(plan.max_shard_size),
         edits=tuple(EditRecord.planned(target, plan.output) for target in plan.edits),
         files=tuple(
             FileRecord(
@@ -291,6 +257,7 @@ def planned_manifest(plan: EditPlan, device: str) -> Manifest:
             for name, file in plan.output.files.items()
         ),
         warnings=plan.warnings,
+        run=blocks.RunBlock(),
     )
 
 

@@ -10,6 +10,7 @@ from functools import cached_property
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.common.json_text import canonical_json, exact
 from qkpatch.common.ranges import abbreviate, format_ranges
+from qkpatch.common.typed_json import as_json
 from qkpatch.model.locate import Access
 from qkpatch.model.model import Model, open_model
 from qkpatch.model.targets import LayerTarget
@@ -86,7 +87,8 @@ class EditPlan:
     def default_name(self) -> str:
         """What OUT is called where nobody names it: after SOURCE, which tells evaluators the family, and the edit."""
         name = self.model.source.name.rpartition("/")[2].removesuffix(".safetensors")
-        edit = {key: value for key, value in self.settings.to_json().items() if key != "from_recipe"}
+        edit = as_json(self.settings.block)
+        del edit["from_recipe"]
         document = {"recipe": self.model.recipe.name, "edit": edit, "max_shard_size": self.max_shard_size}
         return f"{name}-qkpatch-{hashlib.sha256(canonical_json(document).encode()).hexdigest()[:8]}"
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from qkpatch.common.ranges import MIDDLE_THIRD, format_ranges, middle_third, parse_ranges
 from qkpatch.errors import UsageError
 from qkpatch.model.model import Model
+from qkpatch.planning.blocks import EditBlock
 from qkpatch.planning.request import Request
 from qkpatch.spectral.rule import Channel, EditRule, Select
 
@@ -29,23 +29,24 @@ class EditSettings:
     skipped_layers: tuple[int, ...] = ()  # asked for, and without a query-key product
     attention: tuple[str, ...] = ()  # the recipe's sets of tensors
 
-    def to_json(self) -> dict[str, Any]:
+    @property
+    def block(self) -> EditBlock:
         """The settings as the manifest records them."""
         rule = self.rule
-        return {
-            "attention": list(self.attention),
-            "layers": list(self.layers),
-            "skipped_layers": list(self.skipped_layers),
-            "heads": list(self.heads),
-            "modes": rule.modes,
-            "modes_edited": 0 if rule.select is Select.shrink else rule.paired_modes,
-            "alpha": rule.alpha,
-            "channel": rule.channel.value,
-            "select": rule.select.value,
-            "seed": self.seed,
-            "fold_norm": self.fold_norm,
-            "from_recipe": list(self.from_recipe),
-        }
+        return EditBlock(
+            attention=self.attention,
+            layers=self.layers,
+            skipped_layers=self.skipped_layers,
+            heads=self.heads,
+            modes=rule.modes,
+            modes_edited=0 if rule.select is Select.shrink else rule.paired_modes,
+            alpha=rule.alpha,
+            channel=rule.channel,
+            select=rule.select,
+            seed=self.seed,
+            fold_norm=self.fold_norm,
+            from_recipe=self.from_recipe,
+        )
 
 
 def resolve(request: Request, model: Model) -> EditSettings:

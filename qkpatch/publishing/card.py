@@ -38,7 +38,7 @@ def model_card(
         is_checked: this very OUT was just verified.
     """
     yaml, text = front_matter.split(base_card or "")
-    base = manifest.source["name"] if manifest.source["kind"] == "hub" else None
+    base = manifest.source.name if manifest.source.kind == "hub" else None
     values: dict[str, str | list[str]] = {}
     if base is not None:
         values |= {"base_model": base, "base_model_relation": "finetune"}
@@ -64,23 +64,23 @@ def is_card_over(card: str, base_card: str | None) -> bool:
 
 def _edit(manifest: Manifest, base: str | None, *, is_checked: bool) -> Iterator[str]:
     source, edit = manifest.source, manifest.edit
-    what = f"[{base}](https://huggingface.co/{base})" if base else f"`{source['name']}`"
-    commit = f" at commit `{source['commit']}`" if source["commit"] else ""
+    what = f"[{base}](https://huggingface.co/{base})" if base else f"`{source.name}`"
+    commit = f" at commit `{source.commit}`" if source.commit else ""
     yield (
         f"\nThis is {what}{commit}, with the query weights of its language model edited by qkpatch "
-        f"{manifest.tool['version']}: *QK Product Steering* ([arXiv 2606.20419]({PAPER})), a weight edit alone, "
+        f"{manifest.tool.version}: *QK Product Steering* ([arXiv 2606.20419]({PAPER})), a weight edit alone, "
         "without training and without data. Keys, all other tensors and all other files are the base model's; only "
         "this card is new.\n"
     )
     yield "\n## The edit\n\n| | |\n|---|---|\n"
     rows = {
-        "recipe": manifest.recipe["name"],
-        "layers": format_ranges(edit["layers"]),
-        "query heads": format_ranges(edit["heads"]),
-        "selection": f"{edit['select']}, {edit['modes_edited']} mode(s) per head",
-        "factor α": exact(edit["alpha"]),
-        "channel of `W_Qᵀ W_K`": edit["channel"]
-        + (", gain before attention folded in" if edit["fold_norm"] else ""),
+        "recipe": manifest.recipe.name,
+        "layers": format_ranges(edit.layers),
+        "query heads": format_ranges(edit.heads),
+        "selection": f"{edit.select.value}, {edit.modes_edited} mode(s) per head",
+        "factor α": exact(edit.alpha),
+        "channel of `W_Qᵀ W_K`": edit.channel.value
+        + (", gain before attention folded in" if edit.fold_norm else ""),
         "edited tensors": f"{len(manifest.edits)} in {' and '.join(sorted({e.dtype for e in manifest.edits})) or '-'}",
     }
     yield "".join(f"| {key} | {value} |\n" for key, value in rows.items())
@@ -89,9 +89,7 @@ def _edit(manifest: Manifest, base: str | None, *, is_checked: bool) -> Iterator
         for record in manifest.edits:
             changes = [head.relative_change for head in record.heads]
             yield f"| {record.layer} | `{record.tensor}` | {mean(changes):.4f} | {max(changes):.4f} |\n"
-    own = (
-        "" if manifest.recipe["name"] in shipped_recipes() else f" --recipe {shlex.quote(_recipe(manifest))}"
-    )
+    own = "" if manifest.recipe.name in shipped_recipes() else f" --recipe {shlex.quote(_recipe(manifest))}"
     made = (
         "Made, and checked byte for byte, by"
         if is_checked
@@ -104,18 +102,17 @@ def _edit(manifest: Manifest, base: str | None, *, is_checked: bool) -> Iterator
 
 
 def _source(manifest: Manifest) -> str:
-    source = manifest.source
-    return shlex.quote(source["name"] + (f"@{source['commit']}" if source["kind"] == "hub" else ""))
+    return shlex.quote(manifest.source.address or manifest.source.name)
 
 
 def _recipe(manifest: Manifest) -> str:
     """As the command line names it: one of the user's own lies in a file that is called after it."""
-    name: str = manifest.recipe["name"]
+    name = manifest.recipe.name
     return name if name in shipped_recipes() else f"./{name}.yaml"
 
 
 def _command(manifest: Manifest) -> str:
-    request, device = manifest.request(), manifest.compute["device"]
+    request, device = manifest.request(), manifest.compute.device
     flags = {
         "recipe": _recipe(manifest),
         "attention": ",".join(request.attention or ()),

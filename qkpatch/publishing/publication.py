@@ -162,12 +162,12 @@ def _card(wish: Wish, manifest: Manifest, plan: EditPlan, *, is_withheld: bool, 
 
 def _base(manifest: Manifest) -> Base | None:
     source = manifest.source
-    return Base(source["name"], source["commit"]) if source["kind"] == "hub" else None
+    return Base(source.name, source.commit) if source.kind == "hub" and source.commit else None
 
 
 def _summary(manifest: Manifest) -> str:
     edit = manifest.edit
     return (
-        f"QK product steering of {manifest.source['name']}: layers {format_ranges(edit['layers'])}, "
-        f"{edit['modes_edited']} {edit['select']} mode(s), alpha {exact(edit['alpha'])}, {edit['channel']} channel"
+        f"QK product steering of {manifest.source.name}: layers {format_ranges(edit.layers)}, "
+        f"{edit.modes_edited} {edit.select.value} mode(s), alpha {exact(edit.alpha)}, {edit.channel.value} channel"
     )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from qkpatch.common.typed_json import as_json
 from qkpatch.errors import UsageError
 from qkpatch.recipes.rows import RowLayout
 
@@ -147,7 +148,7 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as plain JSON values."""
-        return asdict(replace(self, config=_plain(self.config)))
+        return dict(as_json(self))
 
     def matches(self, config: Mapping[str, Any]) -> bool:
         """Whether config.json names this family; a config without ``architectures`` goes by its model_type."""
@@ -171,12 +172,3 @@ class Recipe:
                 fix=f"choose from: {', '.join(sets)}",
             )
         return sets[attention]
-
-
-def _plain(config: ConfigReading) -> ConfigReading:
-    """The same with dicts in place of mapping proxies, which ``asdict`` cannot copy."""
-    return replace(
-        config,
-        class_defaults={text_type: dict(values) for text_type, values in config.class_defaults.items()},
-        layer_types={kind: replace(of, counts=dict(of.counts)) for kind, of in config.layer_types.items()},
-    )

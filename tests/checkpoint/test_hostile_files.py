@@ -41,9 +41,10 @@ from typer.testing import Result
 
 from qkpatch.checkpoint.header import DTYPE_BITS, MAX_HEADER_SIZE
 from qkpatch.checkpoint.tree import MAX_JSON_BYTES
+from qkpatch.common.json_text import canonical_json
 from qkpatch.common.ranges import parse_ranges
 from qkpatch.common.strict_yaml import MAX_BYTES, load_yaml
-from qkpatch.errors import HeaderError, RecipeError, UsageError
+from qkpatch.errors import CheckpointError, HeaderError, RecipeError, UsageError
 from qkpatch.planning.manifest import Manifest
 from qkpatch.planning.request import parse_request
 from qkpatch.recipes.reading import parse_recipe
@@ -664,6 +665,44 @@ class TestManifest:
             "malformed manifest" in (output := calm(run("verify", out, "--source", tiny.path), 3))
             or "JSON" in output
         )
+
+    @pytest.mark.parametrize(
+        ("field", "value", "fault"),
+        [
+            ("edit.modes", "4", "$.edit.modes: expected int, got str"),
+            ("edit.modes", True, "$.edit.modes: expected int, got bool"),
+            ("edit.alpha", 10**400, "$.edit.alpha: expected float, got int"),
+            ("edit.layers", [1, None], "$.edit.layers[1]: expected int, got NoneType"),
+            ("edit.channel", "half", "$.edit.channel: 'half' is not one of full, symmetric, antisymmetric"),
+            ("source.commit", 1, "$.source.commit: expected str, got int"),
+            ("model.logits", {"scale": []}, "$.model.logits.scale: expected int, got list"),
+            ("output", {}, "$.output.max_shard_size: missing"),
+            ("edits.0.byte_range", [1], "$.edits[0].byte_range: expected 2 items, got 1"),
+            ("edits.0.heads.0.gains", ["x"], "$.edits[0].heads[0].gains[0]: expected float, got str"),
+            ("files.0.mine", 1, "$.files[0].mine: unknown key"),
+        ],
+    )
+    def test_a_fault_says_where_it_is(self, field: str, value: Any, fault: str, out: Path) -> None:
+        document = json.loads((out / "qkpatch.json").read_text())
+        set_at(document, field, value)
+        with pytest.raises(CheckpointError) as error:
+            Manifest.loads(json.dumps(document).encode(), "m")
+        assert error.value.what == f"malformed manifest: {fault}"
+
+    def test_keys_that_other_versions_add_to_a_block_are_kept(self, out: Path, tiny: Tiny, run: Run) -> None:
+        document = json.loads((out / "qkpatch.json").read_text())
+        for block in ("tool", "compute", "source", "recipe", "edit", "model", "output", "run"):
+            document[block] |= {"further": 1, "mine": {"a": [None, 0.5]}}
+        (out / "qkpatch.json").write_text(text := canonical_json(document))
+        assert Manifest.loads(text.encode(), "m").dumps() == text
+        calm(run("verify", out, "--source", tiny.path), 0)
+
+    def test_what_the_first_version_did_not_say_has_a_default(self) -> None:
+        raw = (REPO / "tests" / "goldens" / "defaults.json").read_bytes()
+        manifest = Manifest.loads(raw, "m")
+        assert (manifest.source.checked, manifest.source.previous_edit) == (None, None)
+        assert not any(file.outside for file in manifest.files)
+        assert Manifest.loads(manifest.dumps().encode(), "again") == manifest
 
     def test_edited_scales_that_source_does_not_store(self, out: Path, tiny: Tiny, run: Run) -> None:
         document = json.loads((out / "qkpatch.json").read_text())

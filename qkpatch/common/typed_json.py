@@ -1,0 +1,89 @@
+"""Frozen dataclasses as JSON objects and back: fields are keys, and their type hints are what is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from enum import Enum
+from functools import cache
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from qkpatch.common.json_text import Json
+
+# The field for keys that a class does not know, where it has one: they are kept, and written as they were.
+FURTHER = "further"
+# What marks a field that is no key in JSON where it is None: ``field(default=None, metadata=LEFT_OUT)``.
+LEFT_OUT = {"left_out": True}
+
+_hints = cache(get_type_hints)
+
+
+def as_json(value: Any) -> Json:
+    """Plain JSON values of a dataclass, or of what a field of one may hold."""
+    if is_dataclass(value):
+        named = [(f, getattr(value, f.name)) for f in fields(value)]
+        said = {f.name: item for f, item in named if f.metadata != LEFT_OUT or item is not None}
+        value = {**said.pop(FURTHER, {}), **said}
+    if isinstance(value, Mapping):
+        return {key: as_json(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [as_json(item) for item in value]
+    return value.value if isinstance(value, Enum) else value
+
+
+def from_json(kind: Any, value: Json, path: str = "$") -> Any:
+    """``value`` as a ``kind``: a dataclass, or a type hint in one. An int counts as float, and stays as it is written.
+
+    Raises:
+        ValueError: another type, a key that is missing or unknown, and where: ``$.edit.modes: expected int, got str``.
+    """
+    if kind is Any:
+        return value
+    if isinstance(kind, UnionType):
+        kind = next((k for k in get_args(kind) if _shape(k) is type(value)), get_args(kind)[0])
+    shape = _shape(kind)
+    is_whole = shape is float and type(value) is int and abs(value) < 2**1023
+    if type(value) is not shape and not is_whole:
+        raise ValueError(f"{path}: expected {shape.__name__}, got {type(value).__name__}")
+    if is_dataclass(kind):
+        return _read_fields(kind, value, path)
+    if shape is dict:
+        return {key: from_json(get_args(kind)[1], item, f"{path}.{key}") for key, item in value.items()}
+    if shape is list:
+        return _read_items(get_args(kind), value, path)
+    if issubclass(kind, Enum) and value not in (known := [item.value for item in kind]):
+        raise ValueError(f"{path}: {value!r} is not one of {', '.join(known)}")
+    return kind(value) if issubclass(kind, Enum) else value
+
+
+def _shape(kind: Any) -> Any:
+    """What JSON has for a ``kind``."""
+    if is_dataclass(kind) or get_origin(kind) is Mapping:
+        return dict
+    if get_origin(kind) is tuple:
+        return list
+    return str if issubclass(kind, Enum) else kind
+
+
+def _read_fields(kind: Any, value: dict[str, Json], path: str) -> Any:
+    hints, rest, made = _hints(kind), dict(value), {}
+    for f in fields(kind):
+        if f.name in rest and f.name != FURTHER:
+            made[f.name] = from_json(hints[f.name], rest.pop(f.name), f"{path}.{f.name}")
+        elif f.default is MISSING and f.default_factory is MISSING:
+            raise ValueError(f"{path}.{f.name}: missing")
+    if rest and FURTHER not in hints:
+        raise ValueError(f"{path}.{min(rest)}: unknown key")
+    return kind(**made, **({FURTHER: rest} if rest else {}))
+
+
+def _read_items(kinds: tuple[Any, ...], items: list[Json], path: str) -> tuple[Any, ...]:
+    if kinds[-1] is ...:
+        # Figures come by the hundred thousand.
+        if all(type(item) is kinds[0] for item in items):
+            return tuple(items)
+        kinds = kinds[:1] * len(items)
+    if len(kinds) != len(items):
+        raise ValueError(f"{path}: expected {len(kinds)} items, got {len(items)}")
+    return tuple(from_json(kinds[i], item, f"{path}[{i}]") for i, item in enumerate(items))

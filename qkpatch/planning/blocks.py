@@ -1,0 +1,116 @@
+"""The blocks of a manifest as values; fields are the keys, and the JSON Schema says what each means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from qkpatch.common.json_text import Json
+from qkpatch.common.typed_json import LEFT_OUT
+from qkpatch.recipes.recipe import ConfigValue
+from qkpatch.recipes.rows import RowLayout
+from qkpatch.spectral.rule import Channel, Select
+
+
+@dataclass(frozen=True)
+class Block:
+    """What all blocks have: keys of other versions are kept."""
+
+    further: Mapping[str, Json] = field(default_factory=dict, kw_only=True)
+
+
+@dataclass(frozen=True)
+class ToolBlock(Block):
+    """What made the edit."""
+
+    name: str
+    version: str
+    torch: str
+    python: str | None = field(default=None, metadata=LEFT_OUT)
+
+
+@dataclass(frozen=True)
+class ComputeBlock(Block):
+    """Where heads were computed, and in what."""
+
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class EditBlock(Block):
+    """The settings of an edit, with nothing left open."""
+
+    attention: tuple[str, ...]
+    layers: tuple[int, ...]
+    skipped_layers: tuple[int, ...]
+    heads: tuple[int, ...]
+    modes: int
+    modes_edited: int
+    alpha: float
+    channel: Channel
+    select: Select
+    seed: int
+    fold_norm: bool
+    from_recipe: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SourceBlock(Block):
+    """What was edited."""
+
+    kind: str
+    name: str
+    requested_revision: str | None
+    commit: str | None
+    checked: bool | None = None
+    previous_edit: EditBlock | None = field(default=None, metadata=LEFT_OUT)
+
+    @property
+    def address(self) -> str | None:
+        """``org/name@commit`` of a repository, None where it was none."""
+        return f"{self.name}@{self.commit}" if self.kind == "hub" else None
+
+
+@dataclass(frozen=True)
+class RecipeBlock(Block):
+    """What of a recipe decides an edit; the rest of it is for people, and may change from version to version."""
+
+    name: str
+    sha256: str
+    prefix: Mapping[str, str]
+    config: Json
+    tensors: Json
+    others: Json
+
+
+@dataclass(frozen=True)
+class ModelBlock(Block):
+    """The language model's numbers."""
+
+    model_type: str | None
+    text_model_type: str
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_size: int
+    orientation: str
+    rows: RowLayout
+    logits: Mapping[str, ConfigValue]
+
+
+@dataclass(frozen=True)
+class OutputBlock(Block):
+    """How OUT is sharded, where it is sharded anew."""
+
+    max_shard_size: int | None
+
+
+@dataclass(frozen=True)
+class RunBlock(Block):
+    """When and how the run went; nothing in a plan."""
+
+    started: str | None = field(default=None, metadata=LEFT_OUT)
+    finished: str | None = field(default=None, metadata=LEFT_OUT)
+    copied_by: Mapping[str, int] | None = field(default=None, metadata=LEFT_OUT)
