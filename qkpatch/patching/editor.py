@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,10 +15,11 @@ from qkpatch.model.targets import LayerTarget
 from qkpatch.patching.device import choose_device, computing, heads_together
 from qkpatch.patching.observer import Observer
 from qkpatch.patching.threads import Crew
-from qkpatch.patching.weights import LayerWeights, Opened, open_layer
+from qkpatch.patching.weights import HeadWeights, LayerWeights, Opened, StoredHeads, open_layer
 from qkpatch.planning.manifest import HeadRecord
 from qkpatch.planning.plan import EditPlan
-from qkpatch.spectral.edit import Folding, HeadError, edit_and_round
+from qkpatch.spectral.edit import HeadError, HeadReport, edit_query, measure
+from qkpatch.spectral.rule import EditRule
 
 Write = Callable[[str, bytes | bytearray, int], None]
 
@@ -109,26 +109,44 @@ def _edit_heads(
     plan: EditPlan, chunk: _Chunk, together: int, weights: LayerWeights, write: Write
 ) -> Iterator[tuple[HeadRecord, bool]]:
     """Edit and write a few heads; each one's record, and whether any value changed."""
-    target, settings, gain = chunk.target, plan.settings, weights.invertible_gain()
-    for of in weights.batches(chunk.heads, together):
-        generators = [head_generator(settings.seed, target, head) for head in of.heads]
-        folding = None if gain is None else Folding(of.W_Q, gain)
-        try:
-            store = functools.partial(weights.store, of.heads)
-            stored, reports = edit_and_round(of.product, settings.rule, store, generators, folding)
-        except HeadError as error:
-            where = f"head {of.heads[error.index]} of {target.query.name}, {target.query.dtype}"
-            raise NumericalError(error.what, where=where, fix=error.fix) from error
-        for i, head in enumerate(of.heads):
+    target = chunk.target
+    for batch in weights.batches(chunk.heads, together):
+        stored, reports = edit_batch(weights, batch, plan.settings.rule, plan.settings.seed)
+        for i, head in enumerate(batch.heads):
             # By value: a −0.0 that became 0.0 is no edit, and stays.
-            is_changed = not torch.equal(stored.values[i], of.W_Q[i])
+            is_changed = not torch.equal(stored.values[i], batch.W_Q[i])
             for ref, begin, end, at in plan.head_ranges(target, head):
                 data = stored.pieces[i][ref] if is_changed else weights.raw(ref, begin, end)
                 write(plan.output.place(ref).shard, data, at)
             figures = {name: measured(figure) for name, figure in vars(reports[i]).items()}
             record = HeadRecord(head=head, kv_head=target.layout.kv_head(head), **figures)
             yield record, is_changed
-        del of, stored, store, folding  # before the next heads are read
+        del batch, stored  # before the next heads are read
+
+
+def edit_batch(
+    weights: LayerWeights, batch: HeadWeights, rule: EditRule, seed: int
+) -> tuple[StoredHeads, tuple[HeadReport, ...]]:
+    """Some heads edited and rounded once: what is stored of them, and what that does to their products.
+
+    Args:
+        weights: of their layer.
+        batch: the heads, as they were.
+        rule: the edit.
+        seed: of random selections.
+
+    Raises:
+        NumericalError: NaN or Inf, or an edit that cannot be made.
+    """
+    target = weights.target
+    generators = [head_generator(seed, target, head) for head in batch.heads]
+    try:
+        edit = edit_query(batch.product, rule, generators)
+        stored = weights.store(batch.heads, weights.unfolded(batch, edit.W_Q))
+        return stored, measure(batch.product, edit, weights.folded(stored.values))
+    except HeadError as error:
+        where = f"head {batch.heads[error.index]} of {target.query.name}, {target.query.dtype}"
+        raise NumericalError(error.what, where=where, fix=error.fix) from error
 
 
 def head_generator(seed: int, target: LayerTarget, head: int) -> torch.Generator:

@@ -75,12 +75,9 @@ class LayerWeights:
         gain = self._read(ref, (ref.begin, ref.end), "the norm before attention")
         return gain + float(self.target.input_norm_plus_one)
 
-    def invertible_gain(self) -> Tensor | None:
-        """:attr:`input_gain`, through whose inverse an edit can be mapped back.
-
-        Raises:
-            NumericalError: a γ is too small.
-        """
+    @cached_property
+    def _invertible_gain(self) -> Tensor | None:
+        """:attr:`input_gain`, with no element near zero."""
         ref, gain = self.target.input_norm, self.input_gain
         if ref is None or gain is None:
             return None
@@ -105,10 +102,10 @@ class LayerWeights:
             owners = [(layout.kv_head(head), head if is_own else -1) for head in batch]
             distinct = tuple(dict.fromkeys(owners))
             if distinct != current:
-                current, keys = distinct, Factor(self._folded(self._keys(distinct)))
+                current, keys = distinct, Factor(self.folded(self._keys(distinct)))
                 self._check(self.target.key, keys.W, [f"key head {kv_head}" for kv_head, _ in distinct])
             W_Q = self._queries(batch)
-            product = QKProduct(Factor(self._folded(W_Q)), keys.take([distinct.index(o) for o in owners]))
+            product = QKProduct(Factor(self.folded(W_Q)), keys.take([distinct.index(o) for o in owners]))
             self._check(self.target.query, product.query.W, [f"query head {head}" for head in batch])
             yield HeadWeights(batch, W_Q, product)
             del W_Q, product  # before the next ones are read
@@ -143,8 +140,18 @@ class LayerWeights:
         is_stored_less_one = self.target.norms is not None and self.target.norms.plus_one
         return (values[heads] if self._has_gain_per_head(norm) else values) + float(is_stored_less_one)
 
-    def _folded(self, W: Tensor) -> Tensor:
+    def folded(self, W: Tensor) -> Tensor:
+        """Weights (n, d_head, d_model) as they are in the product: ``W diag(γ)`` where a gain is folded into it."""
         return W if self.input_gain is None else W * self.input_gain
+
+    def unfolded(self, batch: HeadWeights, W_Q: Tensor) -> Tensor:
+        """Edited query weights of the product as they are stored: the change is mapped back by ``diag(1/γ)``.
+
+        Raises:
+            NumericalError: a γ is too small for that.
+        """
+        gain = self._invertible_gain
+        return W_Q if gain is None else batch.W_Q + (W_Q - batch.product.query.W) / gain
 
     def _check(self, ref: TensorRef, W: Tensor, names: Sequence[str]) -> None:
         """Refuse weights, all gains in them, that hold what is no number or cannot be squared."""
