@@ -33,8 +33,7 @@ from qkpatch.output.options import Digest, Writing
 from qkpatch.output.passage import Lane, clone, data_size
 from qkpatch.output.staged import StagedFiles
 from qkpatch.patching.observer import Observer
-from qkpatch.patching.sources import Sources, damaged_file
-from qkpatch.patching.takeover import is_as_noted
+from qkpatch.patching.sources import Sources, damaged_file, is_as_noted
 from qkpatch.patching.threads import Crew
 from qkpatch.planning.plan import EditPlan
 

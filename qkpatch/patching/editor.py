@@ -13,9 +13,10 @@ from qkpatch.common.json_text import measured
 from qkpatch.errors import NumericalError
 from qkpatch.model.targets import LayerTarget
 from qkpatch.patching.device import choose_device, computing, heads_together
+from qkpatch.patching.head_bytes import StoredHeads
+from qkpatch.patching.head_products import HeadWeights, LayerWeights, Opened, open_layer
 from qkpatch.patching.observer import Observer
 from qkpatch.patching.threads import Crew
-from qkpatch.patching.weights import HeadWeights, LayerWeights, Opened, StoredHeads, open_layer
 from qkpatch.planning.manifest import HeadRecord
 from qkpatch.planning.plan import EditPlan
 from qkpatch.spectral.edit import HeadError, HeadReport, edit_query, measure
@@ -116,7 +117,7 @@ def _edit_heads(
             # By value: a −0.0 that became 0.0 is no edit, and stays.
             is_changed = not torch.equal(stored.values[i], batch.W_Q[i])
             for ref, begin, end, at in plan.head_ranges(target, head):
-                data = stored.pieces[i][ref] if is_changed else weights.raw(ref, begin, end)
+                data = stored.pieces[i][ref] if is_changed else weights.stored.raw(ref, begin, end)
                 write(plan.output.place(ref).shard, data, at)
             figures = {name: measured(figure) for name, figure in vars(reports[i]).items()}
             record = HeadRecord(head=head, kv_head=target.layout.kv_head(head), **figures)
@@ -142,7 +143,7 @@ def edit_batch(
     generators = [head_generator(seed, target, head) for head in batch.heads]
     try:
         edit = edit_query(batch.product, rule, generators)
-        stored = weights.store(batch.heads, weights.unfolded(batch, edit.W_Q))
+        stored = weights.stored.store(batch.heads, weights.unfolded(batch, edit.W_Q))
         return stored, measure(batch.product, edit, weights.folded(stored.values))
     except HeadError as error:
         where = f"head {batch.heads[error.index]} of {target.query.name}, {target.query.dtype}"

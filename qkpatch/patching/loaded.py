@@ -19,9 +19,9 @@ from qkpatch.errors import CheckpointError, UnsupportedError, UsageError
 from qkpatch.model.locate import Source
 from qkpatch.model.model import understood
 from qkpatch.patching.editor import Editor
+from qkpatch.patching.head_bytes import DTYPES
 from qkpatch.patching.observer import UNSEEN
 from qkpatch.patching.threads import Crew
-from qkpatch.patching.weights import DTYPES
 from qkpatch.planning.manifest import HeadRecord
 from qkpatch.planning.memory import choose_threads
 from qkpatch.planning.plan import EditPlan, plan_of

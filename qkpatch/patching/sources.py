@@ -1,16 +1,26 @@
-"""``Sources``: SOURCE's files as a run reads them, and which of them were found to be what the Hub lists."""
+"""``Sources``: SOURCE's files as a run reads them; and whether copies, of a run before too, are what they should be."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 
 from qkpatch.checkpoint.content import Content, Held, HeldFile, damaged, gaps, read_rest
-from qkpatch.checkpoint.files import Readable, sha256_range, update_digest
+from qkpatch.checkpoint.files import (
+    READ_CHUNK,
+    Readable,
+    read_exact,
+    sha256_range,
+    update_digest,
+    write_exact,
+)
 from qkpatch.checkpoint.header import TensorRef, read_header
+from qkpatch.checkpoint.pairs import Reader, Span
 from qkpatch.checkpoint.tree import LocalFile, SourceFile
 from qkpatch.errors import HubError
+from qkpatch.output.files import OutputFile
 from qkpatch.output.options import Digest, Writing
 from qkpatch.output.staged import StagedFiles
 from qkpatch.patching.threads import Crew
@@ -127,3 +137,51 @@ def damaged_file(file: SourceFile) -> HubError:
         where=str(file.path.resolve()),
         fix="delete it, and run again: it will be downloaded",
     )
+
+
+def is_as_noted(plan: EditPlan, sources: Sources, staged: StagedFiles, crew: Crew, file: OutputFile) -> bool:
+    """Whether a file that is noted as done still holds what it should: it is read again.
+
+    Args:
+        plan: of this run, the same as of the one before.
+        sources: what it is compared with.
+        staged: where it lies.
+        crew: that this is a task of.
+        file: which.
+    """
+    fd = staged.open(file.name)
+    try:
+        if file.name not in plan.edits_by_file:
+            staged.is_done(file.name, os.fstat(fd))
+        if bytes(read_exact(fd, len(file.own), 0, file.name)) != file.own:
+            return False
+        if not sources.is_download:
+            return _equals_source(plan, crew, file, fd)
+        # What an edit had begun to overwrite comes once more; then the whole is as the Hub lists it, or not.
+        for extent in file.inside(plan.written_ranges(file.name)):
+            with extent.file.open([(extent.begin, extent.end)]) as source:
+                for begin in range(extent.begin, extent.end, READ_CHUNK):
+                    data = read_exact(source, min(READ_CHUNK, extent.end - begin), begin, extent.file.where)
+                    write_exact(fd, data, begin - extent.begin + extent.at, file.name)
+        whole = file.original
+        if whole is None:  # a part of several files, which are checked when all have come
+            return True
+        if not is_listed(whole, fd, file.name):
+            return False
+        sources.proven.add(whole.name)
+        return True
+    finally:
+        os.close(fd)
+
+
+def _equals_source(plan: EditPlan, crew: Crew, file: OutputFile, fd: int) -> bool:
+    """Whether all but the planned rows is what SOURCE has, byte for byte."""
+    reader = Reader()
+    for extent in file.around(plan.written_ranges(file.name)):
+        with extent.file.open() as source:
+            ours = Span(fd, extent.at, extent.upto, file.name)
+            for a, b in reader.pairs(Span(source, extent.begin, extent.end, extent.file.where), ours):
+                crew.check()
+                if a != b:
+                    return False
+    return True

@@ -10,8 +10,8 @@ import torch
 from qkpatch.model.model import Model
 from qkpatch.model.targets import LayerTarget
 from qkpatch.patching.device import computing, heads_together
+from qkpatch.patching.head_products import open_layer
 from qkpatch.patching.threads import Crew
-from qkpatch.patching.weights import open_layer
 from qkpatch.planning.memory import head_memory
 from qkpatch.spectral.product import QKProduct, effective_rank, energy_share
 from qkpatch.spectral.rule import Channel

@@ -25,8 +25,8 @@ from qkpatch.model.model import Model, open_model
 from qkpatch.model.targets import LayerTarget
 from qkpatch.patching.device import choose_device, computing, heads_together
 from qkpatch.patching.editor import edit_batch
+from qkpatch.patching.head_products import open_layer
 from qkpatch.patching.threads import Crew
-from qkpatch.patching.weights import open_layer
 from qkpatch.planning.memory import head_memory
 from qkpatch.spectral.rule import Channel, EditRule, Select
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from qkpatch.common.ranges import format_ranges
 from qkpatch.model.targets import LayerTarget
 from qkpatch.patching.editor import head_generator
-from qkpatch.patching.weights import open_layer
+from qkpatch.patching.head_products import open_layer
 from qkpatch.planning.plan import EditPlan, make_plan
 from qkpatch.planning.request import Request
 from qkpatch.spectral.edit import edit_query
