@@ -140,7 +140,7 @@ def edit_batch(
         NumericalError: NaN or Inf, or an edit that cannot be made.
     """
     target = weights.target
-    generators = [head_generator(seed, target, head) for head in batch.heads]
+    generators = [head_generator(seed, target.attention, target.layer, head) for head in batch.heads]
     try:
         edit = edit_query(batch.product, rule, generators)
         stored = weights.stored.store(batch.heads, weights.unfolded(batch, edit.W_Q))
@@ -150,8 +150,15 @@ def edit_batch(
         raise NumericalError(error.what, where=where, fix=error.fix) from error
 
 
-def head_generator(seed: int, target: LayerTarget, head: int) -> torch.Generator:
-    """Random numbers of one head: the same whichever other heads and layers are edited, in whatever order."""
-    name = f"qkpatch:{seed}:{target.attention}:{target.layer}:{head}"
+def head_generator(seed: int, attention: str, layer: int, head: int) -> torch.Generator:
+    """Random numbers of one head: the same whichever other heads and layers are edited, in whatever order.
+
+    Args:
+        seed: the user's.
+        attention: the recipe's set of tensors.
+        layer: the layer.
+        head: the query head.
+    """
+    name = f"qkpatch:{seed}:{attention}:{layer}:{head}"
     digest = hashlib.sha256(name.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -53,10 +53,10 @@ def layer_spectra(
     def of_target(target: LayerTarget) -> LayerSpectra:
         found: list[HeadSpectrum] = []
         with computing(device), open_layer(model.checkpoint.opened, target, device, heads) as weights:
-            for of in weights.batches(heads, together):
+            for batch in weights.batches(heads, together):
                 crew.check()
-                kv_heads = [target.layout.kv_head(head) for head in of.heads]
-                found += _head_spectra(of.heads, kv_heads, of.product, modes)
+                kv_heads = [target.layout.kv_head(head) for head in batch.heads]
+                found += _head_spectra(batch.heads, kv_heads, batch.product, modes)
         return LayerSpectra(target.layer, target.attention, tuple(found))
 
     together = heads_together(device, head_memory(target.layout for target in targets), threads)
