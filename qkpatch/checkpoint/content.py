@@ -74,7 +74,7 @@ class Parts:
             if begin < self._position and first < end:
                 digest.update(view[max(begin - first, 0) : end - first])
 
-    def sums(self) -> list[str]:
+    def digests(self) -> list[str]:
         """The SHA-256 of each part, in the order in which they were given."""
         return [digest.hexdigest() for _, _, digest in self._parts]
 

@@ -30,7 +30,7 @@ class Present:
         self.files: dict[str, FileId] = {}
         self.odd: dict[str, str] = {}  # what is neither a regular file nor a directory, and what it is
         self.identities: dict[str, FileId] = {}  # of both, for whoever asks later whether anything changed
-        self._sums: dict[str, str] = {}
+        self._digests: dict[str, str] = {}
         with os_errors("list", root.path):
             for name, status in root.walk():
                 if not stat.S_ISDIR(status.st_mode):
@@ -100,10 +100,10 @@ class Present:
 
     def sha256(self, name: str) -> str:
         """Of a whole file, read once: whoever uses the file afterwards meets the same one, or an error."""
-        if name not in self._sums:
+        if name not in self._digests:
             with self.open(name) as fd:
-                self._sums[name] = sha256_range(fd, 0, os.fstat(fd).st_size, self.where(name))
-        return self._sums[name]
+                self._digests[name] = sha256_range(fd, 0, os.fstat(fd).st_size, self.where(name))
+        return self._digests[name]
 
 
 def first_change(before: Mapping[str, FileId], after: Mapping[str, FileId]) -> str | None:

@@ -78,7 +78,7 @@ class Stored:
         local = (file for file in self.files.values() if isinstance(file, LocalFile))
         return tuple(file.name for file in local if leads_out(file.path, self.root))
 
-    def has_beside(self, name: str) -> bool:
+    def has_entry(self, name: str) -> bool:
         """Whether the directory holds something of that name, be it one of :attr:`files` or not."""
         return not self.single_file and self.root is not None and (self.root / name).exists()
 

@@ -105,7 +105,7 @@ def _model(console: Console, model: Model) -> None:
         f"{layout.n_heads} query / {layout.n_kv_heads} key heads of {layout.d_head}, hidden {layout.d_model}"
     )
     for other in sorted(set(model.tower.exceptions.values()) - {layout}, key=lambda other: other.d_head):
-        where = format_ranges([n for n, of in model.tower.exceptions.items() if of == other])
+        where = format_ranges([n for n, layout in model.tower.exceptions.items() if layout == other])
         console.print(
             f"Layers {where}: {other.n_heads} / {other.n_kv_heads} heads of {other.d_head}", soft_wrap=True
         )
@@ -150,11 +150,12 @@ def show_spectra(
 
 def show_publication(publication: Publication) -> None:
     """The commit, file by file."""
-    target, base = publication.target, publication.base
-    kind = "Pull request to" if target.create_pr else "Commit to"
+    repository, base = publication.repository, publication.base
+    kind = "Pull request to" if repository.create_pr else "Commit to"
+    private = " (private)" if repository.private else ""
     with results() as console:
         console.print(
-            f"{kind} [bold]{safe(target.repo)}[/]{' (private)' if target.private else ''}: {safe(publication.summary)}",
+            f"{kind} [bold]{safe(repository.name)}[/]{private}: {safe(publication.summary)}",
             soft_wrap=True,
         )
         table = _table("action", "size", "file")

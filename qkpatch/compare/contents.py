@@ -78,9 +78,8 @@ class Listing:
     def __init__(self, output: Output, present: Present, planned: Spans) -> None:
         self._present = present
         self._held: dict[str, list[Held]] = {}
-        self._lost: set[str] = (
-            set()
-        )  # files of SOURCE of which OUT has a part not at all, which is told elsewhere
+        # Files of SOURCE of which OUT has a part not at all, which is told elsewhere.
+        self._lost: set[str] = set()
         for name, wanted in output.files.items():
             if name not in present.files or present.files[name].size != wanted.size:
                 self._lost |= {extent.file.name for extent in wanted.extents}
@@ -97,7 +96,7 @@ class Listing:
         if file.name in self._lost or not held or isinstance(file, LocalFile):
             return [], {}
         whole = [Held(0, file.size, held[0].name, 0)]
-        listed, sums = file.listed, list[str]()
+        listed, digests = file.listed, list[str]()
         if listed is not None and listed.sha256 is not None and held == whole:
             is_same = self._present.sha256(held[0].name) == listed.sha256
         elif listed is not None:
@@ -105,19 +104,19 @@ class Listing:
             parts = Parts(digest, [(ref.begin, ref.end) for ref in edited])
             with file.open() as opened:
                 feed_source(parts, opened, file.size, held, self._present.open, file.where)
-            is_same, sums = digest.hexdigest() == listed.digest, parts.sums()
+            is_same, digests = digest.hexdigest() == listed.digest, parts.digests()
         else:
             is_same = False
         progress(sum(piece.end - piece.begin for piece in held))
         if is_same:
-            return [], {ref.name: digest for ref, digest in zip(edited, sums, strict=True)}
+            return [], {ref.name: digest for ref, digest in zip(edited, digests, strict=True)}
         names = sorted({piece.name for piece in held})
         more = "" if len(names) == 1 else f" (and {len(names) - 1} more)"
         what = f"differs outside the planned rows: it is not {file.where} as the Hub lists it, by its digest"
         return [Mismatch(names[0], f"{what}{more}")], {}
 
 
-def tensor_sum(file: SourceFile, ref: TensorRef) -> str:
+def tensor_digest(file: SourceFile, ref: TensorRef) -> str:
     """SHA-256 of a tensor of SOURCE."""
     with file.open() as fd:
         return sha256_range(fd, ref.begin, ref.end, file.where)

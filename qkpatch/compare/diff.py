@@ -209,6 +209,6 @@ def _uncompared(a: Stored, b: Stored) -> Iterator[Uncompared]:
     for name in sorted({side.index for side in (a, b) if side.index is not None}):
         yield Uncompared(name, a.index == name, b.index == name, "the division into shards")
     for name in BOOKKEEPING:
-        in_a, in_b = (side.has_beside(name) for side in (a, b))
+        in_a, in_b = (side.has_entry(name) for side in (a, b))
         if in_a or in_b:
             yield Uncompared(name, in_a, in_b, "bookkeeping")

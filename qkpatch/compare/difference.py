@@ -80,9 +80,8 @@ class Layout:
     equal: bool  # the same shards, with the same tensors at the same bytes
     shards_a: int
     shards_b: int
-    rewritten: tuple[
-        str, ...
-    ]  # shards whose headers say the same in other words: spaces, order, undefined fields
+    # Shards whose headers say the same in other words: spaces, order, undefined fields.
+    rewritten: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from qkpatch.checkpoint.tree import LocalFile
 from qkpatch.common.json_text import Json
 from qkpatch.common.ranges import abbreviate
 from qkpatch.compare.agreement import differences, origin_mismatches
-from qkpatch.compare.contents import Listing, Mismatch, library_verdict, side_by_side, tensor_sum
+from qkpatch.compare.contents import Listing, Mismatch, library_verdict, side_by_side, tensor_digest
 from qkpatch.errors import AmbiguousError, CheckpointError, FileSystemError, UnsupportedError, UsageError
 from qkpatch.model.locate import Access, Source, locate
 from qkpatch.output.files import Output
@@ -219,9 +219,9 @@ def _listed(
     before: dict[str, str] = {}
     found: list[Mismatch] = []
     for file in checkpoint.files.values():
-        wrong, sums = listing.check(file, edited.get(file.name, []), progress)
+        wrong, digests = listing.check(file, edited.get(file.name, []), progress)
         found += wrong
-        before |= sums
+        before |= digests
     return before, found
 
 
@@ -295,7 +295,7 @@ def _check_edits(
             if out is None or out.size != plan.output.files[place.shard].size:
                 continue  # told already
             source = sources[ref.shard]
-            before = tensor_sum(source, ref) if isinstance(source, LocalFile) else listed.get(ref.name)
+            before = tensor_digest(source, ref) if isinstance(source, LocalFile) else listed.get(ref.name)
             with present.open(place.shard) as fd:
                 after = sha256_range(fd, place.begin, place.end, present.where(place.shard))
             if before is not None and written.sha256_before not in (None, before):

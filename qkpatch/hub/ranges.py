@@ -11,13 +11,11 @@ from qkpatch.common.interrupts import check_stop, signals_masked
 BLOCK = 8 << 20  # bytes of one request at most: a layer's weights come in several, side by side
 PIECE = 4 << 20  # the same, of a file that is read from end to end
 IN_FLIGHT = 12
-_GAP_SHARE = (
-    128  # a gap between ranges is fetched along where it is no more than this part of the larger of the two
-)
+# A gap between ranges is fetched along where it is no more than this part of the larger of the two.
+_GAP_SHARE = 128
 
-Fetch = Callable[
-    [int, int, memoryview, Callable[[], bool]], None
-]  # begin, end, where to, whether it was given up
+# Of begin, end, where to, and whether it was given up.
+Fetch = Callable[[int, int, memoryview, Callable[[], bool]], None]
 
 
 def merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -86,9 +84,8 @@ class Fetchers:
         with self._lock:
             if self._started < self._threads:
                 self._started += 1
-                with (
-                    signals_masked()
-                ):  # daemons: a server that says nothing must not hold up the end of the process
+                # Daemons: a server that says nothing must not hold up the end of the process.
+                with signals_masked():
                     threading.Thread(target=self._work, name="qkpatch-fetch", daemon=True).start()
         return block
 

@@ -75,9 +75,8 @@ def _check_endpoint() -> None:
 def _check_request(request: Any) -> None:
     if not _is_ours(request) or _is_home(request.url):
         return
-    request.headers.pop(
-        "cookie", None
-    )  # the Hub's own, which a part of its domain may see; no redirect needs it
+    # The Hub's own, which a part of its domain may see; no redirect needs it.
+    request.headers.pop("cookie", None)
     if "authorization" in request.headers:
         raise _refusal(str(request.url))
 

@@ -203,14 +203,14 @@ class Transfer:
         return {key: value for key, value in self._headers.items() if is_home or key.lower() == "user-agent"}
 
     def _next(self, file: Listed, response: Any, url: str, home: str) -> str:
-        target: str = urljoin(url, response.headers.get("location", ""))
-        if _origin(target)[0] not in ("https", _origin(url)[0]):
+        redirected: str = urljoin(url, response.headers.get("location", ""))
+        if _origin(redirected)[0] not in ("https", _origin(url)[0]):
             raise self._error(
                 file, "redirected from https to something else", "check HF_ENDPOINT and proxies"
             )
         if _origin(url) == _origin(home):
             self._check_listing(file, response)
-        return target
+        return redirected
 
     def _check_listing(self, file: Listed, response: Any) -> None:
         """What the Hub says of the file on the way must be what it listed."""

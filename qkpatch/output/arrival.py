@@ -1,4 +1,4 @@
-"""``Arrival``: bytes of a file elsewhere on their way to an open one; and which way a file takes."""
+"""``Arrival``: bytes of a file elsewhere on their way to an open one; and what carries a file."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from qkpatch.output.passage import Lane, Passage
 class Arrival:
     """From a file elsewhere to an open one, in order; a few pieces are in memory and none is on the disk twice."""
 
-    def __init__(self, source: Remote, target: int, where: str) -> None:
-        self._source, self._target, self._where = source, target, where
+    def __init__(self, source: Remote, destination: int, where: str) -> None:
+        self._source, self._destination, self._where = source, destination, where
 
     def __enter__(self) -> Arrival:
         return self
@@ -28,12 +28,16 @@ class Arrival:
         for piece in self._source.pieces(begin, end):
             if digest is not None:
                 digest.update(piece)
-            write_exact(self._target, piece, at, self._where)
+            write_exact(self._destination, piece, at, self._where)
             at += len(piece)
             progress(len(piece))
         return "download"
 
 
-def way(lane: Lane, source: Readable, target: int, where: str) -> Passage | Arrival:
-    """What carries bytes from ``source`` to ``target``."""
-    return Passage(lane, source, target, where) if isinstance(source, int) else Arrival(source, target, where)
+def passage_for(lane: Lane, source: Readable, destination: int, where: str) -> Passage | Arrival:
+    """What carries bytes from ``source`` to ``destination``."""
+    return (
+        Passage(lane, source, destination, where)
+        if isinstance(source, int)
+        else Arrival(source, destination, where)
+    )

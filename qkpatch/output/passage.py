@@ -39,10 +39,10 @@ _DECLINED = {
 }
 
 
-def clone(source: int, target: int) -> bool:
-    """Let ``target`` share all blocks of ``source`` where the file system can (btrfs, xfs); False where it cannot."""
+def clone(source: int, destination: int) -> bool:
+    """Let ``destination`` share all blocks of ``source``; False where the file system cannot (btrfs and xfs can)."""
     try:
-        fcntl.ioctl(target, _FICLONE, source)
+        fcntl.ioctl(destination, _FICLONE, source)
     except OSError:
         return False  # whatever it is, copying will meet it again, or not
     return True
@@ -72,12 +72,12 @@ class Passage:
     the processor time of ``copy_file_range``, which the edit can use, and leaves other programs' files in the cache.
     """
 
-    def __init__(self, lane: Lane, source: int, target: int, where: str) -> None:
+    def __init__(self, lane: Lane, source: int, destination: int, where: str) -> None:
         self._lane, self._where = lane, where
-        self._source, self._target = source, target
-        self._raw_source, self._raw_target = (
+        self._source, self._destination = source, destination
+        self._raw_source, self._raw_destination = (
             _past_cache(source, os.O_RDONLY),
-            _past_cache(target, os.O_WRONLY),
+            _past_cache(destination, os.O_WRONLY),
         )
 
     def __enter__(self) -> Passage:
@@ -86,14 +86,14 @@ class Passage:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for raw in (self._raw_source, self._raw_target):
+        for raw in (self._raw_source, self._raw_destination):
             if raw is not None:
                 os.close(raw)
 
     def copy(self, begin: int, end: int, at: int, progress: Progress, digest: Digesting | None = None) -> str:
         """Copy the bytes ``begin:end`` to ``at``, and feed them to ``digest``; returns the name of the means.
 
-        The target is as long already, and zero where nothing was written: holes are left out. ``progress`` may
+        The destination is as long already, and zero where nothing was written: holes are left out. ``progress`` may
         raise to stop it.
 
         Raises:
@@ -120,11 +120,11 @@ class Passage:
     def _copy_data(
         self, begin: int, end: int, shift: int, progress: Progress, digest: Digesting | None
     ) -> str:
-        # Whole blocks of the target, in the source's offsets.
+        # Whole blocks of the destination, in the source's offsets.
         first, last = -(-(begin + shift) // ALIGN) * ALIGN - shift, (end + shift) // ALIGN * ALIGN - shift
-        is_direct = self._raw_target is not None and last - first >= LEAST_DIRECT
+        is_direct = self._raw_destination is not None and last - first >= LEAST_DIRECT
         if not is_direct and digest is None:
-            return copy_range(self._source, self._target, begin, end, self._where, progress, shift)
+            return copy_range(self._source, self._destination, begin, end, self._where, progress, shift)
         edges = [begin, first, last, end] if is_direct else [begin, end]
         pieces = [
             (at, min(at + PIECE, upto)) for start, upto in pairwise(edges) for at in range(start, upto, PIECE)
@@ -165,11 +165,11 @@ class Passage:
         read_into(self._source, piece, offset, self._where)
 
     def _write(self, piece: memoryview, offset: int) -> int:
-        raw, done = self._raw_target if _is_aligned(piece, offset) else None, 0
+        raw, done = self._raw_destination if _is_aligned(piece, offset) else None, 0
         with os_errors("copy", self._where):
             while done < len(piece):
                 try:
-                    done += os.pwrite(self._target if raw is None else raw, piece[done:], offset + done)
+                    done += os.pwrite(self._destination if raw is None else raw, piece[done:], offset + done)
                 except OSError as error:
                     if raw is None or error.errno not in _DECLINED:
                         raise
@@ -222,7 +222,7 @@ def _data(fd: int, begin: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 def copy_range(
-    source: int, target: int, begin: int, end: int, where: str | Path, progress: Progress, shift: int = 0
+    source: int, destination: int, begin: int, end: int, where: str | Path, progress: Progress, shift: int = 0
 ) -> str:
     """Copy the bytes ``begin:end`` between open files within the kernel where it can; returns the means' name.
 
@@ -239,7 +239,7 @@ def copy_range(
         ):
             while done < end:
                 try:
-                    n = step(source, target, done, done + shift, min(COPY_CHUNK, end - done))
+                    n = step(source, destination, done, done + shift, min(COPY_CHUNK, end - done))
                 except OSError as error:
                     if error.errno not in _DECLINED or name == "read_write":
                         raise
@@ -258,15 +258,15 @@ def _ends_early(n_bytes: int, where: str | Path) -> FileSystemError:
     return FileSystemError(f"the source ends {n_bytes} bytes early", where=str(where))
 
 
-def _copy_file_range(source: int, target: int, offset: int, at: int, count: int) -> int:
-    return os.copy_file_range(source, target, count, offset, at)
+def _copy_file_range(source: int, destination: int, offset: int, at: int, count: int) -> int:
+    return os.copy_file_range(source, destination, count, offset, at)
 
 
-def _sendfile(source: int, target: int, offset: int, at: int, count: int) -> int:
-    os.lseek(target, at, os.SEEK_SET)
-    return os.sendfile(target, source, offset, count)
+def _sendfile(source: int, destination: int, offset: int, at: int, count: int) -> int:
+    os.lseek(destination, at, os.SEEK_SET)
+    return os.sendfile(destination, source, offset, count)
 
 
-def _read_write(source: int, target: int, offset: int, at: int, count: int) -> int:
+def _read_write(source: int, destination: int, offset: int, at: int, count: int) -> int:
     data = os.pread(source, min(count, PIECE), offset)
-    return os.pwrite(target, data, at)
+    return os.pwrite(destination, data, at)

@@ -38,9 +38,8 @@ class Sources:
         self._files = plan.model.checkpoint.files
         self.is_download = plan.model.source.path is None
         self.proven = set(plan.model.source.checked)  # files that are what the Hub lists
-        self._sums: dict[
-            TensorRef, str
-        ] = {}  # of tensors as they came, before they are edited where they are
+        # SHA-256 of tensors as they came, before they are edited where they are.
+        self._digests: dict[TensorRef, str] = {}
 
     @property
     def is_checked(self) -> bool | None:
@@ -69,7 +68,7 @@ class Sources:
                     raise damaged(self._files[shard].where)
         if self._writing.digest is not Digest.none:
             refs = [ref for target in self._plan.edits for ref in target.written]
-            self._sums = dict(zip(refs, crew.map(self.sum, refs), strict=True))
+            self._digests = dict(zip(refs, crew.map(self.tensor_digest, refs), strict=True))
 
     def _check(self, name: str) -> None:
         file = self._files[name]
@@ -110,10 +109,10 @@ class Sources:
         held = self._held.get(file.name, [])
         return any(begin < span[1] and span[0] < end for begin, end in gaps(file.size, held))
 
-    def sum(self, ref: TensorRef) -> str:
+    def tensor_digest(self, ref: TensorRef) -> str:
         """SHA-256 of a tensor's bytes in SOURCE."""
-        if ref in self._sums:
-            return self._sums[ref]
+        if ref in self._digests:
+            return self._digests[ref]
         with self.open(ref.shard, [(ref.begin, ref.end)]) as opened:
             return sha256_range(opened, ref.begin, ref.end, ref.shard)
 

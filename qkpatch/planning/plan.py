@@ -148,9 +148,8 @@ def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, 
             f"layers {format_ranges(other)} have no query-key product of this kind "
             "(linear attention, or another set of tensors) and are skipped"
         )
-    adapters = [
-        name for name in checkpoint.tensors if ".lora_" in name
-    ]  # a mixture of experts has 10^5 names
+    # Once for all targets: a mixture of experts has 10^5 names.
+    adapters = [name for name in checkpoint.tensors if ".lora_" in name]
     adapted = [target for target in targets if _has_adapter(target, adapters)]
     if adapted:
         warnings.append(

@@ -178,5 +178,7 @@ def _plain(config: ConfigReading) -> ConfigReading:
     return replace(
         config,
         class_defaults={text_type: dict(values) for text_type, values in config.class_defaults.items()},
-        layer_types={kind: replace(of, counts=dict(of.counts)) for kind, of in config.layer_types.items()},
+        layer_types={
+            kind: replace(heads, counts=dict(heads.counts)) for kind, heads in config.layer_types.items()
+        },
     )

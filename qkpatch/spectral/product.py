@@ -37,9 +37,8 @@ def largest(x: Tensor) -> float:
 
 def is_finite(x: Tensor) -> bool:
     """Whether there is neither NaN nor Inf in ``x``; faster than looking at each number."""
-    return math.isfinite(float(torch.linalg.vector_norm(x))) or math.isfinite(
-        largest(x)
-    )  # squares may overflow
+    # Squares may overflow where numbers do not.
+    return math.isfinite(float(torch.linalg.vector_norm(x))) or math.isfinite(largest(x))
 
 
 def to_host(x: Tensor) -> Tensor:

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 def push_wish(publish: PushFlags, comparison: Comparison | None = None) -> Wish | None:
     """What ``--push`` asks for, None without it; refuses flags that go with it alone."""
     if publish.push is not None:
-        from qkpatch.publishing.publication import Wish, parse_target
+        from qkpatch.publishing.publication import Wish, parse_repository
         from qkpatch.publishing.withheld import Insisted
 
-        target = parse_target(publish.push, private=publish.private, create_pr=publish.create_pr)
+        repository = parse_repository(publish.push, private=publish.private, create_pr=publish.create_pr)
         insisted = Insisted(tuple(publish.include or ()), publish.include_hidden)
-        return Wish(target, insisted, comparison)
+        return Wish(repository, insisted, comparison)
     if publish != PushFlags():
         raise UsageError(
             "--private, --create-pr, --include and --include-hidden go with --push", fix="add --push org/name"
