@@ -85,7 +85,7 @@ class Edited:
 
 
 def product(W: Head) -> QKProduct:
-    return QKProduct.of(W[0][None], W[1][None])
+    return QKProduct(Factor(W[0][None]), Factor(W[1][None]))
 
 
 def edited(
@@ -681,7 +681,7 @@ def test_float32_is_not_enough() -> None:
     rule = EditRule(Channel.full, Select.dominant, 4, 0.5)
     double, single = (
         round_once(
-            edit_query(QKProduct.of(*(w[None].to(dtype) for w in W)), rule, [torch.Generator()]).W_Q,
+            edit_query(product((W[0].to(dtype), W[1].to(dtype))), rule, [torch.Generator()]).W_Q,
             torch.bfloat16,
         )
         .double()

@@ -28,6 +28,7 @@ from typing import TypeGuard, cast
 
 from qkpatch.checkpoint.files import Readable, read_exact, size_of
 from qkpatch.common.json_text import half_surrogate
+from qkpatch.common.text import cut
 from qkpatch.errors import FileSystemError, HeaderError
 
 MAX_HEADER_SIZE = 100_000_000
@@ -111,8 +112,7 @@ def _fault(what: str, shard: str, name: str | None = None, *, fix: str = _RESAVE
 
 def _shown(text: object) -> str:
     """Something the file says, made fit for one line of a terminal."""
-    safe = str(text) if str(text).isprintable() else ascii(text)
-    return safe if len(safe) <= 200 else safe[:200] + "..."
+    return cut(str(text) if str(text).isprintable() else ascii(text), 200)
 
 
 def _pread(fd: Readable, size: int, offset: int, shard: str) -> bytes:

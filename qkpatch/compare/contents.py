@@ -10,13 +10,13 @@ from operator import attrgetter
 from safetensors import SafetensorError, safe_open
 
 from qkpatch.checkpoint.content import Held, Parts, feed_source
-from qkpatch.checkpoint.files import Progress, Readable, os_errors, read_exact, sha256_range
+from qkpatch.checkpoint.files import Progress, os_errors, read_exact, sha256_range
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.pairs import Reader, Span
 from qkpatch.checkpoint.present import Present
 from qkpatch.checkpoint.source import Stored
 from qkpatch.checkpoint.tree import LocalFile, SourceFile
-from qkpatch.output.files import Extent, Output, OutputFile
+from qkpatch.output.files import Output, OutputFile
 
 Spans = Callable[[str], list[tuple[int, int]]]  # the planned rows of a file of OUT
 
@@ -45,7 +45,7 @@ def side_by_side(
         source: SOURCE, for messages.
         progress: hears of bytes compared.
     """
-    size = present.files[wanted.name].size
+    reader, size = Reader(), present.files[wanted.name].size
     if wanted.size != size:
         yield Mismatch(wanted.name, f"has {size} bytes, and should have {wanted.size}")
         return
@@ -58,12 +58,13 @@ def side_by_side(
                 continue
             with file.open() as a:
                 for extent in extents:
-                    difference = _first_difference(a, b, extent, wanted.name, progress)
-                    if difference is not None:
-                        place = _place(source, file.name, difference - extent.at + extent.begin)
+                    theirs = Span(a, extent.begin, extent.end, file.name)
+                    ours = Span(b, extent.at, extent.upto, wanted.name)
+                    n_equal = reader.first_difference(theirs, ours, progress)
+                    if n_equal is not None:
+                        where = f"{extent.at + n_equal}{_place(source, file.name, extent.begin + n_equal)}"
                         yield Mismatch(
-                            wanted.name,
-                            f"differs outside the planned rows, first at byte {difference}{place}",
+                            wanted.name, f"differs outside the planned rows, first at byte {where}"
                         )
                         return
         progress(len(wanted.own) + sum(end - begin for begin, end in planned))
@@ -77,16 +78,14 @@ class Listing:
 
     def __init__(self, output: Output, present: Present, planned: Spans) -> None:
         self._present = present
-        self._held: dict[str, list[Held]] = {}
+        self._held = output.held(planned)
         # Files of SOURCE of which OUT has a part not at all, which is told elsewhere.
-        self._lost: set[str] = set()
-        for name, wanted in output.files.items():
-            if name not in present.files or present.files[name].size != wanted.size:
-                self._lost |= {extent.file.name for extent in wanted.extents}
-                continue
-            for extent in wanted.around(planned(name)):
-                held = Held(extent.begin, extent.end, name, extent.at)
-                self._held.setdefault(extent.file.name, []).append(held)
+        self._lost = {
+            extent.file.name
+            for name, wanted in output.files.items()
+            if name not in present.files or present.files[name].size != wanted.size
+            for extent in wanted.extents
+        }
 
     def check(
         self, file: SourceFile, edited: Sequence[TensorRef], progress: Progress
@@ -120,20 +119,6 @@ def tensor_digest(file: SourceFile, ref: TensorRef) -> str:
     """SHA-256 of a tensor of SOURCE."""
     with file.open() as fd:
         return sha256_range(fd, ref.begin, ref.end, file.where)
-
-
-def _first_difference(a: Readable, b: Readable, extent: Extent, where: str, progress: Progress) -> int | None:
-    """The offset in OUT."""
-    offset = extent.at
-    pairs = Reader().pairs(
-        Span(a, extent.begin, extent.end, extent.file.name), Span(b, extent.at, extent.upto, where)
-    )
-    for x, y in pairs:
-        if x != y:
-            return offset + next(i for i in range(len(x)) if x[i] != y[i])
-        offset += len(x)
-        progress(len(x))
-    return None
 
 
 def _place(source: Stored, shard: str, offset: int) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from qkpatch.checkpoint.files import Progress
 from qkpatch.checkpoint.header import Header, TensorRef
-from qkpatch.checkpoint.pairs import CHUNK, Reader, Span
+from qkpatch.checkpoint.pairs import Reader, Span
 from qkpatch.checkpoint.source import MANIFEST_NAME, Stored
 from qkpatch.checkpoint.tree import BOOKKEEPING, SourceFile
 from qkpatch.common.interrupts import signals_held
@@ -162,12 +162,8 @@ def _first_difference(
     """Where two files begin to differ, or one ends; with ``end``, before that byte."""
     size = min(a.size, b.size) if end is None else end
     with a.open() as fd_a, b.open() as fd_b:
-        spans = Span(fd_a, 0, size, a.where), Span(fd_b, 0, size, b.where)
-        for number, (x, y) in enumerate(reader.pairs(*spans)):
-            if x != y:
-                return number * CHUNK + next(i for i in range(len(x)) if x[i] != y[i])
-            progress(len(x))
-    return size if end is None and a.size != b.size else None
+        first = reader.first_difference(Span(fd_a, 0, size, a.where), Span(fd_b, 0, size, b.where), progress)
+    return size if first is None and end is None and a.size != b.size else first
 
 
 def _metadata(a: Iterable[Header], b: Iterable[Header]) -> Iterator[MetadataDifference]:

@@ -23,11 +23,11 @@ from qkpatch.output.files import Output
 from qkpatch.planning.manifest import Manifest, planned_manifest
 from qkpatch.planning.plan import EditPlan, make_plan
 from qkpatch.planning.sums import sums_text
-from qkpatch.publishing.card import is_card_over
+from qkpatch.publishing.card import CARD_NAME, is_card_over
 from qkpatch.publishing.withheld import is_private
 from qkpatch.recipes.catalogue import shipped_recipes
 
-CARD_NAME, GIT_NAME = "README.md", ".gitattributes"
+GIT_NAME = ".gitattributes"
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,6 @@ class Verification:
         """Plain JSON values."""
         said = {key: value for key, value in vars(self).items() if key != "plan"}
         return {**said, "ok": self.ok, "mismatches": [vars(m) for m in self.mismatches]}
-
-
-def verify(
-    out: Path, source: str, progress: Progress, recipe: str | None = None, access: Access = Access.ranges
-) -> Verification:
-    """As :func:`check`, of a directory."""
-    with Rooted(out) as root:
-        return check(Present(root), source, progress, recipe, access)
 
 
 def recorded(present: Present) -> Manifest:

@@ -12,7 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from itertools import cycle, pairwise
 from pathlib import Path
-from types import TracebackType
 
 from qkpatch.checkpoint.files import Digesting, Progress, Readable, os_errors, read_into
 from qkpatch.errors import FileSystemError
@@ -58,9 +57,7 @@ class Lane:
     def __enter__(self) -> Lane:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.writer.shutdown(wait=True)
         self.buffers.clear()  # not closed: after an error, its traceback still refers to parts of them
 
@@ -83,9 +80,7 @@ class Passage:
     def __enter__(self) -> Passage:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for raw in (self._raw_source, self._raw_destination):
             if raw is not None:
                 os.close(raw)

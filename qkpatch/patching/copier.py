@@ -12,7 +12,6 @@ from functools import partial
 from itertools import groupby
 from operator import attrgetter
 from threading import BoundedSemaphore, Condition
-from types import TracebackType
 from typing import NamedTuple
 
 from qkpatch.checkpoint.files import (
@@ -86,9 +85,7 @@ class Copier:
         self._open.callback(self._close_copies)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._open.close()
 
     def prepare(self, crew: Crew) -> None:

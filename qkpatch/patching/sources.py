@@ -179,8 +179,7 @@ def _equals_source(plan: EditPlan, crew: Crew, file: OutputFile, fd: int) -> boo
     for extent in file.around(plan.written_ranges(file.name)):
         with extent.file.open() as source:
             ours = Span(fd, extent.at, extent.upto, file.name)
-            for a, b in reader.pairs(Span(source, extent.begin, extent.end, extent.file.where), ours):
-                crew.check()
-                if a != b:
-                    return False
+            theirs = Span(source, extent.begin, extent.end, extent.file.where)
+            if reader.first_difference(theirs, ours, lambda _: crew.check()) is not None:
+                return False
     return True

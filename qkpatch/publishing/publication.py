@@ -16,11 +16,9 @@ from qkpatch.hub.commit import Base, PushRepository, Step, check_repository, cop
 from qkpatch.hub.repository import HubId
 from qkpatch.planning.manifest import FileRecord, Manifest, planned_manifest
 from qkpatch.planning.plan import EditPlan
-from qkpatch.publishing.card import model_card
+from qkpatch.publishing.card import CARD_NAME, model_card
 from qkpatch.publishing.lmms_eval import Comparison
 from qkpatch.publishing.withheld import Insisted
-
-CARD_NAME = "README.md"
 
 
 @dataclass(frozen=True)

@@ -214,11 +214,6 @@ class QKProduct:
     query: Factor
     key: Factor  # one for each query head
 
-    @classmethod
-    def of(cls, W_Q: Tensor, W_K: Tensor) -> QKProduct:
-        """Products of two (n, d_head, d_model) weights."""
-        return cls(Factor(W_Q), Factor(W_K))
-
     @cached_property
     def core(self) -> Tensor:
         """``R_q R_kᵀ``, (n, k, k): M in the orthonormal bases of its two weights."""
