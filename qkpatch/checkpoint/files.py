@@ -39,7 +39,7 @@ class Remote(Protocol):
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The file's size in bytes."""
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` from ``offset`` on, or raise."""
@@ -93,7 +93,7 @@ class FileId:
 
     @classmethod
     def of(cls, status: os.stat_result) -> FileId:
-        """The identity in a ``stat`` result."""
+        """The identity of the file that was asked for its ``stat``."""
         return cls(
             status.st_dev,
             status.st_ino,
@@ -143,7 +143,7 @@ def check_unchanged(fd: int, path: Path, expected: FileId | None) -> None:
 
 
 def size_of(fd: Readable) -> int:
-    """Bytes of an open file."""
+    """The size of an open file in bytes."""
     return os.fstat(fd).st_size if isinstance(fd, int) else fd.size
 
 

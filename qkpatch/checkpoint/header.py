@@ -63,7 +63,7 @@ class TensorRef:
 
     @property
     def nbytes(self) -> int:
-        """The length of the range."""
+        """The size of the tensor's range in bytes."""
         return self.end - self.begin
 
 

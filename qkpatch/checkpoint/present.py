@@ -99,7 +99,7 @@ class Present:
             return bytes(read_exact(fd, size, 0, self.where(name)))
 
     def sha256(self, name: str) -> str:
-        """Of a whole file, read once: whoever uses the file afterwards meets the same one, or an error."""
+        """SHA-256 of a whole file, read once: whoever uses the file afterwards meets the same one, or an error."""
         if name not in self._digests:
             with self.open(name) as fd:
                 self._digests[name] = sha256_range(fd, 0, os.fstat(fd).st_size, self.where(name))

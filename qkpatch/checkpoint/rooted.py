@@ -132,7 +132,7 @@ class Rooted:
                 os.close(fd)
 
     def names(self) -> list[str]:
-        """Of what lies in it, sorted."""
+        """The names of what lies directly in the directory, sorted."""
         with os_errors("list", self.path):
             return sorted(os.listdir(self.fd))
 

@@ -75,7 +75,7 @@ class LocalFile(SourceFile):
 
     @property
     def content(self) -> str:
-        """Device, inode, size and times."""
+        """Device, inode, size and times of the file, as text."""
         return str(self.id)
 
     @property

@@ -25,12 +25,12 @@ class TensorDifference:
 
     @property
     def name(self) -> str:
-        """The tensor's."""
+        """The name of the tensor."""
         return self.a.name
 
     @property
     def elements(self) -> int:
-        """How many A has."""
+        """How many numbers the tensor has in A."""
         return math.prod(self.a.shape)
 
 
@@ -55,7 +55,7 @@ class MetadataDifference:
 
 @dataclass(frozen=True)
 class Files:
-    """The files beside the weights."""
+    """How the files that are no weights differ."""
 
     equal: int
     changed: tuple[FileDifference, ...]

@@ -21,7 +21,7 @@ Fetch = Callable[[int, int, memoryview, Callable[[], bool]], None]
 def merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """``ranges`` in order, joined where they meet or nearly do: at most a 64th more bytes than were asked for."""
     joined: list[tuple[int, int]] = []
-    last = 0  # bytes of the range before
+    last = 0  # size of the range before, in bytes
     for begin, end in sorted({span for span in ranges if span[0] < span[1]}):
         if joined and begin - joined[-1][1] <= max(last, end - begin) // _GAP_SHARE:
             joined[-1] = joined[-1][0], max(end, joined[-1][1])
@@ -67,7 +67,7 @@ class Block:
         return memoryview(self._data)
 
     def give_up(self) -> None:
-        """Nobody wants it any more."""
+        """Say that nobody waits for the bytes any more: what has not begun never will."""
         self._is_given_up = True
 
 

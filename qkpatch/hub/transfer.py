@@ -65,6 +65,13 @@ class Transfer:
     ) -> None:
         """Fill ``buffer`` with the bytes ``begin:end``; goes on where a connection broke off.
 
+        Args:
+            file: the file.
+            begin: the first byte.
+            end: one past the last byte.
+            buffer: takes the bytes.
+            is_given_up: whether nobody waits for them any more.
+
         Raises:
             HubError: refused, or broken too often; the answer is not what was asked for.
         """

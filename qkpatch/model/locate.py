@@ -40,7 +40,7 @@ class Source:
 
     @property
     def path(self) -> Path | None:
-        """Where it lies on this machine."""
+        """The path of SOURCE on this machine; None where it is elsewhere."""
         return self.place if isinstance(self.place, Path) else None
 
 

@@ -69,7 +69,7 @@ class LayerTarget:
         return shards
 
     def read_bytes(self, heads: Sequence[int]) -> int:
-        """How many bytes :meth:`read_ranges` are."""
+        """The size of all :meth:`read_ranges` together in bytes."""
         return sum(end - begin for ranges in self.read_ranges(heads).values() for begin, end in ranges)
 
     def written_ranges(self, head: int) -> tuple[tuple[TensorRef, int, int], ...]:

@@ -35,9 +35,7 @@ class Arrival:
 
 
 def passage_for(lane: Lane, source: Readable, destination: int, where: str) -> Passage | Arrival:
-    """What carries bytes from ``source`` to ``destination``."""
-    return (
-        Passage(lane, source, destination, where)
-        if isinstance(source, int)
-        else Arrival(source, destination, where)
-    )
+    """What copies from ``source`` to ``destination``, both open; through ``lane`` where both are on this machine."""
+    if isinstance(source, int):
+        return Passage(lane, source, destination, where)
+    return Arrival(source, destination, where)

@@ -86,7 +86,7 @@ class Passage:
                 os.close(raw)
 
     def copy(self, begin: int, end: int, at: int, progress: Progress, digest: Digesting | None = None) -> str:
-        """Copy the bytes ``begin:end`` to ``at``, and feed them to ``digest``; returns the name of the means.
+        """Copy the source's bytes ``begin:end`` to offset ``at``, and feed them to ``digest``; returns the means' name.
 
         The destination is as long already, and zero where nothing was written: holes are left out. ``progress`` may
         raise to stop it.

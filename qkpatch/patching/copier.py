@@ -41,7 +41,7 @@ _HASHING_LANES = 4  # SHA-256 is slower than a disk: several files at a time
 
 
 class Carried(NamedTuple):
-    """How one file came into staging."""
+    """How one file came into staging: by which means, and its SHA-256 where one was taken on the way."""
 
     means: str
     sha256: str | None
@@ -77,7 +77,7 @@ class Copier:
 
     @property
     def lanes(self) -> int:
-        """Files that are copied side by side."""
+        """How many files are copied side by side."""
         hashes_files = self._writing.digest is Digest.files
         return min(_HASHING_LANES, len(os.sched_getaffinity(0))) if hashes_files else 1
 
@@ -116,7 +116,7 @@ class Copier:
         return state if state is wanted else None
 
     def start(self, crew: Crew) -> list[Future[dict[str, Carried]]]:
-        """Begin to carry every file over, in tasks of ``crew``; how, file by file."""
+        """Begin to carry every file over, on threads of ``crew``; each task tells how its files came."""
         # What is edited comes last: by then most rows are written, and read from the page cache.
         files = deque(sorted(self._plan.output.files.values(), key=lambda file: file.name in self._fds))
         return [crew.start(partial(self._carry, files, crew)) for _ in range(self.lanes)]
@@ -141,7 +141,7 @@ class Copier:
         return carried
 
     def write(self, name: str, data: bytes | bytearray, at: int) -> None:
-        """Write planned rows of a file."""
+        """Write planned rows of the file ``name`` of OUT, at its offset ``at``."""
         write_exact(self._fds[name], data, at, name)
         self._rows.add(name, at)
 

@@ -50,18 +50,18 @@ def _chunks(plan: EditPlan, at_least: int) -> Iterator[_Chunk]:
 
 @dataclass(frozen=True)
 class Editor:
-    """The edit on one device."""
+    """Computes edits on one device."""
 
     device: torch.device
 
     @classmethod
     def on(cls, device: str) -> Editor:
-        """As :func:`choose_device`."""
+        """The editor on the device called ``device``, as :func:`choose_device`."""
         return cls(choose_device(device))
 
     @property
     def torch_version(self) -> str:
-        """With its build, such as ``2.13.0+cpu``."""
+        """The version of torch with its build, such as ``2.13.0+cpu``."""
         return str(torch.__version__)
 
     def edited(
@@ -72,7 +72,7 @@ class Editor:
         Args:
             plan: what is edited.
             opened: opens a shard of SOURCE for reading some ranges.
-            crew: does it.
+            crew: the threads.
             write: takes the rows of a shard of OUT, and where they begin.
             observer: hears of heads.
 

@@ -151,7 +151,14 @@ Opened = Callable[[str, Sequence[tuple[int, int]]], AbstractContextManager[Reada
 def open_layer(
     opened: Opened, target: LayerTarget, device: torch.device, heads: tuple[int, ...]
 ) -> Iterator[LayerWeights]:
-    """Open the shards of a layer's weights for reading ``heads``; ``opened`` opens one for reading some ranges."""
+    """Open the shards of a layer's weights.
+
+    Args:
+        opened: opens a shard for reading some ranges.
+        target: the layer's tensors.
+        device: where heads are computed.
+        heads: the query heads that will be read.
+    """
     with ExitStack() as stack:
         fds = {
             shard: stack.enter_context(opened(shard, ranges))

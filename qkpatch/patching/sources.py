@@ -145,7 +145,7 @@ def is_as_noted(plan: EditPlan, sources: Sources, staged: StagedFiles, crew: Cre
         plan: of this run, the same as of the one before.
         sources: what it is compared with.
         staged: where it lies.
-        crew: that this is a task of.
+        crew: whose threads this runs on; asked now and then whether to stop.
         file: which.
     """
     fd = staged.open(file.name)

@@ -48,7 +48,16 @@ def layer_spectra(
     device: torch.device,
     threads: int = 1,
 ) -> Iterator[LayerSpectra]:
-    """The spectra of each target in turn; ``modes`` is the r of energy share and gap."""
+    """The spectra of each layer in turn.
+
+    Args:
+        model: SOURCE.
+        targets: the layers' tensors.
+        heads: query heads.
+        modes: the r of energy share and gap.
+        device: where heads are computed.
+        threads: how many layers are read and decomposed side by side.
+    """
 
     def of_target(target: LayerTarget) -> LayerSpectra:
         found: list[HeadSpectrum] = []

@@ -140,7 +140,7 @@ class FileRecord:
     size: int
     action: str  # "copied", "patched", or "resharded"
     sha256: str | None = None  # where digests of files are wanted
-    source_sha256: str | None = None  # of the file in SOURCE, where the Hub cache names it by that
+    source_sha256: str | None = None  # of SOURCE's file, where the Hub lists it or its cache is named by it
     outside: bool = False  # SOURCE has it, or a part of it, by a link that leads out of SOURCE
 
 

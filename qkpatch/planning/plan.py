@@ -35,7 +35,7 @@ class EditPlan:
 
     @property
     def max_shard_size(self) -> int | None:
-        """Bytes, where OUT is sharded anew."""
+        """The most bytes of tensors in a shard of OUT; None where SOURCE's shards are kept."""
         return self.request.max_shard_size
 
     @cached_property
@@ -69,7 +69,7 @@ class EditPlan:
 
     @property
     def edited_bytes(self) -> int:
-        """Bytes that will be rewritten."""
+        """The size in bytes of all planned rows, which are all that is rewritten."""
         return sum(end - begin for name in self.edits_by_file for begin, end in self.written_ranges(name))
 
     @property

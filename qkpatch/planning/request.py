@@ -26,7 +26,7 @@ _KINDS: dict[str, Any] = {
 
 
 class Said(TypedDict, total=False):
-    """What needs no parsing."""
+    """The settings that :meth:`Request.of` takes as they are, or by the name of a choice."""
 
     recipe: str | None
     modes: int | None

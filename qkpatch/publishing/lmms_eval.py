@@ -33,7 +33,7 @@ class Paired:
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure of both models."""
+    """One metric of one task, of both models."""
 
     task: str
     name: str
@@ -44,7 +44,7 @@ class Metric:
 
     @property
     def difference(self) -> float:
-        """Patched less base."""
+        """How much larger the patched model's figure is than the base model's."""
         return self.patched - self.base
 
 

@@ -46,7 +46,7 @@ class Probe:
     Y: Tensor  # (n, d_head, r), on the CPU
 
     def of(self, W_Q: Tensor) -> Tensor:
-        """The figures, (n, r), on the CPU."""
+        """``y_jᵀ W_Q x_j`` of each head and mode, (n, r), on the CPU."""
         return (to_host(W_Q @ self.X) * self.Y).sum(-2)
 
 

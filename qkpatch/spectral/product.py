@@ -42,7 +42,7 @@ def is_finite(x: Tensor) -> bool:
 
 
 def to_host(x: Tensor) -> Tensor:
-    """What is small, where it is computed with."""
+    """``x`` as float64 on the CPU, where small matrices are decomposed."""
     return x.to("cpu", torch.float64)
 
 
@@ -234,7 +234,7 @@ class QKProduct:
         ]
 
     def spectra(self, channel: Channel) -> tuple[Spectrum, ...]:
-        """The values of :meth:`decompose`, without vectors."""
+        """The spectra of :meth:`decompose`, at less cost since no vectors are computed."""
         if channel is Channel.full:
             return self._spectra(channel, torch.linalg.svdvals(self.core), self.core)
         _, R_Q, R_K = self._joint()
@@ -278,7 +278,7 @@ class QKProduct:
         return B, R[..., :d_head], R[..., d_head:]
 
     def _spectra(self, channel: Channel, S: Tensor, cores: Tensor) -> tuple[Spectrum, ...]:
-        """``cores`` are M in orthonormal bases, and as large."""
+        """Spectra with values ``S``; ``cores`` are M in orthonormal bases, of the same norm."""
         norms = torch.linalg.matrix_norm(cores).tolist()
         # Zero compared with M, not with its own largest value: a half that M does not have is all rounding.
         return tuple(

@@ -33,7 +33,16 @@ def push_wish(publish: PushFlags, comparison: Comparison | None = None) -> Wish 
 def push_out(
     out: Path, wish: Wish, source: str | None, recipe: str | None, show: ShowFlags, *, dry_run: bool = False
 ) -> str | None:
-    """Verify OUT and publish it, with the commit shown; returns its address, None for ``dry_run``."""
+    """Verify OUT, show the commit and make it; returns its address, None for ``dry_run``.
+
+    Args:
+        out: OUT.
+        wish: what is asked for.
+        source: SOURCE; None for the repository that the manifest names.
+        recipe: where a recipe of the user's own is.
+        show: what is printed.
+        dry_run: do all but the commit.
+    """
     from qkpatch.compare.publish import publish_verified
 
     def decide(publication: Publication) -> bool:
