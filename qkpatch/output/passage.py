@@ -72,10 +72,8 @@ class Passage:
     def __init__(self, lane: Lane, source: int, destination: int, where: str) -> None:
         self._lane, self._where = lane, where
         self._source, self._destination = source, destination
-        self._raw_source, self._raw_destination = (
-            _past_cache(source, os.O_RDONLY),
-            _past_cache(destination, os.O_WRONLY),
-        )
+        self._raw_source = _past_cache(source, os.O_RDONLY)
+        self._raw_destination = _past_cache(destination, os.O_WRONLY)
 
     def __enter__(self) -> Passage:
         return self
@@ -128,11 +126,7 @@ class Passage:
         return "direct" if is_direct else "read_write"
 
     def _pipe(
-        self,
-        pieces: Sequence[tuple[int, int]],
-        shift: int,
-        progress: Progress,
-        digest: Digesting | None,
+        self, pieces: Sequence[tuple[int, int]], shift: int, progress: Progress, digest: Digesting | None
     ) -> None:
         """Read pieces in order, and write each while the next ones are read."""
         writing: deque[Future[int]] = deque()

@@ -53,22 +53,6 @@ class LayerWeights:
             return None
         return self.stored.gains(ref, "the norm before attention") + float(self.target.input_norm_plus_one)
 
-    @cached_property
-    def _invertible_gain(self) -> Tensor | None:
-        """:attr:`input_gain`, with no element near zero."""
-        ref, gain = self.target.input_norm, self.input_gain
-        if ref is None or gain is None:
-            return None
-        smallest, largest = float(gain.abs().min()), float(gain.abs().max())
-        if smallest <= SMALLEST_GAIN * largest:
-            raise NumericalError(
-                f"--fold-norm divides by the gains before attention, and the smallest is {smallest:.2g} "
-                f"(the largest {largest:.2g})",
-                where=f"{ref.name} in {ref.shard}",
-                fix=f"leave the flag out, or layer {self.target.layer}",
-            )
-        return gain
-
     def batches(self, heads: tuple[int, ...], size: int) -> Iterator[HeadWeights]:
         """Query heads with their products, ``size`` at a time; heads of a group share one key factor where they can."""
         layout = self.target.layout
@@ -124,8 +108,18 @@ class LayerWeights:
         Raises:
             NumericalError: a γ is too small for that.
         """
-        gain = self._invertible_gain
-        return W_Q if gain is None else batch.W_Q + (W_Q - batch.product.query.W) / gain
+        ref, gain = self.target.input_norm, self.input_gain
+        if ref is None or gain is None:
+            return W_Q
+        smallest, largest = float(gain.abs().min()), float(gain.abs().max())
+        if smallest <= SMALLEST_GAIN * largest:
+            raise NumericalError(
+                f"--fold-norm divides by the gains before attention, and the smallest is {smallest:.2g} "
+                f"(the largest {largest:.2g})",
+                where=f"{ref.name} in {ref.shard}",
+                fix=f"leave the flag out, or layer {self.target.layer}",
+            )
+        return batch.W_Q + (W_Q - batch.product.query.W) / gain
 
     def _check(self, ref: TensorRef, W: Tensor, names: Sequence[str]) -> None:
         """Refuse weights, all gains in them, that hold what is no number or cannot be squared."""
