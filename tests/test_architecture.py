@@ -49,7 +49,7 @@ ONLY_IN = {
     "click": set(),  # Typer vendors its own
 }
 TORCH_FREE = {"patching.apply", "patching.copier", "patching.inspection", "patching.observer", "patching.sources",
-              "patching.takeover", "patching.threads"}  # fmt: skip
+              "patching.threads"}  # fmt: skip
 # Pure maths: nothing of files, text formats or output.
 FORBIDDEN_IN_SPECTRAL = {"pathlib", "os", "io", "json", "yaml", "logging", "rich", "typer", "safetensors"}
 MOST_LINES, MOST_MODULES = 350, 12  # of a module, and in a room

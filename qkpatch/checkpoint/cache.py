@@ -27,10 +27,10 @@ def blob_of(path: Path) -> Path | None:
         if path.parent.name == "blobs" and path.parent.parent.name.startswith(("models--", "datasets--")):
             return path
         try:
-            target = path.readlink()
+            linked = path.readlink()
         except OSError:
             return None
-        path = Path(os.path.normpath(Path(os.path.realpath(path.parent)) / target))
+        path = Path(os.path.normpath(Path(os.path.realpath(path.parent)) / linked))
     return None
 
 

@@ -33,7 +33,7 @@ class Content:
 
     @property
     def sha256(self) -> str | None:
-        """The SHA-256, where it is one."""
+        """The digest in hexadecimal where it is a SHA-256, None where it is Git's."""
         return self.digest if self.algorithm == "sha256" else None
 
     def hasher(self, size: int) -> hashlib._Hash:
@@ -43,7 +43,7 @@ class Content:
         return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
 
     def is_of(self, data: bytes) -> bool:
-        """Whether ``data`` is that content."""
+        """Whether ``data`` has this digest."""
         digest = self.hasher(len(data))
         digest.update(data)
         return digest.hexdigest() == self.digest
@@ -74,7 +74,7 @@ class Parts:
             if begin < self._position and first < end:
                 digest.update(view[max(begin - first, 0) : end - first])
 
-    def sums(self) -> list[str]:
+    def digests(self) -> list[str]:
         """The SHA-256 of each part, in the order in which they were given."""
         return [digest.hexdigest() for _, _, digest in self._parts]
 

@@ -77,15 +77,9 @@ class FileId:
 
     @classmethod
     def of(cls, status: os.stat_result) -> FileId:
-        """The identity in a ``stat`` result."""
-        return cls(
-            status.st_dev,
-            status.st_ino,
-            status.st_size,
-            status.st_mtime_ns,
-            status.st_ctime_ns,
-            status.st_nlink,
-        )
+        """The identity of the file that was asked for its ``stat``."""
+        times = status.st_mtime_ns, status.st_ctime_ns
+        return cls(status.st_dev, status.st_ino, status.st_size, *times, status.st_nlink)
 
     @property
     def but_for_links(self) -> FileId:

@@ -27,6 +27,7 @@ from typing import TypeGuard, cast
 
 from qkpatch.checkpoint.files import OpenFile
 from qkpatch.common.json_text import half_surrogate
+from qkpatch.common.text import cut
 from qkpatch.errors import HeaderError
 
 MAX_HEADER_SIZE = 100_000_000
@@ -61,7 +62,7 @@ class TensorRef:
 
     @property
     def nbytes(self) -> int:
-        """The length of the range."""
+        """The size of the tensor's range in bytes."""
         return self.end - self.begin
 
 
@@ -110,8 +111,7 @@ def _fault(what: str, shard: str, name: str | None = None, *, fix: str = _RESAVE
 
 def _shown(text: object) -> str:
     """Something the file says, made fit for one line of a terminal."""
-    safe = str(text) if str(text).isprintable() else ascii(text)
-    return safe if len(safe) <= 200 else safe[:200] + "..."
+    return cut(str(text) if str(text).isprintable() else ascii(text), 200)
 
 
 def _read(file: OpenFile, size: int, offset: int) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from qkpatch.checkpoint.files import OpenFile
+from qkpatch.checkpoint.files import OpenFile, Progress
 
 CHUNK = 1 << 20
 
@@ -41,6 +41,16 @@ class Reader:
                 self._read(0, a, a.begin + start_a, min(step_a, n_a - start_a)),
                 self._read(1, b, b.begin + start_b, min(step_b, n_b - start_b)),
             )
+
+    def first_difference(self, a: Span, b: Span, progress: Progress) -> int | None:
+        """How many bytes are equal before two ranges of the same size differ; None where all are."""
+        n_equal = 0
+        for x, y in self.pairs(a, b):
+            if x != y:
+                return n_equal + next(i for i in range(len(x)) if x[i] != y[i])
+            n_equal += len(x)
+            progress(len(x))
+        return None
 
     def _read(self, which: int, span: Span, begin: int, size: int) -> bytearray:
         buffer = self._buffers[which] if size == CHUNK else bytearray(size)

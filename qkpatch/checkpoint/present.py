@@ -30,7 +30,7 @@ class Present:
         self.files: dict[str, FileId] = {}
         self.odd: dict[str, str] = {}  # what is neither a regular file nor a directory, and what it is
         self.identities: dict[str, FileId] = {}  # of both, for whoever asks later whether anything changed
-        self._sums: dict[str, str] = {}
+        self._digests: dict[str, str] = {}
         with os_errors("list", root.path):
             for name, status in root.walk():
                 if not stat.S_ISDIR(status.st_mode):
@@ -98,11 +98,11 @@ class Present:
             return bytes(opened.read(size, 0))
 
     def sha256(self, name: str) -> str:
-        """Of a whole file, read once: whoever uses the file afterwards meets the same one, or an error."""
-        if name not in self._sums:
+        """SHA-256 of a whole file, read once: whoever uses the file afterwards meets the same one, or an error."""
+        if name not in self._digests:
             with self.open(name) as opened:
-                self._sums[name] = opened.sha256(0, opened.size)
-        return self._sums[name]
+                self._digests[name] = opened.sha256(0, opened.size)
+        return self._digests[name]
 
 
 def first_change(before: Mapping[str, FileId], after: Mapping[str, FileId]) -> str | None:

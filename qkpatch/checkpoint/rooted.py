@@ -8,7 +8,6 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from types import TracebackType
 
 from qkpatch.checkpoint.files import LocalOpenFile, os_errors
 from qkpatch.errors import FileSystemError
@@ -41,9 +40,7 @@ class Rooted:
     def __enter__(self) -> Rooted:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -135,7 +132,7 @@ class Rooted:
                 os.close(fd)
 
     def names(self) -> list[str]:
-        """Of what lies in it, sorted."""
+        """The names of what lies directly in the directory, sorted."""
         with os_errors("list", self.path):
             return sorted(os.listdir(self.fd))
 

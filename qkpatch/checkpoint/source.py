@@ -23,6 +23,7 @@ from qkpatch.checkpoint.tree import (
     walk_files,
 )
 from qkpatch.common.json_text import load_json
+from qkpatch.common.ranges import some
 from qkpatch.errors import AmbiguousError, CheckpointError, FileSystemError, UnsupportedError
 
 MANIFEST_NAME = "qkpatch.json"
@@ -78,7 +79,7 @@ class Stored:
         local = (file for file in self.files.values() if isinstance(file, LocalFile))
         return tuple(file.name for file in local if leads_out(file.path, self.root))
 
-    def has_beside(self, name: str) -> bool:
+    def has_entry(self, name: str) -> bool:
         """Whether the directory holds something of that name, be it one of :attr:`files` or not."""
         return not self.single_file and self.root is not None and (self.root / name).exists()
 
@@ -198,7 +199,7 @@ def _find_shards(where: str, files: Mapping[str, SourceFile]) -> tuple[list[str]
         missing = [name for name in shards if name not in files]
         if missing:
             raise CheckpointError(
-                f"the index names {len(missing)} file(s) that are not there: {_some(missing)}",
+                f"the index names {len(missing)} file(s) that are not there: {some(missing)}",
                 where=index.name,
                 fix="download the missing shards",
             )
@@ -217,7 +218,7 @@ def _find_shards(where: str, files: Mapping[str, SourceFile]) -> tuple[list[str]
         return singles, None
     if singles:
         raise AmbiguousError(
-            f"{len(singles)} .safetensors files and no index: {_some(singles)}",
+            f"{len(singles)} .safetensors files and no index: {some(singles)}",
             where=where,
             fix=f"restore {PREFERRED_INDEX}, or point qkpatch at one file",
         )
@@ -225,12 +226,12 @@ def _find_shards(where: str, files: Mapping[str, SourceFile]) -> tuple[list[str]
     others = [name for name in files if name.endswith(WEIGHT_SUFFIXES)]
     if pickles:
         raise UnsupportedError(
-            f"only pickled weights: {_some(pickles)}; qkpatch never unpickles",
+            f"only pickled weights: {some(pickles)}; qkpatch never unpickles",
             where=where,
             fix="convert them: load the model in transformers and call save_pretrained(..., safe_serialization=True)",
         )
     raise UnsupportedError(
-        f"no .safetensors weights, only {_some(others or sorted(files) or ['an empty folder'])}",
+        f"no .safetensors weights, only {some(others or sorted(files) or ['an empty folder'])}",
         where=where,
         fix="point SOURCE at a Hugging Face checkpoint directory or a .safetensors file",
     )
@@ -270,9 +271,9 @@ def _check_index(headers: Mapping[str, Header], index: _Index) -> None:
     unlisted = [name for name in home if name not in index.weight_map]
     parts = []
     if wrong:
-        parts.append(f"{len(wrong)} tensor(s) are not in the shard it names: {_some(wrong)}")
+        parts.append(f"{len(wrong)} tensor(s) are not in the shard it names: {some(wrong)}")
     if unlisted:
-        parts.append(f"{len(unlisted)} stored tensor(s) are not in it: {_some(unlisted)}")
+        parts.append(f"{len(unlisted)} stored tensor(s) are not in it: {some(unlisted)}")
     if parts:
         raise CheckpointError(
             f"the index disagrees with the shards' headers; {'; '.join(parts)}",
@@ -314,8 +315,3 @@ def _read_config(file: SourceFile) -> Mapping[str, Any]:
     if not isinstance(config.get("model_type"), str | None):
         raise CheckpointError("not a text", where=f"{file.name}: model_type")
     return config
-
-
-def _some(names: list[str], limit: int = 3) -> str:
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -17,9 +17,8 @@ from qkpatch.errors import CheckpointError, FileSystemError
 
 BOOKKEEPING = (".git", ".cache/huggingface")  # of git and huggingface_hub, not the model's
 MAX_JSON_BYTES = 256 << 20  # an index of 10^6 tensors is about 100 MB
-MAX_CONFIG_BYTES = (
-    16 << 20
-)  # parsed, JSON takes up to 25 times its size; the largest real ones are below 1 MB
+# Parsed, JSON takes up to 25 times its size; the largest real ones are below 1 MB.
+MAX_CONFIG_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class LocalFile(SourceFile):
 
     @property
     def content(self) -> str:
-        """Device, inode, size and times."""
+        """Device, inode, size and times of the file, as text."""
         return str(self.id)
 
     @property

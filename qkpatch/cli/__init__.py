@@ -61,7 +61,7 @@ app = typer.Typer(
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    """Nothing but --version."""
+    """Print the version where it is asked for; commands do everything else."""
     if version:
         print(f"qkpatch {__version__}")
         raise typer.Exit()

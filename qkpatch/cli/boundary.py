@@ -57,5 +57,5 @@ def command(function: Command) -> Command:
                 raise typer.Exit(128 + signal.SIGPIPE) from None
 
     wrapper.__signature__ = signature  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {name: of.annotation for name, of in signature.parameters.items()}
+    wrapper.__annotations__ = {name: flag.annotation for name, flag in signature.parameters.items()}
     return wrapper  # type: ignore[return-value]

@@ -78,18 +78,18 @@ def safe(text: str) -> str:
 
 
 def print_text(text: str) -> None:
-    """A result as it is, for programs."""
+    """Print ``text`` on stdout as it is, neither wrapped nor escaped."""
     with results():
         sys.stdout.write(text)
 
 
 def print_json(value: Any) -> None:
-    """A result for programs."""
+    """Print ``value`` on stdout as JSON with sorted keys."""
     print_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def show_error(error: QKPatchError) -> None:
-    """What, where, what to do."""
+    """Print an error on stderr: what happened, where, and what to do."""
     with suppress(OSError):
         _show_error(_console(stderr=True), error)
 
@@ -115,7 +115,7 @@ def show_warnings(warnings: Sequence[str]) -> None:
 
 
 def note(text: str) -> None:
-    """A remark on stderr."""
+    """Print a remark on stderr."""
     with suppress(OSError):
         _console(stderr=True).print(safe(text), soft_wrap=True)
 
@@ -183,7 +183,7 @@ def output_width(*, stderr: bool = False) -> int:
 
 
 def size_text(n: float) -> str:
-    """A number of bytes for people."""
+    """A number of bytes in the unit that suits it: ``1.5 GB``."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if n < 1000 or unit == "TB":
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"

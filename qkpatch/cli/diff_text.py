@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from qkpatch.checkpoint.header import TensorRef
-from qkpatch.common.text import plain, wrapped
+from qkpatch.common.ranges import some
+from qkpatch.common.text import cut, plain, wrapped
 from qkpatch.compare.difference import Difference, Files, TensorDifference, Uncompared
 
 if TYPE_CHECKING:
@@ -177,11 +178,7 @@ def _stored(ref: TensorRef) -> str:
 
 
 def _values(values: Sequence[str | None]) -> str:
-    return " or ".join("none" if value is None else repr(_short(value)) for value in values) or "none"
-
-
-def _short(value: str) -> str:
-    return value if len(value) <= 60 else f"{value[:60]}…"
+    return " or ".join("none" if value is None else repr(cut(value, 60)) for value in values) or "none"
 
 
 def _files(files: Files) -> list[str]:
@@ -212,7 +209,7 @@ def _remarks(result: Difference) -> list[str]:
     if not layout.equal:
         lines.append(f"The tensors lie otherwise in {layout.shards_a} file(s), {layout.shards_b} in B.")
     if layout.rewritten:
-        lines.append(f"Headers that say the same in other words: {_some(layout.rewritten)}")
+        lines.append(f"Headers that say the same in other words: {some(layout.rewritten)}")
     if result.files is None:
         lines.append("Other files were not compared: a side is a single file.")
     if result.uncompared:
@@ -223,7 +220,3 @@ def _remarks(result: Difference) -> list[str]:
 def _uncompared(one: Uncompared) -> str:
     where = "" if one.in_a and one.in_b else " in A" if one.in_a else " in B"
     return f"{one.name}{where} ({one.why})"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -173,7 +173,7 @@ class PushFlags:
 
 @dataclass(frozen=True)
 class ShowFlags:
-    """What is said."""
+    """What is printed besides errors."""
 
     as_json: JsonOpt = False
     quiet: QuietOpt = False

@@ -22,16 +22,16 @@ class Redacted(io.TextIOBase):
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        """That of the stream."""
+        """The encoding of the stream behind."""
         return self._stream.encoding
 
     @property
     def errors(self) -> str | None:  # type: ignore[override]
-        """That of the stream."""
+        """How the stream behind treats what it cannot encode."""
         return self._stream.errors
 
     def writable(self) -> bool:
-        """Always."""
+        """Whether text can be written, as ``io`` asks: yes."""
         return True
 
     def isatty(self) -> bool:
@@ -39,7 +39,7 @@ class Redacted(io.TextIOBase):
         return self._stream.isatty()
 
     def fileno(self) -> int:
-        """That of the stream."""
+        """The descriptor of the stream behind."""
         return self._stream.fileno()
 
     def write(self, text: str) -> int:

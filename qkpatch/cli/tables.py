@@ -27,7 +27,14 @@ if TYPE_CHECKING:
 
 
 def show_plan(plan: EditPlan, free_disk: int, memory: int, threads: int) -> None:
-    """The plan as a person reads it: what, where, and what it costs."""
+    """Print a plan: what is edited, where, and what it costs.
+
+    Args:
+        plan: the plan.
+        free_disk: bytes that are free where OUT will be.
+        memory: expected peak of resident memory in bytes.
+        threads: heads that are computed side by side.
+    """
     with results() as console:
         _heading(console, plan)
         if plan.edits:
@@ -50,7 +57,14 @@ def show_plan(plan: EditPlan, free_disk: int, memory: int, threads: int) -> None
 
 
 def show_applied(plan: EditPlan, manifest: Manifest, source: str, out: Path) -> None:
-    """What was done, layer by layer."""
+    """Print what was done, layer by layer, and how to prove it.
+
+    Args:
+        plan: what was planned.
+        manifest: what was done.
+        source: SOURCE, as the user wrote it.
+        out: OUT.
+    """
     with results() as console:
         _heading(console, plan)
         table = _table("layer", "heads", "‖ΔW_Q‖/‖W_Q‖ mean", "max", "‖M‖ after/before", "gap min")
@@ -105,7 +119,7 @@ def _model(console: Console, model: Model) -> None:
         f"{layout.n_heads} query / {layout.n_kv_heads} key heads of {layout.d_head}, hidden {layout.d_model}"
     )
     for other in sorted(set(model.tower.exceptions.values()) - {layout}, key=lambda other: other.d_head):
-        where = format_ranges([n for n, of in model.tower.exceptions.items() if of == other])
+        where = format_ranges([n for n, layout in model.tower.exceptions.items() if layout == other])
         console.print(
             f"Layers {where}: {other.n_heads} / {other.n_kv_heads} heads of {other.d_head}", soft_wrap=True
         )
@@ -149,12 +163,13 @@ def show_spectra(
 
 
 def show_publication(publication: Publication) -> None:
-    """The commit, file by file."""
-    target, base = publication.target, publication.base
-    kind = "Pull request to" if target.create_pr else "Commit to"
+    """Print a commit, file by file, and how much of it is sent."""
+    repository, base = publication.repository, publication.base
+    kind = "Pull request to" if repository.create_pr else "Commit to"
+    private = " (private)" if repository.private else ""
     with results() as console:
         console.print(
-            f"{kind} [bold]{safe(target.repo)}[/]{' (private)' if target.private else ''}: {safe(publication.summary)}",
+            f"{kind} [bold]{safe(repository.name)}[/]{private}: {safe(publication.summary)}",
             soft_wrap=True,
         )
         table = _table("action", "size", "file")
@@ -169,7 +184,7 @@ def show_publication(publication: Publication) -> None:
 
 
 def show_verification(result: Verification, out: Path) -> None:
-    """The verdict, and every mismatch."""
+    """Print every mismatch and note, then the verdict."""
     with results() as console:
         for mismatch in result.mismatches:
             console.print(f"[red]mismatch[/] {safe(mismatch.where)}: {safe(mismatch.what)}", soft_wrap=True)

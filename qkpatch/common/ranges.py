@@ -85,6 +85,12 @@ def abbreviate(items: Sequence[str], limit: int) -> str:
     return ", ".join(items[:limit]) + ("…" if len(items) > limit else "")
 
 
+def some(items: Sequence[str], limit: int = 3, separator: str = ", ") -> str:
+    """The first ``limit`` items, and how many more there are."""
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return separator.join(items[:limit]) + more
+
+
 def middle_third(n_layers: int) -> tuple[int, ...]:
     """Layers ``n // 3`` to ``2n // 3 - 1``: 10-19 of 30, 10-20 of 32. Our default, not the paper's."""
     return tuple(range(n_layers // 3, max(2 * n_layers // 3, n_layers // 3 + 1)))

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable
+from enum import Enum
 from typing import Any, TypeVar
 
 import yaml
 
+from qkpatch.common.text import cut
 from qkpatch.errors import RecipeError
 
+E = TypeVar("E", bound=Enum)
 T = TypeVar("T")
 
 _PLAIN_TYPES = {"null", "bool", "int", "float", "str"}
@@ -143,6 +146,15 @@ class Fields:
         self._taken.add(key)
         return self.take(key, kind, default=kind()) if key in self._data else None
 
+    def take_member(self, key: str, kind: type[E]) -> E | None:
+        """The member of ``kind`` whose value is the text at ``key``, None where there is none."""
+        text = self.take_optional(key, str)
+        try:
+            return kind(text) if self.is_a(key, str) else None
+        except ValueError:
+            self.fault(f"{text!r} is not one of {', '.join(str(item.value) for item in kind)}", key)
+            return None
+
     def take_list(self, key: str, kind: type[T], *, required: bool = False) -> tuple[T, ...]:
         """The list at ``key`` with every item exactly of ``kind``; empty where absent."""
         items = self.take(key, list, default=[], required=required)
@@ -179,5 +191,4 @@ class Fields:
 
 
 def _show(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text[:60] + '…' if len(text) > 60 else text}"
+    return f"{type(value).__name__} {cut(repr(value), 60)}"

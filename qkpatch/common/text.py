@@ -12,6 +12,11 @@ def plain(line: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
+def cut(text: str, most: int) -> str:
+    """``text``, or its first ``most`` characters and an ellipsis."""
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
 def wrapped(line: str, width: int) -> str:
     """``line`` made :func:`plain` and folded to ``width`` columns; words, such as tensor names, are not broken."""
     text = plain(line)

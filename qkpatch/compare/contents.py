@@ -10,13 +10,13 @@ from operator import attrgetter
 from safetensors import SafetensorError, safe_open
 
 from qkpatch.checkpoint.content import Held, Parts, feed_source
-from qkpatch.checkpoint.files import OpenFile, Progress, os_errors
+from qkpatch.checkpoint.files import Progress, os_errors
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.pairs import Reader, Span
 from qkpatch.checkpoint.present import Present
 from qkpatch.checkpoint.source import Stored
 from qkpatch.checkpoint.tree import LocalFile, SourceFile
-from qkpatch.output.files import Extent, Output, OutputFile
+from qkpatch.output.files import Output, OutputFile
 
 Spans = Callable[[str], list[tuple[int, int]]]  # the planned rows of a file of OUT
 
@@ -45,7 +45,7 @@ def side_by_side(
         source: SOURCE, for messages.
         progress: hears of bytes compared.
     """
-    size = present.files[wanted.name].size
+    reader, size = Reader(), present.files[wanted.name].size
     if wanted.size != size:
         yield Mismatch(wanted.name, f"has {size} bytes, and should have {wanted.size}")
         return
@@ -58,12 +58,13 @@ def side_by_side(
                 continue
             with file.open() as a:
                 for extent in extents:
-                    difference = _first_difference(a, b, extent, progress)
-                    if difference is not None:
-                        place = _place(source, file.name, difference - extent.at + extent.begin)
+                    theirs = Span(a, extent.begin, extent.end)
+                    ours = Span(b, extent.at, extent.upto)
+                    n_equal = reader.first_difference(theirs, ours, progress)
+                    if n_equal is not None:
+                        where = f"{extent.at + n_equal}{_place(source, file.name, extent.begin + n_equal)}"
                         yield Mismatch(
-                            wanted.name,
-                            f"differs outside the planned rows, first at byte {difference}{place}",
+                            wanted.name, f"differs outside the planned rows, first at byte {where}"
                         )
                         return
         progress(len(wanted.own) + sum(end - begin for begin, end in planned))
@@ -77,17 +78,14 @@ class Listing:
 
     def __init__(self, output: Output, present: Present, planned: Spans) -> None:
         self._present = present
-        self._held: dict[str, list[Held]] = {}
-        self._lost: set[str] = (
-            set()
-        )  # files of SOURCE of which OUT has a part not at all, which is told elsewhere
-        for name, wanted in output.files.items():
-            if name not in present.files or present.files[name].size != wanted.size:
-                self._lost |= {extent.file.name for extent in wanted.extents}
-                continue
-            for extent in wanted.around(planned(name)):
-                held = Held(extent.begin, extent.end, name, extent.at)
-                self._held.setdefault(extent.file.name, []).append(held)
+        self._held = output.held(planned)
+        # Files of SOURCE of which OUT has a part not at all, which is told elsewhere.
+        self._lost = {
+            extent.file.name
+            for name, wanted in output.files.items()
+            if name not in present.files or present.files[name].size != wanted.size
+            for extent in wanted.extents
+        }
 
     def check(
         self, file: SourceFile, edited: Sequence[TensorRef], progress: Progress
@@ -97,7 +95,7 @@ class Listing:
         if file.name in self._lost or not held or isinstance(file, LocalFile):
             return [], {}
         whole = [Held(0, file.size, held[0].name, 0)]
-        listed, sums = file.listed, list[str]()
+        listed, digests = file.listed, list[str]()
         if listed is not None and listed.sha256 is not None and held == whole:
             is_same = self._present.sha256(held[0].name) == listed.sha256
         elif listed is not None:
@@ -105,34 +103,22 @@ class Listing:
             parts = Parts(digest, [(ref.begin, ref.end) for ref in edited])
             with file.open() as opened:
                 feed_source(parts, opened, held, self._present.open)
-            is_same, sums = digest.hexdigest() == listed.digest, parts.sums()
+            is_same, digests = digest.hexdigest() == listed.digest, parts.digests()
         else:
             is_same = False
         progress(sum(piece.end - piece.begin for piece in held))
         if is_same:
-            return [], {ref.name: digest for ref, digest in zip(edited, sums, strict=True)}
+            return [], {ref.name: digest for ref, digest in zip(edited, digests, strict=True)}
         names = sorted({piece.name for piece in held})
         more = "" if len(names) == 1 else f" (and {len(names) - 1} more)"
         what = f"differs outside the planned rows: it is not {file.where} as the Hub lists it, by its digest"
         return [Mismatch(names[0], f"{what}{more}")], {}
 
 
-def tensor_sum(file: SourceFile, ref: TensorRef) -> str:
+def tensor_digest(file: SourceFile, ref: TensorRef) -> str:
     """SHA-256 of a tensor of SOURCE."""
     with file.open() as opened:
         return opened.sha256(ref.begin, ref.end)
-
-
-def _first_difference(a: OpenFile, b: OpenFile, extent: Extent, progress: Progress) -> int | None:
-    """The offset in OUT."""
-    offset = extent.at
-    pairs = Reader().pairs(Span(a, extent.begin, extent.end), Span(b, extent.at, extent.upto))
-    for x, y in pairs:
-        if x != y:
-            return offset + next(i for i in range(len(x)) if x[i] != y[i])
-        offset += len(x)
-        progress(len(x))
-    return None
 
 
 def _place(source: Stored, shard: str, offset: int) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from qkpatch.checkpoint.files import Progress
 from qkpatch.checkpoint.header import Header, TensorRef
-from qkpatch.checkpoint.pairs import CHUNK, Reader, Span
+from qkpatch.checkpoint.pairs import Reader, Span
 from qkpatch.checkpoint.source import MANIFEST_NAME, Stored
 from qkpatch.checkpoint.tree import BOOKKEEPING, SourceFile
 from qkpatch.common.interrupts import signals_held
@@ -162,12 +162,8 @@ def _first_difference(
     """Where two files begin to differ, or one ends; with ``end``, before that byte."""
     size = min(a.size, b.size) if end is None else end
     with a.open() as opened_a, b.open() as opened_b:
-        spans = Span(opened_a, 0, size), Span(opened_b, 0, size)
-        for number, (x, y) in enumerate(reader.pairs(*spans)):
-            if x != y:
-                return number * CHUNK + next(i for i in range(len(x)) if x[i] != y[i])
-            progress(len(x))
-    return size if end is None and a.size != b.size else None
+        first = reader.first_difference(Span(opened_a, 0, size), Span(opened_b, 0, size), progress)
+    return size if first is None and end is None and a.size != b.size else first
 
 
 def _metadata(a: Iterable[Header], b: Iterable[Header]) -> Iterator[MetadataDifference]:
@@ -209,6 +205,6 @@ def _uncompared(a: Stored, b: Stored) -> Iterator[Uncompared]:
     for name in sorted({side.index for side in (a, b) if side.index is not None}):
         yield Uncompared(name, a.index == name, b.index == name, "the division into shards")
     for name in BOOKKEEPING:
-        in_a, in_b = (side.has_beside(name) for side in (a, b))
+        in_a, in_b = (side.has_entry(name) for side in (a, b))
         if in_a or in_b:
             yield Uncompared(name, in_a, in_b, "bookkeeping")

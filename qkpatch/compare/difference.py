@@ -25,12 +25,12 @@ class TensorDifference:
 
     @property
     def name(self) -> str:
-        """The tensor's."""
+        """The name of the tensor."""
         return self.a.name
 
     @property
     def elements(self) -> int:
-        """How many A has."""
+        """How many numbers the tensor has in A."""
         return math.prod(self.a.shape)
 
 
@@ -55,7 +55,7 @@ class MetadataDifference:
 
 @dataclass(frozen=True)
 class Files:
-    """The files beside the weights."""
+    """How the files that are no weights differ."""
 
     equal: int
     changed: tuple[FileDifference, ...]
@@ -80,9 +80,8 @@ class Layout:
     equal: bool  # the same shards, with the same tensors at the same bytes
     shards_a: int
     shards_b: int
-    rewritten: tuple[
-        str, ...
-    ]  # shards whose headers say the same in other words: spaces, order, undefined fields
+    # Shards whose headers say the same in other words: spaces, order, undefined fields.
+    rewritten: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qkpatch.checkpoint.present import Present
 from qkpatch.checkpoint.rooted import Rooted
+from qkpatch.common.ranges import some
 from qkpatch.compare.verify import Verification, check, recorded
 from qkpatch.errors import MismatchError, UsageError
 from qkpatch.model.locate import Access
@@ -81,10 +82,9 @@ def _verified(
 
 def _mismatch(result: Verification, out: Path, source: str, recipe: str | None) -> MismatchError:
     found = [f"{mismatch.where}: {mismatch.what}" for mismatch in result.mismatches]
-    more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     own = ["--recipe", recipe] if recipe else []
     return MismatchError(
-        f"it is not what its manifest says, so it is not published: {'; '.join(found[:_SHOWN])}{more}",
+        f"it is not what its manifest says, so it is not published: {some(found, _SHOWN, '; ')}",
         where=str(out),
         fix=shlex.join(["qkpatch", "verify", str(out), "--source", source, *own]) + " shows all; apply again",
     )

@@ -14,7 +14,7 @@ from qkpatch.compare.contents import Mismatch
 from qkpatch.compare.verify import check, recorded, sums_mismatches
 from qkpatch.errors import CheckpointError
 from qkpatch.model.locate import Access
-from qkpatch.output.destination import Replaced, foreign, target_path
+from qkpatch.output.destination import Replaced, destination_path, foreign
 from qkpatch.output.options import Writing
 from qkpatch.patching.observer import Observer
 from qkpatch.planning.manifest import Manifest
@@ -41,7 +41,7 @@ def replaceable(out: Path, plan: EditPlan, writing: Writing, observer: Observer)
         first = None if writing.force else next(_foreign(present, plan, observer.copied), None)
     if first is not None:
         raise foreign(out, f"{first.where}, which is not as qkpatch left it: {first.what}")
-    return Replaced(target_path(out), present.identities)
+    return Replaced(destination_path(out), present.identities)
 
 
 def _foreign(present: Present, plan: EditPlan, progress: Progress) -> Iterator[Mismatch]:

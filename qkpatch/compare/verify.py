@@ -16,18 +16,18 @@ from qkpatch.checkpoint.tree import LocalFile
 from qkpatch.common.json_text import Json
 from qkpatch.common.ranges import abbreviate
 from qkpatch.compare.agreement import differences, origin_mismatches
-from qkpatch.compare.contents import Listing, Mismatch, library_verdict, side_by_side, tensor_sum
+from qkpatch.compare.contents import Listing, Mismatch, library_verdict, side_by_side, tensor_digest
 from qkpatch.errors import AmbiguousError, CheckpointError, FileSystemError, UnsupportedError, UsageError
 from qkpatch.model.locate import Access, Source, locate
 from qkpatch.output.files import Output
 from qkpatch.planning.manifest import Manifest, planned_manifest
 from qkpatch.planning.plan import EditPlan, make_plan
 from qkpatch.planning.sums import sums_text
-from qkpatch.publishing.card import is_card_over
+from qkpatch.publishing.card import CARD_NAME, is_card_over
 from qkpatch.publishing.withheld import is_private
 from qkpatch.recipes.catalogue import shipped_recipes
 
-CARD_NAME, GIT_NAME = "README.md", ".gitattributes"
+GIT_NAME = ".gitattributes"
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,6 @@ class Verification:
         """Plain JSON values."""
         said = {key: value for key, value in vars(self).items() if key != "plan"}
         return {**said, "ok": self.ok, "mismatches": [vars(m) for m in self.mismatches]}
-
-
-def verify(
-    out: Path, source: str, progress: Progress, recipe: str | None = None, access: Access = Access.ranges
-) -> Verification:
-    """As :func:`check`, of a directory."""
-    with Rooted(out) as root:
-        return check(Present(root), source, progress, recipe, access)
 
 
 def recorded(present: Present) -> Manifest:
@@ -219,9 +211,9 @@ def _listed(
     before: dict[str, str] = {}
     found: list[Mismatch] = []
     for file in checkpoint.files.values():
-        wrong, sums = listing.check(file, edited.get(file.name, []), progress)
+        wrong, digests = listing.check(file, edited.get(file.name, []), progress)
         found += wrong
-        before |= sums
+        before |= digests
     return before, found
 
 
@@ -295,7 +287,7 @@ def _check_edits(
             if out is None or out.size != plan.output.files[place.shard].size:
                 continue  # told already
             source = sources[ref.shard]
-            before = tensor_sum(source, ref) if isinstance(source, LocalFile) else listed.get(ref.name)
+            before = tensor_digest(source, ref) if isinstance(source, LocalFile) else listed.get(ref.name)
             with present.open(place.shard) as opened:
                 after = opened.sha256(place.begin, place.end)
             if before is not None and written.sha256_before not in (None, before):

@@ -16,12 +16,12 @@ from qkpatch.diagnosis.draft import NAME, Written, draft_recipe, look
 from qkpatch.diagnosis.signs import Median, median_reader, norm_kind, speaks_for_plus_one
 from qkpatch.diagnosis.slim import slim
 from qkpatch.diagnosis.survey import LANGUAGE, QueryGroup, TextNumbers, query_groups, text_numbers
-from qkpatch.errors import UnsupportedError, UsageError
+from qkpatch.errors import UnsupportedError
 from qkpatch.model.locate import Access, Source, locate
 from qkpatch.recipes.catalogue import shipped_recipes
 from qkpatch.recipes.reading import parse_recipe
 from qkpatch.recipes.recipe import NormKind, Recipe
-from qkpatch.recipes.words import near_names, specialities
+from qkpatch.recipes.words import specialities
 
 MOST_CANDIDATES = 5
 EXIT_UNKNOWN = 3  # as for any unsupported or ambiguous checkpoint
@@ -129,11 +129,7 @@ def diagnose(source: str) -> Diagnosis:
     Raises:
         QKPatchError: as :func:`locate` and :func:`open_checkpoint`; what a recipe refuses is told, not raised.
     """
-    try:
-        located = locate(source, Access.ranges)
-    except UsageError as error:
-        near = near_names(source, shipped_recipes())
-        raise UsageError(error.what, where=error.where, fix=f"check the path; {near}") from None
+    located = locate(source, Access.ranges)
     whole = open_checkpoint(located.place)
     checkpoint = slim(whole)
     config, tensors = checkpoint.config, checkpoint.tensors

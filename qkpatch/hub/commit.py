@@ -39,12 +39,12 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Target:
-    """Where a commit goes."""
+class PushRepository:
+    """The repository on the Hub that a commit goes to."""
 
-    repo: str
-    private: bool
-    create_pr: bool
+    name: str  # org/name
+    private: bool  # where it is still to be made
+    create_pr: bool  # a pull request in place of a commit
 
 
 def copyable(base: Base) -> dict[str, str]:
@@ -62,7 +62,7 @@ def copyable(base: Base) -> dict[str, str]:
     }
 
 
-def check_target(target: Target, names: Sequence[str]) -> None:
+def check_repository(repository: PushRepository, names: Sequence[str]) -> None:
     """Refuse what cannot be published there, before anything is computed or sent.
 
     Raises:
@@ -74,21 +74,23 @@ def check_target(target: Target, names: Sequence[str]) -> None:
     from huggingface_hub.hf_api import RepoFile
 
     if get_token() is None:
-        raise HubError("publishing needs a token", where=target.repo, fix="hf auth login, or set HF_TOKEN")
+        raise HubError(
+            "publishing needs a token", where=repository.name, fix="hf auth login, or set HF_TOKEN"
+        )
     api = hub_api()
     try:
-        with hub_errors(target.repo):
-            entries = list(api.list_repo_tree(target.repo, recursive=True))
-            is_public = api.model_info(target.repo).private is False
+        with hub_errors(repository.name):
+            entries = list(api.list_repo_tree(repository.name, recursive=True))
+            is_public = api.model_info(repository.name).private is False
     except HubError as error:
         cause = error.__cause__
         if isinstance(cause, RepositoryNotFoundError) and not isinstance(cause, GatedRepoError):
             return  # it will be made
         raise
-    if is_public and target.private:
+    if is_public and repository.private:
         raise UsageError(
             "the repository is there already, and public",
-            where=target.repo,
+            where=repository.name,
             fix="choose a new name, or make it private on the Hub",
         )
     others = [
@@ -99,19 +101,21 @@ def check_target(target: Target, names: Sequence[str]) -> None:
     if others:
         raise UsageError(
             f"it holds other weights, {others[0]} for one, which would stay beside the patched ones",
-            where=target.repo,
+            where=repository.name,
             fix="choose a new repository, or remove them",
         )
 
 
-def publish(target: Target, present: Present, base: Base | None, steps: Sequence[Step], summary: str) -> str:
+def publish(
+    repository: PushRepository, present: Present, base: Base | None, steps: Sequence[Step], summary: str
+) -> str:
     """Make the repository where there is none, and the commit; returns its address.
 
     What is sent is what had the steps' digests: files are open, or in memory, until their content is there, and no
     commit is made where one has changed by then.
 
     Args:
-        target: where it goes.
+        repository: where it goes.
         present: OUT.
         base: where files are copied from.
         steps: the files.
@@ -125,7 +129,7 @@ def publish(target: Target, present: Present, base: Base | None, steps: Sequence
     from huggingface_hub import CommitOperationCopy
 
     api = hub_api()
-    with ExitStack() as stack, hub_errors(target.repo):
+    with ExitStack() as stack, hub_errors(repository.name):
         additions = [_addition(step, present, stack) for step in steps if not step.is_copy]
         copies = [
             CommitOperationCopy(
@@ -138,17 +142,19 @@ def publish(target: Target, present: Present, base: Base | None, steps: Sequence
             for step in steps
             if step.is_copy and base is not None
         ]
-        api.create_repo(target.repo, private=target.private or None, exist_ok=True)
+        api.create_repo(repository.name, private=repository.private or None, exist_ok=True)
         # An empty list of patterns: the repository's own .gitignore must not leave anything out.
         try:
-            api.preupload_lfs_files(target.repo, additions, create_pr=target.create_pr, gitignore_content="")
+            api.preupload_lfs_files(
+                repository.name, additions, create_pr=repository.create_pr, gitignore_content=""
+            )
         except RuntimeError as error:  # how the library says that one of its threads failed
             raise OSError(str(error.__cause__ or error)) from error
         for step in steps:
             if step.content is None:
                 present.confirm(step.name)
         done = api.create_commit(
-            target.repo, [*additions, *copies], commit_message=summary, create_pr=target.create_pr
+            repository.name, [*additions, *copies], commit_message=summary, create_pr=repository.create_pr
         )
     return redact(str(done.pr_url or done.commit_url))
 

@@ -21,7 +21,7 @@ def httpx() -> Any:
 
 
 def is_tls_failure(error: BaseException | None) -> bool:
-    """Whether a certificate was the cause."""
+    """Whether a certificate that was not accepted led to ``error``."""
     while error is not None:
         if isinstance(error, ssl.SSLError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
             return True
@@ -101,7 +101,7 @@ def _explained(error: Exception, where: str) -> HubError:
 
 
 def _root(error: BaseException) -> BaseException:
-    """What came first."""
+    """The error that began the chain that ends in ``error``."""
     while (before := error.__cause__ or error.__context__) is not None:
         error = before
     return error

@@ -12,19 +12,17 @@ from qkpatch.common.interrupts import check_stop, signals_masked
 BLOCK = 8 << 20  # bytes of one request at most: a layer's weights come in several, side by side
 PIECE = 4 << 20  # the same, of a file that is read from end to end
 IN_FLIGHT = 12
-_GAP_SHARE = (
-    128  # a gap between ranges is fetched along where it is no more than this part of the larger of the two
-)
+# A gap between ranges is fetched along where it is no more than this part of the larger of the two.
+_GAP_SHARE = 128
 
-Fetch = Callable[
-    [int, int, memoryview, Callable[[], bool]], None
-]  # begin, end, where to, whether it was given up
+# Of begin, end, where to, and whether it was given up.
+Fetch = Callable[[int, int, memoryview, Callable[[], bool]], None]
 
 
 def merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """``ranges`` in order, joined where they meet or nearly do: at most a 64th more bytes than were asked for."""
     joined: list[tuple[int, int]] = []
-    last = 0  # bytes of the range before
+    last = 0  # size of the range before, in bytes
     for begin, end in sorted({span for span in ranges if span[0] < span[1]}):
         if joined and begin - joined[-1][1] <= max(last, end - begin) // _GAP_SHARE:
             joined[-1] = joined[-1][0], max(end, joined[-1][1])
@@ -70,7 +68,7 @@ class Block:
         return memoryview(self._data)
 
     def give_up(self) -> None:
-        """Nobody wants it any more."""
+        """Say that nobody waits for the bytes any more: what has not begun never will."""
         self._is_given_up = True
 
 
@@ -87,9 +85,8 @@ class Fetchers:
         with self._lock:
             if self._started < self._threads:
                 self._started += 1
-                with (
-                    signals_masked()
-                ):  # daemons: a server that says nothing must not hold up the end of the process
+                # Daemons: a server that says nothing must not hold up the end of the process.
+                with signals_masked():
                     threading.Thread(target=self._work, name="qkpatch-fetch", daemon=True).start()
         return block
 

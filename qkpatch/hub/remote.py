@@ -27,7 +27,7 @@ class RemoteFile(SourceFile):
 
     @property
     def content(self) -> str:
-        """Git's name of it."""
+        """The digest by which Git names the file's content."""
         return self.entry.blob
 
     @property

@@ -99,7 +99,7 @@ def _check_new(snapshot: Path, before: Collection[str]) -> frozenset[str]:
     return frozenset(blobs)
 
 
-def look(hub_id: HubId, *, use_cache: bool = True) -> Found:
+def open_repository(hub_id: HubId, *, use_cache: bool = True) -> Found:
     """The snapshot in the Hub cache, where it is complete, or the files as they are on the Hub; none is downloaded.
 
     Raises:

@@ -75,9 +75,8 @@ def _check_endpoint() -> None:
 def _check_request(request: Any) -> None:
     if not _is_ours(request) or _is_home(request.url):
         return
-    request.headers.pop(
-        "cookie", None
-    )  # the Hub's own, which a part of its domain may see; no redirect needs it
+    # The Hub's own, which a part of its domain may see; no redirect needs it.
+    request.headers.pop("cookie", None)
     if "authorization" in request.headers:
         raise _refusal(str(request.url))
 
@@ -125,7 +124,7 @@ class _Hooks:
         self._plain: Callable[[], Any] | None = None
 
     def hang(self) -> None:
-        """One more call."""
+        """Note one more call, and hang the hooks into the client."""
         http = _library()
         with self._lock:
             self._calls += 1
@@ -134,7 +133,7 @@ class _Hooks:
             _change(http.get_session(), hung=True)
 
     def take_down(self) -> None:
-        """One call less; after the last, the client is as it was."""
+        """Note that a call has ended; after the last one the client is as it was."""
         http = _library()
         with self._lock:
             self._calls -= 1
@@ -145,7 +144,7 @@ class _Hooks:
                     _change(http._GLOBAL_CLIENT, hung=False)
 
     def _client(self) -> Any:
-        """In place of one that was closed."""
+        """A new client with the hooks in it, in place of one that was closed."""
         assert self._plain is not None
         client = self._plain()
         _change(client, hung=True)

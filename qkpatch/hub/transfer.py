@@ -65,6 +65,13 @@ class Transfer:
     ) -> None:
         """Fill ``buffer`` with the bytes ``begin:end``; goes on where a connection broke off.
 
+        Args:
+            file: the file.
+            begin: the first byte.
+            end: one past the last byte.
+            buffer: takes the bytes.
+            is_given_up: whether nobody waits for them any more.
+
         Raises:
             HubError: refused, or broken too often; the answer is not what was asked for.
         """
@@ -203,14 +210,14 @@ class Transfer:
         return {key: value for key, value in self._headers.items() if is_home or key.lower() == "user-agent"}
 
     def _next(self, file: Listed, response: Any, url: str, home: str) -> str:
-        target: str = urljoin(url, response.headers.get("location", ""))
-        if _origin(target)[0] not in ("https", _origin(url)[0]):
+        redirected: str = urljoin(url, response.headers.get("location", ""))
+        if _origin(redirected)[0] not in ("https", _origin(url)[0]):
             raise self._error(
                 file, "redirected from https to something else", "check HF_ENDPOINT and proxies"
             )
         if _origin(url) == _origin(home):
             self._check_listing(file, response)
-        return target
+        return redirected
 
     def _check_listing(self, file: Listed, response: Any) -> None:
         """What the Hub says of the file on the way must be what it listed."""

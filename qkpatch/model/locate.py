@@ -10,7 +10,7 @@ from pathlib import Path
 from qkpatch.checkpoint.cache import snapshot_at
 from qkpatch.checkpoint.tree import Repository
 from qkpatch.errors import FileSystemError, UsageError
-from qkpatch.hub.repository import HubId, download, look
+from qkpatch.hub.repository import HubId, download, open_repository
 from qkpatch.recipes.catalogue import get_recipe, shipped_recipes
 from qkpatch.recipes.recipe import Recipe
 from qkpatch.recipes.words import near_names
@@ -40,7 +40,7 @@ class Source:
 
     @property
     def path(self) -> Path | None:
-        """Where it lies on this machine."""
+        """The path of SOURCE on this machine; None where it is elsewhere."""
         return self.place if isinstance(self.place, Path) else None
 
 
@@ -69,7 +69,10 @@ def locate(text: str, access: Access = Access.download) -> Source:
             where=text,
             fix=f"check the path; {near_names(text, shipped_recipes())}",
         )
-    found = download(hub_id) if access is Access.download else look(hub_id, use_cache=access is Access.ranges)
+    if access is Access.download:
+        found = download(hub_id)
+    else:
+        found = open_repository(hub_id, use_cache=access is Access.ranges)
     return Source(
         found.place, "hub", found.repo, found.requested_revision, found.commit, recipe, found.checked, text
     )

@@ -28,7 +28,7 @@ class Model:
 
     @property
     def tower(self) -> LanguageTower:
-        """The language model's numbers."""
+        """Numbers of layers and heads, and sizes, of the language model."""
         return self.sets[0].tower
 
     @property
@@ -76,6 +76,12 @@ def open_model(
     access: Access = Access.download,
 ) -> Model:
     """Locate SOURCE, read its headers, find the recipe that fits and the sets of tensors named by ``attention``.
+
+    Args:
+        source: SOURCE, as the user wrote it.
+        recipe_name: a shipped recipe, or a file of the user's; None for the one that fits.
+        attention: names of sets of the recipe; None for its first.
+        access: how a repository is read.
 
     Raises:
         AmbiguousError: no recipe or several; the recipe's names match nothing, or twice over.

@@ -44,13 +44,6 @@ class LayerTarget:
     biases: tuple[str, ...] = ()  # not part of the product; they stay as they are
 
     @property
-    def refs(self) -> tuple[TensorRef, ...]:
-        """Every tensor that is read."""
-        norms = (self.query_norm, self.key_norm, self.input_norm)
-        all_of_them = (self.query, self.key, self.query_scale, self.key_scale, *norms)
-        return tuple(dict.fromkeys(ref for ref in all_of_them if ref is not None))
-
-    @property
     def written(self) -> tuple[TensorRef, ...]:
         """Every tensor that is edited: the query weight, and its scales where it has some."""
         return (self.query,) if self.query_scale is None else (self.query, self.query_scale)
@@ -76,7 +69,7 @@ class LayerTarget:
         return shards
 
     def read_bytes(self, heads: Sequence[int]) -> int:
-        """How many bytes :meth:`read_ranges` are."""
+        """The size of all :meth:`read_ranges` together in bytes."""
         return sum(end - begin for ranges in self.read_ranges(heads).values() for begin, end in ranges)
 
     def written_ranges(self, head: int) -> tuple[tuple[TensorRef, int, int], ...]:

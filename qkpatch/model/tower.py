@@ -181,7 +181,7 @@ def _layer_types(recipe: Recipe, section: Mapping[str, Any], where: str, n_layer
         return []
     types = section.get("layer_types")
     if types is None:
-        every = {kind: of.every for kind, of in declared.items() if of.every}
+        every = {kind: layers.every for kind, layers in declared.items() if layers.every}
         return [
             next((kind for kind, n in every.items() if (i + 1) % n == 0 or i == n_layers - 1), "")
             for i in range(n_layers)

@@ -1,4 +1,4 @@
-"""``Arrival``: bytes of a file elsewhere on their way to an open one; and which way a file takes."""
+"""``Arrival``: bytes of a file elsewhere on their way to an open one; and what carries a file."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from qkpatch.output.passage import Lane, Passage
 class Arrival:
     """From a file elsewhere to an open one, in order; a few pieces are in memory and none is on the disk twice."""
 
-    def __init__(self, source: OpenFile, target: int) -> None:
-        self._source, self._target = source, target
+    def __init__(self, source: OpenFile, destination: int) -> None:
+        self._source, self._destination = source, destination
 
     def __enter__(self) -> Arrival:
         return self
@@ -28,12 +28,14 @@ class Arrival:
         for piece in self._source.pieces(begin, end):
             if digest is not None:
                 digest.update(piece)
-            write_exact(self._target, piece, at, self._source.where)
+            write_exact(self._destination, piece, at, self._source.where)
             at += len(piece)
             progress(len(piece))
         return "download"
 
 
-def way(lane: Lane, source: OpenFile, target: int) -> Passage | Arrival:
-    """What carries bytes from ``source`` to ``target``."""
-    return Passage(lane, source, target) if isinstance(source, LocalOpenFile) else Arrival(source, target)
+def passage_for(lane: Lane, source: OpenFile, destination: int) -> Passage | Arrival:
+    """What copies from ``source`` to ``destination``, both open; through ``lane`` where both are on this machine."""
+    if isinstance(source, LocalOpenFile):
+        return Passage(lane, source, destination)
+    return Arrival(source, destination)

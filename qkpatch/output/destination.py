@@ -19,7 +19,7 @@ from qkpatch.errors import FileSystemError, QKPatchError, UsageError
 _MAX_NAME = 255 - len("..replaced-00000000")
 
 
-def target_path(out: Path) -> Path:
+def destination_path(out: Path) -> Path:
     """OUT with a link-free parent, so that staging and OUT are on one file system whatever links lead there."""
     return Path(os.path.realpath(out.absolute().parent)) / out.name
 

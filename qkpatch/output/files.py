@@ -46,7 +46,7 @@ class OutputFile:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The size of the file in bytes."""
         return self.extents[-1].upto if self.extents else len(self.own)
 
     @property
@@ -96,7 +96,7 @@ class Output:
         return held
 
     def place(self, ref: TensorRef) -> TensorRef:
-        """Where OUT has a tensor of SOURCE."""
+        """A tensor of SOURCE as OUT stores it: in which file, and at which bytes."""
         return ref if self.moved is None else self.moved[ref.name]
 
     def made_of(self, names: Collection[str]) -> set[str]:
@@ -105,5 +105,5 @@ class Output:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The size of all files of OUT in bytes."""
         return sum(file.size for file in self.files.values())

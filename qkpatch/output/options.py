@@ -11,7 +11,7 @@ from qkpatch.checkpoint.tree import LocalFile, SourceFile
 
 
 class Digest(str, Enum):
-    """Of what SHA-256 is taken."""
+    """Which bytes of OUT the manifest has a SHA-256 of."""
 
     edited = "edited"  # the edited tensors, before and after
     files = "files"  # every file besides, also written as SHA256SUMS

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from itertools import cycle, pairwise
-from types import TracebackType
 
 from qkpatch.checkpoint.files import Digesting, LocalOpenFile, Progress, os_errors
 from qkpatch.errors import FileSystemError
@@ -38,10 +37,10 @@ _DECLINED = {
 }
 
 
-def clone(source: int, target: int) -> bool:
-    """Let ``target`` share all blocks of ``source`` where the file system can (btrfs, xfs); False where it cannot."""
+def clone(source: int, destination: int) -> bool:
+    """Let ``destination`` share all blocks of ``source``; False where the file system cannot (btrfs and xfs can)."""
     try:
-        fcntl.ioctl(target, _FICLONE, source)
+        fcntl.ioctl(destination, _FICLONE, source)
     except OSError:
         return False  # whatever it is, copying will meet it again, or not
     return True
@@ -57,9 +56,7 @@ class Lane:
     def __enter__(self) -> Lane:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.writer.shutdown(wait=True)
         self.buffers.clear()  # not closed: after an error, its traceback still refers to parts of them
 
@@ -71,25 +68,23 @@ class Passage:
     the processor time of ``copy_file_range``, which the edit can use, and leaves other programs' files in the cache.
     """
 
-    def __init__(self, lane: Lane, source: LocalOpenFile, target: int) -> None:
-        self._lane, self._source, self._target = lane, source, target
+    def __init__(self, lane: Lane, source: LocalOpenFile, destination: int) -> None:
+        self._lane, self._source, self._destination = lane, source, destination
         self._raw_source = _past_cache(source.fd, os.O_RDONLY)
-        self._raw_target = _past_cache(target, os.O_WRONLY)
+        self._raw_destination = _past_cache(destination, os.O_WRONLY)
 
     def __enter__(self) -> Passage:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for raw in (self._raw_source, self._raw_target):
+    def __exit__(self, *_: object) -> None:
+        for raw in (self._raw_source, self._raw_destination):
             if raw is not None:
                 os.close(raw)
 
     def copy(self, begin: int, end: int, at: int, progress: Progress, digest: Digesting | None = None) -> str:
-        """Copy the bytes ``begin:end`` to ``at``, and feed them to ``digest``; returns the name of the means.
+        """Copy the source's bytes ``begin:end`` to offset ``at``, and feed them to ``digest``; returns the means' name.
 
-        The target is as long already, and zero where nothing was written: holes are left out. ``progress`` may
+        The destination is as long already, and zero where nothing was written: holes are left out. ``progress`` may
         raise to stop it.
 
         Raises:
@@ -116,11 +111,11 @@ class Passage:
     def _copy_data(
         self, begin: int, end: int, shift: int, progress: Progress, digest: Digesting | None
     ) -> str:
-        # Whole blocks of the target, in the source's offsets.
+        # Whole blocks of the destination, in the source's offsets.
         first, last = -(-(begin + shift) // ALIGN) * ALIGN - shift, (end + shift) // ALIGN * ALIGN - shift
-        is_direct = self._raw_target is not None and last - first >= LEAST_DIRECT
+        is_direct = self._raw_destination is not None and last - first >= LEAST_DIRECT
         if not is_direct and digest is None:
-            return copy_range(self._source, self._target, begin, end, progress, shift)
+            return copy_range(self._source, self._destination, begin, end, progress, shift)
         edges = [begin, first, last, end] if is_direct else [begin, end]
         pieces = [
             (at, min(at + PIECE, upto)) for start, upto in pairwise(edges) for at in range(start, upto, PIECE)
@@ -129,11 +124,7 @@ class Passage:
         return "direct" if is_direct else "read_write"
 
     def _pipe(
-        self,
-        pieces: Sequence[tuple[int, int]],
-        shift: int,
-        progress: Progress,
-        digest: Digesting | None,
+        self, pieces: Sequence[tuple[int, int]], shift: int, progress: Progress, digest: Digesting | None
     ) -> None:
         """Read pieces in order, and write each while the next ones are read."""
         writing: deque[Future[int]] = deque()
@@ -161,11 +152,11 @@ class Passage:
         self._source.read_into(piece, offset)
 
     def _write(self, piece: memoryview, offset: int) -> int:
-        raw, done = self._raw_target if _is_aligned(piece, offset) else None, 0
+        raw, done = self._raw_destination if _is_aligned(piece, offset) else None, 0
         with os_errors("copy", self._source.where):
             while done < len(piece):
                 try:
-                    done += os.pwrite(self._target if raw is None else raw, piece[done:], offset + done)
+                    done += os.pwrite(self._destination if raw is None else raw, piece[done:], offset + done)
                 except OSError as error:
                     if raw is None or error.errno not in _DECLINED:
                         raise
@@ -196,7 +187,7 @@ def _past_cache(fd: int, access: int) -> int | None:
 
 
 def copy_range(
-    source: LocalOpenFile, target: int, begin: int, end: int, progress: Progress, shift: int = 0
+    source: LocalOpenFile, destination: int, begin: int, end: int, progress: Progress, shift: int = 0
 ) -> str:
     """Copy the bytes ``begin:end`` between open files within the kernel where it can; returns the means' name.
 
@@ -213,7 +204,7 @@ def copy_range(
         ):
             while done < end:
                 try:
-                    n = step(source.fd, target, done, done + shift, min(COPY_CHUNK, end - done))
+                    n = step(source.fd, destination, done, done + shift, min(COPY_CHUNK, end - done))
                 except OSError as error:
                     if error.errno not in _DECLINED or name == "read_write":
                         raise
@@ -232,15 +223,15 @@ def _ends_early(n_bytes: int, source: LocalOpenFile) -> FileSystemError:
     return FileSystemError(f"the source ends {n_bytes} bytes early", where=source.where)
 
 
-def _copy_file_range(source: int, target: int, offset: int, at: int, count: int) -> int:
-    return os.copy_file_range(source, target, count, offset, at)
+def _copy_file_range(source: int, destination: int, offset: int, at: int, count: int) -> int:
+    return os.copy_file_range(source, destination, count, offset, at)
 
 
-def _sendfile(source: int, target: int, offset: int, at: int, count: int) -> int:
-    os.lseek(target, at, os.SEEK_SET)
-    return os.sendfile(target, source, offset, count)
+def _sendfile(source: int, destination: int, offset: int, at: int, count: int) -> int:
+    os.lseek(destination, at, os.SEEK_SET)
+    return os.sendfile(destination, source, offset, count)
 
 
-def _read_write(source: int, target: int, offset: int, at: int, count: int) -> int:
+def _read_write(source: int, destination: int, offset: int, at: int, count: int) -> int:
     data = os.pread(source, min(count, PIECE), offset)
-    return os.pwrite(target, data, at)
+    return os.pwrite(destination, data, at)

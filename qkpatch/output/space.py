@@ -15,7 +15,7 @@ from qkpatch.output.passage import clone
 
 
 def free_bytes(out: Path) -> int:
-    """Free space where OUT will be."""
+    """Free space, in bytes, on the file system where OUT will be."""
     with os_errors("look up the free space", out):
         return shutil.disk_usage(out.absolute().parent).free
 

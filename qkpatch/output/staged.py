@@ -22,7 +22,7 @@ class StagedFiles:
         self._done: dict[str, FileId] = {}
 
     def status(self, name: str) -> os.stat_result | None:
-        """Of a regular file; None where there is none."""
+        """The ``stat`` of a staged file; None where no regular file has that name."""
         status = self._files.status(name)
         return status if status is not None and stat.S_ISREG(status.st_mode) else None
 
@@ -101,7 +101,7 @@ class StagedFiles:
                 os.close(fd)
 
     def is_done(self, name: str, status: os.stat_result) -> None:
-        """From here on nobody may touch it; digests that are taken later are of these bytes."""
+        """Note that a file is done: whoever touches it from here on is noticed, so later digests are of these bytes."""
         self._done[name] = FileId.of(status)
 
     def check(self, directories: Collection[str]) -> None:

@@ -25,7 +25,7 @@ from qkpatch.checkpoint.rooted import Rooted
 from qkpatch.common.interrupts import signals_held
 from qkpatch.errors import FileSystemError, HubError, UsageError
 from qkpatch.output import journal
-from qkpatch.output.destination import target_path
+from qkpatch.output.destination import destination_path
 
 FILES = "files"  # in the staging directory: what becomes OUT
 _RENAME_NOREPLACE = 1
@@ -50,7 +50,7 @@ class Staging:
             resume: the fingerprint of the run whose leftovers are taken over, where there are any.
             mode: of OUT, less the umask.
         """
-        self.out = target_path(out)
+        self.out = destination_path(out)
         self.path = self.out.with_name(f".{out.name}.qkpatch-{secrets.token_hex(4)}")
         self._resume, self._mode = resume, mode | 0o700
         self._is_held = False

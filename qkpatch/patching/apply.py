@@ -111,7 +111,8 @@ def apply_plan(
                 EditRecord.planned(target, plan.output).done(*digests[target].result(), heads[target])
                 for target in plan.edits
             )
-            sums = {name: how.sha256 for name, how in carried.items()} | copier.edited_sums(crew, carried)
+            hashed = {name: how.sha256 for name, how in carried.items()}
+            hashed |= copier.edited_digests(crew, carried)
             copier.sync_edited()
             planned = planned_manifest(plan, str(editor.device))
             manifest = replace(
@@ -119,7 +120,7 @@ def apply_plan(
                 tool=replace(planned.tool, torch=editor.torch_version, python=platform.python_version()),
                 source=replace(planned.source, checked=sources.is_checked),
                 edits=done,
-                files=tuple(replace(file, sha256=sums[file.name]) for file in planned.files),
+                files=tuple(replace(file, sha256=hashed[file.name]) for file in planned.files),
                 warnings=(*planned.warnings, *_numerical_warnings(done, plan)),
                 run=RunBlock(started, _now(), Counter(how.means for how in carried.values())),
             )
@@ -168,8 +169,8 @@ def _digests(sources: Sources, copier: Copier, writing: Writing, target: LayerTa
     """SHA-256 of each written tensor in SOURCE, and of what reached the file in OUT."""
     if writing.digest is Digest.none:
         return [None] * len(target.written), [None] * len(target.written)
-    before: list[str | None] = [sources.sum(ref) for ref in target.written]
-    after: list[str | None] = [copier.staged_sum(ref) for ref in target.written]
+    before: list[str | None] = [sources.tensor_digest(ref) for ref in target.written]
+    after: list[str | None] = [copier.staged_digest(ref) for ref in target.written]
     return before, after
 
 

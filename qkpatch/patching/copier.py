@@ -12,22 +12,21 @@ from functools import partial
 from itertools import groupby
 from operator import attrgetter
 from threading import BoundedSemaphore, Condition
-from types import TracebackType
 from typing import NamedTuple
 
 from qkpatch.checkpoint.files import Digesting, Digests, LocalOpenFile, os_errors, write_exact
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.tree import LocalFile
 from qkpatch.errors import HubError
-from qkpatch.output.arrival import way
+from qkpatch.output.arrival import passage_for
 from qkpatch.output.files import OutputFile
 from qkpatch.output.journal import Journal, State
 from qkpatch.output.options import Digest, Writing
 from qkpatch.output.passage import Lane, clone
 from qkpatch.output.staged import StagedFiles
 from qkpatch.patching.observer import Observer
+from qkpatch.patching.resume import is_as_noted
 from qkpatch.patching.sources import Sources, damaged_file
-from qkpatch.patching.takeover import is_as_noted
 from qkpatch.patching.threads import Crew
 from qkpatch.planning.plan import EditPlan
 
@@ -36,7 +35,7 @@ _HASHING_LANES = 4  # SHA-256 is slower than a disk: several files at a time
 
 
 class Carried(NamedTuple):
-    """How one file came into staging."""
+    """How one file came into staging: by which means, and its SHA-256 where one was taken on the way."""
 
     means: str
     sha256: str | None
@@ -72,17 +71,15 @@ class Copier:
 
     @property
     def lanes(self) -> int:
-        """Files that are copied side by side."""
-        takes_sums = self._writing.digest is Digest.files
-        return min(_HASHING_LANES, len(os.sched_getaffinity(0))) if takes_sums else 1
+        """How many files are copied side by side."""
+        hashes_files = self._writing.digest is Digest.files
+        return min(_HASHING_LANES, len(os.sched_getaffinity(0))) if hashes_files else 1
 
     def __enter__(self) -> Copier:
         self._open.callback(self._close_copies)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._open.close()
 
     def prepare(self, crew: Crew) -> None:
@@ -92,8 +89,8 @@ class Copier:
             self._staged.prune(files, directories)
         self._staged.make_directories(directories.items())
         noted = [file for file in files.values() if self._state(file) is not None]
-        look = partial(is_as_noted, self._plan, self._sources, self._staged, crew)
-        is_good = crew.map(look, noted)
+        is_still_good = partial(is_as_noted, self._plan, self._sources, self._staged, crew)
+        is_good = crew.map(is_still_good, noted)
         self._taken_over = {file.name for file, good in zip(noted, is_good, strict=True) if good}
         for name in self._plan.edits_by_file:
             is_filled = name in self._taken_over
@@ -113,7 +110,7 @@ class Copier:
         return state if state is wanted else None
 
     def start(self, crew: Crew) -> list[Future[dict[str, Carried]]]:
-        """Begin to carry every file over, in tasks of ``crew``; how, file by file."""
+        """Begin to carry every file over, on threads of ``crew``; each task tells how its files came."""
         # What is edited comes last: by then most rows are written, and read from the page cache.
         files = deque(sorted(self._plan.output.files.values(), key=lambda file: file.name in self._edited))
         return [crew.start(partial(self._carry, files, crew)) for _ in range(self.lanes)]
@@ -131,15 +128,14 @@ class Copier:
             self._sources.check(crew)
         except HubError:
             for file in self._plan.output.files.values():
-                if (
-                    file.original is None
-                ):  # made of several files, and some of them damaged: not to be taken over
+                # Made of several files, and some of them damaged: not to be taken over.
+                if file.original is None:
                     self._journal.forget(file)
             raise
         return carried
 
     def write(self, name: str, data: bytes | bytearray, at: int) -> None:
-        """Write planned rows of a file."""
+        """Write planned rows of the file ``name`` of OUT, at its offset ``at``."""
         write_exact(self._edited[name].fd, data, at, name)
         self._rows.add(name, at)
 
@@ -163,7 +159,7 @@ class Copier:
             fd, means = self._edited[file.name].fd, self._ready.get(file.name)
         elif file.name in self._taken_over:
             fd, means = None, "resumed"
-        elif (of := _linkable(file, self._writing)) and self._staged.link(of, file.name):
+        elif (original := _linkable(file, self._writing)) and self._staged.link(original, file.name):
             fd, means = None, "hardlink"
         else:
             while not self._slots.acquire(timeout=0.1):
@@ -180,20 +176,20 @@ class Copier:
     def _fill(self, file: OutputFile, fd: int, lane: Lane, crew: Crew) -> tuple[str, str | None]:
         """Copy what is not left out; the means of most of it, and the digest of the whole, edited rows too."""
         ranges = [] if self._sources.is_download else self._plan.written_ranges(file.name)
-        sums, whole = Digests(), file.original
+        digests, whole = Digests(), file.original
         if self._writing.digest is Digest.files and (ranges or file.name not in self._edited):
-            sums.kinds["out"] = hashlib.sha256()
+            digests.kinds["out"] = hashlib.sha256()
         wanted = None if whole is None or ranges else self._sources.wanted(whole)
         if wanted is not None:
-            sums.kinds["source"] = wanted.hasher(file.size)
-        digest = sums if sums.kinds else None
+            digests.kinds["source"] = wanted.hasher(file.size)
+        digest = digests if digests.kinds else None
         if digest is not None:
             digest.update(file.own)
         used: Counter[str] = Counter()
         position = len(file.own)
         self._observer.copied(position)
         for source, extents in groupby(file.around(ranges), attrgetter("file")):
-            with source.open() as opened, way(lane, opened, fd) as passage:
+            with source.open() as opened, passage_for(lane, opened, fd) as passage:
                 for extent in extents:
                     self._pass(file, ranges, (position, extent.at), crew, digest)
                     progress = partial(self._progress, crew)
@@ -203,10 +199,10 @@ class Copier:
         self._pass(file, ranges, (position, file.size), crew, digest)
         used.setdefault("none", 0)
         if whole is not None and wanted is not None:
-            if sums.hex("source") != wanted.digest:
+            if digests.hex("source") != wanted.digest:
                 raise damaged_file(whole)
             self._sources.proven.add(whole.name)
-        return used.most_common(1)[0][0], sums.hex("out")
+        return used.most_common(1)[0][0], digests.hex("out")
 
     def _pass(
         self,
@@ -250,7 +246,7 @@ class Copier:
         crew.check()
         self._observer.copied(n_bytes)
 
-    def staged_sum(self, ref: TensorRef) -> str:
+    def staged_digest(self, ref: TensorRef) -> str:
         """SHA-256 of an edited tensor's bytes as they reached the file."""
         at = self._plan.output.place(ref)
         return self._edited[at.shard].sha256(at.begin, at.end)
@@ -260,14 +256,14 @@ class Copier:
         for name, opened in self._edited.items():
             self._staged.is_done(name, os.fstat(opened.fd))
 
-    def edited_sums(self, crew: Crew, taken: dict[str, Carried]) -> dict[str, str]:
+    def edited_digests(self, crew: Crew, taken: dict[str, Carried]) -> dict[str, str]:
         """SHA-256 of the edited files, as they are now, of which none could be ``taken`` before they were edited."""
         if self._writing.digest is not Digest.files:
             return {}
         names = [name for name in self._edited if taken[name].sha256 is None]
         sizes = self._plan.output.files
-        sums = crew.map(lambda name: self._edited[name].sha256(0, sizes[name].size), names)
-        return dict(zip(names, sums, strict=True))
+        digests = crew.map(lambda name: self._edited[name].sha256(0, sizes[name].size), names)
+        return dict(zip(names, digests, strict=True))
 
     def sync_edited(self) -> None:
         """Wait until the edited files are on the disk."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,12 +13,14 @@ from qkpatch.common.json_text import measured
 from qkpatch.errors import NumericalError
 from qkpatch.model.targets import LayerTarget
 from qkpatch.patching.device import choose_device, computing, heads_together
+from qkpatch.patching.head_bytes import StoredHeads
+from qkpatch.patching.head_products import HeadWeights, LayerWeights, Opened, open_layer
 from qkpatch.patching.observer import Observer
 from qkpatch.patching.threads import Crew
-from qkpatch.patching.weights import LayerWeights, Opened, open_layer
 from qkpatch.planning.manifest import HeadRecord
 from qkpatch.planning.plan import EditPlan
-from qkpatch.spectral.edit import Folding, HeadError, edit_and_round
+from qkpatch.spectral.edit import HeadError, HeadReport, edit_query, measure
+from qkpatch.spectral.rule import EditRule
 
 Write = Callable[[str, bytes | bytearray, int], None]
 
@@ -49,18 +50,18 @@ def _chunks(plan: EditPlan, at_least: int) -> Iterator[_Chunk]:
 
 @dataclass(frozen=True)
 class Editor:
-    """The edit on one device."""
+    """Computes edits on one device."""
 
     device: torch.device
 
     @classmethod
     def on(cls, device: str) -> Editor:
-        """As :func:`choose_device`."""
+        """The editor on the device called ``device``, as :func:`choose_device`."""
         return cls(choose_device(device))
 
     @property
     def torch_version(self) -> str:
-        """With its build, such as ``2.13.0+cpu``."""
+        """The version of torch with its build, such as ``2.13.0+cpu``."""
         return str(torch.__version__)
 
     def edited(
@@ -71,7 +72,7 @@ class Editor:
         Args:
             plan: what is edited.
             opened: opens a shard of SOURCE for reading some ranges.
-            crew: does it.
+            crew: the threads.
             write: takes the rows of a shard of OUT, and where they begin.
             observer: hears of heads.
 
@@ -109,30 +110,55 @@ def _edit_heads(
     plan: EditPlan, chunk: _Chunk, together: int, weights: LayerWeights, write: Write
 ) -> Iterator[tuple[HeadRecord, bool]]:
     """Edit and write a few heads; each one's record, and whether any value changed."""
-    target, settings, gain = chunk.target, plan.settings, weights.invertible_gain()
-    for of in weights.batches(chunk.heads, together):
-        generators = [head_generator(settings.seed, target, head) for head in of.heads]
-        folding = None if gain is None else Folding(of.W_Q, gain)
-        try:
-            store = functools.partial(weights.store, of.heads)
-            stored, reports = edit_and_round(of.product, settings.rule, store, generators, folding)
-        except HeadError as error:
-            where = f"head {of.heads[error.index]} of {target.query.name}, {target.query.dtype}"
-            raise NumericalError(error.what, where=where, fix=error.fix) from error
-        for i, head in enumerate(of.heads):
+    target = chunk.target
+    for batch in weights.batches(chunk.heads, together):
+        stored, reports = edit_batch(weights, batch, plan.settings.rule, plan.settings.seed)
+        for i, head in enumerate(batch.heads):
             # By value: a −0.0 that became 0.0 is no edit, and stays.
-            is_changed = not torch.equal(stored.values[i], of.W_Q[i])
+            is_changed = not torch.equal(stored.values[i], batch.W_Q[i])
             for ref, begin, end, at in plan.head_ranges(target, head):
-                data = stored.pieces[i][ref] if is_changed else weights.raw(ref, begin, end)
+                data = stored.pieces[i][ref] if is_changed else weights.stored.raw(ref, begin, end)
                 write(plan.output.place(ref).shard, data, at)
             figures = {name: measured(figure) for name, figure in vars(reports[i]).items()}
             record = HeadRecord(head=head, kv_head=target.layout.kv_head(head), **figures)
             yield record, is_changed
-        del of, stored, store, folding  # before the next heads are read
+        del batch, stored  # before the next heads are read
 
 
-def head_generator(seed: int, target: LayerTarget, head: int) -> torch.Generator:
-    """Random numbers of one head: the same whichever other heads and layers are edited, in whatever order."""
-    name = f"qkpatch:{seed}:{target.attention}:{target.layer}:{head}"
+def edit_batch(
+    weights: LayerWeights, batch: HeadWeights, rule: EditRule, seed: int
+) -> tuple[StoredHeads, tuple[HeadReport, ...]]:
+    """Some heads edited and rounded once: what is stored of them, and what that does to their products.
+
+    Args:
+        weights: of their layer.
+        batch: the heads, as they were.
+        rule: the edit.
+        seed: of random selections.
+
+    Raises:
+        NumericalError: NaN or Inf, or an edit that cannot be made.
+    """
+    target = weights.target
+    generators = [head_generator(seed, target.attention, target.layer, head) for head in batch.heads]
+    try:
+        edit = edit_query(batch.product, rule, generators)
+        stored = weights.stored.store(batch.heads, weights.unfolded(batch, edit.W_Q))
+        return stored, measure(batch.product, edit, weights.folded(stored.values))
+    except HeadError as error:
+        where = f"head {batch.heads[error.index]} of {target.query.name}, {target.query.dtype}"
+        raise NumericalError(error.what, where=where, fix=error.fix) from error
+
+
+def head_generator(seed: int, attention: str, layer: int, head: int) -> torch.Generator:
+    """Random numbers of one head: the same whichever other heads and layers are edited, in whatever order.
+
+    Args:
+        seed: the user's.
+        attention: the recipe's set of tensors.
+        layer: the layer.
+        head: the query head.
+    """
+    name = f"qkpatch:{seed}:{attention}:{layer}:{head}"
     digest = hashlib.sha256(name.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -19,9 +19,9 @@ from qkpatch.errors import CheckpointError, UnsupportedError, UsageError
 from qkpatch.model.locate import Source
 from qkpatch.model.model import understood
 from qkpatch.patching.editor import Editor
+from qkpatch.patching.head_bytes import DTYPES
 from qkpatch.patching.observer import UNSEEN
 from qkpatch.patching.threads import Crew
-from qkpatch.patching.weights import DTYPES
 from qkpatch.planning.manifest import HeadRecord
 from qkpatch.planning.memory import choose_threads
 from qkpatch.planning.plan import EditPlan, plan_of
@@ -93,7 +93,7 @@ def edit_loaded(model: torch.nn.Module, request: Request, threads: int | None = 
 
 
 class _Loaded(Repository):
-    """Files that are nowhere."""
+    """In place of a repository: a loaded model has no files."""
 
     where = _FILE
     files: Mapping[str, SourceFile] = {}
@@ -159,7 +159,7 @@ def _end(refs: Mapping[str, TensorRef]) -> int:
 
 
 def _config(model: torch.nn.Module) -> Mapping[str, object]:
-    """As ``save_pretrained`` would write it."""
+    """The model's config.json, as ``save_pretrained`` would write it."""
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
         raise CheckpointError(

@@ -19,7 +19,7 @@ class Observer(Protocol):
 
 
 class Unseen:
-    """Nobody looks."""
+    """An observer that shows nothing."""
 
     def begins(self, what: str, n_bytes: int, n_heads: int) -> None:
         """Nothing is shown."""

@@ -1,4 +1,4 @@
-"""``Sources``: SOURCE's files as a run reads them, and which of them were found to be what the Hub lists."""
+"""``Sources``: SOURCE's files as a run reads them; and whether copies, of a run before too, are what they should be."""
 
 from __future__ import annotations
 
@@ -28,9 +28,8 @@ class Sources:
         self._files = plan.model.checkpoint.files
         self.is_download = plan.model.source.path is None
         self.proven = set(plan.model.source.checked)  # files that are what the Hub lists
-        self._sums: dict[
-            TensorRef, str
-        ] = {}  # of tensors as they came, before they are edited where they are
+        # SHA-256 of tensors as they came, before they are edited where they are.
+        self._digests: dict[TensorRef, str] = {}
 
     @property
     def is_checked(self) -> bool | None:
@@ -59,7 +58,7 @@ class Sources:
                     raise damaged(self._files[shard].where)
         if self._writing.digest is not Digest.none:
             refs = [ref for target in self._plan.edits for ref in target.written]
-            self._sums = dict(zip(refs, crew.map(self.sum, refs), strict=True))
+            self._digests = dict(zip(refs, crew.map(self.tensor_digest, refs), strict=True))
 
     def _check(self, name: str) -> None:
         file = self._files[name]
@@ -100,10 +99,10 @@ class Sources:
         held = self._held.get(file.name, [])
         return any(begin < span[1] and span[0] < end for begin, end in gaps(file.size, held))
 
-    def sum(self, ref: TensorRef) -> str:
+    def tensor_digest(self, ref: TensorRef) -> str:
         """SHA-256 of a tensor's bytes in SOURCE."""
-        if ref in self._sums:
-            return self._sums[ref]
+        if ref in self._digests:
+            return self._digests[ref]
         with self.open(ref.shard, [(ref.begin, ref.end)]) as opened:
             return opened.sha256(ref.begin, ref.end)
 

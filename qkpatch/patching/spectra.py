@@ -10,8 +10,8 @@ import torch
 from qkpatch.model.model import Model
 from qkpatch.model.targets import LayerTarget
 from qkpatch.patching.device import computing, heads_together
+from qkpatch.patching.head_products import open_layer
 from qkpatch.patching.threads import Crew
-from qkpatch.patching.weights import open_layer
 from qkpatch.planning.memory import head_memory
 from qkpatch.spectral.product import QKProduct, effective_rank, energy_share
 from qkpatch.spectral.rule import Channel
@@ -48,15 +48,24 @@ def layer_spectra(
     device: torch.device,
     threads: int = 1,
 ) -> Iterator[LayerSpectra]:
-    """The spectra of each target in turn; ``modes`` is the r of energy share and gap."""
+    """The spectra of each layer in turn.
+
+    Args:
+        model: SOURCE.
+        targets: the layers' tensors.
+        heads: query heads.
+        modes: the r of energy share and gap.
+        device: where heads are computed.
+        threads: how many layers are read and decomposed side by side.
+    """
 
     def of_target(target: LayerTarget) -> LayerSpectra:
         found: list[HeadSpectrum] = []
         with computing(device), open_layer(model.checkpoint.opened, target, device, heads) as weights:
-            for of in weights.batches(heads, together):
+            for batch in weights.batches(heads, together):
                 crew.check()
-                kv_heads = [target.layout.kv_head(head) for head in of.heads]
-                found += _head_spectra(of.heads, kv_heads, of.product, modes)
+                kv_heads = [target.layout.kv_head(head) for head in batch.heads]
+                found += _head_spectra(batch.heads, kv_heads, batch.product, modes)
         return LayerSpectra(target.layer, target.attention, tuple(found))
 
     together = heads_together(device, head_memory(target.layout for target in targets), threads)

@@ -44,7 +44,7 @@ class HeadRecord:
     gains: tuple[float, ...]
 
 
-class Written(NamedTuple):
+class WrittenTensor(NamedTuple):
     """A tensor that an edit wrote to, and its digests."""
 
     tensor: str
@@ -105,13 +105,13 @@ class EditRecord:
         )
 
     @property
-    def written(self) -> tuple[Written, ...]:
+    def written(self) -> tuple[WrittenTensor, ...]:
         """The edited tensor, and its scales where it has some."""
-        query = Written(self.tensor, self.shard, self.sha256_before, self.sha256_after, may_stay=False)
+        query = WrittenTensor(self.tensor, self.shard, self.sha256_before, self.sha256_after, may_stay=False)
         if self.scale_tensor is None or self.scale_shard is None:
             return (query,)
         digests = self.scale_sha256_before, self.scale_sha256_after
-        return query, Written(self.scale_tensor, self.scale_shard, *digests, may_stay=True)
+        return query, WrittenTensor(self.scale_tensor, self.scale_shard, *digests, may_stay=True)
 
     def done(
         self, before: Sequence[str | None], after: Sequence[str | None], heads: tuple[HeadRecord, ...]
@@ -142,7 +142,7 @@ class FileRecord:
     size: int
     action: str  # "copied", "patched", or "resharded"
     sha256: str | None = None  # where digests of files are wanted
-    source_sha256: str | None = None  # of the file in SOURCE, where the Hub cache names it by that
+    source_sha256: str | None = None  # of SOURCE's file, where the Hub lists it or its cache is named by it
     outside: bool = False  # SOURCE has it, or a part of it, by a link that leads out of SOURCE
 
 
@@ -251,7 +251,7 @@ def planned_manifest(plan: EditPlan, device: str) -> Manifest:
                 name,
                 file.size,
                 _action(name, plan),
-                source_sha256=_source_sum(file),
+                source_sha256=_source_digest(file),
                 outside=name in outside,
             )
             for name, file in plan.output.files.items()
@@ -267,6 +267,6 @@ def _action(name: str, plan: EditPlan) -> str:
     return "copied" if plan.output.files[name].original is not None else "resharded"
 
 
-def _source_sum(file: OutputFile) -> str | None:
+def _source_digest(file: OutputFile) -> str | None:
     listed = None if file.original is None else file.original.listed
     return None if listed is None else listed.sha256

@@ -14,7 +14,7 @@ from qkpatch.recipes.heads import HeadLayout
 BASE = 270 << 20
 WORK_ARRAYS = 18
 BYTES_PER_TENSOR = 1100  # of a parsed header; a mixture of experts can have 10^5 tensors
-TARGET = 450 << 20  # what threads are chosen to stay within, where nothing is asked for
+USUAL_PEAK = 450 << 20  # what threads are chosen to stay within, where nothing is asked for
 MAX_THREADS = 256
 
 
@@ -29,7 +29,7 @@ def peak_memory(threads: int, per_thread: int, n_tensors: int) -> int:
 
 
 def choose_threads(asked: int | None, per_thread: int, n_tensors: int) -> int:
-    """``asked``, or as many as there are processors and stay within :data:`TARGET`; at least one.
+    """``asked``, or as many as there are processors and stay within :data:`USUAL_PEAK`; at least one.
 
     Raises:
         UsageError: fewer than one, or absurdly many.
@@ -38,5 +38,5 @@ def choose_threads(asked: int | None, per_thread: int, n_tensors: int) -> int:
         if not 1 <= asked <= MAX_THREADS:
             raise UsageError(f"{asked} is not between 1 and {MAX_THREADS}", where="--threads")
         return asked
-    fitting = (TARGET - peak_memory(0, per_thread, n_tensors)) // max(per_thread, 1)
+    fitting = (USUAL_PEAK - peak_memory(0, per_thread, n_tensors)) // max(per_thread, 1)
     return max(1, min(len(os.sched_getaffinity(0)), fitting))

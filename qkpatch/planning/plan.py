@@ -36,7 +36,7 @@ class EditPlan:
 
     @property
     def max_shard_size(self) -> int | None:
-        """Bytes, where OUT is sharded anew."""
+        """The most bytes of tensors in a shard of OUT; None where SOURCE's shards are kept."""
         return self.request.max_shard_size
 
     @cached_property
@@ -70,7 +70,7 @@ class EditPlan:
 
     @property
     def edited_bytes(self) -> int:
-        """Bytes that will be rewritten."""
+        """The size in bytes of all planned rows, which are all that is rewritten."""
         return sum(end - begin for name in self.edits_by_file for begin, end in self.written_ranges(name))
 
     @property
@@ -150,9 +150,8 @@ def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, 
             f"layers {format_ranges(other)} have no query-key product of this kind "
             "(linear attention, or another set of tensors) and are skipped"
         )
-    adapters = [
-        name for name in checkpoint.tensors if ".lora_" in name
-    ]  # a mixture of experts has 10^5 names
+    # Once for all targets: a mixture of experts has 10^5 names.
+    adapters = [name for name in checkpoint.tensors if ".lora_" in name]
     adapted = [target for target in targets if _has_adapter(target, adapters)]
     if adapted:
         warnings.append(

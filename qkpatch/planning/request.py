@@ -26,7 +26,7 @@ _KINDS: dict[str, Any] = {
 
 
 class Said(TypedDict, total=False):
-    """What needs no parsing."""
+    """The settings that :meth:`Request.of` takes as they are, or by the name of a choice."""
 
     recipe: str | None
     modes: int | None
@@ -135,8 +135,8 @@ def parse_request(text: bytes, where: str) -> Request:
         recipe=root.take_optional("recipe", str),
         modes=root.take_optional("modes", int),
         alpha=root.take_optional("alpha", float),
-        channel=_choice(root, "channel", Channel),
-        select=_choice(root, "select", Select),
+        channel=root.take_member("channel", Channel),
+        select=root.take_member("select", Select),
         seed=root.take_optional("seed", int),
         fold_norm=root.take_optional("fold_norm", bool),
     )
@@ -168,14 +168,3 @@ def _range_text(root: Fields, key: str) -> str | None:
     if root.is_a(key, list):  # `layers: [10, 11]`
         return ",".join(str(number) for number in root.take_list(key, int, required=True))
     return root.take_optional(key, str)
-
-
-def _choice(root: Fields, key: str, kind: type[E]) -> E | None:
-    text = root.take_optional(key, str)
-    if text is None:
-        return None
-    try:
-        return kind(text)
-    except ValueError:
-        root.fault(f"{text!r} is not one of {', '.join(str(item.value) for item in kind)}", key)
-        return None

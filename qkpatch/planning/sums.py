@@ -25,9 +25,9 @@ def refuse_own_sums(checkpoint: Checkpoint) -> None:
 
 def sums_text(manifest: Manifest, record: bytes) -> str:
     """The lines for all files of ``manifest``, and for the manifest itself, whose bytes are ``record``."""
-    sums = {file.name: str(file.sha256) for file in manifest.files}
-    sums[MANIFEST_NAME] = hashlib.sha256(record).hexdigest()
-    return "".join(_line(name, sums[name]) for name in sorted(sums))
+    digests = {file.name: str(file.sha256) for file in manifest.files}
+    digests[MANIFEST_NAME] = hashlib.sha256(record).hexdigest()
+    return "".join(_line(name, digests[name]) for name in sorted(digests))
 
 
 def _line(name: str, digest: str) -> str:

@@ -13,6 +13,7 @@ from qkpatch.publishing import front_matter
 from qkpatch.publishing.lmms_eval import Comparison, Metric
 from qkpatch.recipes.catalogue import shipped_recipes
 
+CARD_NAME = "README.md"
 TAG = "qkpatch"
 PAPER = "https://arxiv.org/abs/2606.20419"
 FOLLOWS = "<!-- The card of the base model follows, as it was. -->"

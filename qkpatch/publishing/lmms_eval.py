@@ -33,7 +33,7 @@ class Paired:
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure of both models."""
+    """One metric of one task, of both models."""
 
     task: str
     name: str
@@ -44,7 +44,7 @@ class Metric:
 
     @property
     def difference(self) -> float:
-        """Patched less base."""
+        """How much larger the patched model's figure is than the base model's."""
         return self.patched - self.base
 
 
@@ -138,9 +138,8 @@ def _what_ran(document: Mapping[str, Any]) -> str:
     parts = [
         part for part in (model, arguments, document.get("model_name")) if isinstance(part, str) and part
     ]
-    return (
-        redact(", ".join(dict.fromkeys(parts))) or "not said"
-    )  # the arguments may have had a token among them
+    # The arguments may have had a token among them.
+    return redact(", ".join(dict.fromkeys(parts))) or "not said"
 
 
 def _figures(figures: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
@@ -186,8 +185,7 @@ def _value(metric: str, said: Any) -> float | None:
     """One question's part in a mean; None for what is none, such as F1."""
     if metric == "pope_accuracy":
         return float(said["score"])
-    if (
-        metric == "coco_cap_chair_s"
-    ):  # a share of captions, in percent: those with an object that is not there
+    # A share of captions, in percent: those with an object that is not there.
+    if metric == "coco_cap_chair_s":
         return 100.0 * any(thing not in said["answer"] for thing in said["pred"])
     return None

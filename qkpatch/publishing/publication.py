@@ -12,22 +12,20 @@ from qkpatch.checkpoint.tree import is_plain_relative
 from qkpatch.common.json_text import exact
 from qkpatch.common.ranges import abbreviate, format_ranges
 from qkpatch.errors import MismatchError, UsageError
-from qkpatch.hub.commit import Base, Step, Target, check_target, copyable, publish
+from qkpatch.hub.commit import Base, PushRepository, Step, check_repository, copyable, publish
 from qkpatch.hub.repository import HubId
 from qkpatch.planning.manifest import FileRecord, Manifest, planned_manifest
 from qkpatch.planning.plan import EditPlan
-from qkpatch.publishing.card import model_card
+from qkpatch.publishing.card import CARD_NAME, model_card
 from qkpatch.publishing.lmms_eval import Comparison
 from qkpatch.publishing.withheld import Insisted
-
-CARD_NAME = "README.md"
 
 
 @dataclass(frozen=True)
 class Wish:
     """What the user asks to be published, and where."""
 
-    target: Target
+    repository: PushRepository
     insisted: Insisted
     comparison: Comparison | None = None
 
@@ -36,7 +34,7 @@ class Wish:
 class Publication:
     """One commit, still to be made."""
 
-    target: Target
+    repository: PushRepository
     base: Base | None
     steps: tuple[Step, ...]
     summary: str
@@ -49,10 +47,10 @@ class Publication:
 
     def carry_out(self, present: Present) -> str:
         """Make the commit; returns its address. Raises as :func:`publish`."""
-        return publish(self.target, present, self.base, self.steps, self.summary)
+        return publish(self.repository, present, self.base, self.steps, self.summary)
 
 
-def parse_target(text: str, *, private: bool, create_pr: bool) -> Target:
+def parse_repository(text: str, *, private: bool, create_pr: bool) -> PushRepository:
     """``org/name``.
 
     Raises:
@@ -61,7 +59,7 @@ def parse_target(text: str, *, private: bool, create_pr: bool) -> Target:
     hub_id = HubId.parse(text)
     if hub_id is None or hub_id.revision is not None:
         raise UsageError(f"{text!r} is no name of a repository", where="--push", fix="write it like org/name")
-    return Target(hub_id.repo, private, create_pr)
+    return PushRepository(hub_id.repo, private, create_pr)
 
 
 def plan_publication(wish: Wish, manifest: Manifest, plan: EditPlan, present: Present | None) -> Publication:
@@ -77,12 +75,12 @@ def plan_publication(wish: Wish, manifest: Manifest, plan: EditPlan, present: Pr
         present: OUT, verified; None where it is still to be made, and copies are only foreseen.
 
     Raises:
-        UsageError: the target is the base, or holds other weights; the model cannot do without what is withheld.
+        UsageError: the repository is the base, or holds other weights; the model cannot do without what is withheld.
         MismatchError: a file does not have the digest on record.
-        HubError: as :func:`copyable` and :func:`check_target`.
+        HubError: as :func:`copyable` and :func:`check_repository`.
     """
-    base, target = _base(manifest), wish.target
-    if base is not None and base.repo.lower() == target.repo.lower():
+    base, repository = _base(manifest), wish.repository
+    if base is not None and base.repo.lower() == repository.name.lower():
         raise UsageError("that is the base model's own repository", where="--push", fix="choose another name")
     records = (manifest, planned_manifest(plan, ""))
     outside = {file.name for record in records for file in record.files if file.outside}
@@ -107,8 +105,8 @@ def plan_publication(wish: Wish, manifest: Manifest, plan: EditPlan, present: Pr
     card = _card(wish, manifest, plan, is_withheld=CARD_NAME in names, is_checked=present is not None)
     for name, content in ((MANIFEST_NAME, record), (CARD_NAME, card)):
         steps.append(Step(name, len(content), hashlib.sha256(content).hexdigest(), False, content))
-    check_target(target, [step.name for step in steps])
-    return Publication(target, base, tuple(steps), _summary(manifest), tuple(_warnings(withheld)))
+    check_repository(repository, [step.name for step in steps])
+    return Publication(repository, base, tuple(steps), _summary(manifest), tuple(_warnings(withheld)))
 
 
 def _refuse_lame(withheld: dict[str, list[str]], plan: EditPlan) -> None:
@@ -156,7 +154,7 @@ def _card(wish: Wish, manifest: Manifest, plan: EditPlan, *, is_withheld: bool, 
     """The model card over SOURCE's, whatever OUT has in its place."""
     file = None if is_withheld else plan.model.checkpoint.files.get(CARD_NAME)
     base_card = None if file is None else file.read().decode("utf-8", "replace")
-    title = wish.target.repo.partition("/")[2]
+    title = wish.repository.name.partition("/")[2]
     return model_card(manifest, title, base_card, wish.comparison, is_checked=is_checked).encode()
 
 

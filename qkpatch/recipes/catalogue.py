@@ -57,8 +57,9 @@ def is_recipe_file(name: str) -> bool:
 
 
 def recipe_text(name: str) -> str:
-    """The YAML of a shipped recipe, as it stands."""
-    return (_config_dir() / f"{get_recipe(name).name}.yaml").read_text(encoding="utf-8")
+    """The YAML of a recipe, as it stands; ``name`` as of :func:`get_recipe`."""
+    path = Path(name) if is_recipe_file(name) else _config_dir() / f"{name}.yaml"
+    return source_file(path, path.name).read().decode("utf-8")
 
 
 def _config_dir() -> Path:

@@ -7,9 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from enum import Enum
 from types import MappingProxyType
-from typing import TypeVar
 
 from qkpatch.common.json_text import measured
 from qkpatch.common.ranges import MIDDLE_THIRD, parse_ranges
@@ -34,8 +32,6 @@ from qkpatch.recipes.rows import RowLayout
 UNTESTED = "untested"
 TESTED = ("transformers class", "documented layout", "real weights", UNTESTED)
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
-
-E = TypeVar("E", bound=Enum)
 
 
 def parse_recipe(text: bytes, where: str) -> Recipe:
@@ -151,7 +147,7 @@ def _tensor_names(
         query=fields.take("query", str, default="", required=True),
         key=fields.take("key", str, default="", required=True),
         orientation=fields.take("orientation", str, default="out_in", required=is_first),
-        rows=_choice(fields, "rows", RowLayout.separate if base is None else base.rows),
+        rows=fields.take_member("rows", RowLayout) or (RowLayout.separate if base is None else base.rows),
         norms=_norms(fields.take_mapping("norms")) if "norms" in fields else None,
         input_norm=_input_norm(fields.take_mapping("input_norm")) if "input_norm" in fields else None,
         every_layer=fields.take("every_layer", bool, default=True),
@@ -186,7 +182,8 @@ def _other_sets(fields: Fields, first: TensorNames) -> tuple[TensorNames, ...]:
 
 
 def _norms(fields: Fields) -> NormNames:
-    kind, over = _choice(fields, "kind", NormKind.rms), _choice(fields, "over", NormSpan.head)
+    kind = fields.take_member("kind", NormKind) or NormKind.rms
+    over = fields.take_member("over", NormSpan) or NormSpan.head
     if kind is NormKind.layer and over is not NormSpan.head:
         # Its mean would be that of all heads, so that editing one head moved the others.
         fields.fault("LayerNorm is supported per head only", "over")
@@ -206,15 +203,6 @@ def _input_norm(fields: Fields) -> InputNorm:
         plus_one=fields.take("plus_one", bool, default=False),
         unless=fields.take_optional("unless", str),
     )
-
-
-def _choice(fields: Fields, key: str, default: E) -> E:
-    text = fields.take(key, str, default=default.value)
-    try:
-        return type(default)(text)
-    except ValueError:
-        fields.fault(f"{text!r} is not one of {', '.join(item.value for item in type(default))}", key)
-        return default
 
 
 def _default_layers(fields: Fields) -> str:

@@ -41,7 +41,7 @@ class NormKind(str, Enum):
 
 
 class NormSpan(str, Enum):
-    """Over what the statistics are taken."""
+    """The numbers that a norm's mean square is taken over."""
 
     head = "head"
     projection = "projection"  # all heads at once, before the split

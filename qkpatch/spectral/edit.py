@@ -19,9 +19,8 @@ is reached is reported as ``realised_share``. Controls (ours, not the paper's):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,17 +28,6 @@ from torch import Tensor
 from qkpatch.errors import NumericalError, UsageError
 from qkpatch.spectral.product import Decomposition, Factor, QKProduct, Spectrum, is_finite, to_host
 from qkpatch.spectral.rule import Channel, EditRule, Select
-
-
-class Stored(Protocol):
-    """Edited weights as they are stored."""
-
-    @property
-    def values(self) -> Tensor:
-        """What a loader reads, (n, d_head, d_model), compute dtype."""
-
-
-S = TypeVar("S", bound=Stored)
 
 
 class HeadError(NumericalError):
@@ -58,7 +46,7 @@ class Probe:
     Y: Tensor  # (n, d_head, r), on the CPU
 
     def of(self, W_Q: Tensor) -> Tensor:
-        """The figures, (n, r), on the CPU."""
+        """``y_jᵀ W_Q x_j`` of each head and mode, (n, r), on the CPU."""
         return (to_host(W_Q @ self.X) * self.Y).sum(-2)
 
 
@@ -92,14 +80,6 @@ class HeadReport:
     rounding_error: float  # ‖stored W_Q − edited W_Q‖ / ‖ΔW_Q‖
     realised_share: float | None
     gains: tuple[float, ...]  # after / before per edited mode; α if nothing were rounded (full channel)
-
-
-@dataclass(frozen=True)
-class Folding:
-    """What a product with the gain of the norm before attention was made from."""
-
-    W_Q: Tensor  # (n, d_head, d_model), without the gain
-    gain: Tensor  # γ (d_model,), no element near zero
 
 
 def select_modes(spectrum: Spectrum, rule: EditRule, generator: torch.Generator) -> tuple[int, ...]:
@@ -149,34 +129,18 @@ def edit_query(product: QKProduct, rule: EditRule, generators: Sequence[torch.Ge
     return QueryEdit(edited, size, spectra, indices, modes.U, counts, probes, gaps, shares or nothing)
 
 
-def edit_and_round(
-    product: QKProduct,
-    rule: EditRule,
-    store: Callable[[Tensor], S],
-    generators: Sequence[torch.Generator],
-    folding: Folding | None = None,
-) -> tuple[S, tuple[HeadReport, ...]]:
-    """Edit heads and round them once, by ``store``: what is stored, and what it does.
-
-    Where a gain is folded into the product, ``M̃ = diag(γ) M diag(γ)``, the change is mapped back by ``diag(1/γ)``
-    before it is rounded; the report stays in the folded basis.
+def measure(product: QKProduct, edit: QueryEdit, W_Q_stored: Tensor) -> tuple[HeadReport, ...]:
+    """What the rounded ``W_Q_stored`` (n, d_head, d_model), in the basis of ``product``, does to each head's product.
 
     Raises:
-        HeadError: the stored result holds NaN or Inf; and as :func:`edit_query`.
+        HeadError: it holds NaN or Inf.
     """
-    edit = edit_query(product, rule, generators)
-    stored = store(edit.W_Q if folding is None else folding.W_Q + (edit.W_Q - product.query.W) / folding.gain)
-    if not is_finite(stored.values):
+    if not is_finite(W_Q_stored):
         raise HeadError(
-            [is_finite(W) for W in stored.values].index(False),
+            [is_finite(W) for W in W_Q_stored].index(False),
             "the edited weight does not fit in the stored dtype: NaN or Inf",
             fix="use a larger --alpha or fewer --modes",
         )
-    return stored, measure(product, edit, stored.values if folding is None else stored.values * folding.gain)
-
-
-def measure(product: QKProduct, edit: QueryEdit, W_Q_stored: Tensor) -> tuple[HeadReport, ...]:
-    """What the rounded ``W_Q_stored`` (compute dtype, stored values) does to each head's product."""
     W_Q = product.query.W
     after = QKProduct(Factor(W_Q_stored), product.key).spectra(edit.spectra[0].channel)
     # One array for both differences: at these sizes fresh memory costs as much as arithmetic.

@@ -37,13 +37,12 @@ def largest(x: Tensor) -> float:
 
 def is_finite(x: Tensor) -> bool:
     """Whether there is neither NaN nor Inf in ``x``; faster than looking at each number."""
-    return math.isfinite(float(torch.linalg.vector_norm(x))) or math.isfinite(
-        largest(x)
-    )  # squares may overflow
+    # Squares may overflow where numbers do not.
+    return math.isfinite(float(torch.linalg.vector_norm(x))) or math.isfinite(largest(x))
 
 
 def to_host(x: Tensor) -> Tensor:
-    """What is small, where it is computed with."""
+    """``x`` as float64 on the CPU, where small matrices are decomposed."""
     return x.to("cpu", torch.float64)
 
 
@@ -215,11 +214,6 @@ class QKProduct:
     query: Factor
     key: Factor  # one for each query head
 
-    @classmethod
-    def of(cls, W_Q: Tensor, W_K: Tensor) -> QKProduct:
-        """Products of two (n, d_head, d_model) weights."""
-        return cls(Factor(W_Q), Factor(W_K))
-
     @cached_property
     def core(self) -> Tensor:
         """``R_q R_kᵀ``, (n, k, k): M in the orthonormal bases of its two weights."""
@@ -240,7 +234,7 @@ class QKProduct:
         ]
 
     def spectra(self, channel: Channel) -> tuple[Spectrum, ...]:
-        """The values of :meth:`decompose`, without vectors."""
+        """The spectra of :meth:`decompose`, at less cost since no vectors are computed."""
         if channel is Channel.full:
             return self._spectra(channel, torch.linalg.svdvals(self.core), self.core)
         _, R_Q, R_K = self._joint()
@@ -284,7 +278,7 @@ class QKProduct:
         return B, R[..., :d_head], R[..., d_head:]
 
     def _spectra(self, channel: Channel, S: Tensor, cores: Tensor) -> tuple[Spectrum, ...]:
-        """``cores`` are M in orthonormal bases, and as large."""
+        """Spectra with values ``S``; ``cores`` are M in orthonormal bases, of the same norm."""
         norms = torch.linalg.matrix_norm(cores).tolist()
         # Zero compared with M, not with its own largest value: a half that M does not have is all rounding.
         return tuple(

@@ -3,23 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Rounded:
-    """A weight in a plain dtype, after :func:`round_once`."""
-
-    W: Tensor
-
-    @property
-    def values(self) -> Tensor:
-        """The same numbers as float64."""
-        return self.W.to(torch.float64)
-
 
 # float32 → dtype: the low bits that are zero in every float32 halfway between two neighbours of dtype, subnormal
 # ones included, because such a midpoint has one significant bit more than they.

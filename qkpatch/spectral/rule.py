@@ -30,11 +30,6 @@ class Select(str, Enum):
     subspace = "subspace"
     shrink = "shrink"
 
-    @property
-    def is_seeded(self) -> bool:
-        """Whether the selection draws random numbers."""
-        return self in (Select.random, Select.subspace)
-
 
 @dataclass(frozen=True)
 class EditRule:

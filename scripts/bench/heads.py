@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,11 +24,10 @@ import torch
 from qkpatch.model.model import Model, open_model
 from qkpatch.model.targets import LayerTarget
 from qkpatch.patching.device import choose_device, computing, heads_together
-from qkpatch.patching.editor import head_generator
+from qkpatch.patching.editor import edit_batch
+from qkpatch.patching.head_products import open_layer
 from qkpatch.patching.threads import Crew
-from qkpatch.patching.weights import open_layer
 from qkpatch.planning.memory import head_memory
-from qkpatch.spectral.edit import edit_and_round
 from qkpatch.spectral.rule import Channel, EditRule, Select
 
 from .shapes import LLAMA_7B, TINY, Shape, build
@@ -80,12 +78,11 @@ def _edit(
 ) -> Heads:
     found: dict[int, bytearray] = {}
     with computing(device), open_layer(model.checkpoint.opened, target, device, heads) as weights:
-        for of in weights.batches(heads, together):
-            generators = [head_generator(0, target, head) for head in of.heads]
-            stored, _ = edit_and_round(of.product, rule, partial(weights.store, of.heads), generators)
+        for batch in weights.batches(heads, together):
+            stored, _ = edit_batch(weights, batch, rule, 0)
             if device.type == "cuda":  # to be compared; on a CPU they would count as memory
-                found |= {head: stored.pieces[i][target.query] for i, head in enumerate(of.heads)}
-            del of, stored
+                found |= {head: stored.pieces[i][target.query] for i, head in enumerate(batch.heads)}
+            del batch, stored
     return found
 
 
@@ -96,11 +93,9 @@ def _differing(stored: Heads, model: Model, channel: Channel, crew: Crew) -> str
     count, most = 0, 0
     some = tuple(range(0, target.layout.n_heads, 4))
     with open_layer(model.checkpoint.opened, target, cpu, some) as weights:
-        for of in weights.batches(some, 1):
-            (head,) = of.heads
-            expected, _ = edit_and_round(
-                of.product, rule, partial(weights.store, of.heads), [head_generator(0, target, head)]
-            )
+        for batch in weights.batches(some, 1):
+            (head,) = batch.heads
+            expected, _ = edit_batch(weights, batch, rule, 0)
             ours, theirs = (_ordinals(data) for data in (stored[head], expected.pieces[0][target.query]))
             apart = (ours - theirs).abs()
             count, most = count + int((apart > 0).sum()), max(most, int(apart.max()))

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from qkpatch.common.ranges import format_ranges
-from qkpatch.model.targets import LayerTarget
 from qkpatch.patching.editor import head_generator
-from qkpatch.patching.weights import open_layer
+from qkpatch.patching.head_products import open_layer
 from qkpatch.planning.plan import EditPlan, make_plan
 from qkpatch.planning.request import Request
 from qkpatch.spectral.edit import edit_query
@@ -90,13 +89,12 @@ class Editor:
         )
         self.n_layers = n_layers
         self._heads: dict[int, list[QKProduct]] = {}
-        self._targets: dict[int, LayerTarget] = {}
+        (self._attention,) = {target.attention for target in self._plan.edits}
         for target in self._plan.edits:
             heads = self._plan.settings.heads
             opened = self._plan.model.checkpoint.opened
             with open_layer(opened, target, torch.device("cpu"), heads) as weights:
-                self._heads[target.layer] = [of.product for of in weights.batches(heads, 1)]
-            self._targets[target.layer] = target
+                self._heads[target.layer] = [batch.product for batch in weights.batches(heads, 1)]
         products = [product for of_layer in self._heads.values() for product in of_layer]
         self._size = math.sqrt(sum(float(product.query.W.square().sum()) for product in products))
 
@@ -106,7 +104,7 @@ class Editor:
         for layer in edit.layers:
             heads = []
             for head, product in enumerate(self._heads[layer]):
-                generator = head_generator(edit.draw, self._targets[layer], head)
+                generator = head_generator(edit.draw, self._attention, layer, head)
                 stored = round_once(_edited(product, edit, generator), dtype)
                 squares += float((stored.double() - product.query.W[0]).square().sum())
                 heads.append(stored)

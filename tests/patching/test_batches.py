@@ -203,7 +203,10 @@ def test_heads_that_share_keys_share_their_qr(monkeypatch: pytest.MonkeyPatch) -
     shared = QKProduct(Factor(W_Q), Factor(W_K).take([0, 0, 0, 1, 1, 1]))
     found = shared.spectra(Channel.full)
     assert sorted(counted) == [2, 6]
-    alone = [QKProduct.of(W_Q[i : i + 1], W_K[i // 3][None]).spectra(Channel.full)[0] for i in range(6)]
+    alone = [
+        QKProduct(Factor(W_Q[i : i + 1]), Factor(W_K[i // 3][None])).spectra(Channel.full)[0]
+        for i in range(6)
+    ]
     assert all(torch.equal(a.S, b.S) for a, b in zip(found, alone, strict=True))
 
 

@@ -240,8 +240,10 @@ def test_what_is_copied_on_the_hubs_side_is_chosen_by_digest(
 ) -> None:
     """Names, sizes and the manifest's word for it are not enough."""
     good = {name: world.repo.sha256(name) for name in (UNTOUCHED, PATCHED)}
-    wish = publication.Wish(publication.parse_target("me/new", private=False, create_pr=False), Insisted())
-    monkeypatch.setattr(publication, "check_target", lambda *_: None)
+    wish = publication.Wish(
+        publication.parse_repository("me/new", private=False, create_pr=False), Insisted()
+    )
+    monkeypatch.setattr(publication, "check_repository", lambda *_: None)
     with Rooted(world.out) as root:
         present = Present(root)
         manifest = recorded(present)

@@ -224,6 +224,15 @@ def test_recipes_command_lists_shows_and_speaks_json(run) -> None:
     assert run("recipes", "nope").exit_code == 2
 
 
+def test_a_recipe_in_a_file_is_shown_as_it_stands_there(run, tmp_path: Path) -> None:
+    shipped = (REPO / "configs" / "llama.yaml").read_text()
+    for name in ("mine", "llama"):  # the second bears the name of a shipped one
+        text = "# of my own\n" + shipped.replace("name: llama", f"name: {name}")
+        (tmp_path / f"{name}.yaml").write_text(text)
+        assert run("recipes", tmp_path / f"{name}.yaml").stdout == text
+    assert run("recipes", tmp_path / "none.yaml").exit_code == 4
+
+
 @pytest.mark.parametrize(("counted", "stored"), [(2, 3), (5, 3)])
 def test_a_layer_count_that_the_stored_tensors_contradict_is_refused_with_both_numbers(
     counted: int, stored: int, tmp_path: Path, run

@@ -22,10 +22,10 @@ from torch import Tensor
 from typer.testing import Result
 
 from qkpatch.errors import NumericalError, UsageError
-from qkpatch.spectral.edit import QueryEdit, edit_and_round, edit_query, measure, select_modes
+from qkpatch.spectral.edit import HeadReport, QueryEdit, edit_query, measure, select_modes
 from qkpatch.spectral.lazy import cached_property
 from qkpatch.spectral.product import Factor, QKProduct, Spectrum, effective_rank, energy_share
-from qkpatch.spectral.rounding import Rounded, round_once
+from qkpatch.spectral.rounding import round_once
 from qkpatch.spectral.rule import Channel, EditRule, Select
 
 HALVES = (Channel.symmetric, Channel.antisymmetric)
@@ -85,7 +85,7 @@ class Edited:
 
 
 def product(W: Head) -> QKProduct:
-    return QKProduct.of(W[0][None], W[1][None])
+    return QKProduct(Factor(W[0][None]), Factor(W[1][None]))
 
 
 def edited(
@@ -233,8 +233,12 @@ def test_every_rope_offset_is_edited_by_the_same_projection(offset: int) -> None
 # All rules.
 
 
-def store(dtype: torch.dtype) -> Callable[[torch.Tensor], Rounded]:
-    return lambda W: Rounded(round_once(W, dtype))
+def edited_and_rounded(W: Head, rule: EditRule, dtype: torch.dtype) -> tuple[Tensor, HeadReport]:
+    """What is stored, and what it does."""
+    edit = edit_query(product(W), rule, [torch.Generator()])
+    rounded = round_once(edit.W_Q, dtype)
+    (report,) = measure(product(W), edit, rounded.double())
+    return rounded[0], report
 
 
 @every_rule
@@ -249,7 +253,7 @@ def test_keys_and_the_original_queries_stay_as_they_were(channel: Channel, selec
     W_Q, W_K = head()
     copies = W_Q.clone(), W_K.clone()
     rule = EditRule(channel, select, 2, 0.5)
-    edit_and_round(product((W_Q, W_K)), rule, store(torch.bfloat16), [torch.Generator()])
+    edited_and_rounded((W_Q, W_K), rule, torch.bfloat16)
     assert torch.equal(W_Q, copies[0])
     assert torch.equal(W_K, copies[1])
 
@@ -645,8 +649,7 @@ def test_without_rounding_the_gain_of_every_edited_mode_is_alpha() -> None:
 def test_rounding_adds_at_most_half_an_ulp_to_the_reported_gains(dtype: torch.dtype) -> None:
     W = tuple(w.to(dtype).double() for w in head(8, 32))
     rule = EditRule(Channel.full, Select.dominant, 3, 0.0)
-    rounded, (report,) = edit_and_round(product((W[0], W[1])), rule, store(dtype), [torch.Generator()])
-    stored = rounded.W[0]
+    stored, report = edited_and_rounded((W[0], W[1]), rule, dtype)
     assert stored.dtype == dtype
     gains = torch.tensor(report.gains)
     assert 0 < gains.abs().max() < torch.finfo(dtype).eps
@@ -678,7 +681,7 @@ def test_float32_is_not_enough() -> None:
     rule = EditRule(Channel.full, Select.dominant, 4, 0.5)
     double, single = (
         round_once(
-            edit_query(QKProduct.of(*(w[None].to(dtype) for w in W)), rule, [torch.Generator()]).W_Q,
+            edit_query(product((W[0].to(dtype), W[1].to(dtype))), rule, [torch.Generator()]).W_Q,
             torch.bfloat16,
         )
         .double()

@@ -35,7 +35,16 @@ def plan(
 def preview(
     source: str, request: Request, out: Path | None, run: RunFlags, writing: Writing, show: ShowFlags
 ) -> EditPlan:
-    """The plan, shown."""
+    """Make the plan and show it; returns it.
+
+    Args:
+        source: SOURCE, as the user wrote it.
+        request: the edit that is asked for.
+        out: where OUT would be; None where it is not named.
+        run: device and threads, of which cost depends.
+        writing: how OUT would be written.
+        show: what is printed.
+    """
     from qkpatch import api
     from qkpatch.cli.console import print_text, show_warnings
     from qkpatch.cli.tables import show_plan

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 def push_wish(publish: PushFlags, comparison: Comparison | None = None) -> Wish | None:
     """What ``--push`` asks for, None without it; refuses flags that go with it alone."""
     if publish.push is not None:
-        from qkpatch.publishing.publication import Wish, parse_target
+        from qkpatch.publishing.publication import Wish, parse_repository
         from qkpatch.publishing.withheld import Insisted
 
-        target = parse_target(publish.push, private=publish.private, create_pr=publish.create_pr)
+        repository = parse_repository(publish.push, private=publish.private, create_pr=publish.create_pr)
         insisted = Insisted(tuple(publish.include or ()), publish.include_hidden)
-        return Wish(target, insisted, comparison)
+        return Wish(repository, insisted, comparison)
     if publish != PushFlags():
         raise UsageError(
             "--private, --create-pr, --include and --include-hidden go with --push", fix="add --push org/name"
@@ -33,7 +33,16 @@ def push_wish(publish: PushFlags, comparison: Comparison | None = None) -> Wish 
 def push_out(
     out: Path, wish: Wish, source: str | None, recipe: str | None, show: ShowFlags, *, dry_run: bool = False
 ) -> str | None:
-    """Verify OUT and publish it, with the commit shown; returns its address, None for ``dry_run``."""
+    """Verify OUT, show the commit and make it; returns its address, None for ``dry_run``.
+
+    Args:
+        out: OUT.
+        wish: what is asked for.
+        source: SOURCE; None for the repository that the manifest names.
+        recipe: where a recipe of the user's own is.
+        show: what is printed.
+        dry_run: do all but the commit.
+    """
     from qkpatch.compare.publish import publish_verified
 
     def decide(publication: Publication) -> bool:

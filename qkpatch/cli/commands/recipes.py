@@ -7,10 +7,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from qkpatch.cli.boundary import command
-from qkpatch.cli.flags import (
-    DebugOpt,
-    JsonOpt,
-)
+from qkpatch.cli.flags import DebugOpt, JsonOpt
 
 
 @command

@@ -20,7 +20,7 @@ def is_as_noted(plan: EditPlan, sources: Sources, staged: StagedFiles, crew: Cre
         plan: of this run, the same as of the one before.
         sources: what it is compared with.
         staged: where it lies.
-        crew: that this is a task of.
+        crew: whose threads this runs on; asked now and then whether to stop.
         file: which.
     """
     ours = LocalOpenFile(staged.open(file.name), file.name)
@@ -53,9 +53,7 @@ def _equals_source(plan: EditPlan, crew: Crew, file: OutputFile, ours: LocalOpen
     reader = Reader()
     for extent in file.around(plan.written_ranges(file.name)):
         with extent.file.open() as source:
-            spans = Span(source, extent.begin, extent.end), Span(ours, extent.at, extent.upto)
-            for a, b in reader.pairs(*spans):
-                crew.check()
-                if a != b:
-                    return False
+            theirs, staged = Span(source, extent.begin, extent.end), Span(ours, extent.at, extent.upto)
+            if reader.first_difference(theirs, staged, lambda _: crew.check()) is not None:
+                return False
     return True
