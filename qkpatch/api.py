@@ -9,14 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkpatch.checkpoint.present import Present
-from qkpatch.checkpoint.rooted import Rooted
+from qkpatch.checkpoint.open_directory import Rooted
+from qkpatch.checkpoint.present_files import Present
+from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.errors import HubError, UsageError
 from qkpatch.model.locate import Access, local_path
 from qkpatch.model.model import open_model
 from qkpatch.output.destination import check_apart, check_out
 from qkpatch.output.options import Writing
-from qkpatch.patching.observer import UNSEEN, Observer
 from qkpatch.planning.memory import choose_threads
 from qkpatch.planning.plan import EditPlan, make_plan
 from qkpatch.planning.request import Request, check_device_name
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from qkpatch.compare.difference import Difference
+    from qkpatch.compare.diff_types import Difference
     from qkpatch.compare.verify import Verification
     from qkpatch.patching.loaded import LoadedEdit
     from qkpatch.patching.spectra import LayerSpectra
@@ -119,7 +119,7 @@ def apply(
         FileSystemError: reading, writing or space; SOURCE changed meanwhile.
         NumericalError: NaN or Inf, or a tensor that the edit would leave as it was.
     """
-    from qkpatch.compare.replacing import replaceable
+    from qkpatch.compare.overwrite import replaceable
     from qkpatch.patching.apply import apply_plan
 
     writing = Writing(**how) if writing is None else writing

@@ -20,9 +20,9 @@ ARROWS = {
         "api", "compare", "diagnosis", "publishing", "patching", "planning", "model", "recipes", "output",
         "checkpoint", "spectral", "common", "errors",
     },
-    "api": {"compare", "publishing", "patching", "planning", "model", "output", "checkpoint", "errors"},
+    "api": {"compare", "publishing", "patching", "planning", "model", "output", "checkpoint", "common", "errors"},
     "compare": {
-        "publishing", "patching", "planning", "model", "recipes", "output", "checkpoint", "common", "errors",
+        "publishing", "planning", "model", "recipes", "output", "checkpoint", "common", "errors",
     },
     "diagnosis": {"model", "recipes", "checkpoint", "common", "errors"},
     "publishing": {"planning", "recipes", "hub", "checkpoint", "common", "errors"},
@@ -44,11 +44,11 @@ ONLY_IN = {
     "rich": {"cli"},
     "yaml": {"common"},
     "huggingface_hub": {"hub", "checkpoint.cache"},
-    "safetensors": {"compare.contents"},
+    "safetensors": {"compare.byte_by_byte"},
     "torch": {"spectral", "patching", "compare.values"},
     "click": set(),  # Typer vendors its own
 }
-TORCH_FREE = {"patching.apply", "patching.copier", "patching.inspection", "patching.observer", "patching.sources",
+TORCH_FREE = {"patching.apply", "patching.copier", "patching.inspection", "patching.checked_sources",
               "patching.threads"}  # fmt: skip
 # Pure maths: nothing of files, text formats or output.
 FORBIDDEN_IN_SPECTRAL = {"pathlib", "os", "io", "json", "yaml", "logging", "rich", "typer", "safetensors"}

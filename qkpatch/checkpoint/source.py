@@ -23,7 +23,7 @@ from qkpatch.checkpoint.tree import (
     walk_files,
 )
 from qkpatch.common.json_text import load_json
-from qkpatch.common.ranges import some
+from qkpatch.common.number_ranges import some
 from qkpatch.errors import AmbiguousError, CheckpointError, FileSystemError, UnsupportedError
 
 MANIFEST_NAME = "qkpatch.json"

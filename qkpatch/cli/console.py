@@ -19,9 +19,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from qkpatch.cli.redaction import Redacted
+from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.common.text import plain
 from qkpatch.errors import FileSystemError, QKPatchError
-from qkpatch.patching.observer import UNSEEN, Observer
 
 _LONGEST = 8000  # characters of a message
 _PIPED_WIDTH = 140  # rich assumes 80 where there is no terminal, which cuts tensor names

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from qkpatch.checkpoint.header import TensorRef
-from qkpatch.common.ranges import some
+from qkpatch.common.number_ranges import some
 from qkpatch.common.text import cut, plain, wrapped
-from qkpatch.compare.difference import Difference, Files, TensorDifference, Uncompared
+from qkpatch.compare.diff_types import Difference, Files, TensorDifference, Uncompared
 
 if TYPE_CHECKING:
     from qkpatch.compare.values import Bucket, Change, Values

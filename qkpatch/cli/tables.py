@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qkpatch.cli.console import results, safe, size_text
-from qkpatch.common.ranges import format_ranges
+from qkpatch.common.number_ranges import format_ranges
 
 if TYPE_CHECKING:
     from qkpatch.compare.verify import Verification
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qkpatch.planning.manifest import Manifest
     from qkpatch.planning.plan import EditPlan
     from qkpatch.planning.settings import EditSettings
-    from qkpatch.publishing.publication import Publication
+    from qkpatch.publishing.commit_plan import Publication
 
 
 def show_plan(plan: EditPlan, free_disk: int, memory: int, threads: int) -> None:

@@ -15,7 +15,7 @@ from qkpatch.checkpoint.pairs import Reader, Span
 from qkpatch.checkpoint.source import MANIFEST_NAME, Stored
 from qkpatch.checkpoint.tree import BOOKKEEPING, SourceFile
 from qkpatch.common.interrupts import signals_held
-from qkpatch.compare.difference import (
+from qkpatch.compare.diff_types import (
     Difference,
     FileDifference,
     Files,

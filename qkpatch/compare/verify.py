@@ -9,22 +9,22 @@ from pathlib import Path
 
 from qkpatch.checkpoint.files import Progress
 from qkpatch.checkpoint.header import TensorRef
-from qkpatch.checkpoint.present import Present
-from qkpatch.checkpoint.rooted import Rooted
+from qkpatch.checkpoint.open_directory import Rooted
+from qkpatch.checkpoint.present_files import Present
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME, Checkpoint, open_checkpoint
 from qkpatch.checkpoint.tree import LocalFile
 from qkpatch.common.json_text import Json
-from qkpatch.common.ranges import abbreviate
-from qkpatch.compare.agreement import differences, origin_mismatches
-from qkpatch.compare.contents import Listing, Mismatch, library_verdict, side_by_side, tensor_digest
+from qkpatch.common.number_ranges import abbreviate
+from qkpatch.compare.byte_by_byte import Listing, Mismatch, library_verdict, side_by_side, tensor_digest
+from qkpatch.compare.manifest_against_plan import differences, origin_mismatches
 from qkpatch.errors import AmbiguousError, CheckpointError, FileSystemError, UnsupportedError, UsageError
 from qkpatch.model.locate import Access, Source, locate
-from qkpatch.output.files import Output
+from qkpatch.output.layout import Output
 from qkpatch.planning.manifest import Manifest, planned_manifest
 from qkpatch.planning.plan import EditPlan, make_plan
-from qkpatch.planning.sums import sums_text
+from qkpatch.planning.sha256sums import sums_text
 from qkpatch.publishing.card import CARD_NAME, is_card_over
-from qkpatch.publishing.withheld import is_private
+from qkpatch.publishing.private_files import is_private
 from qkpatch.recipes.catalogue import shipped_recipes
 
 GIT_NAME = ".gitattributes"

@@ -19,9 +19,9 @@ from qkpatch.diagnosis.survey import LANGUAGE, QueryGroup, TextNumbers, query_gr
 from qkpatch.errors import UnsupportedError
 from qkpatch.model.locate import Access, Source, locate
 from qkpatch.recipes.catalogue import shipped_recipes
+from qkpatch.recipes.descriptions import specialities
 from qkpatch.recipes.reading import parse_recipe
 from qkpatch.recipes.recipe import NormKind, Recipe
-from qkpatch.recipes.words import specialities
 
 MOST_CANDIDATES = 5
 EXIT_UNKNOWN = 3  # as for any unsupported or ambiguous checkpoint

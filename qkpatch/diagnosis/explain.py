@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from qkpatch.common.ranges import abbreviate, format_ranges
+from qkpatch.common.number_ranges import abbreviate, format_ranges
 from qkpatch.common.text import wrapped
 from qkpatch.diagnosis.candidate import Candidate, Finding, Reason
 from qkpatch.diagnosis.diagnose import Diagnosis
 from qkpatch.diagnosis.draft import NAME
 from qkpatch.diagnosis.signs import speaks_for_plus_one
 from qkpatch.diagnosis.survey import QueryGroup
+from qkpatch.recipes.descriptions import assumed
 from qkpatch.recipes.recipe import NormKind
-from qkpatch.recipes.words import assumed
 
 _ANSWER = {True: "yes", False: "no ", None: " ? "}
 _MOST_GROUPS = 12

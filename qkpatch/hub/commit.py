@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qkpatch.checkpoint.present import Present
+from qkpatch.checkpoint.present_files import Present
 from qkpatch.checkpoint.source import WEIGHT_SUFFIXES
 from qkpatch.errors import HubError, MismatchError, UsageError, redact
 from qkpatch.hub.errors import hub_errors

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from qkpatch.checkpoint.content import Content, damaged
 from qkpatch.checkpoint.tree import BOOKKEEPING, MAX_JSON_BYTES, Repository, SourceFile, is_plain_relative
 from qkpatch.errors import CheckpointError
-from qkpatch.hub.ranges import Fetchers, RangeReader
+from qkpatch.hub.range_reader import Fetchers, RangeReader
 from qkpatch.hub.transfer import Listed, Transfer
 
 _MODE = 0o644  # the Hub knows of no other

@@ -12,8 +12,8 @@ from qkpatch.checkpoint.tree import Repository
 from qkpatch.errors import FileSystemError, UsageError
 from qkpatch.hub.repository import HubId, download, open_repository
 from qkpatch.recipes.catalogue import get_recipe, shipped_recipes
+from qkpatch.recipes.descriptions import near_names
 from qkpatch.recipes.recipe import Recipe
-from qkpatch.recipes.words import near_names
 
 
 class Access(Enum):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qkpatch.checkpoint.files import FileId
-from qkpatch.checkpoint.present import Present, first_change
-from qkpatch.checkpoint.rooted import Rooted
+from qkpatch.checkpoint.open_directory import Rooted
+from qkpatch.checkpoint.present_files import Present, first_change
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME, Checkpoint
 from qkpatch.checkpoint.tree import LocalFile
 from qkpatch.common.json_text import load_json

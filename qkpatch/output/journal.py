@@ -8,9 +8,9 @@ from enum import Enum
 from typing import Any
 
 from qkpatch.checkpoint.files import os_errors
-from qkpatch.checkpoint.rooted import Rooted
+from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.errors import FileSystemError
-from qkpatch.output.files import OutputFile
+from qkpatch.output.layout import OutputFile
 
 NAME = "journal"  # in the staging directory, beside the files
 _BEGINS = '{"fingerprint": "'

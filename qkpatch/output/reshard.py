@@ -11,7 +11,7 @@ from qkpatch.checkpoint.header import DTYPE_BITS, MAX_HEADER_SIZE, TensorRef
 from qkpatch.checkpoint.source import INDEX_SUFFIX, Stored
 from qkpatch.common.json_text import load_json
 from qkpatch.errors import CheckpointError, UsageError
-from qkpatch.output.files import Extent, Output, OutputFile
+from qkpatch.output.layout import Extent, Output, OutputFile
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}  # fmt: skip

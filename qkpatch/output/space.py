@@ -11,7 +11,7 @@ from pathlib import Path
 from qkpatch.checkpoint.files import os_errors
 from qkpatch.checkpoint.tree import LocalFile, SourceFile
 from qkpatch.errors import FileSystemError
-from qkpatch.output.passage import clone
+from qkpatch.output.copying import clone
 
 
 def free_bytes(out: Path) -> int:

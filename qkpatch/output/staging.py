@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 
 from qkpatch.checkpoint.files import os_errors
-from qkpatch.checkpoint.rooted import Rooted
+from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.common.interrupts import signals_held
 from qkpatch.errors import FileSystemError, HubError, UsageError
 from qkpatch.output import journal

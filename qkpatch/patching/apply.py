@@ -18,26 +18,26 @@ from typing import TYPE_CHECKING
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME
 from qkpatch.common.interrupts import signals_held, signals_let_through
 from qkpatch.common.json_text import canonical_json
-from qkpatch.common.ranges import abbreviate
+from qkpatch.common.number_ranges import abbreviate
+from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.errors import HubError
 from qkpatch.model.targets import LayerTarget
 from qkpatch.output.destination import Replaced, check_apart, check_out
 from qkpatch.output.journal import Journal
 from qkpatch.output.options import PLAIN, Digest, Writing
 from qkpatch.output.space import check_space
-from qkpatch.output.staged import StagedFiles
+from qkpatch.output.staged_files import StagedFiles
 from qkpatch.output.staging import Staging
+from qkpatch.patching.checked_sources import Sources
 from qkpatch.patching.copier import Copier, space_needed
-from qkpatch.patching.observer import UNSEEN, Observer
-from qkpatch.patching.sources import Sources
 from qkpatch.patching.threads import Crew
 from qkpatch.planning.blocks import RunBlock
 from qkpatch.planning.manifest import EditRecord, HeadRecord, Manifest, planned_manifest
 from qkpatch.planning.plan import EditPlan
-from qkpatch.planning.sums import refuse_own_sums, sums_text
+from qkpatch.planning.sha256sums import refuse_own_sums, sums_text
 
 if TYPE_CHECKING:
-    from qkpatch.patching.editor import Editor
+    from qkpatch.patching.edit_heads import Editor
 
 GAP_WARNING = 1e-3
 ROUNDING_WARNING = 0.1  # FP8 has three bits: a small change drowns in its rounding
@@ -146,7 +146,7 @@ def _resumable() -> Iterator[None]:
 def _editor(device: str) -> Editor:
     """The part that computes; ``import torch`` takes a second, in which files are being copied already."""
     with signals_held():  # torch's imports swallow what is raised in their midst
-        from qkpatch.patching.editor import Editor
+        from qkpatch.patching.edit_heads import Editor
 
         return Editor.on(device)
 

@@ -17,16 +17,16 @@ from typing import NamedTuple
 from qkpatch.checkpoint.files import Digesting, Digests, LocalOpenFile, os_errors, write_exact
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.tree import LocalFile
+from qkpatch.common.observer import Observer
 from qkpatch.errors import HubError
-from qkpatch.output.arrival import passage_for
-from qkpatch.output.files import OutputFile
+from qkpatch.output.copying import Lane, clone
+from qkpatch.output.downloading import passage_for
 from qkpatch.output.journal import Journal, State
+from qkpatch.output.layout import OutputFile
 from qkpatch.output.options import Digest, Writing
-from qkpatch.output.passage import Lane, clone
-from qkpatch.output.staged import StagedFiles
-from qkpatch.patching.observer import Observer
+from qkpatch.output.staged_files import StagedFiles
+from qkpatch.patching.checked_sources import Sources, damaged_file
 from qkpatch.patching.resume import is_as_noted
-from qkpatch.patching.sources import Sources, damaged_file
 from qkpatch.patching.threads import Crew
 from qkpatch.planning.plan import EditPlan
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qkpatch.common.interrupts import signals_held
+from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.model.locate import Access
 from qkpatch.model.model import Model, open_model
 from qkpatch.model.targets import LayerTarget
-from qkpatch.patching.observer import UNSEEN, Observer
 from qkpatch.planning.memory import choose_threads, head_memory
 from qkpatch.planning.request import Request
 from qkpatch.planning.settings import EditSettings, resolve

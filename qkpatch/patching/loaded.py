@@ -15,12 +15,12 @@ from qkpatch.checkpoint.files import OpenFile
 from qkpatch.checkpoint.header import Header, TensorRef
 from qkpatch.checkpoint.source import Checkpoint
 from qkpatch.checkpoint.tree import Repository, SourceFile
+from qkpatch.common.observer import UNSEEN
 from qkpatch.errors import CheckpointError, UnsupportedError, UsageError
 from qkpatch.model.locate import Source
 from qkpatch.model.model import understood
-from qkpatch.patching.editor import Editor
+from qkpatch.patching.edit_heads import Editor
 from qkpatch.patching.head_bytes import DTYPES
-from qkpatch.patching.observer import UNSEEN
 from qkpatch.patching.threads import Crew
 from qkpatch.planning.manifest import HeadRecord
 from qkpatch.planning.memory import choose_threads

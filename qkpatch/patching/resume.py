@@ -6,9 +6,9 @@ import os
 
 from qkpatch.checkpoint.files import READ_CHUNK, LocalOpenFile, write_exact
 from qkpatch.checkpoint.pairs import Reader, Span
-from qkpatch.output.files import OutputFile
-from qkpatch.output.staged import StagedFiles
-from qkpatch.patching.sources import Sources, is_listed
+from qkpatch.output.layout import OutputFile
+from qkpatch.output.staged_files import StagedFiles
+from qkpatch.patching.checked_sources import Sources, is_listed
 from qkpatch.patching.threads import Crew
 from qkpatch.planning.plan import EditPlan
 

@@ -16,7 +16,7 @@ from qkpatch.common.json_text import Json, canonical_json, load_json
 from qkpatch.common.typed_json import as_json, from_json
 from qkpatch.errors import CheckpointError, UsageError
 from qkpatch.model.targets import LayerTarget
-from qkpatch.output.files import Output, OutputFile
+from qkpatch.output.layout import Output, OutputFile
 from qkpatch.planning import blocks
 from qkpatch.planning.manifest_check import check_manifest
 from qkpatch.planning.plan import EditPlan

@@ -9,12 +9,12 @@ from functools import cached_property
 
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.common.json_text import canonical_json, exact
-from qkpatch.common.ranges import abbreviate, format_ranges
+from qkpatch.common.number_ranges import abbreviate, format_ranges
 from qkpatch.common.typed_json import as_json
 from qkpatch.model.locate import Access
 from qkpatch.model.model import Model, open_model
 from qkpatch.model.targets import LayerTarget
-from qkpatch.output.files import Output
+from qkpatch.output.layout import Output
 from qkpatch.output.reshard import reshard
 from qkpatch.planning.memory import head_memory
 from qkpatch.planning.request import Request

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
-from qkpatch.common.ranges import Numbers, as_numbers
+from qkpatch.common.number_ranges import Numbers, as_numbers
 from qkpatch.common.strict_yaml import Fields, load_yaml
 from qkpatch.errors import UsageError
 from qkpatch.output.reshard import parse_size

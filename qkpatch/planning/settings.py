@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qkpatch.common.ranges import MIDDLE_THIRD, format_ranges, middle_third, parse_ranges
+from qkpatch.common.number_ranges import MIDDLE_THIRD, format_ranges, middle_third, parse_ranges
 from qkpatch.errors import UsageError
 from qkpatch.model.model import Model
 from qkpatch.planning.blocks import EditBlock

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from statistics import mean
 
 from qkpatch.common.json_text import exact
-from qkpatch.common.ranges import format_ranges
+from qkpatch.common.number_ranges import format_ranges
 from qkpatch.planning.manifest import Manifest
 from qkpatch.publishing import front_matter
 from qkpatch.publishing.lmms_eval import Comparison, Metric

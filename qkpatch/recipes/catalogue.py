@@ -8,9 +8,9 @@ from pathlib import Path
 
 from qkpatch.checkpoint.tree import source_file
 from qkpatch.errors import RecipeError, UsageError
+from qkpatch.recipes.descriptions import near_names
 from qkpatch.recipes.reading import parse_recipe
 from qkpatch.recipes.recipe import Recipe
-from qkpatch.recipes.words import near_names
 
 CHECK = "check"  # `qkpatch recipes check SOURCE`; no recipe can be called so
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from qkpatch.common.json_text import measured
-from qkpatch.common.ranges import MIDDLE_THIRD, parse_ranges
+from qkpatch.common.number_ranges import MIDDLE_THIRD, parse_ranges
 from qkpatch.common.strict_yaml import Fields, load_yaml
 from qkpatch.errors import UsageError
 from qkpatch.recipes.recipe import (

@@ -24,7 +24,7 @@ import torch
 from qkpatch.model.model import Model, open_model
 from qkpatch.model.targets import LayerTarget
 from qkpatch.patching.device import choose_device, computing, heads_together
-from qkpatch.patching.editor import edit_batch
+from qkpatch.patching.edit_heads import edit_batch
 from qkpatch.patching.head_products import open_layer
 from qkpatch.patching.threads import Crew
 from qkpatch.planning.memory import head_memory

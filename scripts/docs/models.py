@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qkpatch.recipes.catalogue import shipped_recipes
+from qkpatch.recipes.descriptions import attention, defaults, layout
 from qkpatch.recipes.recipe import Recipe
 from qkpatch.recipes.rows import RowLayout
-from qkpatch.recipes.words import attention, defaults, layout
 from scripts.markdown import joined, table
 
 TESTED = {

@@ -20,8 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from qkpatch.common.ranges import format_ranges
-from qkpatch.patching.editor import head_generator
+from qkpatch.common.number_ranges import format_ranges
+from qkpatch.patching.edit_heads import head_generator
 from qkpatch.patching.head_products import open_layer
 from qkpatch.planning.plan import EditPlan, make_plan
 from qkpatch.planning.request import Request

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qkpatch.common.ranges import format_ranges
+from qkpatch.common.number_ranges import format_ranges
 from scripts.evidence.edits import DRAWN, Edit
 from scripts.evidence.language import WINDOW, Budget, Reader, settings
 from scripts.evidence.statistics import difference

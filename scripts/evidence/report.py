@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qkpatch.common.ranges import format_ranges
+from qkpatch.common.number_ranges import format_ranges
 from scripts.evidence import language, toy
 from scripts.evidence.edits import thirds
 from scripts.evidence.findings import Findings

@@ -42,7 +42,7 @@ from typer.testing import Result
 from qkpatch.checkpoint.header import DTYPE_BITS, MAX_HEADER_SIZE
 from qkpatch.checkpoint.tree import MAX_JSON_BYTES
 from qkpatch.common.json_text import canonical_json
-from qkpatch.common.ranges import parse_ranges
+from qkpatch.common.number_ranges import parse_ranges
 from qkpatch.common.strict_yaml import MAX_BYTES, load_yaml
 from qkpatch.errors import CheckpointError, HeaderError, RecipeError, UsageError
 from qkpatch.planning.manifest import Manifest

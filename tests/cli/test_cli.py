@@ -18,7 +18,7 @@ import pytest
 from conftest import Tiny, build_tiny
 
 from qkpatch.common.json_text import canonical_json
-from qkpatch.common.ranges import format_ranges, parse_ranges
+from qkpatch.common.number_ranges import format_ranges, parse_ranges
 from qkpatch.errors import UsageError
 from qkpatch.model.locate import locate
 from qkpatch.planning.manifest import Manifest

@@ -26,7 +26,7 @@ from qkpatch.checkpoint.header import DTYPE_BITS
 from qkpatch.checkpoint.pairs import CHUNK
 from qkpatch.compare import diff as diff_module
 from qkpatch.compare import values as change
-from qkpatch.compare.difference import natural
+from qkpatch.compare.diff_types import natural
 
 SCHEMA = json.loads((resources.files("qkpatch") / "compare" / "diff.schema.json").read_text())
 Entry = tuple[str, Sequence[int], bytes]

@@ -335,7 +335,7 @@ class TestCommand:
 
 @pytest.mark.parametrize("width", [60, 80, 140, 200])
 def test_the_table_of_recipes_keeps_its_width_and_tells_every_fact(width: int) -> None:
-    from qkpatch.recipes.words import attention, defaults, layout, recipe_table
+    from qkpatch.recipes.descriptions import attention, defaults, layout, recipe_table
 
     recipes = list(shipped_recipes().values())
     text = recipe_table(recipes, width)

@@ -20,8 +20,8 @@ from typer.testing import Result
 from qkpatch.checkpoint import files
 from qkpatch.checkpoint.files import LocalOpenFile, open_read, write_exact
 from qkpatch.errors import FileSystemError
-from qkpatch.output import passage as copying
-from qkpatch.output.passage import copy_range
+from qkpatch.output import copying
+from qkpatch.output.copying import copy_range
 
 DECLINES = ["EXDEV", "EOPNOTSUPP", "ENOSYS", "EINVAL", "EPERM", "nothing copied"]
 

@@ -19,8 +19,8 @@ from conftest import build_tiny
 
 from qkpatch.checkpoint.files import LocalOpenFile
 from qkpatch.errors import FileSystemError
-from qkpatch.output import passage as copying
-from qkpatch.output.passage import ALIGN, Lane, Passage
+from qkpatch.output import copying
+from qkpatch.output.copying import ALIGN, Lane, Passage
 
 PIECE = 2 * ALIGN
 DATA = random.Random(0).randbytes(11 * ALIGN + 777)

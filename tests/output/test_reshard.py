@@ -18,7 +18,7 @@ from qkpatch.checkpoint.files import open_read
 from qkpatch.checkpoint.header import Header, read_header
 from qkpatch.checkpoint.source import open_stored
 from qkpatch.errors import UsageError
-from qkpatch.output.files import Extent, OutputFile
+from qkpatch.output.layout import Extent, OutputFile
 from qkpatch.output.reshard import parse_size
 
 Run = Callable[..., Any]

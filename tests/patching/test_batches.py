@@ -23,7 +23,7 @@ from typer.testing import Result
 
 from qkpatch.errors import UsageError
 from qkpatch.patching import device, spectra
-from qkpatch.patching import editor as editing
+from qkpatch.patching import edit_heads as editing
 from qkpatch.spectral.product import Factor, QKProduct
 from qkpatch.spectral.rule import Channel, Select
 

@@ -31,13 +31,13 @@ FIELDS = [(cls.__name__, f.name) for cls in CLASSES for f in dataclasses.fields(
 NO_ACTORS = {
     "recipes.recipe",
     "recipes.reading",
-    "recipes.words",
+    "recipes.descriptions",
     *(f"diagnosis.{path.stem}" for path in (PACKAGE / "diagnosis").glob("*.py")),
 }
 # What does not change an edit, with the modules that read it all the same.
 # Only one value is accepted; verify and readers must not have to assume it.
 RECORDED = {"orientation": {"planning.manifest"}}
-FOR_PEOPLE = {"title": {"recipes.words"}, "tested": {"recipes.words"}}
+FOR_PEOPLE = {"title": {"recipes.descriptions"}, "tested": {"recipes.descriptions"}}
 # Read by a method of the recipe's own, which others call.
 THROUGH = {
     ("Recipe", "model_types"): "matches",

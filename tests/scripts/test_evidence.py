@@ -107,7 +107,7 @@ def test_keys_tell_settings_apart() -> None:
 
 
 def test_thirds_cover_all_layers_and_the_middle_is_the_tools() -> None:
-    from qkpatch.common.ranges import middle_third
+    from qkpatch.common.number_ranges import middle_third
 
     for n in (9, 30, 32):
         parts = thirds(n)

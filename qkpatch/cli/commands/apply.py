@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qkpatch.cli.boundary import command
+from qkpatch.cli.command import command
 from qkpatch.cli.commands.plan import preview
 from qkpatch.cli.commands.publishing import push_out, push_wish, show_commit
 from qkpatch.cli.flags import EditFlags, PushFlags, RunFlags, ShowFlags, SourceArg, WriteFlags, expanded
@@ -17,7 +17,7 @@ from qkpatch.planning.request import check_device_name
 
 if TYPE_CHECKING:
     from qkpatch.planning.plan import EditPlan
-    from qkpatch.publishing.publication import Wish
+    from qkpatch.publishing.commit_plan import Wish
 
 
 @command
@@ -104,7 +104,7 @@ def apply(
 def _check_wish(plan: EditPlan, wish: Wish | None, run: RunFlags, show: ShowFlags | None) -> None:
     """Refuse what cannot be published; ``show`` the commit that is foreseen."""
     from qkpatch.planning.manifest import planned_manifest
-    from qkpatch.publishing.publication import plan_publication
+    from qkpatch.publishing.commit_plan import plan_publication
 
     if wish is not None:
         publication = plan_publication(wish, planned_manifest(plan, run.device), plan, None)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qkpatch.cli.boundary import command
+from qkpatch.cli.command import command
 from qkpatch.cli.commands.publishing import push_out, push_wish
 from qkpatch.cli.flags import DebugOpt, PushFlags, QuietOpt, ShowFlags
 from qkpatch.errors import UsageError

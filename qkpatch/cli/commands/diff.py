@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qkpatch.cli.boundary import command
+from qkpatch.cli.command import command
 from qkpatch.cli.flags import DebugOpt, JsonOpt, QuietOpt
 
 _HELP = "Checkpoint directory, .safetensors file, Hub id or recipe name."
@@ -31,7 +31,7 @@ def diff(
     from qkpatch.cli.console import bars, output_width, print_json, print_text
     from qkpatch.cli.diff_text import text
     from qkpatch.compare.diff import bytes_to_compare, difference
-    from qkpatch.compare.difference import to_json
+    from qkpatch.compare.diff_types import to_json
     from qkpatch.model.locate import locate
 
     sources = [locate(source) for source in (a, b)]

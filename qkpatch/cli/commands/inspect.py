@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qkpatch.cli.boundary import command
+from qkpatch.cli.command import command
 from qkpatch.cli.flags import (
     AttentionOpt,
     DebugOpt,

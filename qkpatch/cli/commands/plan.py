@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qkpatch.cli.boundary import command
+from qkpatch.cli.command import command
 from qkpatch.cli.flags import EditFlags, RunFlags, ShowFlags, SourceArg, expanded
 from qkpatch.output.options import Writing
 from qkpatch.planning.request import Request, check_device_name

@@ -10,15 +10,15 @@ from qkpatch.cli.flags import PushFlags, ShowFlags
 from qkpatch.errors import UsageError
 
 if TYPE_CHECKING:
+    from qkpatch.publishing.commit_plan import Publication, Wish
     from qkpatch.publishing.lmms_eval import Comparison
-    from qkpatch.publishing.publication import Publication, Wish
 
 
 def push_wish(publish: PushFlags, comparison: Comparison | None = None) -> Wish | None:
     """What ``--push`` asks for, None without it; refuses flags that go with it alone."""
     if publish.push is not None:
-        from qkpatch.publishing.publication import Wish, parse_repository
-        from qkpatch.publishing.withheld import Insisted
+        from qkpatch.publishing.commit_plan import Wish, parse_repository
+        from qkpatch.publishing.private_files import Insisted
 
         repository = parse_repository(publish.push, private=publish.private, create_pr=publish.create_pr)
         insisted = Insisted(tuple(publish.include or ()), publish.include_hidden)
@@ -43,7 +43,7 @@ def push_out(
         show: what is printed.
         dry_run: do all but the commit.
     """
-    from qkpatch.compare.publish import publish_verified
+    from qkpatch.compare.verified_push import publish_verified
 
     def decide(publication: Publication) -> bool:
         show_commit(publication, show)

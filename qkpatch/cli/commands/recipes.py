@@ -6,7 +6,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from qkpatch.cli.boundary import command
+from qkpatch.cli.command import command
 from qkpatch.cli.flags import DebugOpt, JsonOpt
 
 
@@ -30,7 +30,7 @@ def recipes(
     from qkpatch.cli.console import output_width, print_json, print_text
     from qkpatch.errors import UsageError
     from qkpatch.recipes.catalogue import CHECK, get_recipe, is_recipe_file, recipe_text, shipped_recipes
-    from qkpatch.recipes.words import near_names, recipe_table
+    from qkpatch.recipes.descriptions import near_names, recipe_table
 
     if name == CHECK and source is not None:
         _check(source, as_json=as_json)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qkpatch.cli.boundary import command
+from qkpatch.cli.command import command
 from qkpatch.cli.flags import DebugOpt, JsonOpt, QuietOpt
 from qkpatch.errors import FileSystemError
 

@@ -8,10 +8,10 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from qkpatch.checkpoint.files import FileId, LocalOpenFile, os_errors, write_exact
-from qkpatch.checkpoint.rooted import Rooted
+from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.tree import LocalFile
 from qkpatch.errors import FileSystemError
-from qkpatch.output.files import OutputFile
+from qkpatch.output.layout import OutputFile
 
 
 class StagedFiles:

@@ -6,11 +6,11 @@ import hashlib
 import shlex
 from dataclasses import dataclass, replace
 
-from qkpatch.checkpoint.present import Present
+from qkpatch.checkpoint.present_files import Present
 from qkpatch.checkpoint.source import INDEX_SUFFIX, MANIFEST_NAME, SUMS_NAME
 from qkpatch.checkpoint.tree import is_plain_relative
 from qkpatch.common.json_text import exact
-from qkpatch.common.ranges import abbreviate, format_ranges
+from qkpatch.common.number_ranges import abbreviate, format_ranges
 from qkpatch.errors import MismatchError, UsageError
 from qkpatch.hub.commit import Base, PushRepository, Step, check_repository, copyable, publish
 from qkpatch.hub.repository import HubId
@@ -18,7 +18,7 @@ from qkpatch.planning.manifest import FileRecord, Manifest, planned_manifest
 from qkpatch.planning.plan import EditPlan
 from qkpatch.publishing.card import CARD_NAME, model_card
 from qkpatch.publishing.lmms_eval import Comparison
-from qkpatch.publishing.withheld import Insisted
+from qkpatch.publishing.private_files import Insisted
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from qkpatch.checkpoint.files import FileId, LocalOpenFile, os_errors
-from qkpatch.checkpoint.rooted import Rooted
+from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.tree import MAX_JSON_BYTES
 from qkpatch.errors import CheckpointError, FileSystemError
 

@@ -6,16 +6,16 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from qkpatch.checkpoint.present import Present
-from qkpatch.checkpoint.rooted import Rooted
-from qkpatch.common.ranges import some
+from qkpatch.checkpoint.open_directory import Rooted
+from qkpatch.checkpoint.present_files import Present
+from qkpatch.common.number_ranges import some
+from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.compare.verify import Verification, check, recorded
 from qkpatch.errors import MismatchError, UsageError
 from qkpatch.model.locate import Access
-from qkpatch.patching.observer import UNSEEN, Observer
 from qkpatch.planning.manifest import Manifest
 from qkpatch.planning.plan import EditPlan
-from qkpatch.publishing.publication import Publication, Wish, plan_publication
+from qkpatch.publishing.commit_plan import Publication, Wish, plan_publication
 
 _SHOWN = 5  # mismatches
 

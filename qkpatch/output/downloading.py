@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qkpatch.checkpoint.files import Digesting, LocalOpenFile, OpenFile, Progress, write_exact
-from qkpatch.output.passage import Lane, Passage
+from qkpatch.output.copying import Lane, Passage
 
 
 class Arrival:

@@ -10,12 +10,12 @@ from itertools import groupby
 import torch
 
 from qkpatch.common.json_text import measured
+from qkpatch.common.observer import Observer
 from qkpatch.errors import NumericalError
 from qkpatch.model.targets import LayerTarget
 from qkpatch.patching.device import choose_device, computing, heads_together
 from qkpatch.patching.head_bytes import StoredHeads
 from qkpatch.patching.head_products import HeadWeights, LayerWeights, Opened, open_layer
-from qkpatch.patching.observer import Observer
 from qkpatch.patching.threads import Crew
 from qkpatch.planning.manifest import HeadRecord
 from qkpatch.planning.plan import EditPlan

@@ -13,10 +13,10 @@ from qkpatch.checkpoint.content import Held, Parts, feed_source
 from qkpatch.checkpoint.files import Progress, os_errors
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.pairs import Reader, Span
-from qkpatch.checkpoint.present import Present
+from qkpatch.checkpoint.present_files import Present
 from qkpatch.checkpoint.source import Stored
 from qkpatch.checkpoint.tree import LocalFile, SourceFile
-from qkpatch.output.files import Output, OutputFile
+from qkpatch.output.layout import Output, OutputFile
 
 Spans = Callable[[str], list[tuple[int, int]]]  # the planned rows of a file of OUT
 

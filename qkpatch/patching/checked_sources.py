@@ -12,7 +12,7 @@ from qkpatch.checkpoint.header import TensorRef, read_header
 from qkpatch.checkpoint.tree import LocalFile, SourceFile
 from qkpatch.errors import HubError
 from qkpatch.output.options import Digest, Writing
-from qkpatch.output.staged import StagedFiles
+from qkpatch.output.staged_files import StagedFiles
 from qkpatch.patching.threads import Crew
 from qkpatch.planning.plan import EditPlan
 

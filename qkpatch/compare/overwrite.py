@@ -6,17 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qkpatch.checkpoint.files import Progress
-from qkpatch.checkpoint.present import Present
-from qkpatch.checkpoint.rooted import Rooted
+from qkpatch.checkpoint.open_directory import Rooted
+from qkpatch.checkpoint.present_files import Present
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME
 from qkpatch.common.json_text import canonical_json, load_json
-from qkpatch.compare.contents import Mismatch
+from qkpatch.common.observer import Observer
+from qkpatch.compare.byte_by_byte import Mismatch
 from qkpatch.compare.verify import check, recorded, sums_mismatches
 from qkpatch.errors import CheckpointError
 from qkpatch.model.locate import Access
 from qkpatch.output.destination import Replaced, destination_path, foreign
 from qkpatch.output.options import Writing
-from qkpatch.patching.observer import Observer
 from qkpatch.planning.manifest import Manifest
 from qkpatch.planning.plan import EditPlan
 from qkpatch.recipes.catalogue import shipped_recipes

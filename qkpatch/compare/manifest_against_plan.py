@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from qkpatch.checkpoint.source import MANIFEST_NAME
 from qkpatch.common.typed_json import as_json
-from qkpatch.compare.contents import Mismatch
+from qkpatch.compare.byte_by_byte import Mismatch
 from qkpatch.model.locate import Source
 from qkpatch.planning.manifest import FileRecord, Manifest
 from qkpatch.planning.plan import EditPlan
