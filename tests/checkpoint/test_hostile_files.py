@@ -698,7 +698,7 @@ class TestManifest:
         calm(run("verify", out, "--source", tiny.path), 0)
 
     def test_what_the_first_version_did_not_say_has_a_default(self) -> None:
-        raw = (REPO / "tests" / "goldens" / "defaults.json").read_bytes()
+        raw = (REPO / "tests" / "planning" / "goldens" / "defaults.json").read_bytes()
         manifest = Manifest.loads(raw, "m")
         assert (manifest.source.checked, manifest.source.previous_edit) == (None, None)
         assert not any(file.outside for file in manifest.files)

@@ -135,7 +135,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
             hub.repos[name] = Repo(tiny.path)
         programs = folder / "bin"
         programs.mkdir()
-        warm, socket = f"{sys.executable} {REPO / 'tests' / 'warm.py'}", folder / "socket"
+        warm, socket = f"{sys.executable} {REPO / 'tests' / 'kit' / 'warm.py'}", folder / "socket"
         for name, does in {"qkpatch": f"{warm} call {socket}", "python": sys.executable}.items():
             (programs / name).write_text(f'#!/bin/sh\nexec {does} "$@"\n')
             (programs / name).chmod(0o755)
