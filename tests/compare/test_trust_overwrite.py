@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
 from qkpatch import api
+from qkpatch.common.json_text import canonical_json
 from qkpatch.errors import UsageError
 from qkpatch.output import staging
 from qkpatch.output.options import Writing
@@ -107,6 +108,17 @@ def test_a_tuned_model_inside_an_output_survives_whatever_the_dates_say(
     tune(out)
     DISGUISES["touch"](out)
     refused(run, tiny.path, out, f"{SHARD}, which is not as qkpatch left it")
+
+
+def test_an_output_of_an_older_version_is_replaced(tiny: Tiny, out: Path, run: Run) -> None:
+    """Its manifest has not all keys of today's."""
+    record = json.loads((out / "qkpatch.json").read_text())
+    for file in record["files"]:
+        file.pop("outside")
+    record["source"].pop("checked")
+    (out / "qkpatch.json").write_text(canonical_json(record))
+    assert again(run, tiny.path, out).exit_code == 0
+    assert alpha(out) == 0
 
 
 def test_an_output_is_replaced_however_it_came_here(tiny: Tiny, out: Path, run: Run) -> None:
