@@ -64,7 +64,7 @@ $(FUZZ_VENV)/.installed: pyproject.toml
 
 fuzz: $(FUZZ_VENV)/.installed  ## readers of foreign files, RUNS times and at most SECONDS each; 0 is no limit
 	for target in $(FUZZ_TARGETS); do \
-	    $(FUZZ_VENV)/bin/python scripts/fuzz.py --target $$target --runs $(RUNS) --seconds $(SECONDS) --seed $(SEED) \
+	    $(FUZZ_VENV)/bin/python -m scripts.fuzz --target $$target --runs $(RUNS) --seconds $(SECONDS) --seed $(SEED) \
 	        || failed="$$failed $$target"; \
 	done; test -z "$$failed" || { echo "findings in$$failed: see .cache/fuzz/*-findings"; exit 1; }
 

@@ -13,9 +13,9 @@ from test_header import RECENT, needs_recent
 
 from qkpatch.checkpoint.header import Header
 
-sys.path.insert(0, str(REPO / "scripts"))
+sys.path.insert(0, str(REPO))
 
-import fuzz_targets
+from scripts.fuzz import targets as fuzz_targets
 
 COUNTS = {
     "header": 20_000,

@@ -1,6 +1,6 @@
 """Fuzz a reader of files that somebody else wrote, guided by coverage. Needs atheris: `make fuzz`.
 
-python scripts/fuzz.py [--target header] [--runs 1000000] [--seconds 0] [--seed 1] [--corpus .cache/fuzz/header]
+python -m scripts.fuzz [--target header] [--runs 1000000] [--seconds 0] [--seed 1] [--corpus .cache/fuzz/header]
 
 A finding does not stop the run: the smallest input that shows it is kept in CORPUS/../findings, and the exit
 code is 1 at the end. With the same seed and an empty corpus the run is the same again, time limit aside.
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-CACHE = Path(__file__).resolve().parent.parent / ".cache" / "fuzz"
+CACHE = Path(__file__).resolve().parents[2] / ".cache" / "fuzz"
 MINIMISING_CHECKS = 3000
 
 
@@ -104,9 +104,9 @@ def main() -> None:
 
     atheris: Any = importlib.import_module("atheris")
     with atheris.instrument_imports(include=["qkpatch", "json"]):
-        import fuzz_targets
+        from scripts.fuzz import targets
 
-    target = fuzz_targets.TARGETS[options.target]
+    target = targets.TARGETS[options.target]
     corpus: Path = options.corpus or CACHE / options.target
     if options.corpus is None and corpus.exists():
         shutil.rmtree(corpus)
