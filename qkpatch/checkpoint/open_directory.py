@@ -138,8 +138,10 @@ class Rooted:
 
     def clear(self) -> None:
         """Remove everything below, as far as that can be done, one name after the other in order."""
-        found = list(self.walk())
-        for top in self.names():
+        found: list[tuple[str, os.stat_result]] = []
+        with suppress(OSError, FileSystemError):
+            found.extend(self.walk())
+        for top in sorted({PurePosixPath(name).parts[0] for name, _ in found}):
             below = [(name, status) for name, status in found if PurePosixPath(name).parts[0] == top]
             for name, status in reversed(below):
                 with suppress(OSError):

@@ -13,7 +13,7 @@ from qkpatch.common.json_text import canonical_json, load_json
 from qkpatch.common.observer import Observer
 from qkpatch.compare.byte_by_byte import Mismatch
 from qkpatch.compare.verify import check, recorded, sums_mismatches
-from qkpatch.errors import CheckpointError
+from qkpatch.errors import CheckpointError, FileSystemError
 from qkpatch.model.locate import Access
 from qkpatch.output.destination import Replaced, destination_path, foreign
 from qkpatch.output.options import Writing
@@ -38,10 +38,15 @@ def replaceable(out: Path, plan: EditPlan, writing: Writing, observer: Observer)
         if not present.identities:
             return None
         observer.begins("look at OUT:", present.size, 0)
-        first = None if writing.force else next(_foreign(present, plan, observer.copied), None)
+        replaced = Replaced(destination_path(out), present.identities)
+        try:
+            first = None if writing.force else next(_foreign(present, plan, observer.copied), None)
+        except FileSystemError:
+            replaced.check()  # which says so, where another run has replaced OUT meanwhile
+            raise
     if first is not None:
         raise foreign(out, f"{first.where}, which is not as qkpatch left it: {first.what}")
-    return Replaced(destination_path(out), present.identities)
+    return replaced
 
 
 def _foreign(present: Present, plan: EditPlan, progress: Progress) -> Iterator[Mismatch]:
