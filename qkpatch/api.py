@@ -120,7 +120,7 @@ def apply(
         NumericalError: NaN or Inf, or a tensor that the edit would leave as it was.
     """
     from qkpatch.compare.overwrite import replaceable
-    from qkpatch.patching.apply import apply_plan
+    from qkpatch.patching.apply import apply_plan, check_run
 
     writing = Writing(**how) if writing is None else writing
     if writing.force and not writing.overwrite:
@@ -130,11 +130,12 @@ def apply(
     check_out(place, plan.model.source.path, overwrite=writing.overwrite, force=writing.force)
     check_apart(place, plan.model.checkpoint)
     # What is refused is refused before a download.
+    n_threads = choose_threads(threads, plan.head_memory, len(plan.model.checkpoint.tensors))
+    check_run(plan, device, writing)
     replaced = replaceable(place, plan, writing, observer)
     is_remote = plan.model.source.path is None
     if is_remote and cache:
         plan = _downloaded(plan, observer)
-    n_threads = choose_threads(threads, plan.head_memory, len(plan.model.checkpoint.tensors))
     n_heads = len(plan.edits) * len(plan.settings.heads)
     observer.begins("download" if is_remote and not cache else "copy", plan.output_bytes, n_heads)
     return apply_plan(
@@ -147,6 +148,10 @@ def _downloaded(plan: EditPlan, observer: Observer) -> EditPlan:
     observer.begins("fetch", 0, 0)
     source = plan.model.source
     anew = make_plan(source.text, plan.request)
+    if (anew.settings, anew.model.recipe) != (plan.settings, plan.model.recipe):
+        raise UsageError(
+            "the recipe changed after the edit was planned", where=plan.request.recipe, fix="plan again"
+        )
     if anew.model.source.commit != source.commit:
         raise HubError(
             f"it moved from commit {source.commit} to {anew.model.source.commit} after it was planned",

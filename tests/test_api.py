@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -303,3 +304,65 @@ def test_models_that_cannot_be_edited_in_place_are_refused_with_a_reason() -> No
         qkpatch.patch_model(build("llama"), layers=[1], max_shard_size="1GB")
     with pytest.raises(UsageError, match="out of range"):
         qkpatch.patch_model(build("llama"), layers=[99])
+
+
+def test_weights_that_share_memory_are_refused() -> None:
+    tied = build("llama")
+    tied.model.layers[1].self_attn.q_proj.weight = tied.model.layers[0].self_attn.q_proj.weight
+    expanded = build("llama")
+    query = expanded.model.layers[1].self_attn.q_proj
+    query.weight = torch.nn.Parameter(query.weight[:1].expand_as(query.weight))
+    for model in (tied, expanded):
+        before = bits(model)
+        with pytest.raises(UnsupportedError, match="shares memory"):
+            qkpatch.patch_model(model, layers=[0, 1], modes=2)
+        assert equal(bits(model), before)
+
+
+# -------- a source that changes between two calls
+
+
+def quietly(path: Path, change: Callable[[], object]) -> None:
+    """A change after which the file has the times that it had."""
+    status = path.stat()
+    change()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_source_that_changed_after_the_plan_is_refused(link: bool, tiny: Tiny, tmp_path: Path) -> None:
+    (tiny.path / "empty.py").write_text("")
+    config = tiny.path / "config.json"
+    text = config.read_text()
+    for path, change in (
+        (config, lambda: config.write_text(text.replace('"model_type"', '"model_typo"'))),
+        (tiny.path / "empty.py", lambda: (tiny.path / "empty.py").write_text("print()")),
+        (tiny.path / "tokenizer.json", lambda: swap_for_pipe(tiny.path / "tokenizer.json")),
+    ):
+        plan = qkpatch.plan(tiny.path)
+        quietly(path, change)
+        with pytest.raises(QKPatchError, match=r"changed|not a regular file"):
+            qkpatch.apply(plan, tmp_path / "out", link=link)
+        assert not (tmp_path / "out").exists()
+        config.write_text(text)
+
+
+def swap_for_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def test_how_out_is_written_is_a_value_too(tiny: Tiny, tmp_path: Path) -> None:
+    plan = qkpatch.plan(tiny.path)
+    qkpatch.apply(plan, tmp_path / "out", digest="files")
+    assert (tmp_path / "out" / "SHA256SUMS").is_file()
+    for wrong in (
+        {"digest": "all"},
+        {"overwrite": "no"},
+        {"threads": True},
+        {"threads": "2"},
+        {"device": None},
+    ):
+        with pytest.raises(UsageError):
+            qkpatch.apply(plan, tmp_path / "other", **wrong)
+    assert not (tmp_path / "other").exists()

@@ -7,6 +7,10 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from qkpatch.checkpoint.content import Content
+from qkpatch.common.json_text import load_json
+from qkpatch.errors import CheckpointError
+
 _MOST_LINKS = 8
 _COMMIT = re.compile("[0-9a-f]{40}")
 
@@ -56,14 +60,28 @@ def snapshot_at(path: Path) -> Snapshot | None:
     return Snapshot(folder.name.removeprefix("models--").replace("--", "/"), real.name)
 
 
+def listing_at(snapshot: Path) -> dict[str, Content] | None:
+    """What the Hub lists of a snapshot, as huggingface_hub noted it; None where it did not, or in another way."""
+    noted = snapshot.parent.parent / "trees" / f"{snapshot.name}.json"
+    try:
+        files = load_json(noted.read_bytes(), noted.name)["files"]
+        return {
+            name: Content("sha256", entry["lfs_sha256"])
+            if "lfs_sha256" in entry
+            else Content("git", entry["blob_id"])
+            for name, entry in files.items()
+        }
+    except (OSError, CheckpointError, AttributeError, KeyError, TypeError):
+        return None
+
+
 def leads_out(path: Path, root: Path) -> bool:
     """Whether a file below ``root`` lies elsewhere, links resolved, and not in the blobs of the snapshot that it is."""
     real, top = Path(os.path.realpath(path)), Path(os.path.realpath(root))
     homes = [top]
-    if top.parent.name == "snapshots" and top.parent.parent.name.startswith("models--"):
-        homes.append(top.parent.parent / "blobs")
-        if snapshot_at(top) is not None:
-            homes.append(top.parent.parent.parent / "blobs")  # which all repositories share
+    if snapshot_at(top) is not None:
+        # Its own, and those that all repositories share.
+        homes += [top.parent.parent / "blobs", top.parent.parent.parent / "blobs"]
     return not any(home in real.parents for home in homes)
 
 

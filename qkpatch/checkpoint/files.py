@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -192,9 +193,11 @@ def open_read(path: Path, expected: FileId | None = None) -> Iterator[LocalOpenF
         FileSystemError: not readable, or replaced, truncated or written to meanwhile.
     """
     with os_errors("read", path):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would be waited for
     opened = LocalOpenFile(fd, str(path))
     try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise FileSystemError("not a regular file", where=str(path))
         _check_unchanged(opened, expected)
         yield opened
         _check_unchanged(opened, expected)

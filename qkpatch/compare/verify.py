@@ -152,7 +152,7 @@ def check(
         unpublished = {
             name
             for name in output.files
-            if (is_private(name) or name in strays) and name not in present.files
+            if (is_private(name) or name in strays or name == SUMS_NAME) and name not in present.files
         }
     if plan is not None and planned is not None:
         found += differences(manifest, planned, plan, unpublished)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from qkpatch.checkpoint.cache import blob_of, blobs_of
+from qkpatch.checkpoint.cache import blob_of, blobs_of, listing_at
 from qkpatch.checkpoint.content import Content, damaged
 from qkpatch.checkpoint.files import open_read
 from qkpatch.errors import HubError
@@ -66,6 +66,7 @@ def download(hub_id: HubId) -> Found:
     with hub_errors(str(hub_id)):
         path = Path(hub_api().snapshot_download(hub_id.repo, revision=hub_id.revision))
     # snapshots/<commit>: the cache's layout names the commit that the revision resolved to.
+    check_snapshot(path)
     checked = _check_new(path, before)
     return Found(path, hub_id.repo, hub_id.revision, path.name, checked)
 
@@ -97,6 +98,22 @@ def _check_new(snapshot: Path, before: Collection[str]) -> frozenset[str]:
         for _ in pool.map(check, blobs):
             pass
     return frozenset(blobs)
+
+
+def check_snapshot(snapshot: Path) -> None:
+    """Refuse a snapshot in the Hub cache of which a file is a link to another blob than the Hub lists.
+
+    Raises:
+        HubError: it is; where the cache has no listing of it, nothing can be said.
+    """
+    for name, content in (listing_at(snapshot) or {}).items():
+        blob = blob_of(snapshot / name)
+        if blob is not None and blob.name != content.digest:
+            raise HubError(
+                "the Hub cache has another file there than the Hub lists",
+                where=str(snapshot / name),
+                fix=f"remove {snapshot}, and run again: it will be made anew",
+            )
 
 
 def open_repository(hub_id: HubId, *, use_cache: bool = True) -> Found:
@@ -146,4 +163,6 @@ def _cached(hub_id: HubId, commit: str) -> Path | None:
             raise
         return None
     is_whole = all((path / e.path).is_file() and (path / e.path).stat().st_size == e.size for e in tree)
+    if is_whole:
+        check_snapshot(path)
     return path if is_whole else None

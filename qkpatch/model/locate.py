@@ -10,7 +10,7 @@ from pathlib import Path
 from qkpatch.checkpoint.cache import snapshot_at
 from qkpatch.checkpoint.tree import Repository
 from qkpatch.errors import FileSystemError, UsageError
-from qkpatch.hub.repository import HubId, download, open_repository
+from qkpatch.hub.repository import HubId, check_snapshot, download, open_repository
 from qkpatch.recipes.catalogue import get_recipe, shipped_recipes
 from qkpatch.recipes.descriptions import near_names
 from qkpatch.recipes.recipe import Recipe
@@ -101,6 +101,7 @@ def _local(path: Path) -> Source:
         return Source(path, "file", _text(path.name))
     snapshot = snapshot_at(path)
     if snapshot is not None:
+        check_snapshot(path.resolve())
         return Source(path, "hub", snapshot.repo, None, snapshot.commit)
     return Source(path, "directory", _text(path.resolve().name))
 

@@ -102,7 +102,7 @@ def _read(room: Rooted, fingerprint: str) -> dict[str, dict[str, Any]] | None:
         lines = _lines(room)
         if not lines or json.loads(lines[0]) != {"fingerprint": fingerprint}:
             return None
-    except (FileSystemError, ValueError):
+    except (FileSystemError, ValueError, RecursionError):
         return None
     notes: dict[str, dict[str, Any]] = {}
     for line in lines[1:]:
@@ -117,6 +117,6 @@ def _read(room: Rooted, fingerprint: str) -> dict[str, dict[str, Any]] | None:
                 "inode": int(note["inode"]),
                 "ctime_ns": int(note["ctime_ns"]),
             }
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             break  # cut short by the kill
     return notes

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import TypeGuard
 
 from qkpatch.checkpoint.cache import blob_of
 from qkpatch.checkpoint.tree import LocalFile, SourceFile
+from qkpatch.errors import UsageError
 
 
 class Digest(str, Enum):
@@ -28,6 +29,18 @@ class Writing:
     resume: bool = False
     overwrite: bool = False
     force: bool = False  # overwrite whatever is there
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "digest", Digest(self.digest))
+        except ValueError:
+            fix = f"choose one of {', '.join(kind.value for kind in Digest)}"
+            raise UsageError(f"{self.digest!r:.80} is none of them", where="--digest", fix=fix) from None
+        for field in fields(self):
+            given = getattr(self, field.name)
+            if field.name != "digest" and type(given) is not bool:
+                where = f"--{field.name.replace('_', '-')}"
+                raise UsageError(f"{given!r:.80} is neither true nor false", where=where)
 
     def may_link(self, file: SourceFile) -> TypeGuard[LocalFile]:
         """Whether a hard link to a file of SOURCE may stand for a copy of it."""

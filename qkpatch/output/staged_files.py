@@ -77,12 +77,17 @@ class StagedFiles:
 
     def link(self, file: LocalFile, name: str) -> bool:
         """Make ``name`` a hard link to ``file``, links resolved; False where the file system cannot."""
-        if (status := self._files.status(name)) is not None:
+        status = self._files.status(name)
+        if status is not None and FileId.of(status) == file.id:  # by a run before
+            self.is_done(name, status)
+            return True
+        if status is not None:
             self._files.remove(name, status)
-        try:
-            self._files.link(os.path.realpath(file.path), name)
-        except OSError:
-            return False  # another file system, too many links, not permitted: copying will do
+        with file.open():  # as it was planned for, or an error
+            try:
+                self._files.link(os.path.realpath(file.path), name)
+            except OSError:
+                return False  # another file system, too many links, not permitted: copying will do
         status = self.status(name)
         if status is None or FileId.of(status).but_for_links != file.id.but_for_links:
             return False  # it changed meanwhile, which copying will tell

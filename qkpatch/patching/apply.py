@@ -75,10 +75,7 @@ def apply_plan(
     checkpoint = plan.model.checkpoint
     check_out(out, plan.model.source.path, overwrite=replaced is not None, force=writing.force)
     check_apart(out, checkpoint)
-    if writing.digest is Digest.files:
-        refuse_own_sums(checkpoint)
-    if device not in ("auto", "cpu"):  # which are always there
-        _editor(device)
+    check_run(plan, device, writing)
     fingerprint = _fingerprint(plan, writing)
     started = _now()
     with _resumable(), signals_held(), ExitStack() as stack:
@@ -131,6 +128,18 @@ def apply_plan(
             staged.check(checkpoint.directories)
             staging.publish(checkpoint.directories, None if replaced is None else replaced.check)
     return manifest
+
+
+def check_run(plan: EditPlan, device: str, writing: Writing) -> None:
+    """Refuse what can be refused of a run before a file is made or downloaded.
+
+    Raises:
+        UsageError: there is no such device; SHA256SUMS would meet SOURCE's own.
+    """
+    if writing.digest is Digest.files:
+        refuse_own_sums(plan.model.checkpoint)
+    if device not in ("auto", "cpu"):  # which are always there
+        _editor(device)
 
 
 @contextmanager

@@ -105,7 +105,10 @@ class Copier:
                 self._ready[name] = "reflink"
 
     def _state(self, file: OutputFile) -> State | None:
-        state = self._journal.state(self._staged.status(file.name), file)
+        status = self._staged.status(file.name)
+        state = self._journal.state(status, file)
+        if status is None or status.st_nlink > 1 or status.st_uid != os.geteuid():
+            return None  # one that has another name may be SOURCE's own
         wanted = State.filled if file.name in self._plan.edits_by_file else State.copied
         return state if state is wanted else None
 
@@ -197,6 +200,9 @@ class Copier:
                     used[means] += extent.end - extent.begin
                     position = extent.upto
         self._pass(file, ranges, (position, file.size), crew, digest)
+        if whole is not None and file.size == 0:
+            with whole.open():  # nothing is read of it, and it must be empty still
+                pass
         used.setdefault("none", 0)
         if whole is not None and wanted is not None:
             if digests.hex("source") != wanted.digest:

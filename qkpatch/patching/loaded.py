@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +69,8 @@ def edit_loaded(model: torch.nn.Module, request: Request, threads: int | None = 
     plan = plan_of(understood(source, checkpoint, request.recipe, request.attention), request)
     written: list[tuple[Tensor, int, bytes]] = []
 
+    _refuse_shared(tensors, {ref.name for target in plan.edits for ref in target.written})
+
     def write(shard: str, data: bytes | bytearray, at: int) -> None:
         ref = next(ref for target in plan.edits for ref in target.written if ref.begin <= at < ref.end)
         written.append((tensors[ref.name], at - ref.begin, bytes(data)))
@@ -87,9 +89,14 @@ def edit_loaded(model: torch.nn.Module, request: Request, threads: int | None = 
             heads[target.query.name] = records
     # Not before all heads are computed: what fails leaves the model as it was.
     before = tuple((tensor, at, _read(tensor, at, len(data))) for tensor, at, data in written)
-    for tensor, at, data in written:
-        _write(tensor, at, torch.frombuffer(bytearray(data), dtype=torch.uint8))
-    return LoadedEdit(plan, heads, before)
+    made = LoadedEdit(plan, heads, before)
+    try:
+        for tensor, at, data in written:
+            _write(tensor, at, torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    except BaseException:
+        made.restore()
+        raise
+    return made
 
 
 class _Loaded(Repository):
@@ -141,6 +148,27 @@ def _tensors(model: torch.nn.Module) -> dict[str, Tensor]:
             fix="load it on one, or edit the checkpoint with `qkpatch apply`",
         )
     return tensors
+
+
+def _refuse_shared(tensors: Mapping[str, Tensor], edited: Collection[str]) -> None:
+    """Raise :class:`UnsupportedError` where an edit of a tensor would change another one, or itself twice."""
+    spans = {name: _span(tensor) for name, tensor in tensors.items() if tensor.numel()}
+    for name in edited:
+        begin, end = spans[name]
+        others = [n for n, (b, e) in spans.items() if n != name and b < end and begin < e]
+        if others or end - begin < tensors[name].numel() * tensors[name].element_size():
+            raise UnsupportedError(
+                f"it shares memory with {others[0] if others else 'itself'}, which would change with it",
+                where=name,
+                fix="load the model anew, or give the tensor memory of its own: weight.data = weight.data.clone()",
+            )
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The addresses that a tensor lies between."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = sum((size - 1) * stride for size, stride in steps)
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def _refs(tensors: Mapping[str, Tensor]) -> dict[str, TensorRef]:

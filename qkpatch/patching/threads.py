@@ -44,9 +44,12 @@ class Crew:
             together = Barrier(self._all)
             try:
                 wait([self._pool.submit(together.wait) for _ in range(together.parties)])
-            except RuntimeError as error:  # the system has no more threads for us
+            except BaseException as error:
                 together.abort()
                 self._pool.shutdown(wait=True, cancel_futures=True)
+                if not isinstance(error, RuntimeError):
+                    raise  # Ctrl-C in a host process
+                # The system has no more threads for us.
                 raise UsageError(
                     f"{together.parties} threads cannot be started: {error}",
                     where="--threads",

@@ -35,8 +35,8 @@ def choose_threads(asked: int | None, per_thread: int, n_tensors: int) -> int:
         UsageError: fewer than one, or absurdly many.
     """
     if asked is not None:
-        if not 1 <= asked <= MAX_THREADS:
-            raise UsageError(f"{asked} is not between 1 and {MAX_THREADS}", where="--threads")
+        if type(asked) is not int or not 1 <= asked <= MAX_THREADS:
+            raise UsageError(f"{asked!r:.80} is not between 1 and {MAX_THREADS}", where="--threads")
         return asked
     fitting = (USUAL_PEAK - peak_memory(0, per_thread, n_tensors)) // max(per_thread, 1)
     return max(1, min(len(os.sched_getaffinity(0)), fitting))

@@ -150,7 +150,7 @@ def check_device_name(name: str) -> None:
     Raises:
         UsageError: not ``auto``, ``cpu``, ``cuda`` or ``cuda:i``.
     """
-    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", name, re.ASCII):
+    if not isinstance(name, str) or not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", name, re.ASCII):
         raise UsageError(f"{name!r} is not a device", where="--device", fix="use auto, cpu, cuda or cuda:0")
 
 

@@ -90,7 +90,7 @@ def plan_publication(wish: Wish, manifest: Manifest, plan: EditPlan, present: Pr
             withheld.setdefault(flag, []).append(file.name)
     names = {name for some in withheld.values() for name in some}
     _refuse_lame(withheld, plan)
-    kept = [file for file in manifest.files if file.name not in names]
+    kept = [file for file in manifest.files if file.name not in {*names, SUMS_NAME}]
     if odd := [file.name for file in kept if not is_plain_relative(file.name)]:
         raise UsageError("no name for a file on the Hub", where=repr(odd[0]), fix="rename it in SOURCE")
     on_hub = {} if base is None else copyable(base)

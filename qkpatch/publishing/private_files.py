@@ -17,7 +17,9 @@ _PRIVATE = (
     "*-secrets*", "client_secret*", "service_account*.json", "service-account*.json", "kubeconfig*", "htpasswd",
     "passwd", "password*", "pgpass*", "rclone.conf", "*.env", "env.local", "auth.json",
     "token", "token.txt", "token.json", "*_token", "*_token.txt", "*-token", "*-token.txt", "hf_token*", "hf-token*",
-    "access_token*", "api_key*", "apikey*", "api-key*",
+    "access_token*", "api_key*", "apikey*", "api-key*", "*.token", "*_token.json", "*-token.json", "token.*",
+    "*.asc", "*.gpg", "*.der", "*.pk8", "*.rsa", "*.env.*", "*secret?key*", "secretkey*", "*password*", "ssh_key*",
+    "kaggle.json", "cookies.txt",
 )  # fmt: skip
 
 

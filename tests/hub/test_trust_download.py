@@ -225,3 +225,20 @@ def test_a_blob_that_was_in_the_cache_is_hashed_where_digests_are_wanted(
     assert "not what its name there says" in result.stderr
     assert str(blob) in result.stderr
     assert not (tmp_path / "third").exists()
+
+
+def test_a_snapshot_whose_links_lead_to_other_blobs_is_refused(
+    hub: FakeHub, published: Repo, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """The blobs are sound, and one of them stands for another file."""
+    arguments = ("apply", "org/model", *LAYER, "--digest", "files", "-o")
+    assert run_qkpatch(environment, *arguments, tmp_path / "first").returncode == 0
+    first, other = ("model-00001-of-00004.safetensors", "model-00003-of-00004.safetensors")
+    (link,) = (tmp_path / "home").rglob(f"snapshots/*/{first}")
+    link.unlink()
+    link.symlink_to((link.parent / other).readlink())
+    for source in ("org/model", link.parent):
+        result = run_qkpatch(environment, "apply", source, *LAYER, "-o", tmp_path / "second")
+        assert result.returncode in (3, 4), result.stderr
+        assert not (tmp_path / "second").exists()
+    assert "another file there than the Hub lists" in result.stderr

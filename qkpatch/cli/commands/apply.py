@@ -17,7 +17,7 @@ from qkpatch.planning.request import check_device_name
 
 if TYPE_CHECKING:
     from qkpatch.planning.plan import EditPlan
-    from qkpatch.publishing.commit_plan import Wish
+    from qkpatch.publishing.commit_plan import Publication, Wish
 
 
 @command
@@ -65,18 +65,21 @@ def apply(
         write.force,
     )
     request, wish = edit.request, push_wish(publish)
-    if dry_run:
-        _check_wish(preview(source, request, out, run, writing, show), wish, run, show)
-        return
     if no_cache:
         _check_no_cache(source, writing)
     check_device_name(run.device)
     plan = api.plan(source, request, out=out, writing=writing, cache=not no_cache)
+    if dry_run:
+        publication = _foreseen(plan, wish, run)
+        preview(plan, out, run, show)
+        if publication is not None:
+            show_commit(publication, show)
+        return
     say = (lambda _: None) if show.quiet else note
     if out is None:
         out = Path(plan.default_name)
         say(f"OUT is not named, so it is {out} in the current directory")
-    _check_wish(plan, wish, run, show=None)  # what is refused is refused before a download
+    _foreseen(plan, wish, run)  # what is refused is refused before a download
     is_cached = plan.model.source.path is not None or no_cache
     with bars(quiet=show.is_bare) as observer:
         if not is_cached:
@@ -92,24 +95,22 @@ def apply(
         )
     if not show.quiet:
         show_warnings(manifest.warnings)
-    if show.as_json:
-        print_text(manifest.dumps())
-    elif not show.quiet:
+    if not show.is_bare:
         show_applied(plan, manifest, source, out)
     if wish is not None:
         where = None if plan.model.source.kind == "hub" else source
         say(f"Published: {push_out(out, wish, where, plan.model.recipe_file, show)}")
+    # Last, so that stdout is one document: this, or an error.
+    if show.as_json:
+        print_text(manifest.dumps())
 
 
-def _check_wish(plan: EditPlan, wish: Wish | None, run: RunFlags, show: ShowFlags | None) -> None:
-    """Refuse what cannot be published; ``show`` the commit that is foreseen."""
+def _foreseen(plan: EditPlan, wish: Wish | None, run: RunFlags) -> Publication | None:
+    """The commit as far as it is known before OUT is there; refuses what cannot be published."""
     from qkpatch.planning.manifest import planned_manifest
     from qkpatch.publishing.commit_plan import plan_publication
 
-    if wish is not None:
-        publication = plan_publication(wish, planned_manifest(plan, run.device), plan, None)
-        if show is not None:
-            show_commit(publication, show)
+    return None if wish is None else plan_publication(wish, planned_manifest(plan, run.device), plan, None)
 
 
 def _check_no_cache(source: str, writing: Writing) -> None:

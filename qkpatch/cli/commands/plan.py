@@ -10,7 +10,7 @@ import typer
 from qkpatch.cli.command import command
 from qkpatch.cli.flags import EditFlags, RunFlags, ShowFlags, SourceArg, expanded
 from qkpatch.output.options import Writing
-from qkpatch.planning.request import Request, check_device_name
+from qkpatch.planning.request import check_device_name
 
 if TYPE_CHECKING:
     from qkpatch.planning.plan import EditPlan
@@ -29,23 +29,22 @@ def plan(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="OUT may be an earlier output.")] = False,
 ) -> None:
     """Show what `apply` would do, from headers alone: tensors, heads, bytes, disk and memory."""
-    preview(source, edit.request, out, run, Writing(overwrite=overwrite), show)
+    from qkpatch import api
+
+    check_device_name(run.device)
+    made = api.plan(source, edit.request, out=out, writing=Writing(overwrite=overwrite))
+    preview(made, out, run, show)
 
 
-def preview(
-    source: str, request: Request, out: Path | None, run: RunFlags, writing: Writing, show: ShowFlags
-) -> EditPlan:
-    """Make the plan and show it; returns it.
+def preview(plan: EditPlan, out: Path | None, run: RunFlags, show: ShowFlags) -> None:
+    """Show a plan and what it would cost.
 
     Args:
-        source: SOURCE, as the user wrote it.
-        request: the edit that is asked for.
+        plan: the plan.
         out: where OUT would be; None where it is not named.
         run: device and threads, of which cost depends.
-        writing: how OUT would be written.
         show: what is printed.
     """
-    from qkpatch import api
     from qkpatch.cli.console import print_text, show_warnings
     from qkpatch.cli.tables import show_plan
     from qkpatch.common.json_text import canonical_json
@@ -53,8 +52,6 @@ def preview(
     from qkpatch.planning.manifest import planned_manifest
     from qkpatch.planning.memory import choose_threads, peak_memory
 
-    check_device_name(run.device)
-    plan = api.plan(source, request, out=out, writing=writing)
     n_tensors = len(plan.model.checkpoint.tensors)
     n_threads = choose_threads(run.threads, plan.head_memory, n_tensors)
     memory = peak_memory(n_threads, plan.head_memory, n_tensors)
@@ -72,4 +69,3 @@ def preview(
         print_text(canonical_json({**planned_manifest(plan, run.device).to_json(), "costs": costs}))
     elif not show.quiet:
         show_plan(plan, free_disk, memory, n_threads)
-    return plan
