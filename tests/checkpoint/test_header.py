@@ -578,8 +578,14 @@ def test_a_file_that_shrinks_while_it_is_read(
 
 
 def test_what_the_system_cannot_read_is_an_io_fault(tmp_path: Path) -> None:
-    with open_read(tmp_path) as directory, pytest.raises(FileSystemError, match="directory"):
-        read_header(directory, "m")
+    with pytest.raises(FileSystemError, match="not a regular file"), open_read(tmp_path):
+        pass
+    fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        with pytest.raises(FileSystemError, match="directory"):
+            read_header(LocalOpenFile(fd, "m"), "m")
+    finally:
+        os.close(fd)
 
 
 def test_a_huge_length_is_refused_before_anything_is_read(
