@@ -8,12 +8,13 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from fake_hub import FakeHub, fake_hub
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
@@ -95,6 +96,13 @@ def build_tiny(
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     return tiny
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    """A model Hub on this machine."""
+    with fake_hub() as server:
+        yield server
 
 
 @pytest.fixture

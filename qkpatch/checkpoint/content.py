@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter, itemgetter
@@ -41,6 +40,12 @@ class Content:
         if self.algorithm == "sha256":
             return hashlib.sha256()
         return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+
+    def is_in(self, opened: OpenFile) -> bool:
+        """Whether a file holds that content and nothing else."""
+        digest = self.hasher(opened.size)
+        opened.feed(digest, 0, opened.size)
+        return digest.hexdigest() == self.digest
 
     def is_of(self, data: bytes) -> bool:
         """Whether ``data`` has this digest."""
@@ -114,17 +119,11 @@ def feed_source(digest: Digesting, source: OpenFile, held: Sequence[Held], opene
         held: what OUT holds of it.
         opened: opens a file of OUT, by name.
     """
-    rest = deque(gaps(source.size, held))
-    position = 0
-    for name, parts in groupby(sorted(held), attrgetter("name")):
-        with opened(name) as file:
+    rest = [Held(begin, end, "", begin) for begin, end in gaps(source.size, held)]  # no file has that name
+    for name, parts in groupby(sorted([*held, *rest]), attrgetter("name")):
+        with opened(name) if name else nullcontext(source) as file:
             for begin, end, _, at in parts:
-                if rest and rest[0][0] == position and position < begin:
-                    source.feed(digest, *rest.popleft())
                 file.feed(digest, at, at + end - begin)
-                position = end
-    for begin, end in rest:
-        source.feed(digest, begin, end)
 
 
 class HeldFile(OpenFile):

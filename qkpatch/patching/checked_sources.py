@@ -1,4 +1,4 @@
-"""``Sources``: SOURCE's files as a run reads them; and whether copies, of a run before too, are what they should be."""
+"""``Sources``: SOURCE's files as a run reads them, and which of them were found to be what the Hub lists."""
 
 from __future__ import annotations
 
@@ -82,22 +82,16 @@ class Sources:
                 yield opened
             return
         held = self._held.get(name, [])
-        spans = ranges or [(0, file.size)]
-        needed = [part for part in held if any(b < part.end and part.begin < e for b, e in spans)]
+        missing, spans = gaps(file.size, held), ranges or [(0, file.size)]
+        needed = [part for part in held if _meets(part.begin, part.end, spans)]
         with ExitStack() as stack:
             rest = {}
-            if any(self._gap(file, span) for span in spans):
-                with file.open(gaps(file.size, held)) as elsewhere:
+            if any(_meets(*gap, spans) for gap in missing):
+                with file.open(missing) as elsewhere:
                     rest = read_rest(elsewhere, held)
-            places = {
-                part.name: stack.enter_context(self._staged.reading(part.name))
-                for part in {part.name: part for part in needed}.values()
-            }
+            names = {part.name for part in needed}
+            places = {name: stack.enter_context(self._staged.reading(name)) for name in names}
             yield HeldFile(file.where, file.size, needed, rest, places)
-
-    def _gap(self, file: SourceFile, span: tuple[int, int]) -> bool:
-        held = self._held.get(file.name, [])
-        return any(begin < span[1] and span[0] < end for begin, end in gaps(file.size, held))
 
     def tensor_digest(self, ref: TensorRef) -> str:
         """SHA-256 of a tensor's bytes in SOURCE."""
@@ -107,14 +101,15 @@ class Sources:
             return opened.sha256(ref.begin, ref.end)
 
 
+def _meets(begin: int, end: int, spans: Sequence[tuple[int, int]]) -> bool:
+    """Whether the bytes ``begin:end`` have any in common with one of ``spans``."""
+    return any(first < end and begin < last for first, last in spans)
+
+
 def is_listed(file: SourceFile, opened: OpenFile) -> bool:
     """Whether an open copy of a file holds what the Hub lists."""
     listed = file.listed
-    if listed is None:
-        return False
-    digest = listed.hasher(file.size)
-    opened.feed(digest, 0, file.size)
-    return digest.hexdigest() == listed.digest
+    return listed is not None and listed.is_in(opened)
 
 
 def damaged_file(file: SourceFile) -> HubError:

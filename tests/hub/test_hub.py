@@ -9,14 +9,14 @@ import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Tiny, build_tiny
-from fake_hub import TOKEN, FakeHub, Fault, Repo, fake_hub, hub_environment, run_qkpatch
+from fake_hub import TOKEN, FakeHub, Fault, Repo, hub_environment, run_qkpatch
 from typer.testing import Result
 
 ELSEWHERE = "http://127.0.0.1:9"  # the discard port: nobody answers
@@ -33,12 +33,6 @@ LLAVA_CONFIG: dict[str, object] = {
         "head_dim": 8,
     },
 }
-
-
-@pytest.fixture
-def hub() -> Iterator[FakeHub]:
-    with fake_hub() as server:
-        yield server
 
 
 @pytest.fixture

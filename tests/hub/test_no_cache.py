@@ -7,23 +7,17 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import Tiny, build_tiny
-from fake_hub import TOKEN, FakeHub, Fault, Repo, command, fake_hub, hub_environment, run_qkpatch
+from fake_hub import TOKEN, FakeHub, Fault, Repo, command, hub_environment, run_qkpatch
 from typer.testing import Result
 
 SHARDS = [["layers.0."], ["layers.1."], ["layers.2."], [""]]
-
-
-@pytest.fixture
-def hub() -> Iterator[FakeHub]:
-    with fake_hub() as server:
-        yield server
 
 
 @pytest.fixture

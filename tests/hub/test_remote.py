@@ -8,25 +8,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import Tiny, build_tiny
-from fake_hub import TOKEN, FakeHub, Fault, Repo, command, fake_hub, hub_environment, run_qkpatch
+from fake_hub import TOKEN, FakeHub, Fault, Repo, command, hub_environment, run_qkpatch
 from typer.testing import Result
 
 from qkpatch.hub.range_reader import BLOCK, Block, Fetchers, RangeReader, blocks, merged
 
 SHARDS = [["layers.0.", "layers.1.", "layers.2.", "layers.3."], [""]]
-
-
-@pytest.fixture
-def hub() -> Iterator[FakeHub]:
-    with fake_hub() as server:
-        yield server
 
 
 @pytest.fixture

@@ -6,24 +6,18 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Tiny, build_tiny
-from fake_hub import FakeHub, Repo, fake_hub, hub_environment, run_qkpatch
+from fake_hub import FakeHub, Repo, hub_environment, run_qkpatch
 from typer.testing import Result
 
 SHARDS = [["layers.0."], ["layers.1."], ["layers.2."], [""]]
 LAYER = ("--layers", "1")  # in the second shard
 EDITED = "model-00002-of-00004.safetensors"
-
-
-@pytest.fixture
-def hub() -> Iterator[FakeHub]:
-    with fake_hub() as server:
-        yield server
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import StringIO
@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import Tiny, build_tiny
-from fake_hub import TOKEN, FakeHub, Fault, Repo, fake_hub, hub_environment, run_qkpatch
+from fake_hub import TOKEN, FakeHub, Fault, Repo, hub_environment, run_qkpatch
 from typer.testing import Result
 
 from qkpatch.cli.redaction import Redacted
@@ -25,12 +25,6 @@ from qkpatch.hub.token import hub_api
 
 LONG = "hf_" + "aZ3" * 11 + "x"  # as the Hub makes them
 SHARDS = [["embed_tokens", "layers.0."], ["layers.1."], ["layers.2."]]
-
-
-@pytest.fixture
-def hub() -> Iterator[FakeHub]:
-    with fake_hub() as server:
-        yield server
 
 
 @pytest.fixture

@@ -6,14 +6,14 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from conftest import Tiny, build_tiny
-from fake_hub import TOKEN, FakeHub, Repo, fake_hub, hub_environment, run_qkpatch
+from fake_hub import TOKEN, FakeHub, Repo, hub_environment, run_qkpatch
 from typer.testing import Result
 
 from qkpatch.publishing import front_matter
@@ -39,12 +39,6 @@ pipeline_tag: image-text-to-text
 
 It is *good*. --- or so.
 """
-
-
-@pytest.fixture
-def hub() -> Iterator[FakeHub]:
-    with fake_hub() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
