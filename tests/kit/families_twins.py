@@ -57,20 +57,13 @@ def granite_docling() -> Any:
     return nested("GraniteDocling", {**SIZE, **IDS}, vision)
 
 
-def ocr_text() -> dict[str, object]:
-    experts = {
-        "n_routed_experts": 4,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-    }
-    return {**SIZE, **IDS, **experts, "num_key_value_heads": 4, "head_dim": 8}
-
-
-def deepseek_ocr2() -> Any:
-    """The encoder is a Qwen2 stack of other sizes: it must stay."""
-    encoder = {**SIZE, **IDS, "num_hidden_layers": 2}
-    return nested("DeepseekOcr2", ocr_text(), {"sam_config": SAM, "encoder_config": encoder})
+def ocr(name: str, encoder: dict[str, object]) -> Any:
+    """A mixture of experts beside two vision encoders, of which DeepSeek-OCR 2's second is a Qwen2 stack."""
+    text = {
+        **SIZE, **IDS, "head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 1,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_layer_types": ["dense", "sparse", "sparse"],
+    }  # fmt: skip
+    return nested(name, text, {"sam_config": SAM, "encoder_config": encoder})
 
 
 def minicpmv4_7() -> Any:
@@ -118,5 +111,8 @@ CASES: dict[str, Case] = {
     ),
     "minicpm-v-4.6:4.7": case("MiniCPMV4_7", minicpmv4_7, gated, **GATED),
     "granite-docling": case("GraniteDocling", granite_docling),
-    "deepseek-ocr2": case("DeepseekOcr2", deepseek_ocr2),
+    "deepseek-ocr2": case("DeepseekOcr2", lambda: ocr("DeepseekOcr2", {**SIZE, **IDS}), decoy="sam_"),
+    "deepseek-ocr2:unlimited": case(
+        "UnlimitedOcr", lambda: ocr("UnlimitedOcr", {**VISION, "patch_size": 14}), decoy="sam_"
+    ),
 }
