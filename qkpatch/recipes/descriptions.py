@@ -89,9 +89,22 @@ def specialities(recipe: Recipe) -> int:
     )
 
 
+def is_about(recipe: Recipe, word: str) -> bool:
+    """Whether ``word`` is in the names of the recipe, its models, their classes and their language models."""
+    names = (
+        recipe.name,
+        recipe.title,
+        *recipe.model_types,
+        *recipe.architectures,
+        *recipe.config.class_defaults,
+    )
+    return any(word.lower() in name.lower() for name in names)
+
+
 def near_names(word: str, known: Iterable[str]) -> str:
     """The recipes that may have been meant, for an error's cure; there are too many to list them all."""
-    found = get_close_matches(word[:80], list(known), 5, 0.5)
+    names = list(known)
+    found = [name for name in names if word in name][:5] or get_close_matches(word[:80], names, 5, 0.5)
     return f"recipes near it: {', '.join(found)}" if found else "`qkpatch recipes` lists the recipes"
 
 

@@ -233,6 +233,41 @@ def test_recipes_command_lists_shows_and_speaks_json(run) -> None:
     assert run("recipes", "nope").exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("word", "found", "others"),
+    [
+        (
+            "llava",
+            {"llava-1.5", "llava-next", "llava-original", "vipllava", "video-llava"},
+            {"llama", "qwen3"},
+        ),
+        ("LLaVA", {"llava-1.5", "vipllava"}, {"llama"}),
+        ("gemma2", {"gemma2-text", "paligemma", "ovis"}, {"gemma3"}),  # a language model
+        ("MllamaForCausalLM", {"mllama"}, {"llama"}),  # a class
+        ("Command", {"cohere", "cohere2-vision"}, {"aya-vision"}),  # a model's own name
+        ("[", set(), {"llama"}),
+    ],
+)
+def test_recipes_are_filtered_by_a_word(word: str, found: set[str], others: set[str], run) -> None:
+    result = run("recipes", word, "--json")
+    if not found:
+        assert result.exit_code == 2
+        assert f"no recipe is called {word!r}" in result.stderr
+        return
+    names = {recipe["name"] for recipe in json.loads(result.stdout)}
+    assert found <= names
+    assert not names & others
+    table = run("recipes", word).stdout
+    assert all(name in table for name in names)
+    assert "tested on" in table
+
+
+def test_a_word_that_is_near_a_name_is_told_what_may_be_meant(run) -> None:
+    assert "llava-next" in run("recipes", "lava-nexxt").stderr
+    assert "llava-1.5, llava-next" in str(run("plan", "x", "--recipe", "llava").stderr)
+    assert "lists the recipes" in run("recipes", "zzzzzzzz").stderr
+
+
 def test_a_recipe_in_a_file_is_shown_as_it_stands_there(run, tmp_path: Path) -> None:
     shipped = (REPO / "configs" / "llama.yaml").read_text()
     for name in ("mine", "llama"):  # the second bears the name of a shipped one
