@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,9 @@ class Backbone:
     text: bytes  # of the recipe's file
 
 
-def backbones_of(said: Mapping[str, Any], text: bytes) -> Iterator[Backbone]:
-    """The language models that a recipe describes, none where it names backbones itself."""
-    if "backbones" not in said:
-        yield from (Backbone(model_type, said, text) for model_type in said["config"]["class_defaults"])
+def is_family(text: bytes) -> bool:
+    """Whether a recipe's file names backbones, so that it is none itself."""
+    return b"\nbackbones:" in text
 
 
 def completed(said: Mapping[str, Any], backbones: Sequence[Backbone]) -> tuple[dict[str, Any], list[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -37,12 +37,15 @@ TESTED = ("transformers class", "documented layout", "real weights", UNTESTED)
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
-def parse_recipe(text: bytes, where: str, backbones: Mapping[str, Backbone] = MappingProxyType({})) -> Recipe:
-    """Read a recipe; every unknown key, wrong type and missing field is reported in one :class:`RecipeError`.
+def parse_recipe(
+    text: bytes, where: str, backbone: Callable[[str], Backbone | None] = lambda model_type: None
+) -> Recipe:
+    """Read a recipe, which may name language models that ``backbone`` knows, by text ``model_type``.
 
-    ``backbones``, by text ``model_type``, are the language models that it may name.
+    Raises:
+        RecipeError: every unknown key, wrong type and missing field in one.
     """
-    root, sources = _fields(load_yaml(text, where), where, backbones)
+    root, sources = _fields(load_yaml(text, where), where, backbone)
     match = root.take_mapping("match", required=True)
     defaults = root.take_mapping("defaults")
     config = root.take_mapping("config", required=True)
@@ -72,19 +75,22 @@ def parse_recipe(text: bytes, where: str, backbones: Mapping[str, Backbone] = Ma
     return recipe
 
 
-def _fields(said: Any, where: str, backbones: Mapping[str, Backbone]) -> tuple[Fields, list[bytes]]:
+def _fields(
+    said: Any, where: str, backbone: Callable[[str], Backbone | None]
+) -> tuple[Fields, tuple[bytes, ...]]:
     """What a file says, over what its backbones say, and the texts of their files."""
-    is_family = isinstance(said, dict) and "backbones" in said
-    names = Fields(said if is_family else {}, where).take_list("backbones", str)
-    named = [backbones[name] for name in dict.fromkeys(names) if name in backbones]
-    merged, differing = completed(said, named) if is_family else (said, [])
+    if not isinstance(said, dict) or "backbones" not in said:
+        return Fields(said, where), ()
+    names = Fields(said, where).take_list("backbones", str)
+    found = [known for name in dict.fromkeys(names) if (known := backbone(name)) is not None]
+    merged, differing = completed(said, found)
     root = Fields(merged, where)
-    for i, name in enumerate(root.take_list("backbones", str, required=is_family)):
-        if name not in backbones:
+    for i, name in enumerate(root.take_list("backbones", str, required=True)):
+        if backbone(name) is None:
             root.fault(f"no recipe without backbones describes a language model {name!r}", f"backbones[{i}]")
     for key in differing:
         root.fault(f"the backbones {', '.join(names)} differ here: say which it is, or null for none", key)
-    return root, list(dict.fromkeys(backbone.text for backbone in named))
+    return root, tuple(dict.fromkeys(known.text for known in found))
 
 
 def _config_reading(fields: Fields) -> ConfigReading:
