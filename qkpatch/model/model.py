@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from qkpatch.checkpoint.source import Checkpoint, open_checkpoint
-from qkpatch.errors import AmbiguousError, CheckpointError, UsageError
+from qkpatch.errors import AmbiguousError, CheckpointError, QKPatchError, UsageError
 from qkpatch.model.choice import choose_recipe, query_like
 from qkpatch.model.locate import Access, Source, locate
 from qkpatch.model.refusals import refuse_known
@@ -185,8 +185,14 @@ def _prefix_error(
     refuse_known(checkpoint.tensors)
     expected = ", ".join(p + names.query for p in names.prefixes)
     like = ", ".join(query_like(checkpoint.tensors)) or "nothing like a query projection"
+    try:
+        fix = (
+            f"recipe {choose_recipe(checkpoint.config, checkpoint.tensors).name} fits: name that one, or none"
+        )
+    except QKPatchError:
+        fix = "choose another recipe with --recipe"
     return AmbiguousError(
         f"recipe {recipe.name} matches no tensor: it expects {expected}; the checkpoint has {like}",
         where=checkpoint.where.rpartition("/")[2],
-        fix="choose another recipe with --recipe",
+        fix=fix,
     )

@@ -226,6 +226,19 @@ def test_query_heads_share_key_heads_as_repeat_kv_does(n_kv: int) -> None:
     assert [layout.kv_head(h) for h in range(4)] == repeat_kv(keys, 4 // n_kv).flatten().int().tolist()
 
 
+@pytest.mark.parametrize("recipe", ["llava-1.5", "qwen3-vl", "internlm2", "deepseek-vl"])
+def test_a_recipe_for_other_names_says_which_one_fits(recipe: str, tmp_path: Path, run) -> None:
+    tiny = build_tiny(tmp_path / "source")
+    result = run("plan", tiny.path, "--recipe", recipe)
+    assert result.exit_code == 3
+    assert f"recipe {recipe} matches no tensor" in result.stderr
+    assert "recipe llama fits: name that one, or none" in result.stderr
+    assert run("plan", tiny.path, "--recipe", "llama").exit_code == 0
+    config = json.loads((tiny.path / "config.json").read_text())
+    (tiny.path / "config.json").write_text(json.dumps({**config, "model_type": "newlm"}))
+    assert "choose another recipe with --recipe" in run("plan", tiny.path, "--recipe", recipe).stderr
+
+
 def test_recipes_command_lists_shows_and_speaks_json(run) -> None:
     assert all(name in run("recipes").stdout for name in shipped_recipes())
     assert run("recipes", "llava-1.5").stdout == (REPO / "configs" / "llava-1.5.yaml").read_text()
