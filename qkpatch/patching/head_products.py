@@ -15,7 +15,7 @@ from qkpatch.checkpoint.files import OpenFile
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.errors import NumericalError
 from qkpatch.model.targets import LayerTarget
-from qkpatch.patching.head_bytes import COMPUTE_DTYPE, HeadBytes
+from qkpatch.patching.head_bytes import COMPUTE_DTYPE, DTYPES, HeadBytes
 from qkpatch.recipes.recipe import NormKind
 from qkpatch.spectral.product import Factor, QKProduct, largest
 
@@ -64,10 +64,10 @@ class LayerWeights:
             owners = [(layout.kv_head(head), head if is_own else -1) for head in batch]
             distinct = tuple(dict.fromkeys(owners))
             if distinct != current:
-                current, keys = distinct, Factor(self.folded(self._keys(distinct)))
+                current, keys = distinct, self._factor(self._keys(distinct))
                 self._check(self.target.key, keys.W, [f"key head {kv_head}" for kv_head, _ in distinct])
             W_Q = self.stored.queries(batch)
-            product = QKProduct(Factor(self.folded(W_Q)), keys.take([distinct.index(o) for o in owners]))
+            product = QKProduct(self._factor(W_Q), keys.take([distinct.index(o) for o in owners]))
             self._check(self.target.query, product.query.W, [f"query head {head}" for head in batch])
             yield HeadWeights(batch, W_Q, product)
             del W_Q, product  # before the next ones are read
@@ -101,6 +101,9 @@ class LayerWeights:
     def folded(self, W: Tensor) -> Tensor:
         """Weights (n, d_head, d_model) as they are in the product: ``W diag(γ)`` where a gain is folded into it."""
         return W if self.input_gain is None else W * self.input_gain
+
+    def _factor(self, W: Tensor) -> Factor:
+        return Factor(self.folded(W), torch.finfo(DTYPES[self.target.query.dtype]).eps / 2)
 
     def unfolded(self, batch: HeadWeights, W_Q: Tensor) -> Tensor:
         """Edited query weights of the product as they are stored: the change is mapped back by ``diag(1/γ)``.

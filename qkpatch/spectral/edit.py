@@ -142,7 +142,7 @@ def measure(product: QKProduct, edit: QueryEdit, W_Q_stored: Tensor) -> tuple[He
             fix="use a larger --alpha or fewer --modes",
         )
     W_Q = product.query.W
-    after = QKProduct(Factor(W_Q_stored), product.key).spectra(edit.spectra[0].channel)
+    after = QKProduct(Factor(W_Q_stored, product.query.roundoff), product.key).spectra(edit.spectra[0].channel)
     # One array for both differences: at these sizes fresh memory costs as much as arithmetic.
     difference = W_Q_stored - edit.W_Q
     rounding = torch.linalg.matrix_norm(difference)
@@ -188,7 +188,8 @@ def _delta(
 def _edit_subspace(product: QKProduct, rule: EditRule, generators: Sequence[torch.Generator]) -> QueryEdit:
     if rule.channel is not Channel.full:
         raise UsageError("a random subspace belongs to no channel", fix="drop --channel")
-    query = product.query
+    # By QR: what a seed draws depends on the signs of the singular vectors.
+    query = Factor(product.query.W)
     core, counts = _haar_subspaces(query, rule.modes, generators)
     G = query.basis.lift(core)
     W_Q_G = query.R.mT @ core

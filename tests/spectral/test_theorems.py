@@ -673,7 +673,7 @@ def test_threads_do_not_wait_for_each_other_to_factor_a_head() -> None:
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(lambda head: head.value, heads)) == [id(head) for head in heads]
     assert [head.value for head in heads] == [id(head) for head in heads]  # and none computes again
-    assert isinstance(vars(Factor)["_qr"], cached_property)
+    assert isinstance(vars(Factor)["_factors"], cached_property)
 
 
 def test_float32_is_not_enough() -> None:
