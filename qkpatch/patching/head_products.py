@@ -65,10 +65,10 @@ class LayerWeights:
             distinct = tuple(dict.fromkeys(owners))
             if distinct != current:
                 current, keys = distinct, self._factor(self._keys(distinct))
-                self._check(self.target.key, keys.W, [f"key head {kv_head}" for kv_head, _ in distinct])
+                self._check(self.target.key, keys, [f"key head {kv_head}" for kv_head, _ in distinct])
             W_Q = self.stored.queries(batch)
             product = QKProduct(self._factor(W_Q), keys.take([distinct.index(o) for o in owners]))
-            self._check(self.target.query, product.query.W, [f"query head {head}" for head in batch])
+            self._check(self.target.query, product.query, [f"query head {head}" for head in batch])
             yield HeadWeights(batch, W_Q, product)
             del W_Q, product  # before the next ones are read
 
@@ -124,12 +124,12 @@ class LayerWeights:
             )
         return batch.W_Q + (W_Q - batch.product.query.W) / gain
 
-    def _check(self, ref: TensorRef, W: Tensor, names: Sequence[str]) -> None:
+    def _check(self, ref: TensorRef, factor: Factor, names: Sequence[str]) -> None:
         """Refuse weights, all gains in them, that hold what is no number or cannot be squared."""
-        for i, norm in enumerate(torch.linalg.matrix_norm(W).tolist()):
+        for i, norm in enumerate(factor.norm.tolist()):
             if SMALLEST < norm < LARGEST:
                 continue
-            size = largest(W[i])
+            size = largest(factor.W[i])
             if not math.isfinite(size):
                 raise self.stored.damaged(ref, names[i])
             if size and not SMALLEST < size < LARGEST:

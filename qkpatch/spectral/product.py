@@ -139,6 +139,12 @@ class Factor:
         """``R`` (n, k, d_head), on the CPU."""
         return self.known[1] if self.known else self._factors[0]
 
+    @cached_property
+    def norm(self) -> Tensor:
+        """``‖W‖_F = ‖R‖_F``, (n,), on the CPU."""
+        norm: Tensor = torch.linalg.matrix_norm(self.R)
+        return norm
+
     def take(self, at: Sequence[int]) -> Factor:
         """The factors at ``at``, which may repeat: heads that share keys share their factors."""
         if list(at) == list(range(len(self.W))):
