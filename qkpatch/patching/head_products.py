@@ -17,7 +17,8 @@ from qkpatch.errors import NumericalError
 from qkpatch.model.targets import LayerTarget
 from qkpatch.patching.head_bytes import COMPUTE_DTYPE, DTYPES, HeadBytes
 from qkpatch.recipes.recipe import NormKind
-from qkpatch.spectral.product import Factor, QKProduct, largest
+from qkpatch.spectral.factors import Factor, largest
+from qkpatch.spectral.product import QKProduct
 
 # Squares of products must neither overflow nor vanish; only float64 weights can be out of this range.
 SMALLEST, LARGEST = 1e-75, 1e75

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from qkpatch.errors import NumericalError, UsageError
-from qkpatch.spectral.product import Decomposition, Factor, QKProduct, Spectrum, is_finite, to_host
+from qkpatch.spectral.factors import Factor, is_finite, to_host
+from qkpatch.spectral.product import Decomposition, QKProduct, Spectrum
 from qkpatch.spectral.rule import Channel, EditRule, Select
 
 
@@ -149,7 +150,9 @@ def measure(product: QKProduct, edit: QueryEdit, W_Q_stored: Tensor) -> tuple[He
                 "the edited weight does not fit in the stored dtype: NaN or Inf",
                 fix="use a larger --alpha or fewer --modes",
             )
-    after = QKProduct(Factor(W_Q_stored, product.query.roundoff), product.key).spectra(edit.spectra[0].channel)
+    after = QKProduct(Factor(W_Q_stored, product.query.roundoff), product.key).spectra(
+        edit.spectra[0].channel
+    )
     gains = _gains(edit, W_Q, W_Q_stored)
     return tuple(
         HeadReport(
