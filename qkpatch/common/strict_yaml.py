@@ -1,5 +1,7 @@
 """Strict reading of YAML and JSON settings: every key known, every type exact, all faults told together.
 
+:func:`top_level` reads what others wrote, such as the head of a model card, and leaves it to the letter.
+
 YAML's ``safe_load`` keeps the last of two equal keys and reads ``1e-3`` as a string; here the first is a
 fault and the second is refused by type, each with its place: ``$.config.defaults: expected int, got str '1e-3'``.
 """
@@ -9,7 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable
 from enum import Enum
-from typing import Any, TypeVar
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
@@ -26,8 +29,8 @@ _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 MAX_BYTES = 1 << 20  # settings are written by hand; more than 1 MiB is a mistake or an attack
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """``SafeLoader`` without duplicate keys, aliases (so no alias bombs), tags, and numbers that are not decimal."""
+class _PlainLoader(yaml.SafeLoader):
+    """``SafeLoader`` without aliases (so no alias bombs) and tags."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -40,6 +43,13 @@ class _StrictLoader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(
                 None, None, f"a value is tagged as {event.tag}; leave the tag out", event.start_mark
             )
+        return super().compose_node(parent, index)
+
+
+class _StrictLoader(_PlainLoader):
+    """The same without duplicate keys, and without numbers that are not decimal."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
         node = super().compose_node(parent, index)
         if isinstance(node, yaml.ScalarNode):
             if node.tag.rpartition(":")[2] not in _PLAIN_TYPES:
@@ -90,6 +100,48 @@ def load_yaml(text: bytes, where: str) -> Any:
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         # OverflowError is PyYAML's for "\Uffffffff", a character beyond all.
         raise RecipeError(f"not valid YAML: {error}", where=where) from error
+
+
+class Entry(NamedTuple):
+    """A key's lines to the letter, and where it has a text or a list of texts, these; None in place of a null."""
+
+    lines: str
+    texts: tuple[str | None, ...] | None
+
+
+def top_level(text: str, where: str) -> dict[str, Entry] | None:
+    """The top-level keys of one document in any of YAML's spellings; None where it is no mapping.
+
+    Raises:
+        RecipeError: malformed text, aliases, tags.
+    """
+    if len(text) > MAX_BYTES:
+        raise RecipeError(f"{len(text)} characters of YAML", where=where)
+    try:
+        root = yaml.compose(text, Loader=_PlainLoader)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        raise RecipeError(f"not YAML: {getattr(error, 'problem', None) or error}", where=where) from error
+    if not isinstance(root, yaml.MappingNode):
+        return {} if root is None else None
+    nodes = [(key, value) for key, value in root.value if isinstance(key, yaml.ScalarNode)]
+    if root.flow_style or any(key.start_mark.column for key, _ in nodes) or len(nodes) < len(root.value):
+        lines = [_serialised(*pair) for pair in nodes]
+    else:
+        begins = [0, *(key.start_mark.index for key, _ in nodes[1:]), len(text)]
+        lines = [text[begin:end] for begin, end in pairwise(begins)]
+    return {key.value: Entry(own, _texts(value)) for (key, value), own in zip(nodes, lines, strict=True)}
+
+
+def _serialised(key: yaml.Node, value: yaml.Node) -> str:
+    root = yaml.MappingNode("tag:yaml.org,2002:map", [(key, value)], flow_style=False)
+    return str(yaml.serialize(root, Dumper=yaml.SafeDumper, allow_unicode=True, width=MAX_BYTES))
+
+
+def _texts(node: yaml.Node) -> tuple[str | None, ...] | None:
+    items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    if not all(isinstance(item, yaml.ScalarNode) for item in items):
+        return None
+    return tuple(None if item.tag.endswith(":null") else item.value for item in items)
 
 
 class Fields:
