@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterator
 from statistics import mean
@@ -23,7 +24,10 @@ FOLLOWS = "<!-- The card of the base model follows, as it was. -->"
 # Figures, addresses, successors and relations of the base model, which are not this one's; YAML's merge of mappings.
 _NOT_INHERITED = ("model-index", "new_version", "eval_results", "base_model_relation", "<<")
 _EDITED = "with the query weights of its language model edited by qkpatch"
-_MEASURED = "\nMeasured for this model with lmms-eval"
+_MEASURED = "\nMeasured for this model with lmms-eval, by whoever made it"
+_RESULTS = re.compile(
+    _MEASURED + r", both .*\n\n(?:\|.*\n)+(?:\n(?:Paired: |The samples |\*\*Not the model alone).*\n)+"
+)
 
 
 def card_text(raw: bytes) -> str:
@@ -62,7 +66,7 @@ def is_card_of(card: str, manifest: Manifest, base_card: str | None) -> bool:
     paper, nothing = _claims(None)
     for is_checked in (False, True):
         said = "".join(_edit(manifest, is_checked=is_checked)) + paper
-        if own == said + nothing or (own.startswith(said + _MEASURED) and "\n#" not in own[len(said) :]):
+        if own.startswith(said) and (own == said + nothing or _RESULTS.fullmatch(own, len(said))):
             return True
     return False
 
@@ -86,7 +90,7 @@ def _base_text(base_card: str | None) -> str | None:
     if base_card is None:
         return None
     text = FrontMatter.of(base_card).text
-    return text.partition(f"{FOLLOWS}\n\n")[2] or None if _is_ours(base_card) else text
+    return (text.partition(f"{FOLLOWS}\n\n")[2] if _is_ours(base_card) else text) or None
 
 
 def _around(manifest: Manifest, base_card: str | None) -> tuple[str, str]:
@@ -197,7 +201,7 @@ def _claims(comparison: Comparison | None) -> Iterator[str]:
         )
         return
     yield (
-        f"{_MEASURED}, by whoever made it, both models with the same call. Base: "
+        f"{_MEASURED}, both models with the same call. Base: "
         f"`{_cell(comparison.base)}`; patched: `{_cell(comparison.patched)}`.\n\n"
         "| task | metric | questions | base | patched | difference | paired, 95 % interval | questions that differ |\n"
         "|---|---|---|---|---|---|---|---|\n"

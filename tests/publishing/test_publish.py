@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
+import os
+import shlex
 import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +17,12 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Tiny, build_tiny
-from fake_hub import TOKEN, FakeHub, Repo, hub_environment, run_qkpatch
+from conftest import REPO, Tiny, build_tiny
+from fake_hub import TOKEN, FakeHub, Repo, command, hub_environment, run_qkpatch
 from typer.testing import Result
 
+from qkpatch.planning.manifest import Manifest
+from qkpatch.publishing.card import is_card_of
 from qkpatch.publishing.front_matter import FrontMatter
 
 SHARDS = [["layers.0."], ["layers.1."], [""]]
@@ -522,3 +528,121 @@ def test_an_output_that_was_cut_is_not_published(
     assert result.returncode == 1
     assert PATCHED in result.stderr
     assert hub.commits == []
+
+
+# -------- the card in OUT
+
+
+def verified(run: Callable[..., Result], out: Path, source: Path) -> None:
+    result = run("verify", out, "--source", source)
+    assert result.exit_code == 0, result.stdout
+
+
+@pytest.mark.parametrize("readme", [BASE_CARD, "\ufeff# Base\n", "", None])
+@pytest.mark.parametrize("digest", ["edited", "files", "none"])
+def test_a_card_that_is_written_into_out_is_a_card_that_verify_knows(
+    base: Tiny, tmp_path: Path, run: Callable[..., Result], readme: str | None, digest: str
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(base.path, source)
+    (source / "README.md").unlink()
+    if readme is not None:
+        (source / "README.md").write_text(readme, encoding="utf-8")
+    assert run("apply", source, "-o", out, "--digest", digest, "--quiet").exit_code == 0
+    printed = run("card", out).stdout
+    others = {p.name: p.read_bytes() for p in out.iterdir() if p.name != "README.md"}
+    written = run("card", out, "--write")
+    assert (written.exit_code, written.stdout) == (0, ""), written.stderr
+    card = (out / "README.md").read_text()
+    assert card == printed
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.name != "README.md"} == others
+    verified(run, out, source)
+    # Once more, with results and without.
+    assert run("card", out).stdout == card
+    before, after = lmms(tmp_path / "b", [1.0, 0.0], [True]), lmms(tmp_path / "p", [1.0, 1.0], [True])
+    results = ("--results", after, "--base-results", before)
+    assert run("card", out, "--write", *results, "--quiet").exit_code == 0
+    measured = (out / "README.md").read_text()
+    assert "Measured for this model" in measured
+    assert "Nothing was measured" not in measured
+    verified(run, out, source)
+    manifest = Manifest.loads((out / "qkpatch.json").read_bytes(), "")
+    for text in (card, measured):
+        assert is_card_of(text, manifest, readme)
+        assert not is_card_of(text.replace("| factor α | 0.8 |", "| factor α | 0.1 |"), manifest, readme)
+        assert not is_card_of(text + "x", manifest, readme)
+        assert not is_card_of(text.replace("qkpatch apply", "curl"), manifest, readme)
+    assert run("card", out).stdout == card
+    assert run("card", out, "--write").exit_code == 0
+    assert (out / "README.md").read_text() == card
+    assert ("digests before and after" in card) == (digest != "none")
+
+
+def test_the_card_of_an_edit_of_an_edit_replaces_the_one_before(
+    base: Tiny, tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    sources = [base.path]
+    before, after = lmms(tmp_path / "b", [1.0, 0.0], [True]), lmms(tmp_path / "p", [1.0, 1.0], [True])
+    for alpha in ("0.5", "0.6", "0.7"):
+        out = tmp_path / alpha
+        assert run("apply", sources[-1], "-o", out, "--alpha", alpha, "--quiet").exit_code == 0
+        assert run("card", out, "--write", "--results", after, "--base-results", before).exit_code == 0
+        verified(run, out, sources[-1])
+        sources.append(out)
+    card = run("card", sources[-1]).stdout
+    assert "Nothing was measured for this model" in card
+    assert "Measured for this model" not in card
+    assert card.count("## What is claimed") == card.count("It is *good*.") == 1
+    assert "| factor α | 0.7 |" in card
+    assert "That was edited by qkpatch before: layers 1, 4 dominant mode(s), alpha 0.6, full channel." in card
+    data, _ = parts(card)
+    assert (data["license"], data["tags"]) == ("other", ["vision", "chat", "qkpatch"])
+
+
+@pytest.mark.parametrize("redirection", [">", ">>", "| tee"])
+@pytest.mark.parametrize("name", ["out/README.md", "soft", "hard"])
+def test_a_card_is_not_printed_into_itself(out: Path, tmp_path: Path, redirection: str, name: str) -> None:
+    (tmp_path / "soft").symlink_to(out / "README.md")
+    (tmp_path / "hard").hardlink_to(out / "README.md")
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+
+    def bash(script: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+
+    # A pipe is not seen through, but the card that it has emptied is missed.
+    emptied = f": > {name}; " if "tee" in redirection else ""
+    done = bash(f"set -o pipefail; {emptied}{shlex.join(command('card', 'out'))} {redirection} {name}")
+    assert done.returncode == (4 if emptied else 2), done.stderr
+    assert "qkpatch card out --write" in done.stderr.replace("OUT", "out")
+    assert (out / "README.md").read_text() == (BASE_CARD if redirection == ">>" else "")
+    # The cure.
+    (out / "README.md").write_text(BASE_CARD)
+    cured = bash(shlex.join(command("card", "out", "--write")))
+    assert cured.returncode == 0, cured.stderr
+    assert "license: other\n" in (out / "README.md").read_text()
+
+
+def test_a_card_that_cannot_be_written_leaves_the_one_there(
+    out: Path, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    names = sorted(out.iterdir())
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fails)
+        result = run("card", out, "--write")
+    assert result.exit_code == 4
+    assert "cannot write: No space left on device" in result.stderr
+    assert (out / "README.md").read_text() == BASE_CARD
+    assert sorted(out.iterdir()) == names
+    (out / "README.md").rename(out.parent / "elsewhere")
+    (out / "README.md").symlink_to(out.parent / "elsewhere")
+    linked = run("card", out, "--write")
+    assert linked.exit_code == 4
+    assert "README.md is a link" in linked.stderr
+    assert (out.parent / "elsewhere").read_text() == BASE_CARD
+    both = run("card", out, "--write", "--push", "me/new")
+    assert both.exit_code == 2
