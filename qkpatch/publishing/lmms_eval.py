@@ -107,7 +107,7 @@ def compare(base: Path, patched: Path) -> Comparison:
     differing = [key for key in _SHOULD_AGREE if _of(a, *key.split(".")) != _of(b, *key.split("."))]
     doubts = [f"the runs differ in {', '.join(differing)}"] if differing else []
     if (arguments := _of(a, "config", "model_args")) and arguments == _of(b, "config", "model_args"):
-        doubts.append("both runs name the same model")
+        doubts.append("both name the same model")
     return Comparison(_what_ran(a), _what_ran(b), metrics, tuple(doubts))
 
 
