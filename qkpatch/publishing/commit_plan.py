@@ -90,8 +90,12 @@ def plan_publication(wish: Wish, manifest: Manifest, plan: EditPlan, present: Pr
     names = {name for some in withheld.values() for name in some}
     _refuse_lame(withheld, plan)
     kept = [file for file in manifest.files if file.name not in {*names, SUMS_NAME}]
-    if odd := [file.name for file in kept if not is_plain_relative(file.name)]:
-        raise UsageError("no name for a file on the Hub", where=repr(odd[0]), fix="rename it in SOURCE")
+    if odd := [file.name for file in kept if not _may_be_on_hub(file.name)]:
+        raise UsageError(
+            "no name for a file on the Hub",
+            where=repr(odd[0]),
+            fix="rename it in SOURCE, or leave out what insists on it: --include-hidden",
+        )
     on_hub = {} if base is None else copyable(base)
     steps = []
     for file in kept:
@@ -106,6 +110,11 @@ def plan_publication(wish: Wish, manifest: Manifest, plan: EditPlan, present: Pr
         steps.append(Step(name, len(content), hashlib.sha256(content).hexdigest(), False, content))
     check_repository(repository, [step.name for step in steps])
     return Publication(repository, base, tuple(steps), _summary(manifest), tuple(_warnings(withheld)))
+
+
+def _may_be_on_hub(name: str) -> bool:
+    # What else huggingface_hub refuses, when all is done.
+    return is_plain_relative(name) and not {".git", ".cache"} & set(name.casefold().split("/"))
 
 
 def _refuse_lame(withheld: dict[str, list[str]], plan: EditPlan) -> None:
