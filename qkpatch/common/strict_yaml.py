@@ -29,8 +29,8 @@ _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 MAX_BYTES = 1 << 20  # settings are written by hand; more than 1 MiB is a mistake or an attack
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """``SafeLoader`` without aliases (so no alias bombs) and tags."""
+class _StrictLoader(yaml.SafeLoader):
+    """``SafeLoader`` without duplicate keys, aliases (so no alias bombs), tags, and numbers that are not decimal."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -43,13 +43,6 @@ class _PlainLoader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(
                 None, None, f"a value is tagged as {event.tag}; leave the tag out", event.start_mark
             )
-        return super().compose_node(parent, index)
-
-
-class _StrictLoader(_PlainLoader):
-    """The same without duplicate keys, and without numbers that are not decimal."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
         node = super().compose_node(parent, index)
         if isinstance(node, yaml.ScalarNode):
             if node.tag.rpartition(":")[2] not in _PLAIN_TYPES:
@@ -103,38 +96,39 @@ def load_yaml(text: bytes, where: str) -> Any:
 
 
 class Entry(NamedTuple):
-    """A key's lines to the letter, and where it has a text or a list of texts, these; None in place of a null."""
+    """A key's lines to the letter; and its text or texts, None for each null, None where it has another value."""
 
     lines: str
     texts: tuple[str | None, ...] | None
 
 
 def top_level(text: str, where: str) -> dict[str, Entry] | None:
-    """The top-level keys of one document in any of YAML's spellings; None where it is no mapping.
+    """The top-level keys of a document in any of YAML's spellings; None where it is no mapping.
 
     Raises:
-        RecipeError: malformed text, aliases, tags.
+        RecipeError: it is not YAML, or longer than a person writes.
     """
     if len(text) > MAX_BYTES:
         raise RecipeError(f"{len(text)} characters of YAML", where=where)
     try:
-        root = yaml.compose(text, Loader=_PlainLoader)
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise RecipeError(f"not YAML: {getattr(error, 'problem', None) or error}", where=where) from error
     if not isinstance(root, yaml.MappingNode):
         return {} if root is None else None
-    nodes = [(key, value) for key, value in root.value if isinstance(key, yaml.ScalarNode)]
-    if root.flow_style or any(key.start_mark.column for key, _ in nodes) or len(nodes) < len(root.value):
-        lines = [_serialised(*pair) for pair in nodes]
-    else:
-        begins = [0, *(key.start_mark.index for key, _ in nodes[1:]), len(text)]
-        lines = [text[begin:end] for begin, end in pairwise(begins)]
-    return {key.value: Entry(own, _texts(value)) for (key, value), own in zip(nodes, lines, strict=True)}
-
-
-def _serialised(key: yaml.Node, value: yaml.Node) -> str:
-    root = yaml.MappingNode("tag:yaml.org,2002:map", [(key, value)], flow_style=False)
-    return str(yaml.serialize(root, Dumper=yaml.SafeDumper, allow_unicode=True, width=MAX_BYTES))
+    keys, begins = [key for key, _ in root.value], [key.start_mark.index for key, _ in root.value[1:]]
+    lines = [text[begin:end] for begin, end in pairwise([0, *begins, len(text)])]
+    # In braces, indented, behind a question mark, or with names for values, lines do not stand by themselves.
+    if root.flow_style or "&" in text or any(key.start_mark.column for key in keys):
+        alone = (yaml.MappingNode(root.tag, [pair], flow_style=False) for pair in root.value)
+        lines = [
+            yaml.serialize(entry, None, yaml.SafeDumper, allow_unicode=True, width=1e9) for entry in alone
+        ]
+    return {
+        key.value: Entry(own, _texts(value))
+        for (key, value), own in zip(root.value, lines, strict=False)
+        if isinstance(key, yaml.ScalarNode)
+    }
 
 
 def _texts(node: yaml.Node) -> tuple[str | None, ...] | None:

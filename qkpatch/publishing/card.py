@@ -52,59 +52,49 @@ def model_card(
         comparison: results of both models.
         is_checked: this very OUT was just verified.
     """
-    head, tail = _around(manifest, base_card)
     own = [*_edit(manifest, is_checked=is_checked), *_claims(comparison)]
-    return "".join([head, f"\n# {plain(title)}\n", *own, tail])
+    return "".join([_head(manifest, base_card), f"\n# {plain(title)}\n", *own, _tail(base_card)])
 
 
 def is_card_of(card: str, manifest: Manifest, base_card: str | None) -> bool:
     """Whether :func:`model_card` made ``card`` of just these, whatever its title and results, to the letter."""
-    head, tail = _around(manifest, base_card)
-    if not (card.startswith(f"{head}\n# ") and card.endswith(tail)):
-        return False
-    _, _, own = card[len(head) + 1 : len(card) - len(tail)].partition("\n")
+    head, tail = f"{_head(manifest, base_card)}\n# ", _tail(base_card)
+    title, _, own = card[len(head) : len(card) - len(tail)].partition("\n")
     paper, nothing = _claims(None)
-    for is_checked in (False, True):
-        said = "".join(_edit(manifest, is_checked=is_checked)) + paper
-        if own.startswith(said) and (own == said + nothing or _RESULTS.fullmatch(own, len(said))):
-            return True
-    return False
+    said = ("".join(_edit(manifest, is_checked=is_checked)) + paper for is_checked in (False, True))
+    return card == f"{head}{title}\n{own}{tail}" and any(
+        own == edit + nothing or (own.startswith(edit) and _RESULTS.fullmatch(own, len(edit)))
+        for edit in said
+    )
 
 
 def is_card_over(card: str, base_card: str | None) -> bool:
     """Whether ``card`` is one of ours, with the whole text of the base model's, where that has one."""
-    text = _base_text(base_card)
-    return TAG in FrontMatter.of(card).listed("tags") and (
-        text is None or card.endswith(f"{FOLLOWS}\n\n{text}")
-    )
+    return _is_ours(FrontMatter.of(card)) and card.endswith(_tail(base_card))
 
 
-def _is_ours(card: str) -> bool:
-    """Whether qkpatch made a card, of whatever manifest."""
-    matter = FrontMatter.of(card)
-    return TAG in matter.listed("tags") and _EDITED in matter.text.partition(FOLLOWS)[0]
+def _is_ours(card: FrontMatter) -> bool:
+    return TAG in card.listed("tags") and _EDITED in card.text.partition(FOLLOWS)[0]
 
 
-def _base_text(base_card: str | None) -> str | None:
-    """The text that is kept: all of it, and of a card of ours what it kept, for our figures are of another model."""
-    if base_card is None:
-        return None
-    text = FrontMatter.of(base_card).text
-    return (text.partition(f"{FOLLOWS}\n\n")[2] if _is_ours(base_card) else text) or None
-
-
-def _around(manifest: Manifest, base_card: str | None) -> tuple[str, str]:
-    """What stands before the title, and after the claims."""
-    matter, text = FrontMatter.of(base_card or ""), _base_text(base_card)
+def _head(manifest: Manifest, base_card: str | None) -> str:
     values: dict[str, str | list[str]] = {}
     if manifest.source.kind == "hub":
         values |= {"base_model": manifest.source.name, "base_model_relation": "finetune"}
-    values["tags"] = list(dict.fromkeys([*matter.listed("tags"), TAG]))
-    kept = "" if text is None else f"\n{FOLLOWS}\n\n{text}"
-    fault = None if "license" in matter.entries else FrontMatter.of(text or "").fault
-    if fault is not None:
-        kept = f"\nThe head of the base model's card is {plain(fault)}: no license is inherited.\n{kept}"
-    return f"---\n{matter.changed(values, _NOT_INHERITED)}---\n", kept
+    base = FrontMatter.of(base_card or "")
+    values["tags"] = list(dict.fromkeys([*base.listed("tags"), TAG]))
+    return f"---\n{base.changed(values, _NOT_INHERITED)}---\n"
+
+
+def _tail(base_card: str | None) -> str:
+    """The base model's text; where its card is one of ours, whose figures are not this one's, the text below."""
+    base = FrontMatter.of(base_card or "")
+    text = base.text.partition(f"{FOLLOWS}\n\n")[2] if _is_ours(base) else base.text
+    fault = None if "license" in base.entries else FrontMatter.of(text).fault
+    lost = (
+        f"\nThe head of the base model's card is {plain(fault)}: no license is inherited.\n" if fault else ""
+    )
+    return f"{lost}\n{FOLLOWS}\n\n{text}" if text else ""
 
 
 def _edit(manifest: Manifest, *, is_checked: bool) -> Iterator[str]:
