@@ -75,23 +75,20 @@ def read_out(out: Path) -> tuple[Manifest, str | None]:
     """The manifest, and SOURCE's card, which OUT has as it was.
 
     Raises:
-        FileSystemError: there is no manifest; or one of them is a link, whatever it leads to.
+        CheckpointError: there is no manifest, or none that can be read.
+        FileSystemError: the card is a link, whatever it leads to.
     """
     with Rooted(out) as root:
         present = Present(root)
-        for name in (MANIFEST_NAME, CARD_NAME):
-            if name in present.odd:
-                raise FileSystemError(
-                    f"{present.odd[name]}, which qkpatch never writes",
-                    where=present.where(name),
-                    fix="do not trust this directory; apply again",
-                )
-        if MANIFEST_NAME not in present.files:
+        manifest = recorded(present)
+        if CARD_NAME in present.odd:
             raise FileSystemError(
-                f"no {MANIFEST_NAME} there", where=str(out), fix="give the directory that qkpatch apply wrote"
+                f"{present.odd[CARD_NAME]}, which qkpatch never writes",
+                where=present.where(CARD_NAME),
+                fix="do not trust this directory; apply again",
             )
         card = present.read(CARD_NAME) if CARD_NAME in present.files else None
-        return recorded(present), None if card is None else card.decode("utf-8", "replace")
+        return manifest, None if card is None else card.decode("utf-8", "replace")
 
 
 def check(

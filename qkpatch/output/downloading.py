@@ -9,8 +9,9 @@ from qkpatch.output.copying import Lane, Passage
 class Arrival:
     """From a file elsewhere to an open one, in order; a few pieces are in memory and none is on the disk twice."""
 
-    def __init__(self, source: OpenFile, destination: int) -> None:
-        self._source, self._destination = source, destination
+    def __init__(self, source: OpenFile, destination: int, where: str) -> None:
+        """``where`` is what messages call the destination."""
+        self._source, self._destination, self._where = source, destination, where
 
     def __enter__(self) -> Arrival:
         return self
@@ -28,14 +29,17 @@ class Arrival:
         for piece in self._source.pieces(begin, end):
             if digest is not None:
                 digest.update(piece)
-            write_exact(self._destination, piece, at, self._source.where)
+            write_exact(self._destination, piece, at, self._where)
             at += len(piece)
             progress(len(piece))
         return "download"
 
 
-def passage_for(lane: Lane, source: OpenFile, destination: int) -> Passage | Arrival:
-    """What copies from ``source`` to ``destination``, both open; through ``lane`` where both are on this machine."""
+def passage_for(lane: Lane, source: OpenFile, destination: int, where: str) -> Passage | Arrival:
+    """What copies from ``source`` to ``destination``, both open; through ``lane`` where both are on this machine.
+
+    ``where`` is what messages call the destination.
+    """
     if isinstance(source, LocalOpenFile):
-        return Passage(lane, source, destination)
-    return Arrival(source, destination)
+        return Passage(lane, source, destination, where)
+    return Arrival(source, destination, where)

@@ -8,6 +8,7 @@ from statistics import mean
 
 from qkpatch.common.json_text import exact
 from qkpatch.common.number_ranges import format_ranges
+from qkpatch.common.text import as_word, verify_command
 from qkpatch.planning.manifest import Manifest
 from qkpatch.publishing import front_matter
 from qkpatch.publishing.lmms_eval import Comparison, Metric
@@ -90,7 +91,8 @@ def _edit(manifest: Manifest, base: str | None, *, is_checked: bool) -> Iterator
         for record in manifest.edits:
             changes = [head.relative_change for head in record.heads]
             yield f"| {record.layer} | `{record.tensor}` | {mean(changes):.4f} | {max(changes):.4f} |\n"
-    own = "" if manifest.recipe.name in shipped_recipes() else f" --recipe {shlex.quote(_recipe(manifest))}"
+    own = None if manifest.recipe.name in shipped_recipes() else _recipe(manifest)
+    proof = verify_command("OUT", manifest.source.address or manifest.source.name, own)
     made = (
         "Made, and checked byte for byte, by"
         if is_checked
@@ -98,12 +100,8 @@ def _edit(manifest: Manifest, base: str | None, *, is_checked: bool) -> Iterator
     )
     yield (
         f"\n`qkpatch.json` records every edited tensor and head, with digests before and after. {made}\n\n"
-        f"```\n{_command(manifest)}\nqkpatch verify OUT --source {_source(manifest)}{own}\n```\n"
+        f"```\n{_command(manifest)}\n{proof}\n```\n"
     )
-
-
-def _source(manifest: Manifest) -> str:
-    return shlex.quote(manifest.source.address or manifest.source.name)
 
 
 def _recipe(manifest: Manifest) -> str:
@@ -114,6 +112,7 @@ def _recipe(manifest: Manifest) -> str:
 
 def _command(manifest: Manifest) -> str:
     request, device = manifest.request(), manifest.compute.device
+    source = shlex.quote(as_word(manifest.source.address or manifest.source.name))
     flags = {
         "recipe": _recipe(manifest),
         "attention": ",".join(request.attention or ()),
@@ -123,13 +122,13 @@ def _command(manifest: Manifest) -> str:
         "alpha": None if request.alpha is None else exact(request.alpha),
         "channel": None if request.channel is None else request.channel.value,
         "select": None if request.select is None else request.select.value,
-        "seed": request.seed,
+        "seed": request.seed if request.draws else None,
         "max-shard-size": request.max_shard_size,
         "device": None if device == "cpu" else device,
     }
     given = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None]
     fold = ["--fold-norm"] if request.fold_norm else []
-    return " ".join(["qkpatch apply", _source(manifest), *given, *fold, "-o OUT"])
+    return " ".join(["qkpatch apply", source, *given, *fold, "-o OUT"])
 
 
 def _claims(comparison: Comparison | None) -> Iterator[str]:

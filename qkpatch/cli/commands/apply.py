@@ -54,8 +54,6 @@ def apply(
     from qkpatch.cli.console import bars, note, print_text, show_warnings, size_text
     from qkpatch.cli.tables import show_applied
 
-    if write.force and not write.overwrite:
-        raise UsageError("--force goes with --overwrite", fix="add --overwrite, or leave it out")
     writing = Writing(
         write.digest,
         write.link or write.link_cache,
@@ -68,7 +66,8 @@ def apply(
     if no_cache:
         _check_no_cache(source, writing)
     check_device_name(run.device)
-    plan = api.plan(source, request, out=out, writing=writing, cache=not no_cache)
+    # Of a run, OUT is looked at once, when it begins.
+    plan = api.plan(source, request, out=out if dry_run else None, writing=writing, cache=not no_cache)
     if dry_run:
         publication = _foreseen(plan, wish, run)
         preview(plan, out, run, show)
@@ -77,8 +76,9 @@ def apply(
         return
     say = (lambda _: None) if show.quiet else note
     if out is None:
-        out = Path(plan.default_name)
-        say(f"OUT is not named, so it is {out} in the current directory")
+        out = plan.default_out
+        place = "in the current directory" if out.parent == Path() else "beside SOURCE"
+        say(f"OUT is not named, so it is {out} {place}")
     _foreseen(plan, wish, run)  # what is refused is refused before a download
     is_cached = plan.model.source.path is not None or no_cache
     with bars(quiet=show.is_bare) as observer:
@@ -94,7 +94,7 @@ def apply(
             writing=writing,
         )
     if not show.quiet:
-        show_warnings(manifest.warnings)
+        show_warnings([*manifest.warnings, *(manifest.run.weaker or ())])
     if not show.is_bare:
         show_applied(plan, manifest, source, out)
     if wish is not None:
