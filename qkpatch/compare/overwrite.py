@@ -21,7 +21,7 @@ from qkpatch.compare.manifest_against_plan import differences, origin_mismatches
 from qkpatch.compare.verify import check, recorded, sums_mismatches
 from qkpatch.errors import CheckpointError, FileSystemError
 from qkpatch.model.locate import Access
-from qkpatch.output.destination import Replaced, check_apart, check_out, destination_path, foreign, occupied
+from qkpatch.output.destination import Replaced, check_out, destination_path, occupied
 from qkpatch.output.options import Digest, Writing
 from qkpatch.output.space import check_space
 from qkpatch.planning.manifest import Manifest, planned_manifest
@@ -43,11 +43,9 @@ def standing(
         UsageError: OUT is no place to write to, or holds something else.
         FileSystemError: it does not fit.
     """
-    checkpoint = plan.model.checkpoint
-    check_out(out, plan.model.source.path, overwrite=writing.overwrite, force=writing.force)
-    check_apart(out, checkpoint)
+    check_out(out, plan.model.checkpoint, overwrite=writing.overwrite, force=writing.force)
     if writing.digest is Digest.files:
-        refuse_own_sums(checkpoint)
+        refuse_own_sums(plan.model.checkpoint)
     found = _present(out, plan, writing, observer) if out.is_dir() else None
     if not isinstance(found, Manifest):
         check_space(out, plan.output, plan.edits_by_file, writing, is_cached=cache)
@@ -69,10 +67,8 @@ def _present(out: Path, plan: EditPlan, writing: Writing, observer: Observer) ->
         except FileSystemError:
             replaced.check()  # which says so, where another run has replaced OUT meanwhile
             raise
-    if first is not None and not writing.overwrite:
-        raise occupied(out, f"{first.where}: {first.what}")
     if first is not None:
-        raise foreign(out, f"{first.where}, which is not as qkpatch left it: {first.what}")
+        raise occupied(out, first.where, first.what, overwrite=writing.overwrite)
     return replaced
 
 

@@ -36,22 +36,25 @@ def present_parent(out: Path) -> Path:
     return next(path for path in out.absolute().parents if os.path.lexists(path))
 
 
-def check_out(out: Path, source: Path | None, *, overwrite: bool, force: bool = False) -> None:
+def check_out(out: Path, checkpoint: Checkpoint, *, overwrite: bool, force: bool) -> None:
     """Refuse an OUT that is known to be wrong before anything is read or downloaded.
 
     Args:
         out: OUT.
-        source: SOURCE's path where it is one, None for something on the Hub.
+        checkpoint: SOURCE, of which OUT may overlap no part, wherever its links lead.
         overwrite: an earlier output may be replaced.
         force: whatever is there may be.
 
     Raises:
-        UsageError: OUT has no name of its own (``.``), overlaps SOURCE, is a file, is not empty (nor what qkpatch
-            wrote, where ``overwrite`` or not).
+        UsageError: OUT has no name of its own (``.``), overlaps SOURCE, is a file, or holds what qkpatch did not write.
         FileSystemError: what is there of OUT's parents is no directory or not writable.
     """
-    if source is not None:
-        _refuse_overlap(out, inside=[source], holding=[source])
+    if checkpoint.root is not None:
+        directories = [checkpoint.root / name for name in checkpoint.directories]
+        files = [file.path for file in checkpoint.files.values() if isinstance(file, LocalFile)]
+        if not checkpoint.single_file:
+            directories.append(checkpoint.root)
+        _refuse_overlap(out, inside=directories, holding=[*directories, *files])
     if out.name in ("", ".."):
         raise UsageError(
             "OUT needs a name of its own", where=str(out), fix="name a new directory: -o patched"
@@ -75,35 +78,10 @@ def check_out(out: Path, source: Path | None, *, overwrite: bool, force: bool = 
         return
     if out.is_symlink() or not out.is_dir():
         raise UsageError("exists and is not a directory", where=str(out), fix="choose another -o")
-    if not any(out.iterdir()):
-        return
-    if not force and not os.path.lexists(out / MANIFEST_NAME):
-        why = f"no {MANIFEST_NAME} there, so qkpatch did not write it"
-        raise foreign(out, why) if overwrite else occupied(out, why)
-
-
-def occupied(out: Path, why: str) -> UsageError:
-    """The error for an OUT that holds something, which is not what would be written there: that says ``why``."""
-    return UsageError(
-        f"exists and is not empty, nor what this edit would make of it: {why}",
-        where=str(out),
-        fix="choose another -o, or add --overwrite",
-    )
-
-
-def check_apart(out: Path, checkpoint: Checkpoint) -> None:
-    """Refuse an OUT that overlaps any part of SOURCE, wherever its links lead.
-
-    Raises:
-        UsageError: they overlap.
-    """
-    if checkpoint.root is None:
-        return
-    directories = [checkpoint.root / name for name in checkpoint.directories]
-    files = [file.path for file in checkpoint.files.values() if isinstance(file, LocalFile)]
-    if not checkpoint.single_file:
-        directories.append(checkpoint.root)
-    _refuse_overlap(out, inside=directories, holding=[*directories, *files])
+    if any(out.iterdir()) and not force and not os.path.lexists(out / MANIFEST_NAME):
+        raise occupied(
+            out, MANIFEST_NAME, "there is none, so qkpatch did not write this", overwrite=overwrite
+        )
 
 
 def _refuse_overlap(out: Path, *, inside: Iterable[Path], holding: Iterable[Path]) -> None:
@@ -134,14 +112,16 @@ class Replaced:
         with Rooted(self.out) as root:
             changed = first_change(self.entries, Present(root).identities)
         if changed is not None:
-            raise foreign(self.out, f"{ascii(changed)[1:-1]}, which changed while qkpatch was running")
+            raise occupied(
+                self.out, ascii(changed)[1:-1], "it changed while qkpatch was running", overwrite=True
+            )
 
 
-def foreign(out: Path, what: str) -> UsageError:
-    """The error for an OUT that holds ``what``, which qkpatch did not leave there."""
-    return UsageError(
-        f"holds {what}",
-        where=str(out),
-        fix="--overwrite replaces only what qkpatch wrote; remove OUT yourself, choose another -o, or insist: "
-        "--overwrite --force",
-    )
+def occupied(out: Path, name: str, why: str, *, overwrite: bool) -> UsageError:
+    """The error for an OUT of which a file is not as qkpatch left it or, to be kept, not what it would write."""
+    if overwrite:
+        what = f"holds {name}, which is not as qkpatch left it: {why}"
+        fix = "--overwrite replaces only what qkpatch wrote; remove OUT yourself, choose another -o, or insist: "
+        return UsageError(what, where=str(out), fix=f"{fix}--overwrite --force")
+    what = f"exists and is not empty, nor what this edit would make of it: {name}: {why}"
+    return UsageError(what, where=str(out), fix="choose another -o, or add --overwrite")
