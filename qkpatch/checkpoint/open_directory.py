@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from qkpatch.checkpoint.files import LocalOpenFile, os_errors
+from qkpatch.common.text import cut
 from qkpatch.errors import FileSystemError
 
+# The deepest and widest real checkpoints have about 10 levels and 10^4 files.
+MOST_LEVELS, MOST_NAMES = 64, 1 << 20
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -52,7 +55,7 @@ class Rooted:
     @contextmanager
     def _parent(self, name: str) -> Iterator[tuple[int, str]]:
         """The open directory that holds ``name``, and its last part."""
-        *folders, last = PurePosixPath(name).parts
+        *folders, last = PurePosixPath(name).parts or (".",)
         fd, is_own = self.fd, False
         try:
             for folder in folders:
@@ -147,24 +150,46 @@ class Rooted:
                 with suppress(OSError):
                     self.remove(name, status)
 
-    def walk(self) -> Iterator[tuple[str, os.stat_result]]:
-        """Everything below, sorted, directories before what is in them; links are told, never followed."""
-        yield from self._walk(self.fd, "")
+    def walk(self, skip: Collection[str] = ()) -> Iterator[tuple[str, os.stat_result]]:
+        """Everything below less what is in ``skip``, directories before what is in them; links are told, not followed.
 
-    def _walk(self, fd: int, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
-        with os_errors("list", self.path / prefix):
-            names = sorted(os.listdir(fd))
-        for last in names:
-            name = prefix + last
-            try:
-                status = os.stat(last, dir_fd=fd, follow_symlinks=False)
-            except FileNotFoundError:
-                continue  # gone meanwhile
-            yield name, status
-            if stat.S_ISDIR(status.st_mode):
-                with os_errors("list", self.path / name):
-                    inner = os.open(last, _DIRECTORY, dir_fd=fd)
+        Raises:
+            FileSystemError: a directory cannot be listed; far more, or far deeper, than any checkpoint.
+        """
+        n_names, waiting = 0, [""]
+        while waiting:
+            prefix = waiting.pop()
+            # By its whole path, step by step: a descriptor for each level could be more than there are.
+            with os_errors("list", self.path / prefix):
+                fd = self.open(prefix, _DIRECTORY)
                 try:
-                    yield from self._walk(inner, f"{name}/")
+                    names = sorted(os.listdir(fd))
+                    n_names += len(names)
+                    check_extent(self.path / prefix, prefix, n_names)
+                    for last in names:
+                        name = prefix + last
+                        try:
+                            status = os.stat(last, dir_fd=fd, follow_symlinks=False)
+                        except FileNotFoundError:
+                            continue  # gone meanwhile
+                        if name in skip:
+                            continue
+                        if stat.S_ISDIR(status.st_mode):
+                            waiting.append(f"{name}/")
+                        yield name, status
                 finally:
-                    os.close(inner)
+                    os.close(fd)
+
+
+def check_extent(where: Path, prefix: str, n_names: int) -> None:
+    """Refuse a directory that is no checkpoint's: a loop of mounts, a tree that somebody made to trip us, or ``/``.
+
+    Raises:
+        FileSystemError: it lies too deep, or there are too many names so far.
+    """
+    if prefix.count("/") > MOST_LEVELS:
+        raise FileSystemError(
+            f"more than {MOST_LEVELS} directories inside each other", where=cut(str(where), 200)
+        )
+    if n_names > MOST_NAMES:
+        raise FileSystemError(f"more than {MOST_NAMES} files, which no checkpoint has", where=str(where))

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import shlex
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from qkpatch.checkpoint.cache import blob_of, is_in_cache
 from qkpatch.checkpoint.content import Content
 from qkpatch.checkpoint.files import FileId, LocalOpenFile, OpenFile, open_read, os_errors
+from qkpatch.checkpoint.names import BOOKKEEPING, matching
+from qkpatch.checkpoint.open_directory import Rooted, check_extent
 from qkpatch.errors import CheckpointError, FileSystemError
 
-BOOKKEEPING = (".git", ".cache/huggingface")  # of git and huggingface_hub, not the model's
 MAX_JSON_BYTES = 256 << 20  # an index of 10^6 tensors is about 100 MB
 # Parsed, JSON takes up to 25 times its size; the largest real ones are below 1 MB.
 MAX_CONFIG_BYTES = 16 << 20
@@ -114,40 +117,91 @@ def is_plain_relative(name: str) -> bool:
     )
 
 
-def walk_files(
-    root: Path, skip: Collection[str] = BOOKKEEPING
-) -> tuple[dict[str, LocalFile], dict[str, int]]:
-    """All regular files below ``root``, links followed, and all sub-directories with their modes, less ``skip``.
+class Folder(NamedTuple):
+    """What lies below a directory: regular files by name, sorted, links followed; and all sub-directories."""
 
-    Files are sorted by name; a directory comes after the one that it lies in.
+    files: dict[str, LocalFile]
+    directories: dict[str, int]  # with their modes, each after the one that it lies in
+    left_out: dict[str, int]  # what is excluded, with bytes; it is not looked into otherwise
+
+
+def walk_files(root: Path, exclude: Collection[str] = ()) -> Folder:
+    """The folder at ``root``, less its bookkeeping and what ``exclude`` means (:func:`matching`).
+
+    Raises:
+        FileSystemError: something cannot be read or is no regular file; a link leads nowhere, or to a directory that
+            is there already; far more, or far deeper, than any checkpoint.
     """
-    files: dict[str, LocalFile] = {}
-    directories: dict[str, int] = {}
-
-    def visit(directory: Path, prefix: str, ancestors: tuple[Path, ...]) -> None:
-        real = directory.resolve()
-        if real in ancestors:
-            raise FileSystemError("a link leads back to a directory above it", where=str(directory))
-        with os_errors("list", directory):
-            entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+    found = Folder({}, {}, {})
+    entered: dict[str, str] = {}
+    waiting = [""]
+    while waiting:
+        prefix = waiting.pop()
+        where = root / prefix
+        real = os.path.realpath(where)
+        if real in entered:  # links could multiply directories without end
+            what = (
+                "a link leads back to a directory above it"
+                if where.is_relative_to(root / entered[real])
+                else (f"the same directory as {entered[real]}, by a link")
+            )
+            raise FileSystemError(
+                what, where=str(where), fix=f"remove the link, or {_leave_out(prefix[:-1])}"
+            )
+        entered[real] = prefix[:-1]
+        with os_errors("list", where):
+            entries = sorted(os.scandir(where), key=lambda entry: entry.name)
+        check_extent(where, prefix, len(found.files) + len(entries))
+        inner = []
         for entry in entries:
             name = prefix + entry.name
-            if name in skip:
+            if name in BOOKKEEPING:
+                found.left_out[name] = 0
                 continue
             if any("\ud800" <= c <= "\udfff" for c in name):  # how Python holds bytes that are not UTF-8
                 raise FileSystemError(
                     "the file's name is not UTF-8", where=ascii(entry.path), fix="rename it"
                 )
-            with os_errors("read (is it a dangling link?)", entry.path):
-                mode = entry.stat().st_mode
+            if matching(name, exclude):
+                found.left_out[name] = _bytes_of(Path(entry.path))
+                continue
+            mode = _status(entry, name).st_mode
             if not stat.S_ISDIR(mode):
-                files[name] = source_file(Path(entry.path), name, fix="move it out of SOURCE")
+                found.files[name] = source_file(
+                    Path(entry.path), name, fix=f"move it out of SOURCE, or {_leave_out(name)}"
+                )
             else:
-                directories[name] = mode & 0o777
-                visit(Path(entry.path), f"{name}/", (*ancestors, real))
+                found.directories[name] = mode & 0o777
+                inner.append(f"{name}/")
+        waiting += reversed(inner)
+    return found._replace(files=dict(sorted(found.files.items())))
 
-    visit(root, "", ())
-    return dict(sorted(files.items())), directories
+
+def _leave_out(name: str) -> str:
+    return f"leave it out: --exclude {shlex.quote(name)}"
+
+
+def _status(entry: os.DirEntry[str], name: str) -> os.stat_result:
+    try:
+        with os_errors("read", entry.path):
+            return entry.stat()
+    except FileSystemError:
+        if not entry.is_symlink():
+            raise
+        what = f"a dangling link: nothing is at {Path(entry.path).readlink()}"
+        fix = f"bring back what it leads to (of the Hub cache: download it again), or {_leave_out(name)}"
+        raise FileSystemError(what, where=entry.path, fix=fix) from None
+
+
+def _bytes_of(path: Path) -> int:
+    """Of a file, or of all files in a directory; what cannot be looked at counts nothing."""
+    try:
+        if not path.is_dir():
+            return path.stat().st_size
+        with Rooted(path) as root:
+            return sum(status.st_size for _, status in root.walk() if stat.S_ISREG(status.st_mode))
+    except (OSError, FileSystemError):
+        return 0
 
 
 def source_file(path: Path, name: str, fix: str | None = None) -> LocalFile:
