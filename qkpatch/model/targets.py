@@ -48,6 +48,20 @@ class LayerTarget:
         """Every tensor that is edited: the query weight, and its scales where it has some."""
         return (self.query,) if self.query_scale is None else (self.query, self.query_scale)
 
+    @property
+    def names(self) -> list[str]:
+        """Every tensor that the edit depends on."""
+        refs = (
+            self.query,
+            self.key,
+            self.query_norm,
+            self.key_norm,
+            self.input_norm,
+            self.query_scale,
+            self.key_scale,
+        )
+        return [*(ref.name for ref in refs if ref is not None), *self.biases]
+
     def read_ranges(self, heads: Sequence[int]) -> dict[str, list[tuple[int, int]]]:
         """The bytes that products of ``heads`` are read from, by shard: their rows, scales, and norms' gains."""
         layout = self.layout

@@ -119,6 +119,7 @@ def refuse_foreign_files(out: Path) -> None:
             known = {str(file["name"]): file["size"] for file in files}
         except (QKPatchError, KeyError, TypeError):
             known = {}
+        present.set_aside(known)
     ours = {MANIFEST_NAME, SUMS_NAME} if known else set()
     for name in sorted({*present.odd, *present.files} - (ours - present.odd.keys())):
         if name in present.odd:
@@ -127,6 +128,8 @@ def refuse_foreign_files(out: Path) -> None:
             raise foreign(out, f"{name}, which qkpatch did not write")
         if present.files[name].size != known[name]:
             raise foreign(out, f"{name}, which is not as qkpatch left it: it had {known[name]} bytes")
+    if not known:
+        raise foreign(out, f"no {MANIFEST_NAME}, which qkpatch writes")
     if lost := sorted(known.keys() - present.files.keys()):
         raise foreign(out, f"no {lost[0]}, which qkpatch wrote")
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 from qkpatch.checkpoint.header import TensorRef
+from qkpatch.checkpoint.names import RUBBISH, USUAL, matching
 from qkpatch.common.json_text import canonical_json, exact
 from qkpatch.common.number_ranges import abbreviate, format_ranges
+from qkpatch.common.text import size_text
 from qkpatch.common.typed_json import as_json
+from qkpatch.errors import CheckpointError
 from qkpatch.model.locate import Access
 from qkpatch.model.model import Model, open_model
 from qkpatch.model.targets import LayerTarget
@@ -106,14 +109,21 @@ class EditPlan:
         return f"{what}, {rule.channel.value} channel{folded}"
 
 
-def make_plan(source: str, request: Request, access: Access = Access.download) -> EditPlan:
+def make_plan(
+    source: str, request: Request, access: Access = Access.download, usual: Collection[str] = USUAL
+) -> EditPlan:
     """Decide everything and refuse everything that can be refused, before the first byte is written.
+
+    OUT is without what ``usual`` and ``request.exclude`` mean.
 
     Raises:
         UsageError: the model has no such layer, head or mode.
         QKPatchError: as :func:`open_model`, :meth:`Model.target` and :func:`reshard`.
     """
-    return plan_of(open_model(source, request.recipe, request.attention, access), request)
+    return plan_of(
+        open_model(source, request.recipe, request.attention, access, (*usual, *(request.exclude or ()))),
+        request,
+    )
 
 
 def plan_of(model: Model, request: Request) -> EditPlan:
@@ -124,8 +134,24 @@ def plan_of(model: Model, request: Request) -> EditPlan:
     checkpoint = model.checkpoint
     most = request.max_shard_size
     output = Output.copy_of(checkpoint) if most is None else reshard(checkpoint, most)
+    _refuse_disputed(model, settings, targets)
     warnings = tuple(_warnings(model, settings, targets))
     return EditPlan(model, settings, edits, warnings, output, request)
+
+
+def _refuse_disputed(model: Model, settings: EditSettings, targets: tuple[LayerTarget, ...]) -> None:
+    """The index may be wrong, but not about what is edited, what that depends on, or what should be there for it."""
+    disputed = model.checkpoint.disputed
+    used = {name for target in targets for name in target.names}
+    for layer in (*settings.layers, *settings.skipped_layers) if disputed else ():
+        for each in model.sets:
+            used |= {each.prefix.format(layer=layer) + name for name in (each.names.query, each.names.key)}
+    if concerned := sorted(used & disputed.keys()):
+        raise CheckpointError(
+            f"the index disagrees with the shards' headers: {disputed[concerned[0]]}",
+            where=concerned[0],
+            fix="download the checkpoint again, or re-save it",
+        )
 
 
 def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, ...]) -> list[str]:
@@ -168,9 +194,21 @@ def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, 
             f"{len(strays)} file(s) are links that lead out of SOURCE, and what they lead to is copied: "
             f"{abbreviate(strays, 5)}"
         )
-    if checkpoint.twins:
+    warnings += checkpoint.notes
+    if checkpoint.disputed:
+        name, what = next(iter(checkpoint.disputed.items()))
         warnings.append(
-            f"{len(checkpoint.twins)} other weight file(s) stay unpatched: {abbreviate(checkpoint.twins, 5)}"
+            f"{len(checkpoint.disputed)} tensor(s) of which the index is wrong, such as {name}: {what}"
+        )
+    left = {name: n for name, n in checkpoint.left_out.items() if matching(name, tuple(RUBBISH)) is None}
+    if left:
+        names = abbreviate([f"{name} ({size_text(n)})" for name, n in left.items()], 5)
+        warnings.append(f"left out of OUT, {size_text(sum(left.values()))}: {names}")
+    if checkpoint.twins:
+        size = size_text(sum(checkpoint.files[name].size for name in checkpoint.twins))
+        warnings.append(
+            f"{len(checkpoint.twins)} other weight file(s) stay unpatched, {size} (--exclude leaves them out): "
+            f"{abbreviate(checkpoint.twins, 5)}"
         )
     if checkpoint.single_file:
         warnings.append("SOURCE is one file: nothing beside it (tokenizer, config) is copied")
