@@ -55,7 +55,7 @@ class Rooted:
     @contextmanager
     def _parent(self, name: str) -> Iterator[tuple[int, str]]:
         """The open directory that holds ``name``, and its last part."""
-        *folders, last = PurePosixPath(name).parts or (".",)
+        *folders, last = PurePosixPath(name).parts
         fd, is_own = self.fd, False
         try:
             for folder in folders:
@@ -151,7 +151,7 @@ class Rooted:
                     self.remove(name, status)
 
     def walk(self, skip: Collection[str] = ()) -> Iterator[tuple[str, os.stat_result]]:
-        """Everything below less what is in ``skip``, directories before what is in them; links are told, not followed.
+        """Everything below but what is in ``skip``, directories before what is in them; links are told, not followed.
 
         Raises:
             FileSystemError: a directory cannot be listed; far more, or far deeper, than any checkpoint.
@@ -160,36 +160,25 @@ class Rooted:
         while waiting:
             prefix = waiting.pop()
             # By its whole path, step by step: a descriptor for each level could be more than there are.
-            with os_errors("list", self.path / prefix):
-                fd = self.open(prefix, _DIRECTORY)
-                try:
-                    names = sorted(os.listdir(fd))
-                    n_names += len(names)
-                    check_extent(self.path / prefix, prefix, n_names)
-                    for last in names:
-                        name = prefix + last
-                        try:
-                            status = os.stat(last, dir_fd=fd, follow_symlinks=False)
-                        except FileNotFoundError:
-                            continue  # gone meanwhile
-                        if name in skip:
-                            continue
-                        if stat.S_ISDIR(status.st_mode):
-                            waiting.append(f"{name}/")
-                        yield name, status
-                finally:
-                    os.close(fd)
+            with os_errors("list", self.path / prefix), self._parent(f"{prefix}-") as (fd, _):
+                names = sorted(os.listdir(fd))
+                n_names += len(names)
+                check_extent(self.path / prefix, prefix.count("/"), n_names)
+                for last in names:
+                    name = prefix + last
+                    with suppress(FileNotFoundError):  # gone meanwhile
+                        status = os.stat(last, dir_fd=fd, follow_symlinks=False)
+                        if name not in skip:
+                            yield name, status
+                            waiting += [f"{name}/"] if stat.S_ISDIR(status.st_mode) else []
 
 
-def check_extent(where: Path, prefix: str, n_names: int) -> None:
-    """Refuse a directory that is no checkpoint's: a loop of mounts, a tree that somebody made to trip us, or ``/``.
-
-    Raises:
-        FileSystemError: it lies too deep, or there are too many names so far.
-    """
-    if prefix.count("/") > MOST_LEVELS:
-        raise FileSystemError(
-            f"more than {MOST_LEVELS} directories inside each other", where=cut(str(where), 200)
+def check_extent(where: Path, n_levels: int, n_names: int) -> None:
+    """Refuse a directory that is no checkpoint's: a tree that was made to trip programs, or ``/``."""
+    if n_levels > MOST_LEVELS or n_names > MOST_NAMES:
+        what = (
+            f"{MOST_LEVELS} directories inside each other"
+            if n_levels > MOST_LEVELS
+            else f"{MOST_NAMES} files"
         )
-    if n_names > MOST_NAMES:
-        raise FileSystemError(f"more than {MOST_NAMES} files, which no checkpoint has", where=str(where))
+        raise FileSystemError(f"more than {what}, which no checkpoint has", where=cut(str(where), 200))

@@ -14,7 +14,7 @@ from qkpatch.checkpoint.cache import leads_out
 from qkpatch.checkpoint.files import OpenFile, os_errors
 from qkpatch.checkpoint.header import Header, TensorRef, read_header
 from qkpatch.checkpoint.names import RUBBISH, USUAL, matching
-from qkpatch.checkpoint.recognised import ADAPTER, FOLDERS, no_weights, recognise
+from qkpatch.checkpoint.recognised import ADAPTER, no_weights, refuse_folder
 from qkpatch.checkpoint.tree import (
     MAX_CONFIG_BYTES,
     LocalFile,
@@ -23,7 +23,7 @@ from qkpatch.checkpoint.tree import (
     source_file,
     walk_files,
 )
-from qkpatch.checkpoint.weights import find_weights
+from qkpatch.checkpoint.weights import Weights, find_weights
 from qkpatch.common.json_text import load_json
 from qkpatch.errors import AmbiguousError, CheckpointError, FileSystemError
 
@@ -54,7 +54,8 @@ class Stored:
     twins: tuple[str, ...]  # other files that look like weights and will stay as they are
     previous_manifest: bytes | None  # SOURCE was itself written by qkpatch
     stem: str = field(default="model", kw_only=True)  # what names of weights begin with
-    left_out: Mapping[str, int] = field(default_factory=dict, kw_only=True)  # what is excluded, with bytes
+    exclude: Collection[str] = field(default=(), kw_only=True)  # globs of what is left out
+    left_out: Mapping[str, int] = field(default_factory=dict, kw_only=True)  # that, with bytes
     disputed: Mapping[str, str] = field(
         default_factory=dict, kw_only=True
     )  # what the index says wrongly, by tensor
@@ -108,17 +109,13 @@ def open_checkpoint(place: Path | Repository, exclude: Collection[str] = USUAL) 
     stored = open_stored(place, exclude)
     config = _read_config(_config_file(stored))
     named, chosen = config.get("transformers_weights"), stored.index or next(iter(stored.headers))
-    if not stored.single_file and (ADAPTER in stored.files or named not in (None, chosen)):
+    if not stored.single_file and named not in (None, chosen):
         what = f"transformers_weights in config.json makes transformers load {named}, not {chosen}"
-        raise AmbiguousError(
-            f"{ADAPTER} beside the weights: transformers loads that adapter on top of them, edited or not"
-            if ADAPTER in stored.files
-            else what,
-            where=stored.where,
-            fix="merge the adapter first, or leave it out: --exclude 'adapter_*'"
-            if ADAPTER in stored.files
-            else "take that key out of config.json, or point qkpatch at the file",
-        )
+        raise AmbiguousError(what, where=stored.where, fix="take that key out, or point qkpatch at the file")
+    if ADAPTER in stored.files:
+        what = f"{ADAPTER} beside the weights: transformers loads that adapter on top of them, edited or not"
+        fix = "merge the adapter first, or leave it out: --exclude 'adapter_*'"
+        raise AmbiguousError(what, where=stored.where, fix=fix)
     return Checkpoint(**{field.name: getattr(stored, field.name) for field in fields(stored)}, config=config)
 
 
@@ -133,9 +130,10 @@ def open_stored(place: Path | Repository, exclude: Collection[str] = tuple(RUBBI
         FileSystemError: something cannot be read.
     """
     files: dict[str, SourceFile]
+    left_out: dict[str, int] = {}
     if isinstance(place, Repository):
         files, directories, where, root = dict(place.files), dict(place.directories), place.where, None
-        mode, left_out = 0o777, dict[str, int]()
+        mode = 0o777
         for name in list(files):
             if (entry := matching(name, exclude)) is not None:
                 left_out[entry] = left_out.get(entry, 0) + files.pop(name).size
@@ -157,14 +155,11 @@ def open_stored(place: Path | Repository, exclude: Collection[str] = tuple(RUBBI
     if previous is not None:
         files.pop(SUMS_NAME, None)  # of that edit, and untrue of the next
     if MANIFEST_NAME in directories:
-        raise CheckpointError(
-            f"{MANIFEST_NAME} is a directory, and OUT's manifest bears that name",
-            where=where,
-            fix="rename it",
-        )
+        what = f"{MANIFEST_NAME} is a directory, and OUT's manifest bears that name"
+        raise CheckpointError(what, where=where, fix="rename it")
     weights = find_weights(where, files, left_out)
     headers = _headers([files[name] for name in weights.shards])
-    home = _check_homes(headers)
+    disputed = _check_index(_check_homes(headers), weights)
     return Stored(
         where=where,
         root=root,
@@ -177,8 +172,9 @@ def open_stored(place: Path | Repository, exclude: Collection[str] = tuple(RUBBI
         twins=tuple(n for n in files if n.endswith(WEIGHT_SUFFIXES) and n not in headers),
         previous_manifest=None if previous is None else previous.read(),
         stem=weights.stem,
+        exclude=exclude,
         left_out=left_out,
-        disputed={} if weights.index is None else _check_index(home, weights.index, weights.weight_map),
+        disputed=disputed,
         notes=weights.notes,
     )
 
@@ -217,14 +213,15 @@ def _check_homes(headers: Mapping[str, Header]) -> dict[str, str]:
     return home
 
 
-def _check_index(home: Mapping[str, str], index: str, weight_map: Mapping[str, str]) -> dict[str, str]:
+def _check_index(home: Mapping[str, str], weights: Weights) -> dict[str, str]:
     """What the index says otherwise than the headers, by tensor; loaders read what shards hold, whatever it says."""
-    wrong = {
-        name: f"{index} has it in {shard}, and {home.get(name) or 'no shard'} has it"
-        for name, shard in weight_map.items()
-        if home.get(name) != shard
+    said, index = weights.weight_map, weights.index
+    return {
+        name: f"{index} {f'has it in {said[name]}' if name in said else 'does not list it'}, and "
+        f"{home.get(name) or 'no shard'} has it"
+        for name in (dict.fromkeys([*said, *home]) if index else ())
+        if home.get(name) != said.get(name)
     }
-    return wrong | {name: f"{index} does not list it" for name in home if name not in weight_map}
 
 
 def _headers(files: Sequence[SourceFile]) -> dict[str, Header]:
@@ -246,7 +243,8 @@ def _config_file(stored: Stored) -> SourceFile:
         file = source_file(stored.root / name, name)
     if file is None:
         where = str(stored.root or stored.where)
-        raise recognise(FOLDERS, where, stored.files) or CheckpointError(
+        refuse_folder(where, stored.files)
+        raise CheckpointError(
             "there is no config.json, which says how many heads the model has",
             where=where,
             fix="put the model's config.json beside the weights",

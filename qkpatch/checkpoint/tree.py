@@ -7,7 +7,7 @@ import shlex
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -129,79 +129,62 @@ def walk_files(root: Path, exclude: Collection[str] = ()) -> Folder:
     """The folder at ``root``, less its bookkeeping and what ``exclude`` means (:func:`matching`).
 
     Raises:
-        FileSystemError: something cannot be read or is no regular file; a link leads nowhere, or to a directory that
-            is there already; far more, or far deeper, than any checkpoint.
+        FileSystemError: something cannot be read, or is no regular file; far more, or far deeper, than any checkpoint.
     """
     found = Folder({}, {}, {})
-    entered: dict[str, str] = {}
-    waiting = [""]
+    entered: dict[str, Path] = {}
+    waiting = [root]
     while waiting:
-        prefix = waiting.pop()
-        where = root / prefix
-        real = os.path.realpath(where)
-        if real in entered:  # links could multiply directories without end
-            what = (
-                "a link leads back to a directory above it"
-                if where.is_relative_to(root / entered[real])
-                else (f"the same directory as {entered[real]}, by a link")
+        where = waiting.pop()
+        name = where.relative_to(root).as_posix()
+        first = entered.setdefault(os.path.realpath(where), where)
+        if first != where:  # links could multiply directories without end
+            back = (
+                "leads back to a directory above it, "
+                if first in where.parents
+                else "to the same directory as "
             )
-            raise FileSystemError(
-                what, where=str(where), fix=f"remove the link, or {_leave_out(prefix[:-1])}"
-            )
-        entered[real] = prefix[:-1]
+            raise FileSystemError(f"a link {back}{first}", where=str(where), fix=_without(name))
         with os_errors("list", where):
-            entries = sorted(os.scandir(where), key=lambda entry: entry.name)
-        check_extent(where, prefix, len(found.files) + len(entries))
+            entries = sorted(os.listdir(where))
+        check_extent(where, len(where.relative_to(root).parts), len(found.files) + len(entries))
         inner = []
-        for entry in entries:
-            name = prefix + entry.name
-            if name in BOOKKEEPING:
-                found.left_out[name] = 0
+        for path in map(where.joinpath, entries):
+            name = path.relative_to(root).as_posix()
+            linked = os.path.relpath(path.resolve(), root.resolve()) if path.is_symlink() else name
+            if name in BOOKKEEPING or matching(name, exclude) or matching(linked, exclude):
+                found.left_out[name] = 0 if name in BOOKKEEPING else _bytes_of(path)
                 continue
             if any("\ud800" <= c <= "\udfff" for c in name):  # how Python holds bytes that are not UTF-8
                 raise FileSystemError(
-                    "the file's name is not UTF-8", where=ascii(entry.path), fix="rename it"
+                    "the file's name is not UTF-8", where=ascii(path)[1:-1], fix="rename it"
                 )
-            if matching(name, exclude):
-                found.left_out[name] = _bytes_of(Path(entry.path))
-                continue
-            mode = _status(entry, name).st_mode
-            if not stat.S_ISDIR(mode):
-                found.files[name] = source_file(
-                    Path(entry.path), name, fix=f"move it out of SOURCE, or {_leave_out(name)}"
-                )
-            else:
+            with os_errors("read", path):
+                if path.is_symlink() and not path.exists():
+                    what = f"a dangling link, to {path.readlink()}"
+                    raise FileSystemError(what, where=str(path), fix=_without(name))
+                mode = path.stat().st_mode
+            if stat.S_ISDIR(mode):
                 found.directories[name] = mode & 0o777
-                inner.append(f"{name}/")
+                inner.append(path)
+            else:
+                found.files[name] = source_file(path, name, fix=_without(name))
         waiting += reversed(inner)
     return found._replace(files=dict(sorted(found.files.items())))
 
 
-def _leave_out(name: str) -> str:
-    return f"leave it out: --exclude {shlex.quote(name)}"
-
-
-def _status(entry: os.DirEntry[str], name: str) -> os.stat_result:
-    try:
-        with os_errors("read", entry.path):
-            return entry.stat()
-    except FileSystemError:
-        if not entry.is_symlink():
-            raise
-        what = f"a dangling link: nothing is at {Path(entry.path).readlink()}"
-        fix = f"bring back what it leads to (of the Hub cache: download it again), or {_leave_out(name)}"
-        raise FileSystemError(what, where=entry.path, fix=fix) from None
+def _without(name: str) -> str:
+    return f"move it out of SOURCE, or leave it out: --exclude {shlex.quote(name)}"
 
 
 def _bytes_of(path: Path) -> int:
     """Of a file, or of all files in a directory; what cannot be looked at counts nothing."""
-    try:
+    with suppress(OSError, FileSystemError):
         if not path.is_dir():
             return path.stat().st_size
         with Rooted(path) as root:
             return sum(status.st_size for _, status in root.walk() if stat.S_ISREG(status.st_mode))
-    except (OSError, FileSystemError):
-        return 0
+    return 0
 
 
 def source_file(path: Path, name: str, fix: str | None = None) -> LocalFile:

@@ -10,7 +10,7 @@ from functools import cached_property
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.names import RUBBISH, USUAL, matching
 from qkpatch.common.json_text import canonical_json, exact
-from qkpatch.common.number_ranges import abbreviate, format_ranges
+from qkpatch.common.number_ranges import abbreviate, format_ranges, some
 from qkpatch.common.text import size_text
 from qkpatch.common.typed_json import as_json
 from qkpatch.errors import CheckpointError
@@ -141,17 +141,20 @@ def plan_of(model: Model, request: Request) -> EditPlan:
 
 def _refuse_disputed(model: Model, settings: EditSettings, targets: tuple[LayerTarget, ...]) -> None:
     """The index may be wrong, but not about what is edited, what that depends on, or what should be there for it."""
-    disputed = model.checkpoint.disputed
-    used = {name for target in targets for name in target.names}
-    for layer in (*settings.layers, *settings.skipped_layers) if disputed else ():
-        for each in model.sets:
-            used |= {each.prefix.format(layer=layer) + name for name in (each.names.query, each.names.key)}
-    if concerned := sorted(used & disputed.keys()):
-        raise CheckpointError(
-            f"the index disagrees with the shards' headers: {disputed[concerned[0]]}",
-            where=concerned[0],
-            fix="download the checkpoint again, or re-save it",
-        )
+    layers = (*settings.layers, *settings.skipped_layers)
+    used = [
+        s.prefix.format(layer=n) + name
+        for s in model.sets
+        for n in layers
+        for name in (s.names.query, s.names.key)
+    ]
+    for name in (*used, *(name for target in targets for name in target.names)):
+        if (what := model.checkpoint.disputed.get(name)) is not None:
+            raise CheckpointError(
+                f"the index disagrees with the shards' headers: {what}",
+                where=name,
+                fix="download the checkpoint again, or re-save it",
+            )
 
 
 def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, ...]) -> list[str]:
@@ -195,21 +198,17 @@ def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, 
             f"{abbreviate(strays, 5)}"
         )
     warnings += checkpoint.notes
-    if checkpoint.disputed:
-        name, what = next(iter(checkpoint.disputed.items()))
+    if disputed := [f"{name}: {what}" for name, what in checkpoint.disputed.items()]:
         warnings.append(
-            f"{len(checkpoint.disputed)} tensor(s) of which the index is wrong, such as {name}: {what}"
+            f"the index is wrong about {len(disputed)} tensor(s), none of them edited: {some(disputed, 1)}"
         )
-    left = {name: n for name, n in checkpoint.left_out.items() if matching(name, tuple(RUBBISH)) is None}
-    if left:
-        names = abbreviate([f"{name} ({size_text(n)})" for name, n in left.items()], 5)
-        warnings.append(f"left out of OUT, {size_text(sum(left.values()))}: {names}")
-    if checkpoint.twins:
-        size = size_text(sum(checkpoint.files[name].size for name in checkpoint.twins))
-        warnings.append(
-            f"{len(checkpoint.twins)} other weight file(s) stay unpatched, {size} (--exclude leaves them out): "
-            f"{abbreviate(checkpoint.twins, 5)}"
-        )
+    twins = {name: checkpoint.files[name].size for name in checkpoint.twins}
+    left = {name: n for name, n in checkpoint.left_out.items() if not matching(name, tuple(RUBBISH))}
+    for sizes, what in ((left, "are left out of OUT"), (twins, "stay unpatched (--exclude leaves them out)")):
+        if sizes:
+            kind = "other weight file(s)" if sizes is twins else "file(s) or folder(s)"
+            shown = abbreviate([f"{name} ({size_text(n)})" for name, n in sizes.items()], 5)
+            warnings.append(f"{len(sizes)} {kind}, {size_text(sum(sizes.values()))}, {what}: {shown}")
     if checkpoint.single_file:
         warnings.append("SOURCE is one file: nothing beside it (tokenizer, config) is copied")
     if checkpoint.previous_manifest is not None:

@@ -118,8 +118,8 @@ def _defaults() -> tuple[Any, ...]:
 
 TRAINERS = [
     "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state_0.pth", "rng_state.pth", "trainer_state.json",
-    "training_args.bin", "checkpoint-100/model.safetensors", "checkpoint-100/optimizer.pt", "runs/a/events.out.tfevents.1",
-    "global_step100/zero_pp_rank_0_mp_rank_00_optim_states.pt", "wandb/run/x",
+    "training_args.bin", "checkpoint-100/model.safetensors", "checkpoint-100/optimizer.pt",
+    "runs/a/events.out.tfevents.1", "global_step100/zero_pp_rank_0_mp_rank_00_optim_states.pt", "wandb/run/x",
 ]  # fmt: skip
 
 
@@ -129,19 +129,22 @@ def test_what_a_trainer_leaves_is_left_out_and_said_with_sizes(tiny: Tiny, tmp_p
     said = apply(run, tiny.path, tmp_path / "out")
     assert names(tmp_path / "out") == KEPT
     assert [p.name for p in (tmp_path / "out").iterdir() if p.is_dir()] == ["kept"]
-    assert "left out of OUT, 12.0 kB: checkpoint-100 (2.0 kB)" in said
+    assert "11 file(s) or folder(s), 12.0 kB, are left out of OUT: checkpoint-100 (2.0 kB)" in said
     assert "stay unpatched" not in said
 
 
 def test_exclude_leaves_out_records_and_proves(tiny: Tiny, tmp_path: Path, run: Run) -> None:
     put(tiny.path, "a.gguf", "original/consolidated.00.pth", "original/b/x", "notes.txt")
     said = apply(run, tiny.path, tmp_path / "plain")
-    assert "2 other weight file(s) stay unpatched, 2.0 kB (--exclude leaves them out)" in said
+    assert (
+        "2 other weight file(s), 2.0 kB, stay unpatched (--exclude leaves them out): a.gguf (1.0 kB), original/cons"
+        in said
+    )
     said = apply(run, tiny.path, tmp_path / "out", "--exclude", "*.gguf", "--exclude", "original/")
     assert names(tmp_path / "out") == {
         "config.json", "model.safetensors", "tokenizer.json", "qkpatch.json", "notes.txt",
     }  # fmt: skip
-    assert "left out of OUT, 3.0 kB: a.gguf (1.0 kB), original (2.0 kB)" in said
+    assert "2 file(s) or folder(s), 3.0 kB, are left out of OUT: a.gguf (1.0 kB), original (2.0 kB)" in said
     record = json.loads((tmp_path / "out" / "qkpatch.json").read_text())
     assert record["output"]["exclude"] == ["*.gguf", "original/"]
     proof = run("verify", tmp_path / "out", "--source", tiny.path)
@@ -181,7 +184,8 @@ def test_what_the_model_needs_is_not_left_out(
     [
         ("a/b/c", "b", "a/b"), ("a/b/c", "a", "a"), ("a/b/c", "c", "a/b/c"), ("a/b/c", "b/c", "a/b/c"),
         ("a/b/c", "a/*", "a/b"), ("x.gguf", "*.gguf", "x.gguf"), ("x.gguf/y", "*.gguf", "x.gguf"),
-        ("xgguf", "*.gguf", None), ("ab/c", "b", None), ("a/B", "b", None), ("a\nb", "a*b", "a\nb"), ("abc", "[x", None),
+        ("xgguf", "*.gguf", None), ("ab/c", "b", None), ("a/B", "b", None), ("a\nb", "a*b", "a\nb"),
+        ("abc", "[x", None),
     ],
 )  # fmt: skip
 def test_globs(name: str, pattern: str, meant: str | None) -> None:
@@ -191,8 +195,8 @@ def test_globs(name: str, pattern: str, meant: str | None) -> None:
 def test_the_tables_name_nothing_that_a_model_needs() -> None:
     for name in (
         "model.safetensors", INDEX, "config.json", "tokenizer.model", "modeling_x.py", "README.md", "pytorch_model.bin",
-        "consolidated.00.pth", "checkpoint.json", "optimizer.py", "runs.json", ".gitattributes", "model.fp16.safetensors",
-        "checkpoint-index.json", "scheduler/scheduler_config.json", "processor_config.json",
+        "consolidated.00.pth", "checkpoint.json", "optimizer.py", "runs.json", ".gitattributes",
+        "model.fp16.safetensors", "checkpoint-index.json", "scheduler/scheduler_config.json", "processor_config.json",
     ):  # fmt: skip
         assert matching(name, (*RUBBISH, *LEFTOVERS)) is None, name
     assert set(BOOKKEEPING) <= RUBBISH.keys()
@@ -275,8 +279,16 @@ def test_no_directory_is_entered_twice(tiny: Tiny, tmp_path: Path, run: Run) -> 
         for j in range(6):
             (folder / f"to{j}").symlink_to(tiny.path / f"level{i + 1}", target_is_directory=True)
     (tiny.path / "level12").mkdir()
-    assert "the same directory as level" in refused(run, tiny.path, 4)
+    assert "a link to the same directory as" in refused(run, tiny.path, 4)
     assert run("plan", tiny.path, *EDIT, "--exclude", "level*").exit_code == 0
+
+
+def test_a_link_to_what_is_left_out_is_left_out(tiny: Tiny, tmp_path: Path, run: Run) -> None:
+    put(tiny.path, "checkpoint-100/model.safetensors")
+    (tiny.path / "best").symlink_to("checkpoint-100", target_is_directory=True)
+    said = apply(run, tiny.path, tmp_path / "out")
+    assert "best (1.0 kB), checkpoint-100 (1.0 kB)" in said
+    assert names(tmp_path / "out") == KEPT
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "dangling link", "link to itself"])
@@ -293,7 +305,7 @@ def test_what_is_no_file_is_refused_unless_it_is_left_out(
         path.symlink_to("odd" if kind == "link to itself" else "gone")
     said = refused(run, tiny.path, 4)
     assert "leave it out: --exclude odd" in said
-    assert ("nothing is at gone" in said) == (kind == "dangling link")
+    assert ("a dangling link, to gone" in said) == (kind == "dangling link")
     apply(run, tiny.path, tmp_path / "out", "--exclude", "odd")
 
 
@@ -317,7 +329,10 @@ def rename_variant(folder: Path) -> None:
 def test_a_stale_index_beside_a_whole_file(tiny: Tiny, tmp_path: Path, run: Run) -> None:
     (tiny.path / INDEX).write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}))
     said = apply(run, tiny.path, tmp_path / "out")
-    assert f"{INDEX} is stale: it names 1 file(s) that are not there" in said
+    assert (
+        f"{INDEX} is stale, and model.safetensors is taken: the index names 1 file(s) that are not there"
+        in said
+    )
     assert loaded_query(tmp_path / "out", 1) != loaded_query(tiny.path, 1)
 
 
@@ -338,7 +353,7 @@ def test_an_index_that_is_wrong_where_nothing_is_edited(tmp_path: Path, run: Run
         index["metadata"]["total_size"] = float("nan")
     (tiny.path / INDEX).write_text(json.dumps(index))
     said = apply(run, tiny.path, tmp_path / "out")
-    assert ("of which the index is wrong" in said) == (kind in ("too much", "too little", "elsewhere"))
+    assert ("the index is wrong about" in said) == (kind in ("too much", "too little", "elsewhere"))
     apply(run, tiny.path, tmp_path / "anew", "--max-shard-size", "4KB")
     assert (
         loaded_query(tmp_path / "out", 1) == loaded_query(tmp_path / "anew", 1) != loaded_query(tiny.path, 1)
@@ -349,7 +364,7 @@ def test_a_variant_with_an_index_of_its_own(tmp_path: Path, run: Run) -> None:
     tiny = shard(tmp_path / "sharded")
     rename_variant(tiny.path)
     said = apply(run, tiny.path, tmp_path / "out")
-    assert "transformers loads with variant='fp16' alone" in said
+    assert "transformers loads model.fp16* with variant='fp16' alone" in said
     assert loaded_query(tmp_path / "out", 1, variant="fp16") != loaded_query(tiny.path, 1, variant="fp16")
     apply(run, tiny.path, tmp_path / "one", "--max-shard-size", "1GB")
     assert "model.fp16.safetensors" in names(tmp_path / "one")
