@@ -151,7 +151,9 @@ def walk_files(root: Path, exclude: Collection[str] = ()) -> Folder:
         inner = []
         for path in map(where.joinpath, entries):
             name = path.relative_to(root).as_posix()
-            linked = os.path.relpath(path.resolve(), root.resolve()) if path.is_symlink() else name
+            linked = (
+                os.path.relpath(os.path.realpath(path), os.path.realpath(root)) if path.is_symlink() else name
+            )
             if name in BOOKKEEPING or matching(name, exclude) or matching(linked, exclude):
                 found.left_out[name] = 0 if name in BOOKKEEPING else _bytes_of(path)
                 continue

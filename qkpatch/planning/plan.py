@@ -16,6 +16,7 @@ from qkpatch.common.typed_json import as_json
 from qkpatch.errors import CheckpointError
 from qkpatch.model.locate import Access
 from qkpatch.model.model import Model, open_model
+from qkpatch.model.refusals import quantised_by_name
 from qkpatch.model.targets import LayerTarget
 from qkpatch.output.layout import Output
 from qkpatch.output.reshard import reshard
@@ -198,6 +199,11 @@ def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, 
             f"{abbreviate(strays, 5)}"
         )
     warnings += checkpoint.notes
+    if (method := quantised_by_name(checkpoint.config, checkpoint.tensors.values())) is not None:
+        warnings.append(
+            f"config.json says that weights are quantised ({method}), and none are: loaders refuse them, or quantise "
+            "what was edited; take quantization_config out of it"
+        )
     if disputed := [f"{name}: {what}" for name, what in checkpoint.disputed.items()]:
         warnings.append(
             f"the index is wrong about {len(disputed)} tensor(s), none of them edited: {some(disputed, 1)}"

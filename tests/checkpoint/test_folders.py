@@ -549,6 +549,16 @@ def test_an_adapter_in_a_folder_below_is_part_of_the_model(tiny: Tiny, tmp_path:
     apply(run, tiny.path, tmp_path / "out")
 
 
+@pytest.mark.parametrize("section", [{}, {"scale": torch.zeros(1, dtype=torch.uint8)}])
+def test_a_quantisation_that_is_only_said(tmp_path: Path, run: Run, section: dict[str, torch.Tensor]) -> None:
+    tiny = build_tiny(tmp_path / "tiny", extra=section)
+    config = json.loads((tiny.path / "config.json").read_text())
+    said = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (tiny.path / "config.json").write_text(json.dumps(config | said))
+    told = apply(run, tiny.path, tmp_path / "out")
+    assert ("quantised (bitsandbytes), and none are" in told) == (not section)
+
+
 def test_a_shard_that_is_to_replace_values_of_another(tmp_path: Path, run: Run) -> None:
     tiny = shard(tmp_path / "sharded")
     path = tiny.path / "model-00003-of-00003.safetensors"
