@@ -51,16 +51,7 @@ class LayerTarget:
     @property
     def names(self) -> list[str]:
         """Every tensor that the edit depends on."""
-        refs = (
-            self.query,
-            self.key,
-            self.query_norm,
-            self.key_norm,
-            self.input_norm,
-            self.query_scale,
-            self.key_scale,
-        )
-        return [*(ref.name for ref in refs if ref is not None), *self.biases]
+        return [*(ref.name for ref in vars(self).values() if isinstance(ref, TensorRef)), *self.biases]
 
     def read_ranges(self, heads: Sequence[int]) -> dict[str, list[tuple[int, int]]]:
         """The bytes that products of ``heads`` are read from, by shard: their rows, scales, and norms' gains."""

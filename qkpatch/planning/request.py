@@ -56,9 +56,7 @@ class Request:
     seed: int | None = None
     fold_norm: bool | None = None
     max_shard_size: int | None = None  # bytes
-    exclude: tuple[str, ...] | None = (
-        None  # what is left out of OUT, as `matching` has it, besides what always is
-    )
+    exclude: tuple[str, ...] | None = None  # globs of what is left out of OUT, besides what always is
 
     @classmethod
     def of(
@@ -102,8 +100,10 @@ class Request:
                     f"{given!r:.80} is no {getattr(kinds, '__name__', 'number')}", where=f"--{name}"
                 )
         for what in ("attention", "exclude"):
-            if not all(isinstance(name, str) and name for name in getattr(self, what) or ()):
+            if not all(isinstance(name, str) for name in getattr(self, what) or ()):
                 raise UsageError("what it names is named by a text", where=f"--{what}")
+        if "" in (self.exclude or ()):
+            raise UsageError("it names nothing", where="--exclude", fix="name a file, a folder or a glob")
         for what in ("layers", "heads", "attention"):
             if getattr(self, what) == ():
                 raise UsageError("it names nothing", where=f"--{what}", fix="name at least one")

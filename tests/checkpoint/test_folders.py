@@ -170,7 +170,7 @@ def test_exclude_in_a_file_and_in_the_library(tiny: Tiny, tmp_path: Path, run: R
     [
         ("*.safetensors", 3, "no .safetensors weights"),
         ("config.json", 3, "there is no config.json"),
-        ("", 2, "is named by a text"),
+        ("", 2, "it names nothing"),
     ],
 )
 def test_what_the_model_needs_is_not_left_out(
