@@ -7,13 +7,16 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from qkpatch.checkpoint.files import LocalOpenFile, os_errors, synced
+from qkpatch.common.text import cut
 from qkpatch.errors import FileSystemError
 
+# The deepest and widest real checkpoints have about 10 levels and 10^4 files.
+MOST_LEVELS, MOST_NAMES = 64, 1 << 20
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -180,28 +183,38 @@ class Rooted:
                 with suppress(OSError):
                     self.remove(name, status)
 
-    def walk(self) -> Iterator[tuple[str, os.stat_result]]:
-        """Everything below, sorted, directories before what is in them; links are told, never followed."""
-        yield from self._walk(self.fd, "")
+    def walk(self, skip: Collection[str] = ()) -> Iterator[tuple[str, os.stat_result]]:
+        """Everything below but what is in ``skip``, directories before what is in them; links are told, not followed.
 
-    def _walk(self, fd: int, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
-        with os_errors("list", self.path / prefix):
-            names = sorted(os.listdir(fd))
-        for last in names:
-            name = prefix + last
-            with os_errors("look up", self.path / name):
-                try:
-                    status = os.stat(last, dir_fd=fd, follow_symlinks=False)
-                except FileNotFoundError:
-                    continue  # gone meanwhile
-            yield name, status
-            if stat.S_ISDIR(status.st_mode):
-                with os_errors("list", self.path / name):
-                    inner = os.open(last, _DIRECTORY, dir_fd=fd)
-                try:
-                    yield from self._walk(inner, f"{name}/")
-                finally:
-                    os.close(inner)
+        Raises:
+            FileSystemError: a directory cannot be listed; far more, or far deeper, than any checkpoint.
+        """
+        n_names, waiting = 0, [""]
+        while waiting:
+            prefix = waiting.pop()
+            # By its whole path, step by step: a descriptor for each level could be more than there are.
+            with os_errors("list", self.path / prefix), self._parent(f"{prefix}-") as (fd, _):
+                names = sorted(os.listdir(fd))
+                n_names += len(names)
+                check_extent(self.path / prefix, prefix.count("/"), n_names)
+                for last in names:
+                    name = prefix + last
+                    with suppress(FileNotFoundError):  # gone meanwhile
+                        status = os.stat(last, dir_fd=fd, follow_symlinks=False)
+                        if name not in skip:
+                            yield name, status
+                            waiting += [f"{name}/"] if stat.S_ISDIR(status.st_mode) else []
+
+
+def check_extent(where: Path, n_levels: int, n_names: int) -> None:
+    """Refuse a directory that is no checkpoint's: a tree that was made to trip programs, or ``/``."""
+    if n_levels > MOST_LEVELS or n_names > MOST_NAMES:
+        what = (
+            f"{MOST_LEVELS} directories inside each other"
+            if n_levels > MOST_LEVELS
+            else f"{MOST_NAMES} files"
+        )
+        raise FileSystemError(f"more than {what}, which no checkpoint has", where=cut(str(where), 200))
 
 
 def _umask() -> int:

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from qkpatch.cli.redaction import Redacted
 from qkpatch.common.observer import UNSEEN, Observer
-from qkpatch.common.text import cut, plain
+from qkpatch.common.text import cut, plain, size_text
 from qkpatch.errors import FileSystemError, QKPatchError
 
 _LONGEST = 8000  # characters of a message, into which files may put any number
@@ -175,12 +175,3 @@ def print_csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 def output_width(*, stderr: bool = False) -> int:
     """Columns of stdout or stderr, for text that is wrapped elsewhere."""
     return _console(stderr=stderr).width
-
-
-def size_text(n: float) -> str:
-    """A number of bytes in the unit that suits it: ``1.5 GB``."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if n < 1000 or unit == "TB":
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    raise AssertionError

@@ -12,9 +12,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from qkpatch.cli.console import results, safe, size_text
+from qkpatch.cli.console import results, safe
 from qkpatch.common.number_ranges import format_ranges
-from qkpatch.common.text import verify_command
+from qkpatch.common.text import size_text, verify_command
 
 if TYPE_CHECKING:
     from qkpatch.compare.verify import Verification

@@ -74,7 +74,10 @@ def _finite(x: float) -> float:
 
 
 def load_json(raw: bytes, where: str, *, unique: bool = False) -> Any:
-    """Parse JSON; ``unique`` refuses what readers could disagree on: repeated keys, NaN and Infinity."""
+    """Parse JSON; ``unique`` refuses keys that are repeated, of which readers take one or another.
+
+    NaN and Infinity are taken: transformers writes Infinity into some config.json, others NaN into an index.
+    """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(items)
@@ -82,13 +85,9 @@ def load_json(raw: bytes, where: str, *, unique: bool = False) -> Any:
             raise CheckpointError("a key appears twice in one JSON object", where=where)
         return result
 
-    def refuse(name: str) -> float:
-        raise ValueError(f"{name} is not JSON")
-
     try:
-        constant = refuse if unique else float  # transformers writes Infinity into some config.json
         text = raw.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+        value = json.loads(text, object_pairs_hook=pairs)
         if (half := half_surrogate(text)) is not None:
             raise ValueError(f"half a surrogate pair (char {half})")
         return value

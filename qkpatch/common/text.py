@@ -41,3 +41,11 @@ def wrapped(line: str, width: int) -> str:
             break_long_words=False, break_on_hyphens=False,
         )
     )  # fmt: skip
+
+
+def size_text(n: float) -> str:
+    """A number of bytes in the unit that suits it: ``1.5 GB``."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while n >= 1000 and len(units) > 1:
+        n, units = n / 1000, units[1:]
+    return f"{n:.0f} B" if units[0] == "B" else f"{n:.1f} {units[0]}"

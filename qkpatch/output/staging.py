@@ -172,6 +172,14 @@ class Staging:
             elif still_replaceable is not None:
                 still_replaceable()
                 self._move(_RENAME_EXCHANGE)  # the old output is now the staged one, and goes on exit
+                for old in (FILES, "replaced"):
+                    with suppress(OSError):  # but a history that git keeps there is the user's
+                        os.rename(
+                            f"{old}/.git",
+                            f"{self.out.name}/.git",
+                            src_dir_fd=self.room.fd,
+                            dst_dir_fd=self._parent.fd,
+                        )
             else:
                 raise self._raced()
         if not all([*synced, self.room.sync(), self._parent.sync()]):

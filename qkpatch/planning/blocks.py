@@ -102,9 +102,10 @@ class ModelBlock(Block):
 
 @dataclass(frozen=True)
 class OutputBlock(Block):
-    """How OUT is sharded, where it is sharded anew."""
+    """How OUT is sharded, where it is sharded anew, and what was left out of it on demand."""
 
     max_shard_size: int | None
+    exclude: tuple[str, ...] | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True)

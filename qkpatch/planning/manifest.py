@@ -210,6 +210,7 @@ class Manifest:
             seed=edit.seed,
             fold_norm=edit.fold_norm,
             max_shard_size=self.output.max_shard_size,
+            exclude=self.output.exclude,
         )
 
 
@@ -245,7 +246,7 @@ def planned_manifest(plan: EditPlan, device: str) -> Manifest:
             rows=layout.rows,
             logits=model.tower.logits,
         ),
-        output=blocks.OutputBlock(plan.max_shard_size),
+        output=blocks.OutputBlock(plan.max_shard_size, plan.request.exclude),
         edits=tuple(EditRecord.planned(target, plan.output) for target in plan.edits),
         files=tuple(
             FileRecord(

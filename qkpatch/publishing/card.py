@@ -172,8 +172,9 @@ def _command(manifest: Manifest) -> str:
         "device": None if device == "cpu" else device,
     }
     given = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None]
-    fold = ["--fold-norm"] if request.fold_norm else []
-    return " ".join(["qkpatch apply", source, *given, *fold, "-o OUT"])
+    given += ["--fold-norm"] if request.fold_norm else []
+    given += [f"--exclude {shlex.quote(pattern)}" for pattern in request.exclude or ()]
+    return " ".join(["qkpatch apply", source, *given, "-o OUT"])
 
 
 def _claims(comparison: Comparison | None) -> Iterator[str]:

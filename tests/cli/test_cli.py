@@ -295,8 +295,8 @@ class TestPlan:
         (tiny.path / "consolidated.safetensors").write_bytes(b"x")
         result = run("plan", tiny.path)
         assert (
-            "2 other weight file(s) stay unpatched: consolidated.safetensors, pytorch_model.bin"
-            in result.stderr
+            "2 other weight file(s), 2 B, stay unpatched (--exclude leaves them out): consolidated.safetensors (1 B), "
+            "pytorch_model.bin (1 B)" in result.stderr
         )
 
 

@@ -51,8 +51,9 @@ def apply(
 ) -> None:
     """Write an edited copy of SOURCE to OUT, with a manifest of what was changed."""
     from qkpatch import api
-    from qkpatch.cli.console import bars, note, print_text, show_warnings, size_text
+    from qkpatch.cli.console import bars, note, print_text, show_warnings
     from qkpatch.cli.tables import show_applied
+    from qkpatch.common.text import size_text
     from qkpatch.model.locate import local_path
 
     writing = Writing(
