@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.errors import UnsupportedError
@@ -63,6 +64,17 @@ def refuse_known(names: Iterable[str]) -> None:
                 where=name,
                 fix="this family cannot be edited by qkpatch",
             )
+
+
+def quantised_by_name(config: Mapping[str, Any], tensors: Iterable[TensorRef]) -> str | None:
+    """By what method config.json says that the model is quantised, where nothing that is stored is; None otherwise."""
+    said = config.get("quantization_config")
+    marks = {suffix for companions, _ in _COMPANIONS for suffix in companions}
+    is_plain = all(
+        ref.dtype in (*EDITABLE_DTYPES, "I64", "BOOL") and not marks & {ref.name.rpartition(".")[2]}
+        for ref in tensors
+    )
+    return str(said.get("quant_method", "some method")) if isinstance(said, dict) and is_plain else None
 
 
 def query_temperature(name: str) -> UnsupportedError:
