@@ -37,10 +37,11 @@ TESTED = ("transformers class", "documented layout", "real weights", UNTESTED)
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
-def parse_recipe(
-    text: bytes, where: str, backbone: Callable[[str], Backbone | None] = lambda model_type: None
-) -> Recipe:
-    """Read a recipe, which may name language models that ``backbone`` knows, by text ``model_type``.
+_Backbones = Callable[[str], Backbone | None]  # by text model_type
+
+
+def parse_recipe(text: bytes, where: str, backbone: _Backbones = lambda model_type: None) -> Recipe:
+    """Read a recipe, which may name language models that ``backbone`` knows.
 
     Raises:
         RecipeError: every unknown key, wrong type and missing field in one.
@@ -75,22 +76,20 @@ def parse_recipe(
     return recipe
 
 
-def _fields(
-    said: Any, where: str, backbone: Callable[[str], Backbone | None]
-) -> tuple[Fields, tuple[bytes, ...]]:
+def _fields(said: Any, where: str, backbone: _Backbones) -> tuple[Fields, tuple[bytes, ...]]:
     """What a file says, over what its backbones say, and the texts of their files."""
     if not isinstance(said, dict) or "backbones" not in said:
         return Fields(said, where), ()
-    names = Fields(said, where).take_list("backbones", str)
-    found = [known for name in dict.fromkeys(names) if (known := backbone(name)) is not None]
-    merged, differing = completed(said, found)
+    found = {name: backbone(name) for name in Fields(said, where).take_list("backbones", str)}
+    known = [described for described in found.values() if described is not None]
+    merged, differing = completed(said, known)
     root = Fields(merged, where)
-    for i, name in enumerate(root.take_list("backbones", str, required=True)):
-        if backbone(name) is None:
-            root.fault(f"no recipe without backbones describes a language model {name!r}", f"backbones[{i}]")
+    root.take_list("backbones", str, required=True)
+    for name in (name for name, described in found.items() if described is None):
+        root.fault(f"no recipe without backbones describes a language model {name!r}", "backbones")
     for key in differing:
-        root.fault(f"the backbones {', '.join(names)} differ here: say which it is, or null for none", key)
-    return root, tuple(dict.fromkeys(known.text for known in found))
+        root.fault(f"the backbones {', '.join(found)} differ here: say which it is, or null for none", key)
+    return root, tuple(dict.fromkeys(described.text for described in known))
 
 
 def _config_reading(fields: Fields) -> ConfigReading:
@@ -114,30 +113,23 @@ def _class_defaults(fields: Fields) -> Mapping[str, Mapping[str, ConfigValue]]:
     table: dict[str, Mapping[str, ConfigValue]] = {}
     for text_type in fields.string_keys():
         entry = fields.take_mapping(text_type)
-        values: dict[str, ConfigValue] = {
-            key: entry.take(key, int, default=1) for key in COUNT_KEYS if key in entry
-        }
-        for key, value in values.items():
-            if value < 1:
-                entry.fault("must be at least 1", key)
-        for key in LOGIT_KEYS:
-            if key in entry:
-                values[key] = (
-                    entry.take(key, bool, default=False) if entry.is_a(key, bool) else _fact(entry, key)
-                )
-        table[text_type] = MappingProxyType(values)
+        counts = {key: _at_least(entry, key, 1) or 1 for key in COUNT_KEYS if key in entry}
+        facts = {key: _fact(entry, key) for key in LOGIT_KEYS if key in entry}
+        table[text_type] = MappingProxyType({**counts, **facts})
     if not table:
         fields.fault("must name at least one text model type")
     return MappingProxyType(table)
 
 
-def _fact(entry: Fields, key: str) -> float:
-    """A number that is recorded only, as config.json's own are."""
+def _fact(entry: Fields, key: str) -> float | bool:
+    """What is recorded only, as config.json's own are."""
+    if entry.is_a(key, bool):
+        return entry.take(key, bool, default=False)
     value = entry.take(key, float, default=0.0)
-    if not math.isfinite(value):
-        entry.fault("must be finite", key)
-        return 0.0
-    return float(measured(value))
+    if math.isfinite(value):
+        return float(measured(value))
+    entry.fault("must be finite", key)
+    return 0.0
 
 
 def _layer_type(fields: Fields) -> LayerType:
@@ -193,9 +185,7 @@ def _tensor_names(
             )
     if names.orientation != "out_in":
         fields.fault(f"only out_in is supported, got {names.orientation!r}", "orientation")
-    if base is not None:
-        names = replace(names, prefixes=names.prefixes or base.prefixes)
-    return names
+    return names if base is None else replace(names, prefixes=names.prefixes or base.prefixes)
 
 
 def _other_sets(fields: Fields, first: TensorNames) -> tuple[TensorNames, ...]:

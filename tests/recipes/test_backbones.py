@@ -172,7 +172,7 @@ def test_class_defaults_are_the_backbones_in_their_order_and_an_entry_may_name_o
         ({"backbones": "m"}, "$.backbones: expected list, got str 'm'"),
         ({"backbones": None}, "$.backbones: expected list"),
         ({"backbones": ["m", 7, ["m"], {}]}, "$.backbones[1]: expected str"),
-        ({"backbones": ["m", "n"]}, "$.backbones[1]: no recipe without backbones describes a language model 'n'"),
+        ({"backbones": ["m", "n"]}, "$.backbones: no recipe without backbones describes a language model 'n'"),
         ({"config": {}}, "$.config.sections: missing"),
         ({"tensors": {}}, "$.tensors.prefixes: missing"),
         ({"tensors": None}, "$.tensors: expected a mapping"),
