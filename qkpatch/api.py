@@ -56,7 +56,7 @@ def plan(
         source: a directory, a ``.safetensors`` file, ``org/name[@revision]``, or a recipe's name.
         request: the edit as a value; in its place, its fields by keyword: ``layers=range(10, 19)`` (or ``"10-18"``),
             ``heads``, ``modes=4``, ``alpha=0.8`` in [0, 1], ``channel="full"``, ``select="dominant"``, ``seed``,
-            ``recipe``, ``attention``, ``fold_norm``, ``max_shard_size`` (bytes, or ``"5GB"``).
+            ``recipe``, ``prefix``, ``attention``, ``fold_norm``, ``max_shard_size`` (bytes, or ``"5GB"``).
         out: where it is to be written, where that should be refused now.
         writing: how, likewise.
         cache: read a snapshot in the Hub cache where there is a whole one.

@@ -53,6 +53,14 @@ RecipeOpt = Annotated[
     str | None,
     typer.Option(help="Use this recipe, or this YAML file, instead of the recipe that fits.", metavar="NAME"),
 ]
+PrefixOpt = Annotated[
+    str | None,
+    typer.Option(
+        help="With --recipe: what names of the language model's layers begin with, 'llm.layers.{layer}.'.",
+        show_default="the recipe's",
+        metavar="TEXT",
+    ),
+]
 ConfigOpt = Annotated[
     Path | None, typer.Option(help="The same settings as a YAML file; flags win.", metavar="EDIT.yaml")
 ]
@@ -123,6 +131,7 @@ class EditFlags:
     seed: SeedOpt = None
     heads: HeadsOpt = None
     recipe: RecipeOpt = None
+    prefix: PrefixOpt = None
     attention: AttentionOpt = None
     fold_norm: FoldOpt = False
     max_shard_size: ShardOpt = None

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from qkpatch.errors import AmbiguousError
-from qkpatch.model.refusals import refuse_known
+from qkpatch.model.refusals import refuse_known, refuse_wrapped
 from qkpatch.recipes.catalogue import shipped_recipes
-from qkpatch.recipes.recipe import Recipe
+from qkpatch.recipes.recipe import Recipe, is_backbone
+
+MOST_COMMANDS = 3
 
 
-def choose_recipe(config: Mapping[str, Any], tensor_names: Iterable[str]) -> Recipe:
+def choose_recipe(
+    config: Mapping[str, Any], tensor_names: Iterable[str], commands: Callable[[], list[str]] = list
+) -> Recipe:
     """The one shipped recipe whose model type, architectures and tensor names fit.
+
+    Args:
+        config: config.json.
+        tensor_names: what is stored.
+        commands: what would do instead, to be told where none fits.
 
     Raises:
         AmbiguousError: none fits, or more than one; the candidates and what they lack are listed.
+        UnsupportedError: attention of a kind that cannot be edited.
+        CheckpointError: training left its prefix in the names.
     """
     names = list(tensor_names)
     claimed = [recipe for recipe in shipped_recipes().values() if recipe.matches(config)]
@@ -29,7 +40,9 @@ def choose_recipe(config: Mapping[str, Any], tensor_names: Iterable[str]) -> Rec
             where="config.json",
             fix="choose one with --recipe",
         )
-    refuse_known(names)
+    refuse_known(names, config)
+    refuse_wrapped(names)
+    known = " or ".join(commands()[:MOST_COMMANDS])
     if claimed:
         expected = "; ".join(
             f"{r.name} expects {p}{r.tensors.query}" for r in claimed for p in r.tensors.prefixes
@@ -37,13 +50,23 @@ def choose_recipe(config: Mapping[str, Any], tensor_names: Iterable[str]) -> Rec
         raise AmbiguousError(
             f"{identity} is known, but no query tensor has the expected name: {expected}",
             where="tensor names",
-            fix=f"the checkpoint holds, for example: {', '.join(query_like(names)) or 'no q_proj at all'}",
+            fix=_restore(claimed, known)
+            or f"the checkpoint holds, for example: {', '.join(query_like(names)) or 'no q_proj at all'}",
         )
     raise AmbiguousError(
         f"no recipe is made for {identity}",
         where="config.json",
-        fix="`qkpatch recipes check SOURCE` tells what comes near; if the layout is a known one, name it with --recipe",
+        fix=f"if the language model in it is the one that its tensors look like, say so: {known}"
+        if known
+        else "`qkpatch recipes check SOURCE` tells what comes near, and drafts a recipe",
     )
+
+
+def _restore(claimed: list[Recipe], known: str) -> str:
+    """The cure where the layers lie as in a larger model than config.json names."""
+    if not known or not all(is_backbone(recipe) for recipe in claimed):
+        return ""
+    return f"config.json is the text model's alone, as it seems: restore the whole model's; or say: {known}"
 
 
 def query_like(names: Iterable[str], limit: int = 3) -> list[str]:

@@ -129,7 +129,7 @@ class AttentionSet:
             raise missing_key(layer, query.name, stem + names.key)
         if (temperature := f"{self._around(stem)}.tau.wq") in tensors:
             raise query_temperature(temperature)
-        _check_shapes(query, key, layout)
+        check_shapes(query, key, layout)
         query_norm, key_norm = self._norms(layer, stem, layout)
         weights = (ref.name for ref in (query, key, query_norm, key_norm) if ref is not None)
         modules = dict.fromkeys(name.removesuffix(".weight") for name in weights)
@@ -252,15 +252,31 @@ class AttentionSet:
         return suffixes_by_module(self.tensors, modules)
 
 
-def _check_shapes(query: TensorRef, key: TensorRef, layout: HeadLayout) -> None:
+def check_shapes(query: TensorRef, key: TensorRef, layout: HeadLayout) -> None:
+    """Stored shapes must be those that config.json's numbers lead to.
+
+    Raises:
+        CheckpointError: they are not; the cure names the likely cause.
+    """
     for weight, expected, heads in (
         (query, layout.query_shape, layout.n_heads),
         (key, layout.key_shape, layout.n_kv_heads),
     ):
-        if weight.shape != expected:
-            raise CheckpointError(
-                f"stored as {list(weight.shape)}, but config.json says {list(expected)}: "
-                f"{heads} heads × head_dim {layout.d_head}, hidden_size {layout.d_model}",
-                where=f"{weight.name} in {weight.shard}",
-                fix="config.json belongs to another model, or --recipe does",
-            )
+        if weight.shape == expected:
+            continue
+        fix = "config.json belongs to another model, or --recipe does"
+        rows, blocks = weight.shape[0] if weight.shape else 0, expected[0] // layout.d_head
+        if 0 in weight.shape:
+            fix = "it is empty, as ZeRO-3 saves what is divided among processes: gather the weights (zero_to_fp32.py)"
+        elif (
+            weight.shape[1:] == expected[1:]
+            and rows % blocks == 0
+            and layout.n_heads * layout.d_head == layout.d_model
+        ):
+            fix += f"; {rows} rows / {blocks} heads = {rows // blocks}: is head_dim missing in config.json?"
+        raise CheckpointError(
+            f"stored as {list(weight.shape)}, but config.json says {list(expected)}: "
+            f"{heads} heads × head_dim {layout.d_head}, hidden_size {layout.d_model}",
+            where=f"{weight.name} in {weight.shard}",
+            fix=fix,
+        )

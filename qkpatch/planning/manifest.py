@@ -200,6 +200,7 @@ class Manifest:
         edit = self.edit
         return Request.of(
             recipe=self.recipe.name,
+            prefix=edit.prefix,
             attention=edit.attention,
             layers=[*edit.layers, *edit.skipped_layers],
             heads=edit.heads,

@@ -113,7 +113,8 @@ def make_plan(source: str, request: Request, access: Access = Access.download) -
         UsageError: the model has no such layer, head or mode.
         QKPatchError: as :func:`open_model`, :meth:`Model.target` and :func:`reshard`.
     """
-    return plan_of(open_model(source, request.recipe, request.attention, access), request)
+    model = open_model(source, request.recipe, request.attention, access, request.prefix)
+    return plan_of(model, request)
 
 
 def plan_of(model: Model, request: Request) -> EditPlan:
@@ -130,7 +131,7 @@ def plan_of(model: Model, request: Request) -> EditPlan:
 
 def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, ...]) -> list[str]:
     rule, checkpoint = settings.rule, model.checkpoint
-    warnings = []
+    warnings = [*model.notes]
     if rule.is_noop:
         warnings.append("alpha 1 is a declared no-op: OUT will be a byte-identical copy of SOURCE")
     if rule.paired_modes != rule.modes and rule.select is not Select.subspace:

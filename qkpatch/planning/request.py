@@ -12,6 +12,7 @@ from qkpatch.common.number_ranges import Numbers, as_numbers
 from qkpatch.common.strict_yaml import Fields, load_yaml
 from qkpatch.errors import UsageError
 from qkpatch.output.reshard import parse_size
+from qkpatch.recipes.recipe import is_prefix
 from qkpatch.spectral.rule import Channel, Select
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ E = TypeVar("E", bound=Enum)
 
 
 _KINDS: dict[str, Any] = {
-    "recipe": str, "modes": int, "alpha": int | float, "seed": int, "fold_norm": bool, "max_shard_size": int,
+    "recipe": str, "prefix": str, "modes": int, "alpha": int | float, "seed": int, "fold_norm": bool,
+    "max_shard_size": int,
 }  # fmt: skip
 
 
@@ -29,6 +31,7 @@ class Said(TypedDict, total=False):
     """The settings that :meth:`Request.of` takes as they are, or by the name of a choice."""
 
     recipe: str | None
+    prefix: str | None
     modes: int | None
     alpha: float | None
     channel: Channel | str | None
@@ -46,6 +49,7 @@ class Request:
     """
 
     recipe: str | None = None  # a shipped one by name, or a file of the user's
+    prefix: str | None = None  # what the language model's layers begin with, in place of the recipe's own
     attention: tuple[str, ...] | None = None
     layers: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
@@ -78,6 +82,7 @@ class Request:
             heads=None if heads is None else as_numbers(heads, "--heads"),
             max_shard_size=max_shard_size,
             recipe=said.get("recipe"),
+            prefix=said.get("prefix"),
             modes=said.get("modes"),
             alpha=said.get("alpha"),
             channel=_member(said.get("channel"), Channel, "--channel"),
@@ -101,6 +106,12 @@ class Request:
         for what in ("layers", "heads", "attention"):
             if getattr(self, what) == ():
                 raise UsageError("it names nothing", where=f"--{what}", fix="name at least one")
+        if self.prefix is not None and not is_prefix(self.prefix):
+            raise UsageError(
+                f"{self.prefix!r:.80} does not hold {{layer}} once, and no other brace",
+                where="--prefix",
+                fix="write it as a recipe does, with the dot at its end: 'llm.model.layers.{layer}.'",
+            )
         if self.max_shard_size is not None and self.max_shard_size < 1:
             raise UsageError(f"{self.max_shard_size} is no size", where="--max-shard-size")
         if self.alpha is not None and not 0.0 <= self.alpha <= 1.0:
@@ -133,6 +144,7 @@ def parse_request(text: bytes, where: str) -> Request:
     attention, size = root.take_optional("attention", str), _range_text(root, "max_shard_size")
     said = Said(
         recipe=root.take_optional("recipe", str),
+        prefix=root.take_optional("prefix", str),
         modes=root.take_optional("modes", int),
         alpha=root.take_optional("alpha", float),
         channel=root.take_member("channel", Channel),

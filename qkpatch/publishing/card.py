@@ -116,6 +116,7 @@ def _command(manifest: Manifest) -> str:
     request, device = manifest.request(), manifest.compute.device
     flags = {
         "recipe": _recipe(manifest),
+        "prefix": request.prefix,
         "attention": ",".join(request.attention or ()),
         "layers": format_ranges(request.layers or ()),
         "heads": format_ranges(request.heads or ()),

@@ -63,5 +63,5 @@ def _check(source: str, *, as_json: bool) -> NoReturn:
     else:
         # So that `> draft.yaml` makes a file that can be used.
         note(explanation(diagnosis, output_width(stderr=True)))
-        print_text(diagnosis.draft.text)
+        print_text(diagnosis.draft)
     raise typer.Exit(diagnosis.exit_code)
