@@ -7,7 +7,9 @@ from functools import cache
 from pathlib import Path
 
 from qkpatch.checkpoint.tree import source_file
+from qkpatch.common.strict_yaml import load_yaml
 from qkpatch.errors import RecipeError, UsageError
+from qkpatch.recipes.backbones import Backbone, backbones_of
 from qkpatch.recipes.descriptions import near_names
 from qkpatch.recipes.reading import parse_recipe
 from qkpatch.recipes.recipe import Recipe
@@ -22,9 +24,17 @@ def shipped_recipes() -> Mapping[str, Recipe]:
     return {recipe.name: recipe for recipe in recipes}
 
 
+@cache
+def shipped_backbones() -> Mapping[str, Backbone]:
+    """The language models that shipped recipes describe, by text ``model_type``."""
+    texts = {str(path): source_file(path, path.name).read() for path in _config_dir().glob("*.yaml")}
+    found = (backbones_of(load_yaml(text, where), text) for where, text in texts.items())
+    return {backbone.model_type: backbone for backbones in found for backbone in backbones}
+
+
 def load_recipe(path: Path) -> Recipe:
     """Read one recipe file; its name must be the file's."""
-    recipe = parse_recipe(source_file(path, path.name).read(), str(path))
+    recipe = parse_recipe(source_file(path, path.name).read(), str(path), shipped_backbones())
     if recipe.name != path.stem:
         raise RecipeError(f"$.name: {recipe.name!r} is not the file's name", where=str(path))
     if recipe.name == CHECK:

@@ -144,7 +144,7 @@ class Recipe:
     others: tuple[TensorNames, ...]  # further sets, edited only when asked for by name
     default_layers: str
     default_modes: int
-    sha256: str  # of the YAML file
+    sha256: str  # of the YAML file and those of its backbones
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as plain JSON values."""

@@ -16,7 +16,8 @@ from qkpatch.recipes.catalogue import get_recipe, load_recipe, shipped_recipes
 from qkpatch.recipes.heads import HeadLayout
 from qkpatch.recipes.reading import parse_recipe
 
-GOOD = (REPO / "configs" / "llama.yaml").read_text()
+DEFAULTS = "defaults:\n  layers: middle-third\n  modes: 4\n"
+GOOD = (REPO / "configs" / "llama.yaml").read_text() + DEFAULTS
 
 
 @pytest.mark.parametrize("path", sorted((REPO / "configs").glob("*.yaml")), ids=lambda path: path.stem)
