@@ -9,13 +9,11 @@ from typing import Any
 from qkpatch.checkpoint.source import Checkpoint, open_checkpoint
 from qkpatch.diagnosis.candidate import Candidate, Reason, examine
 from qkpatch.diagnosis.draft import draft_text
-from qkpatch.errors import QKPatchError
-from qkpatch.model.choice import query_like
+from qkpatch.errors import AmbiguousError, QKPatchError
+from qkpatch.model.choice import query_like, refuse_unknown
 from qkpatch.model.locate import Access, locate
-from qkpatch.model.refusals import refuse_known, refuse_wrapped
 from qkpatch.model.stacks import offers, placements, sections
-from qkpatch.recipes.catalogue import shipped_recipes
-from qkpatch.recipes.recipe import Recipe, is_backbone
+from qkpatch.recipes.catalogue import language_models, shipped_recipes
 
 EXIT_UNKNOWN = 3  # as for any unsupported or ambiguous checkpoint
 _MOST_NAMES = 12
@@ -28,16 +26,14 @@ class Diagnosis:
     source: str
     model_type: Any  # as config.json has it
     architectures: Any
-    n_tensors: int
-    n_shards: int
+    tensors: int
+    shards: int
     candidates: tuple[Candidate, ...]  # recipes that config.json names, the best first
-    backbones: Mapping[
-        str, Mapping[str, Reason]
-    ]  # language models' recipes: why layers are none of theirs, by prefix
     query_like: tuple[str, ...]  # tensors that are named so, one per spelling
-    offers: tuple[str, ...]  # flags that would do
-    draft: str | None
-    no_draft: Reason | None  # why there is none, where one is due
+    offers: tuple[str, ...] = ()  # flags that would do
+    near: Mapping[Reason, list[str]] | None = None  # why layers in it are no language model of these recipes
+    draft: str | None = None
+    no_draft: Reason | None = None  # why there is none, where one is due
 
     @property
     def fitting(self) -> tuple[Candidate, ...]:
@@ -52,19 +48,10 @@ class Diagnosis:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {
-            "source": self.source,
-            "model_type": self.model_type,
-            "architectures": self.architectures,
-            "tensors": self.n_tensors,
-            "shards": self.n_shards,
+            **vars(self),
             "recipe": self.fitting[0].recipe.name if len(self.fitting) == 1 else None,
             "candidates": [candidate.to_json() for candidate in self.candidates],
-            "backbones": {
-                n: {p: asdict(why) for p, why in told.items()} for n, told in self.backbones.items()
-            },
-            "query_like": self.query_like,
-            "offers": self.offers,
-            "draft": self.draft,
+            "near": [{"recipes": names, **asdict(why)} for why, names in (self.near or {}).items()],
             "no_draft": None if self.no_draft is None else asdict(self.no_draft),
         }
 
@@ -77,75 +64,63 @@ def diagnose(source: str) -> Diagnosis:
     """
     located = locate(source, Access.ranges)
     checkpoint = open_checkpoint(located.place)
-    config = checkpoint.config
-    candidates = tuple(sorted((examine(recipe, checkpoint) for recipe in _named(config)), key=_rank))
-    names = tuple(query_like(checkpoint.tensors, _MOST_NAMES))
-    flags: list[str] = []
-    backbones: dict[str, dict[str, Reason]] = {}
-    draft, no_draft = None, None
+    config, tensors = checkpoint.config, checkpoint.tensors
+    named = config.get("architectures")
+    classes = named if isinstance(named, list) else []
+    held = [
+        examine(recipe, checkpoint)
+        for recipe in shipped_recipes().values()
+        if (config.get("model_type") or "") in recipe.model_types
+        or any(a in recipe.architectures for a in classes)
+    ]
+    candidates = tuple(
+        sorted(held, key=lambda c: (not c.fits, -sum(f.fits for f in c.findings), c.recipe.name))
+    )
+    names = tuple(query_like(tensors, _MOST_NAMES))
+    further: dict[str, Any] = {}
     if not any(candidate.fits for candidate in candidates):
-        no_draft = _refusal(checkpoint, candidates)
-        if no_draft is None:
-            flags = offers(checkpoint)
-            backbones = {} if flags else _backbones(checkpoint)
-            if not flags and names:
+        try:
+            _refuse(checkpoint, candidates)
+        except QKPatchError as error:
+            further = {"no_draft": Reason.of(error)}
+        else:
+            further = {"offers": tuple(offers(checkpoint))}
+            if not further["offers"]:
                 is_repo = located.kind == "hub" and located.name.count("/") == 1
-                draft = draft_text(config, sections(config), names, located.name if is_repo else "org/name")
+                numbers = [name for name, _ in sections(config)]
+                text = draft_text(config, numbers, names, located.name if is_repo else "org/name")
+                further = {"near": _near(checkpoint), "draft": text if names else None}
     return Diagnosis(
-        source=located.name,
-        model_type=config.get("model_type"),
-        architectures=config.get("architectures"),
-        n_tensors=len(checkpoint.tensors),
-        n_shards=len(checkpoint.headers),
-        candidates=candidates,
-        backbones=backbones,
-        query_like=names,
-        offers=tuple(flags),
-        draft=draft,
-        no_draft=no_draft,
+        located.name,
+        config.get("model_type"),
+        named,
+        len(tensors),
+        len(checkpoint.headers),
+        candidates,
+        names,
+        **further,
     )
 
 
-def _named(config: Mapping[str, Any]) -> list[Recipe]:
-    """Shipped recipes whose model type or architecture config.json names."""
-    model_type, named = config.get("model_type") or "", config.get("architectures")
-    classes = named if isinstance(named, list) else []
-    return [
-        recipe
-        for recipe in shipped_recipes().values()
-        if model_type in recipe.model_types or any(a in recipe.architectures for a in classes)
-    ]
+def _refuse(checkpoint: Checkpoint, candidates: tuple[Candidate, ...]) -> None:
+    """Raise where no other recipe would help."""
+    refuse_unknown(checkpoint.tensors, checkpoint.config)
+    meant = next((candidate.recipe.name for candidate in candidates if candidate.is_meant), None)
+    if meant is not None:
+        raise AmbiguousError(
+            f"recipe {meant} is made for this model and finds its tensors; another would fail as it does",
+            where="config.json",
+            fix="repair the checkpoint, as told there",
+        )
 
 
-def _refusal(checkpoint: Checkpoint, candidates: tuple[Candidate, ...]) -> Reason | None:
-    """Why no recipe whatever would help."""
-    try:
-        refuse_known(checkpoint.tensors, checkpoint.config)
-        refuse_wrapped(checkpoint.tensors)
-    except QKPatchError as error:
-        return Reason.of(error)
-    for candidate in candidates:
-        if all(finding.fits for finding in candidate.findings[:4:3]) and candidate.findings[1].fits:
-            return Reason(
-                f"recipe {candidate.recipe.name} is made for this model and finds its tensors: others would fail too",
-                "config.json",
-                "repair the checkpoint, as told there",
-            )
-    return None
-
-
-def _backbones(checkpoint: Checkpoint) -> dict[str, dict[str, Reason]]:
-    """Why the layers that have a language model's names are not that language model."""
-    found = {}
-    for recipe in filter(is_backbone, shipped_recipes().values()):
+def _near(checkpoint: Checkpoint) -> dict[Reason, list[str]]:
+    """Why layers with a language model's names and norms are not that language model, and whose they would be."""
+    found: dict[Reason, list[str]] = {}
+    for recipe in language_models():
         fitting, refused = placements(recipe, checkpoint)
-        told = {placed.prefix: Reason(placed.doubt or "", None, None) for placed in fitting}
-        told |= {prefix: Reason.of(error) for prefix, error in refused.items()}
-        if told:
-            found[recipe.name] = told
+        told = [Reason(f"{placed.prefix} {placed.doubt}", None, None) for placed in fitting]
+        told += [Reason.of(error) for error in refused.values() if not isinstance(error, AmbiguousError)]
+        for reason in told:
+            found.setdefault(reason, []).append(recipe.name)
     return found
-
-
-def _rank(candidate: Candidate) -> tuple[bool, int, str]:
-    """The best first."""
-    return not candidate.fits, -sum(f.fits is True for f in candidate.findings), candidate.recipe.name

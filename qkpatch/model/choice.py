@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from qkpatch.errors import AmbiguousError
-from qkpatch.model.refusals import refuse_known, refuse_wrapped
+from qkpatch.model.refusals import refuse_known, refuse_quantised, refuse_wrapped, suffixes_by_module
 from qkpatch.recipes.catalogue import shipped_recipes
-from qkpatch.recipes.recipe import Recipe, is_backbone
+from qkpatch.recipes.recipe import TOP_LEVEL, Recipe
 
 MOST_COMMANDS = 3
+_QUERY = re.compile(r"q_proj|qkv|query|c_attn|(?:^|[._])(?:w_?q|to_q|q)\.", re.IGNORECASE)
 
 
 def choose_recipe(
@@ -40,8 +42,7 @@ def choose_recipe(
             where="config.json",
             fix="choose one with --recipe",
         )
-    refuse_known(names, config)
-    refuse_wrapped(names)
+    refuse_unknown(names, config)
     known = " or ".join(commands()[:MOST_COMMANDS])
     if claimed:
         expected = "; ".join(
@@ -64,15 +65,32 @@ def choose_recipe(
 
 def _restore(claimed: list[Recipe], known: str) -> str:
     """The cure where the layers lie as in a larger model than config.json names."""
-    if not known or not all(is_backbone(recipe) for recipe in claimed):
+    if not known or any(recipe.config.sections != (TOP_LEVEL,) for recipe in claimed):
         return ""
     return f"config.json is the text model's alone, as it seems: restore the whole model's; or say: {known}"
+
+
+def refuse_unknown(names: Iterable[str], config: Mapping[str, Any]) -> None:
+    """Raise where no recipe whatever would help.
+
+    Raises:
+        UnsupportedError: attention of a kind that cannot be edited, or quantised queries.
+        CheckpointError: training left its prefix in the names.
+    """
+    names = list(names)
+    refuse_known(names, config)
+    refuse_wrapped(names)
+    parents = {name.rpartition(".")[0] for name in query_like(names, len(names))}
+    for module, suffixes in suffixes_by_module(
+        names, {*parents, *(p.rpartition(".")[0] for p in parents)}
+    ).items():
+        refuse_quantised(module, None, suffixes)
 
 
 def query_like(names: Iterable[str], limit: int = 3) -> list[str]:
     """A few names that look like query projections, one per spelling, for error messages."""
     found: dict[str, str] = {}
     for name in names:
-        if "q_proj" in name or "qkv" in name or "query" in name:
+        if _QUERY.search(name):
             found.setdefault("".join(c for c in name if not c.isdigit()), name)
     return list(found.values())[:limit]

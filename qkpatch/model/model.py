@@ -14,8 +14,8 @@ from qkpatch.model.refusals import refuse_known, refuse_wrapped
 from qkpatch.model.stacks import offers, place
 from qkpatch.model.targets import AttentionSet, LayerTarget
 from qkpatch.model.tower import LanguageTower, read_tower
-from qkpatch.recipes.catalogue import get_recipe, is_recipe_file
-from qkpatch.recipes.recipe import Recipe, TensorNames, is_backbone
+from qkpatch.recipes.catalogue import get_recipe, is_recipe_file, language_models
+from qkpatch.recipes.recipe import Recipe, TensorNames
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,10 @@ def understood(
         )
     recipe = named or located.recipe or _chosen(located, checkpoint)
     notes: tuple[str, ...] = ()
-    is_unknown = named is not None and is_backbone(named) and not named.matches(checkpoint.config)
+    is_unknown = named in language_models() and not named.matches(checkpoint.config)
     if named is not None and (is_unknown or prefix is not None):
         placed = place(named, checkpoint, prefix)
-        recipe, notes = placed.recipe, () if placed.recipe is named else (placed.told,)
+        recipe, notes = placed.recipe, (placed.told,)
     wanted = [recipe.tensors.attention] if attention is None else attention
     sets = tuple(
         open_set(recipe, recipe.set_named(name), checkpoint, insist=named is not None)

@@ -272,6 +272,7 @@ def check_shapes(query: TensorRef, key: TensorRef, layout: HeadLayout) -> None:
             weight.shape[1:] == expected[1:]
             and rows % blocks == 0
             and layout.n_heads * layout.d_head == layout.d_model
+            and not layout.rows.is_fused
         ):
             fix += f"; {rows} rows / {blocks} heads = {rows // blocks}: is head_dim missing in config.json?"
         raise CheckpointError(

@@ -32,6 +32,12 @@ def shipped_backbones() -> Mapping[str, Backbone]:
     return {backbone.model_type: backbone for backbones in found for backbone in backbones}
 
 
+def language_models() -> tuple[Recipe, ...]:
+    """The shipped recipes that describe a language model, such as a family may wrap."""
+    names = {str(backbone.said["name"]) for backbone in shipped_backbones().values()}
+    return tuple(recipe for name, recipe in shipped_recipes().items() if name in names)
+
+
 def load_recipe(path: Path) -> Recipe:
     """Read one recipe file; its name must be the file's."""
     recipe = parse_recipe(source_file(path, path.name).read(), str(path), shipped_backbones())

@@ -177,8 +177,3 @@ class Recipe:
 def is_prefix(text: str) -> bool:
     """Whether names of layers can begin so: with ``{layer}`` once, and no other brace."""
     return text.count("{layer}") == 1 and not set(text.replace("{layer}", "")) & set("{}")
-
-
-def is_backbone(recipe: Recipe) -> bool:
-    """Whether a recipe is a language model's by itself, such as a wrapper may hold."""
-    return recipe.config.sections == (TOP_LEVEL,)
