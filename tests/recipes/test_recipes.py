@@ -138,6 +138,14 @@ def test_an_architecture_decides_where_the_model_type_is_shared() -> None:
         choose_recipe({**original, "architectures": ["LlavaMptForCausalLM"]}, names)
 
 
+def test_pixtral_may_bear_its_vision_towers_name_and_no_other_class_does() -> None:
+    names = ["language_model.model.layers.0.self_attn.q_proj.weight"]
+    config = {"model_type": "pixtral", "architectures": ["LlavaForConditionalGeneration"]}
+    assert choose_recipe(config, names).name == "llava-1.5"
+    with pytest.raises(AmbiguousError, match="no recipe is made for model_type 'pixtral'"):
+        choose_recipe({**config, "architectures": ["PixtralVisionModel"]}, names)
+
+
 def test_a_decoy_whose_name_only_contains_the_prefix_does_not_match() -> None:
     names = ["vision.model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.q_proj.weight.bak"]
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
