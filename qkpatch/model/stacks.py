@@ -10,7 +10,7 @@ from typing import Any
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.source import Checkpoint
 from qkpatch.errors import AmbiguousError, CheckpointError, QKPatchError, UnsupportedError
-from qkpatch.model.refusals import is_qk_norm, refuse_wrapped
+from qkpatch.model.refusals import is_qk_norm, refuse_known, refuse_wrapped
 from qkpatch.model.targets import check_shapes
 from qkpatch.model.tower import LanguageTower, read_tower
 from qkpatch.recipes.catalogue import language_models, shipped_recipes
@@ -61,6 +61,7 @@ def place(recipe: Recipe, checkpoint: Checkpoint, prefix: str | None = None) -> 
         return sure[0]
     if prefix in refused:
         raise refused[prefix]
+    refuse_known(checkpoint.tensors, checkpoint.config)
     refuse_wrapped([] if prefix else [*refused, *(p.prefix for p in fitting)])
     if len(refused) == 1 and not fitting and not prefix:
         raise next(iter(refused.values()))
