@@ -11,7 +11,7 @@ from qkpatch.model.refusals import refuse_known, refuse_quantised, refuse_wrappe
 from qkpatch.recipes.catalogue import shipped_recipes
 from qkpatch.recipes.recipe import TOP_LEVEL, Recipe
 
-MOST_COMMANDS = 3
+_MOST = 3  # commands
 _QUERY = re.compile(r"q_proj|qkv|query|c_attn|(?:^|[._])(?:w_?q|to_q|q)\.", re.IGNORECASE)
 
 
@@ -43,31 +43,26 @@ def choose_recipe(
             fix="choose one with --recipe",
         )
     refuse_unknown(names, config)
-    known = " or ".join(commands()[:MOST_COMMANDS])
-    if claimed:
+    known = " or ".join(commands()[:_MOST])
+    if claimed and not (known and all(recipe.config.sections == (TOP_LEVEL,) for recipe in claimed)):
         expected = "; ".join(
             f"{r.name} expects {p}{r.tensors.query}" for r in claimed for p in r.tensors.prefixes
         )
         raise AmbiguousError(
             f"{identity} is known, but no query tensor has the expected name: {expected}",
             where="tensor names",
-            fix=_restore(claimed, known)
-            or f"the checkpoint holds, for example: {', '.join(query_like(names)) or 'no q_proj at all'}",
+            fix=f"the checkpoint holds, for example: {', '.join(query_like(names)) or 'no q_proj at all'}",
         )
-    raise AmbiguousError(
+    what, fix = (
         f"no recipe is made for {identity}",
-        where="config.json",
-        fix=f"if the language model in it is the one that its tensors look like, say so: {known}"
-        if known
-        else "`qkpatch recipes check SOURCE` tells what comes near, and drafts a recipe",
+        f"if its language model is what its tensors look like: {known}",
     )
-
-
-def _restore(claimed: list[Recipe], known: str) -> str:
-    """The cure where the layers lie as in a larger model than config.json names."""
-    if not known or any(recipe.config.sections != (TOP_LEVEL,) for recipe in claimed):
-        return ""
-    return f"config.json is the text model's alone, as it seems: restore the whole model's; or say: {known}"
+    if claimed:
+        what = f"{identity} names a language model, whose layers lie here as in a larger model"
+        fix = f"config.json is the text model's alone, as it seems: restore the whole model's; or: {known}"
+    elif not known:
+        fix = "`qkpatch recipes check SOURCE` tells what comes near, and drafts a recipe"
+    raise AmbiguousError(what, where="config.json", fix=fix)
 
 
 def refuse_unknown(names: Iterable[str], config: Mapping[str, Any]) -> None:

@@ -70,6 +70,11 @@ _UNEDITABLE = (
         "delta attention (KDA): queries and keys pass a convolution and a recurrence, no product",
     ),
     (
+        re.compile(r"\.tau\.wq$"),
+        "",
+        "queries and values are scaled by a temperature computed from the queries themselves (Moondream 3)",
+    ),
+    (
         re.compile(r"\.query_layernorm\."),
         "hunyuan",
         "queries and keys are normalised after RoPE (HunYuan), so no product of stored weights is what attention uses",
@@ -125,46 +130,10 @@ def _identities(config: Mapping[str, Any]) -> Iterator[str]:
             yield str(section.get("model_type"))
 
 
-def query_temperature(name: str) -> UnsupportedError:
-    """The error for logits whose scale depends on the query rows: editing those would do more than M shows."""
-    return UnsupportedError(
-        "queries and values are scaled by a temperature computed from the queries themselves (Moondream 3)",
-        where=name,
-        fix="this family cannot be edited by qkpatch",
-    )
-
-
-def missing_key(layer: int, query: str, key: str) -> UnsupportedError:
-    """The error for a layer with queries and no keys of its own."""
-    return UnsupportedError(
-        f"layer {layer} has a query weight and no key weight {key}",
-        where=query,
-        fix="if it shares another layer's keys, leave it out of --layers",
-    )
-
-
 def is_qk_norm(name: str) -> bool:
     """Whether a tensor's name is that of a norm of queries or keys."""
     # An indexer picks the tokens that are attended to, by queries and keys of its own.
     return _QK_NORM.search(name) is not None and ".indexer." not in name
-
-
-def unknown_form(module: str, suffixes: Iterable[str]) -> UnsupportedError:
-    """The error for a module whose weight is stored in a way that qkpatch has no name for."""
-    return UnsupportedError(
-        f"stored as {', '.join(sorted(suffixes))}, a form that qkpatch does not know",
-        where=module,
-        fix="patch the unquantised checkpoint, or merge what stands beside the weight into it",
-    )
-
-
-def undeclared_norm(name: str, recipe: str) -> UnsupportedError:
-    """The error for a query or key norm that the recipe does not know of: the product would be another one."""
-    return UnsupportedError(
-        f"queries or keys are normalised, which recipe {recipe} does not declare",
-        where=name,
-        fix="choose a recipe for this family with --recipe",
-    )
 
 
 def suffixes_by_module(names: Iterable[str], modules: Collection[str]) -> dict[str, list[str]]:

@@ -15,11 +15,11 @@ from qkpatch.model.targets import check_shapes
 from qkpatch.model.tower import LanguageTower, read_tower
 from qkpatch.recipes.catalogue import language_models, shipped_recipes
 from qkpatch.recipes.recipe import COUNT_KEYS, TOP_LEVEL, Recipe, TensorNames
-from qkpatch.recipes.rows import RowLayout
 
 _NUMBER = re.compile(r"(?:(?<=\.)|^)(?:0|[1-9][0-9]{0,5})(?=\.)")
 _EMBEDDING = re.compile(r"[^.]*(?:emb|wte)[^.]*(?:\.[^.0-9]+)?\.weight", re.IGNORECASE)
 _DEEPEST = 3  # keys down to a section of config.json
+_PLAIN = "llama"  # no norms of queries and keys, no order of rows: its names tell all
 _ANOTHER = "choose another recipe with --recipe"
 
 
@@ -106,13 +106,14 @@ def offers(checkpoint: Checkpoint) -> list[str]:
         for placed in sure or fitting:
             is_said = recipe in families or placed.kind in recipe.config.class_defaults
             rank = 0 if is_said else 1 if at >= 0 else 2
-            is_told = rank < 2 or _is_plain(recipe.tensors)
-            if is_told and (sure or (len(fitting) == 1 and (is_said or placed.vocabulary))):
+            if (rank < 2 or recipe.name == _PLAIN) and (
+                sure or (len(fitting) == 1 and (is_said or placed.vocabulary))
+            ):
                 flags = f"--recipe {recipe.name}" + ("" if len(sure) == 1 else f" --prefix '{placed.prefix}'")
                 found.append((rank, -at, flags))
     # Where config.json says which language model it is, others with the same names are of no use.
     best = [each for each in sorted(found) if each[0] == min(found)[0]]
-    return [flags for rank, _, flags in best if rank < 2 or flags == best[0][2]]
+    return [flags for _, _, flags in best]
 
 
 def sections(
@@ -133,12 +134,6 @@ def sections(
 def _sure(recipe: Recipe, fitting: list[Placed]) -> list[Placed]:
     """Those that are surely the language model; where the recipe itself says that it is there, nothing is guessed."""
     return [p for p in fitting if p.doubt is None] or [p for p in fitting if p.recipe is recipe]
-
-
-def _is_plain(names: TensorNames) -> bool:
-    """Whether names and shapes tell all: no norm whose gain, and no order of rows, that they do not show."""
-    is_usual = names.input_norm is not None and not names.input_norm.plus_one and not names.mtp_layers
-    return names.norms is None and names.rows is RowLayout.separate and names.every_layer and is_usual
 
 
 def _stacks(tensors: Mapping[str, TensorRef], module: str) -> dict[str, tuple[int, ...]]:

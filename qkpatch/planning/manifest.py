@@ -198,18 +198,11 @@ class Manifest:
     def request(self) -> Request:
         """The request that leads to the recorded edit on the same SOURCE."""
         edit = self.edit
+        keys = ("prefix", "attention", "heads", "modes", "alpha", "channel", "select", "seed", "fold_norm")
         return Request.of(
+            **{key: getattr(edit, key) for key in keys},
             recipe=self.recipe.name,
-            prefix=edit.prefix,
-            attention=edit.attention,
             layers=[*edit.layers, *edit.skipped_layers],
-            heads=edit.heads,
-            modes=edit.modes,
-            alpha=edit.alpha,
-            channel=edit.channel,
-            select=edit.select,
-            seed=edit.seed,
-            fold_norm=edit.fold_norm,
             max_shard_size=self.output.max_shard_size,
         )
 
