@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -24,12 +24,33 @@ def shipped_recipes() -> Mapping[str, Recipe]:
     return {recipe.name: recipe for recipe in recipes}
 
 
+class _Backbones(Mapping[str, Backbone]):
+    """The language models that shipped recipes describe; a file is parsed when it may be the one asked for."""
+
+    def __init__(self) -> None:
+        files = (source_file(path, path.name) for path in sorted(_config_dir().glob("*.yaml")))
+        self._texts = [text for text in (file.read() for file in files) if b"\nbackbones:" not in text]
+        self._of = cache(
+            lambda text: {b.model_type: b for b in backbones_of(load_yaml(text, "configs"), text)}
+        )
+
+    def __getitem__(self, model_type: str) -> Backbone:
+        for text in self._texts:
+            if model_type.encode() in text and model_type in self._of(text):
+                return self._of(text)[model_type]
+        raise KeyError(model_type)
+
+    def __iter__(self) -> Iterator[str]:
+        return (model_type for text in self._texts for model_type in self._of(text))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 @cache
 def shipped_backbones() -> Mapping[str, Backbone]:
     """The language models that shipped recipes describe, by text ``model_type``."""
-    texts = {str(path): source_file(path, path.name).read() for path in _config_dir().glob("*.yaml")}
-    found = (backbones_of(load_yaml(text, where), text) for where, text in texts.items())
-    return {backbone.model_type: backbone for backbones in found for backbone in backbones}
+    return _Backbones()
 
 
 def language_models() -> tuple[Recipe, ...]:

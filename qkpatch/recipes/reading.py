@@ -53,7 +53,8 @@ def parse_recipe(text: bytes, where: str, backbones: Mapping[str, Backbone] = Ma
     recipe = Recipe(
         name=root.take("name", str, default="", required=True),
         title=root.take("title", str, default="", required=True),
-        default_repo=root.take("default_repo", str, default=""),
+        default_repo=root.take_optional("default_repo", str),
+        gated=root.take_optional("gated", bool),
         tested=root.take("tested", str, default=TESTED[0], required=True),
         model_types=match.take_list("model_types", str, required=True),
         architectures=match.take_list("architectures", str, required=True),

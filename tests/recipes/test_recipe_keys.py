@@ -107,7 +107,7 @@ def test_a_field_that_nothing_reads_would_be_noticed() -> None:
 # Every mapping that the parser knows, so that it asks for every key.
 OVERRIDE = {"key": "a", "default": 1, "if": "b"}
 FULL: dict[str, Any] = {
-    "name": "full", "title": "Full", "default_repo": "a/b", "tested": "documented layout",
+    "name": "full", "title": "Full", "default_repo": "a/b", "gated": True, "tested": "documented layout",
     "match": {"model_types": ["m"], "architectures": ["A"]},
     "config": {
         "sections": ["."],
@@ -128,7 +128,7 @@ FULL: dict[str, Any] = {
     "defaults": {"layers": "middle-third", "modes": 4},
 }  # fmt: skip
 FAMILY: dict[str, Any] = {
-    **{key: FULL[key] for key in ("name", "title", "default_repo", "tested", "match")},
+    **{key: FULL[key] for key in ("name", "title", "default_repo", "gated", "tested", "match")},
     "backbones": ["m"],
     "config": {"sections": ["text_config"]},
     "tensors": {"prefixes": ["text.{layer}."]},
