@@ -173,10 +173,11 @@ def _check_names(
         is_optional = names.norms is not None and names.norms.optional and part in norms
         other = other or (part if missing and not is_optional else "")
     modules = tuple(f"{stems[0]}{part.removesuffix('.weight')}" for part in norms)
-    undeclared = (
-        n for n in tensors if n.startswith(stems[0]) and is_qk_norm(n) and not n.startswith(modules)
-    )
-    found = next(undeclared, "").removeprefix(stems[0])
+    bias = "" if names.input_norm is None else names.input_norm.weight.removesuffix("weight") + "bias"
+    within = (name for name in tensors if name.startswith(stems[0]))
+    # With a bias, the norm before attention is a LayerNorm.
+    odd = (n for n in within if n == stems[0] + bias or (is_qk_norm(n) and not n.startswith(modules)))
+    found = next(odd, "").removeprefix(stems[0])
     if other or found:
         why = f"have no {other}" if other else f"have {found}"
         raise AmbiguousError(

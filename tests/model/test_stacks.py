@@ -36,10 +36,9 @@ def stack(
     inner: str = "",
 ) -> Shapes:
     """A stack of layers of Qwen3's names, and its token embedding of ``rows`` rows."""
-    shapes = LAYER | NORMS if layer is None else layer
-    found = {
-        f"{head}layers.{i}.{inner}{name}.weight": shape for i in range(n) for name, shape in shapes.items()
-    }
+    of_layer = LAYER | NORMS if layer is None else layer
+    shapes = {name if "bias" in name else f"{name}.weight": shape for name, shape in of_layer.items()}
+    found = {f"{head}layers.{i}.{inner}{name}": shape for i in range(n) for name, shape in shapes.items()}
     return found | ({} if rows is None else {f"{head}embed_tokens.weight": (rows, 24)})
 
 
@@ -256,6 +255,7 @@ class TestContradictions:
         ("layer", "recipe", "told"),
         [
             (LAYER | NORMS, "llama", "_norm.weight, unlike llama"),
+            (LAYER | {"input_layernorm.bias": (24,)}, "llama", "have input_layernorm.bias, unlike llama"),
             (LAYER, "qwen3", "have no self_attn.q_norm.weight, unlike qwen3"),
             (
                 LAYER | NORMS | {"self_attn.qk_norm": (8,)},
