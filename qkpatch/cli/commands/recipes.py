@@ -24,8 +24,8 @@ def recipes(
 ) -> None:
     """List the model families qkpatch knows, show one, or explain which of them SOURCE is: `recipes check SOURCE`.
 
-    `check` tells what matched and what did not. For a family it does not know it prints a draft recipe on stdout,
-    and the explanation on stderr. Exit 0 where exactly one recipe fits, else 3.
+    `check` tells what matched and what did not. For a family it does not know it names the command that would do, or
+    prints a draft recipe on stdout, and the explanation on stderr. Exit 0 where exactly one recipe fits, else 3.
     """
     from qkpatch.cli.console import output_width, print_json, print_text
     from qkpatch.errors import UsageError
