@@ -44,6 +44,7 @@ class Request:
     seed: int | None = None
     fold_norm: bool | None = None
     max_shard_size: int | None = None  # bytes
+    exclude: tuple[str, ...] | None = None  # globs of what is left out of OUT, besides what always is
 
     @classmethod
     def of(cls, **said: Any) -> Request:
@@ -61,8 +62,11 @@ class Request:
                 raise UsageError(
                     f"{given!r:.80} is no {getattr(kinds, '__name__', 'number')}", where=f"--{name}"
                 )
-        if not all(isinstance(name, str) for name in self.attention or ()):
-            raise UsageError("a set of tensors is named by a text", where="--attention")
+        for what in ("attention", "exclude"):
+            if not all(isinstance(name, str) for name in getattr(self, what) or ()):
+                raise UsageError("what it names is named by a text", where=f"--{what}")
+        if "" in (self.exclude or ()):
+            raise UsageError("it names nothing", where="--exclude", fix="name a file, a folder or a glob")
         for what in ("layers", "heads", "attention"):
             if getattr(self, what) == ():
                 raise UsageError("it names nothing", where=f"--{what}", fix="name at least one")
@@ -91,6 +95,20 @@ class Request:
                 fix="drop --channel, or choose another --select",
             )
 
+    @property
+    def draws(self) -> bool:
+        """Whether anything is drawn, which a seed decides."""
+        return self.select in (Select.random, Select.subspace)
+
+    def check_seed(self) -> None:
+        """Raise :class:`UsageError` where there is a seed and nothing is drawn: it would do nothing."""
+        if self.seed is not None and not self.draws:
+            raise UsageError(
+                "nothing is drawn, so a seed would do nothing",
+                where="--seed",
+                fix="leave it out, or add --select random or --select subspace",
+            )
+
     def over(self, other: Request) -> Request:
         """This request, with what it does not say taken from ``other``."""
         said = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
@@ -104,6 +122,7 @@ def parse_request(text: bytes, where: str) -> Request:
     kinds = {**_KINDS, "attention": str, "alpha": float}
     said = {key: root.take_optional(key, kind) for key, kind in kinds.items() if key not in said} | said
     said |= {"channel": root.take_member("channel", Channel), "select": root.take_member("select", Select)}
+    said["exclude"] = root.take_list("exclude", str)
     root.finish()
     return Request.of(**said)
 
@@ -133,6 +152,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "attention": lambda given: tuple(
         [name.strip() for name in given.split(",")] if isinstance(given, str) else given
     ),
+    "exclude": lambda given: (given,) if isinstance(given, str) else tuple(given) or None,
     "channel": lambda given: _member(given, Channel, "--channel"),
     "select": lambda given: _member(given, Select, "--select"),
     "max_shard_size": lambda given: parse_size(given) if isinstance(given, str) else given,

@@ -17,11 +17,34 @@ from qkpatch.recipes.recipe import Recipe
 CHECK = "check"  # `qkpatch recipes check SOURCE`; no recipe can be called so
 
 
+class _Shipped(Mapping[str, Recipe]):
+    """Recipes by name, sorted; each is parsed when it is asked for, which takes milliseconds."""
+
+    def __init__(self) -> None:
+        self._paths = {path.stem: path for path in sorted(_config_dir().glob("*.yaml"))}
+        self._parsed: dict[str, Recipe] = {}
+
+    def __getitem__(self, name: str) -> Recipe:
+        if name not in self._parsed:
+            self._parsed[name] = load_recipe(self._paths[name])
+        return self._parsed[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+
 @cache
 def shipped_recipes() -> Mapping[str, Recipe]:
     """All shipped recipes by name, sorted."""
-    recipes = [load_recipe(path) for path in sorted(_config_dir().glob("*.yaml"))]
-    return {recipe.name: recipe for recipe in recipes}
+    return _Shipped()
+
+
+def recipes_naming(word: str) -> Iterator[Recipe]:
+    """The shipped recipes whose text holds ``word``."""
+    return (shipped_recipes()[name] for name in shipped_recipes() if word in recipe_text(name))
 
 
 class _Backbones(Mapping[str, Backbone]):
