@@ -40,8 +40,8 @@ def page(repo: Path) -> str:
         f"{len(recipes)} families, each a YAML file in [configs/](../configs). A recipe is chosen from `config.json` "
         "and the tensor names; it knows the Hub's names and those of newer or older transformers versions. "
         "`qkpatch recipes check SOURCE` says which one fits a checkpoint. Around a language model that one of them "
-        "describes it says how to edit an unknown class; for others it drafts a recipe with open places: see [how to add a "
-        "family](../configs/README.md).",
+        "describes it says how to edit an unknown class; for others it drafts a recipe with open places: see "
+        "[how to add a family](../configs/README.md).",
         f"The default edit is *{edit}*, in every family: ours, not the paper's. A recipe's name, as SOURCE, stands "
         "for its default repository on the Hub; it is none where none is known that the recipe reads. **No recipe has "
         "been tested on its full released weights.**",
