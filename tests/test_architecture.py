@@ -22,7 +22,7 @@ ARROWS = {
     },
     "api": {"compare", "publishing", "patching", "planning", "model", "output", "checkpoint", "common", "errors"},
     "compare": {
-        "publishing", "planning", "model", "recipes", "output", "checkpoint", "common", "errors",
+        "publishing", "patching", "planning", "model", "recipes", "output", "checkpoint", "common", "errors",
     },
     "diagnosis": {"model", "recipes", "checkpoint", "common", "errors"},
     "publishing": {"planning", "recipes", "hub", "checkpoint", "common", "errors"},

@@ -79,6 +79,22 @@ class Stored:
         local = (file for file in self.files.values() if isinstance(file, LocalFile))
         return tuple(file.name for file in local if leads_out(file.path, self.root))
 
+    def check_still(self) -> None:
+        """Raise :class:`FileSystemError` where a file on this machine is another by now, or one more is there."""
+        if self.root is not None and not self.single_file:
+            known = {*self.files, *self.directories, MANIFEST_NAME, SUMS_NAME}
+            files, directories = walk_files(self.root)
+            if new := sorted({*files, *directories} - known):
+                raise FileSystemError(
+                    "it came into being while qkpatch was running, or after it had planned",
+                    where=str(self.root / new[0]),
+                    fix="plan again",
+                )
+        for file in self.files.values():
+            if isinstance(file, LocalFile):
+                with file.open():
+                    pass
+
     def has_entry(self, name: str) -> bool:
         """Whether the directory holds something of that name, be it one of :attr:`files` or not."""
         return not self.single_file and self.root is not None and (self.root / name).exists()

@@ -118,8 +118,9 @@ def apply_plan(
                 source=replace(planned.source, checked=sources.is_checked),
                 edits=done,
                 files=tuple(replace(file, sha256=hashed[file.name]) for file in planned.files),
-                warnings=(*planned.warnings, *_numerical_warnings(done, plan)),
-                run=RunBlock(started, _now(), Counter(how.means for how in carried.values())),
+                warnings=(*planned.warnings, *numerical_warnings(done, plan)),
+                output=replace(planned.output, digest=writing.digest),
+                run=RunBlock(started, _now(), Counter(how.means for how in carried.values()), editor.stack),
             )
             record = manifest.dumps().encode()
             if writing.digest is Digest.files:
@@ -183,7 +184,7 @@ def _digests(sources: Sources, copier: Copier, writing: Writing, target: LayerTa
     return before, after
 
 
-def _numerical_warnings(edits: Sequence[EditRecord], plan: EditPlan) -> list[str]:
+def numerical_warnings(edits: Sequence[EditRecord], plan: EditPlan) -> list[str]:
     """What a user should know about the spectra that were met."""
     modes = plan.settings.rule.paired_modes
     narrow, short = [], []

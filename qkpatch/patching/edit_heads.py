@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import platform
+import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from qkpatch.common.json_text import measured
 from qkpatch.common.observer import Observer
@@ -20,7 +25,8 @@ from qkpatch.patching.threads import Crew
 from qkpatch.planning.manifest import HeadRecord
 from qkpatch.planning.plan import EditPlan
 from qkpatch.spectral.edit import HeadError, HeadReport, edit_query, measure
-from qkpatch.spectral.rule import EditRule
+from qkpatch.spectral.product import Factor, QKProduct
+from qkpatch.spectral.rule import Channel, EditRule
 
 Write = Callable[[str, bytes | bytearray, int], None]
 
@@ -63,6 +69,14 @@ class Editor:
     def torch_version(self) -> str:
         """The version of torch with its build, such as ``2.13.0+cpu``."""
         return str(torch.__version__)
+
+    @property
+    def stack(self) -> dict[str, str]:
+        """What the bits of an edit depend on besides its inputs: torch, BLAS, and the kernels that the CPU takes."""
+        shown = torch.__config__.show()
+        blas = re.search(r"(?<=oneAPI )Math Kernel Library Version \S+|(?<=BLAS_INFO=)\w+", shown)
+        cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {_cpu_model()}".strip()
+        return {"torch": self.torch_version, "blas": blas[0] if blas else "unknown", "cpu": cpu}
 
     def edited(
         self, plan: EditPlan, opened: Opened, crew: Crew, write: Write, observer: Observer
@@ -148,6 +162,43 @@ def edit_batch(
     except HeadError as error:
         where = f"head {batch.heads[error.index]} of {target.query.name}, {target.query.dtype}"
         raise NumericalError(error.what, where=where, fix=error.fix) from error
+
+
+def _cpu_model() -> str:
+    """By the numbers that BLAS chooses its kernels by; empty where the system does not tell."""
+    with suppress(OSError):
+        told = Path("/proc/cpuinfo").read_text("utf-8", "replace").partition("\n\n")[0]
+        return " ".join(re.findall(r"(?m)^(?:vendor_id|cpu family|model|CPU \w+)\s*: (.+)$", told))
+    return ""
+
+
+def product_distance(
+    weights: LayerWeights, head: int, rule: EditRule, seed: int, W_Q: Tensor
+) -> tuple[float, float]:
+    """How far a stored head is from the edit, by what does not depend on the choice among modes of one size.
+
+    Which vectors belong to equal values is arbitrary; the singular values of ``M'`` and of ``M' − M`` are not. Returns
+    the largest difference of one, and how large rounding makes it.
+
+    Args:
+        weights: of its layer in SOURCE.
+        head: the query head.
+        rule: the edit.
+        seed: of random selections.
+        W_Q: what is stored of it, (1, d_head, d_model).
+    """
+    (batch,) = weights.batches((head,), 1)
+    stored, (report,) = edit_batch(weights, batch, rule, seed)
+    query, key = batch.product.query, batch.product.key
+
+    def values(W: Tensor) -> Tensor:
+        W = weights.folded(W)
+        products = QKProduct(Factor(W), key), QKProduct(Factor(W - query.W), key)
+        return torch.cat([product.spectra(Channel.full)[0].S for product in products])
+
+    norms = torch.linalg.matrix_norm(query.W), torch.linalg.matrix_norm(key.W, 2)
+    noise = float(norms[0] * norms[1]) * (4 * report.rounding_error * report.relative_change + 1e-9)
+    return float((values(W_Q) - values(stored.values)).abs().max()), noise
 
 
 def head_generator(seed: int, attention: str, layer: int, head: int) -> torch.Generator:

@@ -17,6 +17,7 @@ CARD_NAME = "README.md"
 TAG = "qkpatch"
 PAPER = "https://arxiv.org/abs/2606.20419"
 FOLLOWS = "<!-- The card of the base model follows, as it was. -->"
+_MEASURED = "\nMeasured for this model with lmms-eval"
 # Figures, addresses and successors of the base model, which are not this one's.
 _NOT_INHERITED = ("model-index", "new_version", "eval_results")
 
@@ -53,6 +54,22 @@ def model_card(
     if base_card is not None:
         parts.append(f"\n{FOLLOWS}\n\n{text}")
     return "".join(parts)
+
+
+def is_card_of(card: str, manifest: Manifest, base_card: str | None) -> bool:
+    """Whether :func:`model_card` made ``card`` of just these, whatever its title and results, to the letter."""
+    title, nothing = card.partition("\n# ")[2].partition("\n")[0], "".join([*_claims(None)][1:])
+    for is_checked in (False, True):
+        plain = model_card(manifest, title, base_card, None, is_checked=is_checked)
+        head, _, tail = plain.partition(nothing)
+        if card == plain or (card.startswith(head + _MEASURED) and card.endswith(tail)):
+            return True
+    return False
+
+
+def has_results(card: str) -> bool:
+    """Whether a card of ours reports measurements of the model."""
+    return _MEASURED in card.partition(FOLLOWS)[0]
 
 
 def is_card_over(card: str, base_card: str | None) -> bool:
@@ -145,7 +162,7 @@ def _claims(comparison: Comparison | None) -> Iterator[str]:
         )
         return
     yield (
-        "\nMeasured for this model with lmms-eval, by whoever made it, both models with the same call. Base: "
+        f"{_MEASURED}, by whoever made it, both models with the same call. Base: "
         f"`{comparison.base}`; patched: `{comparison.patched}`.\n\n"
         "| task | metric | questions | base | patched | difference | paired, 95 % interval | questions that differ |\n"
         "|---|---|---|---|---|---|---|---|\n"
