@@ -29,17 +29,21 @@ class Present:
         self.root = root
         self.files: dict[str, FileId] = {}
         self.odd: dict[str, str] = {}  # what is neither a regular file nor a directory, and what it is
-        self.identities: dict[str, FileId] = {}  # of both, for whoever asks later whether anything changed
+        self.directories: list[str] = []
+        self.identities: dict[
+            str, FileId
+        ] = {}  # of all of them, for whoever asks later whether anything changed
         self._digests: dict[str, str] = {}
         with os_errors("list", root.path):
             for name, status in root.walk():
-                if not stat.S_ISDIR(status.st_mode):
-                    self._add(name, status)
+                self._add(name, status)
 
     def _add(self, name: str, status: os.stat_result) -> None:
         self.identities[name] = _identity(status)
         shown = name.encode("utf-8", "backslashreplace").decode()
-        if shown != name:  # how Python holds bytes that are not UTF-8
+        if stat.S_ISDIR(status.st_mode):
+            self.directories.append(name)
+        elif shown != name:  # how Python holds bytes that are not UTF-8
             self.odd[shown] = "has a name that is not UTF-8"
         elif not stat.S_ISREG(status.st_mode):
             self.odd[name] = _KINDS.get(stat.S_IFMT(status.st_mode), "is no regular file")
@@ -113,4 +117,6 @@ def first_change(before: Mapping[str, FileId], after: Mapping[str, FileId]) -> s
 def _identity(status: os.stat_result) -> FileId:
     """As :class:`FileId`; of a file with other names, which links made and removed elsewhere would change, less."""
     identity = FileId.of(status)
+    if stat.S_ISDIR(status.st_mode):  # the same, whatever comes and goes in it
+        return FileId(identity.device, identity.inode, 0, 0, 0, 0)
     return identity if status.st_nlink == 1 else identity.but_for_links

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from qkpatch.checkpoint.files import Progress
 from qkpatch.checkpoint.open_directory import Rooted
@@ -55,6 +55,10 @@ def _foreign(present: Present, plan: EditPlan, observer: Observer) -> Iterator[M
     except CheckpointError as error:
         yield Mismatch(MANIFEST_NAME, str(error))
         return
+    known = {str(parent) for file in manifest.files for parent in PurePosixPath(file.name).parents}
+    for name in present.directories:
+        if name not in known | plan.model.checkpoint.directories.keys():
+            yield Mismatch(name, "is a directory that qkpatch did not make")
     raw = present.read(MANIFEST_NAME)
     # Not `manifest.dumps()`, which gives an older manifest the keys that it did not have.
     if canonical_json(load_json(raw, MANIFEST_NAME)).encode() != raw:

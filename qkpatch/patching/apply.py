@@ -75,6 +75,7 @@ def apply_plan(
     checkpoint = plan.model.checkpoint
     check_out(out, plan.model.source.path, overwrite=replaced is not None, force=writing.force)
     check_apart(out, checkpoint)
+    checkpoint.check_still()
     check_run(plan, device, writing)
     fingerprint = _fingerprint(plan, writing)
     started = _now()
@@ -127,6 +128,7 @@ def apply_plan(
                 staged.write_new(SUMS_NAME, sums_text(manifest, record).encode())
             staged.write_new(MANIFEST_NAME, record)
             staged.check(checkpoint.directories)
+            checkpoint.check_still()
             staging.publish(checkpoint.directories, None if replaced is None else replaced.check)
     return manifest
 
