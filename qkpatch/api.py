@@ -220,18 +220,17 @@ def verify(
 
 
 def diff(a: PathLike, b: PathLike, *, observer: Observer = UNSEEN) -> Difference:
-    """Compare two checkpoints by tensors and files, however they are divided into shards.
+    """Compare two checkpoints by tensors and files, however they are divided into shards, and under A's names.
 
     Raises:
         QKPatchError: one of them cannot be read.
     """
     from qkpatch.checkpoint.source import open_stored
-    from qkpatch.compare.diff import bytes_to_compare, difference
+    from qkpatch.compare.diff import compare
     from qkpatch.model.locate import locate
 
     stored_a, stored_b = (open_stored(locate(str(side)).place) for side in (a, b))
-    observer.begins("compare", bytes_to_compare(stored_a, stored_b), 0)
-    return difference(stored_a, stored_b, observer.copied)
+    return compare(stored_a, stored_b, observer)
 
 
 def recipe_for(source: PathLike) -> Recipe:

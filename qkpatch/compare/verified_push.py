@@ -61,7 +61,7 @@ def _verified(
         if place is None or (verified is not None and verified.model.source.kind == "hub"):
             continue
         observer.begins("compare", present.size, n_heads(manifest))
-        result = check(present, place, observer, recipe, Access.listed)
+        result = check(present, place, observer, recipe, Access.listed, any_card=False)
         if result.plan is None or not result.ok:
             raise _mismatch(result, present.root.path, place, recipe)
         if place == claim and result.plan.model.source.kind != "hub":

@@ -117,6 +117,7 @@ def check(
     *,
     as_written: bool = False,
     recomputed: bool = True,
+    any_card: bool = True,
 ) -> Verification:
     """Check OUT against SOURCE and its own manifest.
 
@@ -135,6 +136,7 @@ def check(
         access: how SOURCE is read where it is on the Hub.
         as_written: what nothing records, and what people may change afterwards, is a mismatch as well.
         recomputed: the planned heads are computed anew; else their bytes are believed where their digests are right.
+        any_card: a README.md that people wrote or edited is named; else it is a mismatch.
 
     Raises:
         CheckpointError: OUT has no manifest, or one that cannot be read.
@@ -164,6 +166,8 @@ def check(
     found += origin_mismatches(manifest, located)
     card = None if as_written else _other_card(manifest, output, present)
     is_published = card is not None and card.is_ours
+    if card is not None and card.is_edited and not any_card:
+        found.append(Mismatch(CARD_NAME, str(card.note)))
     # A commit on the Hub has a card of its own there, and not what is never published.
     unpublished: set[str] = set()
     if is_published:
@@ -291,6 +295,7 @@ class _Card:
     """A README.md that is not SOURCE's."""
 
     is_ours: bool  # says that qkpatch made it: OUT was published
+    is_edited: bool  # people wrote in it
     note: str | None  # None where it is just what qkpatch would write
 
 
@@ -305,10 +310,10 @@ def _other_card(manifest: Manifest, output: Output, present: Present) -> _Card |
         return None
     card, text = (None if x is None else x.decode("utf-8", "replace") for x in (raw, theirs))
     if card is None or not is_card_over(card, None):
-        return _Card(False, "is neither SOURCE's nor a card of qkpatch's: somebody wrote it")
+        return _Card(False, True, "is neither SOURCE's nor a card of qkpatch's: somebody wrote it")
     if any(is_card_of(card, manifest, base_card) for base_card in (text, None)):
-        return _Card(True, "reports results, which are its author's" if has_results(card) else None)
-    return _Card(True, "is not the card that qkpatch writes of this edit: somebody has edited it")
+        return _Card(True, False, "reports results, which are its author's" if has_results(card) else None)
+    return _Card(True, True, "is not the card that qkpatch writes of this edit: somebody has edited it")
 
 
 def _file_sets(output: Output, names: Collection[str], excused: Collection[str]) -> Iterator[Mismatch]:

@@ -58,7 +58,8 @@ def model_card(
 
 def is_card_of(card: str, manifest: Manifest, base_card: str | None) -> bool:
     """Whether :func:`model_card` made ``card`` of just these, whatever its title and results, to the letter."""
-    title, nothing = card.partition("\n# ")[2].partition("\n")[0], "".join([*_claims(None)][1:])
+    title = front_matter.split(card)[1].partition("# ")[2].partition("\n")[0]
+    nothing = "".join([*_claims(None)][1:])
     for is_checked in (False, True):
         plain = model_card(manifest, title, base_card, None, is_checked=is_checked)
         head, _, tail = plain.partition(nothing)

@@ -15,6 +15,10 @@ import torch
 from conftest import Tiny, build_tiny
 from safetensors.torch import load_file, save_file
 
+from qkpatch import api
+from qkpatch.common.observer import Unseen
+from qkpatch.errors import FileSystemError
+
 Run = Callable[..., Any]
 Manifest = dict[str, Any]
 SHARD = "model.safetensors"
@@ -271,3 +275,197 @@ def level(source: Tiny) -> None:
             rows = torch.eye(source.d_head, source.d_model).repeat(heads, 1)
             tensors[source.name(layer, which)] = rows.to(torch.bfloat16)
     save_file(tensors, source.path / SHARD, {"format": "pt"})
+
+
+# -------- what is true is believed, whatever OUT is like
+
+
+KINDS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "plain": ({}, ()),
+    "without digests": ({}, ("--digest", "none")),
+    "with all digests": ({}, ("--digest", "files")),
+    "resharded": ({}, ("--max-shard-size", "4KB")),
+    "some heads": ({}, ("--heads", "1,3", "--layers", "0-2")),
+    "random modes": ({}, ("--select", "random", "--modes", "2", "--seed", "7")),
+    "bottom modes": ({}, ("--select", "bottom")),
+    "a random subspace": ({}, ("--select", "subspace", "--seed", "7")),
+    "shrunk": ({}, ("--select", "shrink")),
+    "symmetric": ({}, ("--channel", "symmetric")),
+    "antisymmetric": ({}, ("--channel", "antisymmetric")),
+    "nothing edited": ({}, ("--alpha", "1")),
+    "float16": ({"dtype": torch.float16}, ()),
+    "float32": ({"dtype": torch.float32}, ()),
+    "float64": ({"dtype": torch.float64}, ()),
+    "several shards": ({"shards": [["layers.1."], [""]]}, ("--layers", "0-2")),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_honest_output_of_any_kind_is_computed_anew_to_the_last_bit(
+    tmp_path: Path, run: Run, kind: str
+) -> None:
+    build, flags = KINDS[kind]
+    source, out = build_tiny(tmp_path / "source", **build).path, tmp_path / "out"
+    assert run("apply", source, "-o", out, *flags).exit_code == 0
+    result = run("verify", out, "--source", source, "--json")
+    assert result.exit_code == 0, result.output
+    done = json.loads(result.stdout)["arithmetic"]
+    if kind == "nothing edited":
+        assert done is None
+        return
+    assert (done["stack"], done["differing_values"]) == ("same", 0)
+    assert done["heads"] == (6 if kind == "some heads" else 12 if kind == "several shards" else 4)
+    text = run("verify", out, "--source", source).stdout
+    assert f"{done['heads']} heads computed anew: every bit the same" in text
+    bare = run("verify", out, "--source", source, "--no-recompute")
+    assert bare.exit_code == 0
+    assert "the edit was not computed anew" in bare.stdout
+
+
+def test_an_edit_of_an_edit_is_computed_anew(tmp_path: Path, run: Run) -> None:
+    source = build_tiny(tmp_path / "source").path
+    for one, other in ((source, tmp_path / "a"), (tmp_path / "a", tmp_path / "b")):
+        assert run("apply", one, "-o", other).exit_code == 0
+        assert run("verify", other, "--source", one).exit_code == 0
+    wrong = run("verify", tmp_path / "b", "--source", source)
+    assert wrong.exit_code == 1
+    assert wrong.stdout.count("mismatch") == 2  # it, and how many
+    assert "OUT was made from the directory 'a', and this is the directory 'source'" in wrong.stdout
+
+
+# -------- on another stack
+
+
+def elsewhere(made: Made) -> None:
+    """As if another machine had made it."""
+    made.say(lambda m: m["run"]["stack"].update(cpu="s390x DEFAULT"))
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def foreign(request: pytest.FixtureRequest, tmp_path: Path, run: Run) -> Made:
+    """An output that says that it was made elsewhere."""
+    source = build_tiny(tmp_path / "source", dtype=request.param)
+
+    def apply(name: str, *flags: str) -> Path:
+        assert run("apply", source.path, "-o", tmp_path / name, *flags).exit_code == 0
+        return tmp_path / name
+
+    made = Made(apply("out", *BOTH), source, apply)
+    elsewhere(made)
+    return made
+
+
+def nudge(tensor: torch.Tensor, ulps: int) -> None:
+    """Move some numbers of a planned row by ULPs; of float64 by so many times 2e-13 of the row's norm."""
+    row = tensor[0]
+    if tensor.dtype == torch.float64:
+        row[:] += ulps * 2e-13 * row.norm() * torch.ones_like(row) / len(row) ** 0.5
+        return
+    bits = row.view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
+    bits[::3] += ulps
+
+
+def test_elsewhere_numbers_may_be_one_ulp_apart(foreign: Made, run: Run) -> None:
+    foreign.store(lambda t: nudge(t[foreign.q(1)], 1))
+    result = run("verify", foreign.out, "--source", foreign.source.path)
+    assert result.exit_code == 0, result.output
+    assert "number(s) differ by what another stack may make of them" in result.stdout
+    foreign.store(lambda t: nudge(t[foreign.q(1)], 9))
+    result = run("verify", foreign.out, "--source", foreign.source.path)
+    assert result.exit_code == 1
+    assert "of a row's norm away" in result.stdout
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize(
+    "lie", [lie for lie in LIES if not lie.startswith(("one bit", "a warning", "another stack"))]
+)
+def test_a_lie_is_not_believed_of_another_stack(tmp_path: Path, run: Run, lie: str) -> None:
+    """Whoever forges the stack gains an ULP, and no more."""
+    flags, tell = LIES[lie]
+    source = build_tiny(tmp_path / "source")
+
+    def apply(name: str, *flags: str) -> Path:
+        assert run("apply", source.path, "-o", tmp_path / name, *flags).exit_code == 0
+        return tmp_path / name
+
+    made = Made(apply("out", *flags), source, apply)
+    elsewhere(made)
+    made.resum()
+    assert run("verify", made.out, "--source", source.path).exit_code == 0
+    tell(made)
+    assert run("verify", made.out, "--source", source.path).exit_code in (1, 3)
+
+
+def turned(made: Made, angle: float) -> None:
+    """The edit that takes another vector out of a plane of equal modes: as right as the one that was made."""
+    layer, before = 1, load_file(made.source.path / SHARD)
+    record = made.manifest["edits"][0]["heads"][0]
+    r = len(record["modes"])
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        W = before[made.source.name(layer, "q")][:8].double()
+        kept = torch.zeros(8, 24, dtype=torch.float64)
+        kept[:, :8] = torch.eye(8, dtype=torch.float64)
+        kept[0, :2] = torch.tensor([angle, -((1 - angle**2) ** 0.5)]).double()
+        kept[1, :2] = torch.tensor([(1 - angle**2) ** 0.5, angle]).double()
+        U = kept[:r]
+        tensors[made.q(layer)][:8] = (W - 0.2 * W @ U.T @ U).to(torch.bfloat16)
+
+    made.store(change)
+
+
+def test_a_head_whose_cut_is_arbitrary_is_compared_by_its_product(tmp_path: Path, run: Run) -> None:
+    source = build_tiny(tmp_path / "source")
+    level(source)
+    out = tmp_path / "out"
+    assert run("apply", source.path, "-o", out, *BOTH).exit_code == 0
+    made = Made(out, source, lambda *_: out)
+    result = run("verify", out, "--source", source.path)
+    assert result.exit_code == 0, result.output
+    assert "not reproducible elsewhere (layer.head): 1.0, 1.1, 1.2" in result.stdout
+    elsewhere(made)
+    turned(made, 0.6)
+    result = run("verify", out, "--source", source.path)
+    assert result.exit_code == 0, result.output
+    made.store(lambda t: t[made.q(1)][:8].mul_(0.97))
+    result = run("verify", out, "--source", source.path)
+    assert result.exit_code == 1
+    assert "has another product" in result.stdout
+
+
+# -------- people's own, and what changes meanwhile
+
+
+@pytest.mark.parametrize("digest", ["edited", "files"])
+def test_a_readme_that_people_wrote_is_named(tmp_path: Path, run: Run, digest: str) -> None:
+    source, out = build_tiny(tmp_path / "source").path, tmp_path / "out"
+    (source / "README.md").write_text("# Base\n")
+    assert run("apply", source, "-o", out, "--digest", digest).exit_code == 0
+    (out / "README.md").write_text("# Mine\n")
+    result = run("verify", out, "--source", source)
+    assert result.exit_code == 0, result.output
+    assert "README.md is neither SOURCE's nor a card of qkpatch's: somebody wrote it" in result.stdout
+    assert run("apply", source, "-o", out, "--overwrite").exit_code == 2  # and is not lost
+    (out / "README.md").unlink()
+    assert run("verify", out, "--source", source).exit_code == 1
+
+
+@pytest.mark.parametrize("side", ["OUT", "SOURCE"])
+@pytest.mark.parametrize("change", ["byte", "more"])
+def test_a_change_after_a_byte_was_compared_is_noticed(
+    tmp_path: Path, run: Run, side: str, change: str
+) -> None:
+    source, out = build_tiny(tmp_path / "source").path, tmp_path / "out"
+    assert run("apply", source, "-o", out).exit_code == 0
+    where = {"OUT": out, "SOURCE": source}[side]
+
+    class Late(Unseen):
+        """The heads are computed when all bytes are compared."""
+
+        def edited(self, n_heads: int) -> None:
+            name = {"byte": "config.json", "more": "modeling_x.py"}[change]
+            (where / name).write_bytes((source / "config.json").read_bytes() + b" ")
+
+    with pytest.raises(FileSystemError, match=r"changed while|came into being"):
+        api.verify(out, source, observer=Late())
