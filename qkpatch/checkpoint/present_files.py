@@ -75,16 +75,26 @@ class Present:
         with os_errors("read", opened.where):
             status = os.fstat(opened.fd)
         if FileId.of(status) != self.files.get(name):
-            raise FileSystemError(
-                "it changed while qkpatch was reading it",
-                where=opened.where,
-                fix="run again when nothing writes to it",
-            )
+            raise self._changed(name)
 
     def confirm(self, name: str) -> None:
         """Raise :class:`FileSystemError` where a file is not, or no longer, the one that was listed."""
         with self.open(name):
             return
+
+    def check_still(self) -> None:
+        """Raise :class:`FileSystemError` where anything is not as it was listed, whether it was used or not."""
+        with Rooted(self.root.path) as root:
+            changed = first_change(self.identities, Present(root).identities)
+        if changed is not None:
+            raise self._changed(ascii(changed)[1:-1])
+
+    def _changed(self, name: str) -> FileSystemError:
+        return FileSystemError(
+            "it changed while qkpatch was reading it",
+            where=self.where(name),
+            fix="run again when nothing writes to it",
+        )
 
     def read(self, name: str, limit: int = MAX_JSON_BYTES) -> bytes:
         """All of a small file.

@@ -82,9 +82,8 @@ class Stored:
     def check_still(self) -> None:
         """Raise :class:`FileSystemError` where a file on this machine is another by now, or one more is there."""
         if self.root is not None and not self.single_file:
-            known = {*self.files, *self.directories, MANIFEST_NAME, SUMS_NAME}
-            files, directories = walk_files(self.root)
-            if new := sorted({*files, *directories} - known):
+            files, _ = walk_files(self.root)
+            if new := sorted(files.keys() - {*self.files, MANIFEST_NAME, SUMS_NAME}):
                 raise FileSystemError(
                     "it came into being while qkpatch was running, or after it had planned",
                     where=str(self.root / new[0]),

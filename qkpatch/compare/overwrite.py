@@ -12,7 +12,7 @@ from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME
 from qkpatch.common.json_text import canonical_json, load_json
 from qkpatch.common.observer import Observer
 from qkpatch.compare.byte_by_byte import Mismatch
-from qkpatch.compare.digests import sums_mismatches
+from qkpatch.compare.recorded import sums_mismatches
 from qkpatch.compare.verify import check, recorded
 from qkpatch.errors import CheckpointError, FileSystemError
 from qkpatch.output.destination import Replaced, destination_path, foreign

@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING
 from qkpatch.checkpoint.files import Progress
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.open_directory import Rooted
-from qkpatch.checkpoint.present_files import Present, first_change
+from qkpatch.checkpoint.present_files import Present
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME, Checkpoint, open_checkpoint
 from qkpatch.common.interrupts import signals_held
 from qkpatch.common.json_text import Json
 from qkpatch.common.number_ranges import abbreviate
 from qkpatch.common.observer import Observer
-from qkpatch.compare.byte_by_byte import Listing, Mismatch, library_verdict, side_by_side
-from qkpatch.compare.digests import check_edits, check_files
+from qkpatch.compare.byte_by_byte import Listing, Mismatch, side_by_side
 from qkpatch.compare.manifest_against_plan import differences
-from qkpatch.compare.origin import another_source, origin_mismatches
+from qkpatch.compare.recorded import another_source, check_edits, check_files, origin_mismatches
 from qkpatch.errors import AmbiguousError, CheckpointError, FileSystemError, UnsupportedError, UsageError
 from qkpatch.model.locate import Access, Source, locate
 from qkpatch.output.layout import Output
@@ -124,9 +123,9 @@ def check(
     The recorded edit is planned anew on SOURCE, and the manifest must agree with that plan in all but its
     figures, and with where SOURCE is from. The same files, all of them regular; every byte equal but the rows of the
     planned heads, beside SOURCE's own or by the Hub's digests of it; each edited tensor's digest before and after as
-    recorded; the rows of the planned heads, and their figures, as the engine computes them anew; every shard accepted
-    by the safetensors library too. A model card that is not SOURCE's is compared with the one that qkpatch would
-    write, and what people made of it is named. Where OUT was published, what is not published may be missing.
+    recorded; the rows of the planned heads, and their figures, as the engine computes them anew. A model card that is
+    not SOURCE's is compared with the one that qkpatch would write, and what people made of it is named. Where OUT was
+    published, what is not published may be missing.
 
     Args:
         present: OUT.
@@ -185,7 +184,8 @@ def check(
     found += _file_sets(output, names, {*unpublished, *is_ours, *present.odd})
     found += check_files(manifest, present, output, is_published=is_published, is_other_card=card is not None)
     common = sorted(output.files.keys() & names)
-    found += _compare(common, plan, present, output, checkpoint, observer.copied)
+    for name in common:
+        found += side_by_side(output.files[name], present, _planned(plan, name), checkpoint, observer.copied)
     listing = Listing(checkpoint.files, output, present, partial(_planned, plan))
     before, wrong = _listed(plan, listing, checkpoint, observer.copied)
     found += wrong
@@ -201,7 +201,8 @@ def check(
 
             arithmetic, off = recompute(manifest, planned, plan, present, listing.open, observer)
             found += off
-    _check_still(present, checkpoint)
+    present.check_still()
+    checkpoint.check_still()
     return Verification(
         files=len(names),
         edited_tensors=len(manifest.edits),
@@ -214,38 +215,8 @@ def check(
     )
 
 
-def _check_still(present: Present, checkpoint: Checkpoint) -> None:
-    """Raise :class:`FileSystemError` where a file of either side changed after it was looked at."""
-    with Rooted(present.root.path) as root:
-        changed = first_change(present.identities, Present(root).identities)
-    if changed is not None:
-        raise FileSystemError(
-            "it changed while qkpatch was reading it",
-            where=present.where(ascii(changed)[1:-1]),
-            fix="run again when nothing writes to it",
-        )
-    checkpoint.check_still()
-
-
 def _planned(plan: EditPlan | None, name: str) -> list[tuple[int, int]]:
     return [] if plan is None else plan.written_ranges(name)
-
-
-def _compare(
-    names: Collection[str],
-    plan: EditPlan | None,
-    present: Present,
-    output: Output,
-    checkpoint: Checkpoint,
-    progress: Progress,
-) -> Iterator[Mismatch]:
-    """Files that are on both sides, beside what of SOURCE is on this machine."""
-    shards = output.made_of(checkpoint.headers)
-    for name in names:
-        wanted = output.files[name]
-        yield from side_by_side(wanted, present, _planned(plan, name), checkpoint, progress)
-        if wanted.size == present.files[name].size and name in shards:
-            yield from library_verdict(wanted, present)
 
 
 def _listed(

@@ -12,7 +12,6 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from qkpatch.common.json_text import measured
 from qkpatch.common.observer import Observer
@@ -25,8 +24,7 @@ from qkpatch.patching.threads import Crew
 from qkpatch.planning.manifest import HeadRecord
 from qkpatch.planning.plan import EditPlan
 from qkpatch.spectral.edit import HeadError, HeadReport, edit_query, measure
-from qkpatch.spectral.product import Factor, QKProduct
-from qkpatch.spectral.rule import Channel, EditRule
+from qkpatch.spectral.rule import EditRule
 
 Write = Callable[[str, bytes | bytearray, int], None]
 
@@ -140,7 +138,7 @@ def _edit_heads(
 
 
 def edit_batch(
-    weights: LayerWeights, batch: HeadWeights, rule: EditRule, seed: int
+    weights: LayerWeights, batch: HeadWeights, rule: EditRule, seed: int, known: StoredHeads | None = None
 ) -> tuple[StoredHeads, tuple[HeadReport, ...]]:
     """Some heads edited and rounded once: what is stored of them, and what that does to their products.
 
@@ -149,6 +147,7 @@ def edit_batch(
         batch: the heads, as they were.
         rule: the edit.
         seed: of random selections.
+        known: what is stored already, which is measured in place of what would be.
 
     Raises:
         NumericalError: NaN or Inf, or an edit that cannot be made.
@@ -157,7 +156,7 @@ def edit_batch(
     generators = [head_generator(seed, target.attention, target.layer, head) for head in batch.heads]
     try:
         edit = edit_query(batch.product, rule, generators)
-        stored = weights.stored.store(batch.heads, weights.unfolded(batch, edit.W_Q))
+        stored = known or weights.stored.store(batch.heads, weights.unfolded(batch, edit.W_Q))
         return stored, measure(batch.product, edit, weights.folded(stored.values))
     except HeadError as error:
         where = f"head {batch.heads[error.index]} of {target.query.name}, {target.query.dtype}"
@@ -170,35 +169,6 @@ def _cpu_model() -> str:
         told = Path("/proc/cpuinfo").read_text("utf-8", "replace").partition("\n\n")[0]
         return " ".join(re.findall(r"(?m)^(?:vendor_id|cpu family|model|CPU \w+)\s*: (.+)$", told))
     return ""
-
-
-def product_distance(
-    weights: LayerWeights, head: int, rule: EditRule, seed: int, W_Q: Tensor
-) -> tuple[float, float]:
-    """How far a stored head is from the edit, by what does not depend on the choice among modes of one size.
-
-    Which vectors belong to equal values is arbitrary; the singular values of ``M'`` and of ``M' − M`` are not. Returns
-    the largest difference of one, and how large rounding makes it.
-
-    Args:
-        weights: of its layer in SOURCE.
-        head: the query head.
-        rule: the edit.
-        seed: of random selections.
-        W_Q: what is stored of it, (1, d_head, d_model).
-    """
-    (batch,) = weights.batches((head,), 1)
-    stored, (report,) = edit_batch(weights, batch, rule, seed)
-    query, key = batch.product.query, batch.product.key
-
-    def values(W: Tensor) -> Tensor:
-        W = weights.folded(W)
-        products = QKProduct(Factor(W), key), QKProduct(Factor(W - query.W), key)
-        return torch.cat([product.spectra(Channel.full)[0].S for product in products])
-
-    norms = torch.linalg.matrix_norm(query.W), torch.linalg.matrix_norm(key.W, 2)
-    noise = float(norms[0] * norms[1]) * (4 * report.rounding_error * report.relative_change + 1e-9)
-    return float((values(W_Q) - values(stored.values)).abs().max()), noise
 
 
 def head_generator(seed: int, attention: str, layer: int, head: int) -> torch.Generator:
