@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import replace
+from typing import Any
 
 from qkpatch.checkpoint.source import MANIFEST_NAME
 from qkpatch.common.typed_json import as_json
@@ -13,6 +14,8 @@ from qkpatch.planning.manifest import FileRecord, Manifest
 from qkpatch.planning.plan import EditPlan
 
 _RECIPE_KEYS = ("name", "prefix", "config", "tensors", "others")
+# What a recipe may come to know more of: which of it was taken is in `prefix` and in `model`.
+_WIDENED = {"prefixes", "sections", "class_defaults"}
 
 
 def differences(
@@ -20,7 +23,8 @@ def differences(
 ) -> Iterator[Mismatch]:
     """Where the manifest is not the plan that its own edit leads to; figures and digests aside."""
     recipe = planned.recipe
-    other = [key for key in _RECIPE_KEYS if getattr(manifest.recipe, key) != getattr(recipe, key)]
+    theirs, ours = (as_json(m.recipe) for m in (manifest, planned))
+    other = [key for key in _RECIPE_KEYS if _deciding(theirs[key]) != _deciding(ours[key])]
     if other:
         yield Mismatch(
             MANIFEST_NAME,
@@ -87,6 +91,13 @@ def _contradictions(manifest: Manifest, planned: Manifest, plan: EditPlan) -> It
         yield Mismatch(
             MANIFEST_NAME, "digests of edited tensors are missing, and the manifest says that they are there"
         )
+
+
+def _deciding(said: Any) -> Any:
+    """What of a recipe's block decides an edit that was made with it."""
+    if isinstance(said, dict):
+        return {key: _deciding(value) for key, value in said.items() if key not in _WIDENED}
+    return [*map(_deciding, said)] if isinstance(said, list) else said
 
 
 def _known_first(file: FileRecord) -> FileRecord:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from qkpatch.checkpoint.files import Progress
 from qkpatch.checkpoint.header import TensorRef
+from qkpatch.checkpoint.names import usual_beside
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import Present
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME, Checkpoint, open_checkpoint
@@ -25,14 +26,12 @@ from qkpatch.model.locate import Access, Source, locate
 from qkpatch.output.layout import Output
 from qkpatch.planning.manifest import Manifest, planned_manifest
 from qkpatch.planning.plan import EditPlan, make_plan
-from qkpatch.publishing.card import CARD_NAME, has_results, is_card_of, is_card_over
+from qkpatch.publishing.card import CARD_NAME, card_text, has_results, is_card_of, is_card_over
 from qkpatch.publishing.private_files import is_private
 from qkpatch.recipes.catalogue import shipped_recipes
 
 if TYPE_CHECKING:
     from qkpatch.compare.arithmetic import Arithmetic
-
-GIT_NAME = ".gitattributes"
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,9 @@ def recorded(present: Present) -> Manifest:
             where=str(present.root.path),
             fix="is this the directory that qkpatch apply wrote?",
         )
-    return Manifest.loads(present.read(MANIFEST_NAME), f"{present.root.path.name}/{MANIFEST_NAME}")
+    manifest = Manifest.loads(present.read(MANIFEST_NAME), f"{present.root.path.name}/{MANIFEST_NAME}")
+    present.set_aside([file.name for file in manifest.files])
+    return manifest
 
 
 def n_heads(manifest: Manifest) -> int:
@@ -85,26 +86,25 @@ def n_heads(manifest: Manifest) -> int:
 
 
 def read_out(out: Path) -> tuple[Manifest, str | None]:
-    """The manifest, and SOURCE's card, which OUT has as it was.
+    """The manifest, and the card in OUT: SOURCE's as it was, or one over it.
 
     Raises:
-        FileSystemError: there is no manifest; or one of them is a link, whatever it leads to.
+        CheckpointError: there is no manifest that can be read.
+        FileSystemError: the card is a link, whatever it leads to; or was emptied.
     """
     with Rooted(out) as root:
         present = Present(root)
-        for name in (MANIFEST_NAME, CARD_NAME):
-            if name in present.odd:
-                raise FileSystemError(
-                    f"{present.odd[name]}, which qkpatch never writes",
-                    where=present.where(name),
-                    fix="do not trust this directory; apply again",
-                )
-        if MANIFEST_NAME not in present.files:
+        manifest, card = recorded(present), present.read(CARD_NAME) if CARD_NAME in present.files else b""
+        odd = present.odd.get(CARD_NAME)
+        if odd is None and not card and any(file.name == CARD_NAME and file.size for file in manifest.files):
+            odd = "is empty, or gone, and had the text of SOURCE's"
+        if odd is not None:
             raise FileSystemError(
-                f"no {MANIFEST_NAME} there", where=str(out), fix="give the directory that qkpatch apply wrote"
+                f"{CARD_NAME} {odd}",
+                where=present.where(CARD_NAME),
+                fix="copy SOURCE's there, then write the card: qkpatch card OUT --write",
             )
-        card = present.read(CARD_NAME) if CARD_NAME in present.files else None
-        return recorded(present), None if card is None else card.decode("utf-8", "replace")
+        return manifest, card_text(card) if card else None
 
 
 def check(
@@ -149,15 +149,16 @@ def check(
             where=f"{present.root.path.name}/{MANIFEST_NAME}",
             fix="say where that is: --recipe FILE.yaml",
         )
+    usual = usual_beside(file.name for file in manifest.files)
     found = [Mismatch(name, f"{what}, which qkpatch never writes") for name, what in present.odd.items()]
     plan, planned, fault = None, None, None
     try:
-        plan = make_plan(source, request, access)
+        plan = make_plan(source, request, access, usual)
     except (UsageError, AmbiguousError, UnsupportedError, CheckpointError) as error:
         fault = error
         found.append(Mismatch(MANIFEST_NAME, f"its edit cannot be made on SOURCE: {error}"))
         located = locate(source, access)
-        checkpoint = open_checkpoint(located.place)
+        checkpoint = open_checkpoint(located.place, (*usual, *(request.exclude or ())))
         output = Output.copy_of(checkpoint)
     else:
         located, checkpoint, output = plan.model.source, plan.model.checkpoint, plan.output
@@ -179,8 +180,7 @@ def check(
     if plan is not None and planned is not None:
         found += differences(manifest, planned, plan, unpublished)
     is_ours = {MANIFEST_NAME, *({SUMS_NAME} - output.files.keys()), *(() if card is None else {CARD_NAME})}
-    added = ({GIT_NAME} if is_published else set()) & (present.files.keys() - output.files.keys())
-    names = present.files.keys() - is_ours - added
+    names = present.files.keys() - is_ours
     found += _file_sets(output, names, {*unpublished, *is_ours, *present.odd})
     found += check_files(manifest, present, output, is_published=is_published, is_other_card=card is not None)
     common = sorted(output.files.keys() & names)
@@ -209,7 +209,7 @@ def check(
         compared_bytes=sum(present.files[name].size for name in names),
         edited_bytes=sum(end - begin for name in common for begin, end in _planned(plan, name)),
         mismatches=tuple(found),
-        notes=tuple(_notes(manifest, located, unpublished, added, card, arithmetic)),
+        notes=tuple(_notes(manifest, located, unpublished, present.aside, card, arithmetic)),
         arithmetic=arithmetic,
         plan=plan,
     )
@@ -240,7 +240,7 @@ def _notes(
     manifest: Manifest,
     found: Source,
     unpublished: Collection[str],
-    added: Collection[str],
+    aside: list[str],
     card: _Card | None,
     arithmetic: Arithmetic | None,
 ) -> Iterator[str]:
@@ -250,10 +250,12 @@ def _notes(
             f"SOURCE is a {found.kind}, which does not show that OUT was made from {said.name}: "
             f"--source {said.address} does"
         )
+    if manifest.output.exclude:
+        yield f"left out of OUT on demand: {abbreviate(manifest.output.exclude, 5)}"
+    if aside:
+        yield f"not looked at, since systems leave such things anywhere: {abbreviate(aside, 5)}"
     if unpublished:
         yield f"not in OUT, since it is not published: {abbreviate(sorted(unpublished), 5)}"
-    if added:
-        yield f"not of SOURCE, and not looked into: {abbreviate(sorted(added), 5)}"
     if card is not None and card.note is not None:
         yield f"{CARD_NAME} {card.note}"
     if arithmetic is not None and arithmetic.not_reproducible:
@@ -279,8 +281,8 @@ def _other_card(manifest: Manifest, output: Output, present: Present) -> _Card |
     raw, theirs = present.read(CARD_NAME), None if original is None else original.read()
     if raw == theirs:
         return None
-    card, text = (None if x is None else x.decode("utf-8", "replace") for x in (raw, theirs))
-    if card is None or not is_card_over(card, None):
+    card, text = card_text(raw), None if theirs is None else card_text(theirs)
+    if not is_card_over(card, None):
         return _Card(False, True, "is neither SOURCE's nor a card of qkpatch's: somebody wrote it")
     if any(is_card_of(card, manifest, base_card) for base_card in (text, None)):
         return _Card(True, False, "reports results, which are its author's" if has_results(card) else None)

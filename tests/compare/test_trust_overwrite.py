@@ -261,9 +261,10 @@ def test_a_folder_without_files_is_somebodys_as_well(tiny: Tiny, tmp_path: Path,
     refused(run, tiny.path, out, "mine, which is not as qkpatch left it")
 
 
-def test_a_plan_looks_at_names_and_sizes_alone(tiny: Tiny, out: Path, run: Run) -> None:
-    tune(out)
+def test_a_plan_refuses_what_apply_refuses(tiny: Tiny, out: Path, run: Run) -> None:
     assert run("plan", tiny.path, "-o", out, "--overwrite").exit_code == 0
+    tune(out)
+    assert run("plan", tiny.path, "-o", out, "--overwrite").exit_code == 2
     (out / "mine").write_text("mine")
     assert run("plan", tiny.path, "-o", out, "--overwrite").exit_code == 2
     assert run("apply", tiny.path, "-o", out, "--overwrite", "--dry-run", "--force").exit_code == 0
@@ -375,7 +376,7 @@ def test_what_comes_between_the_last_look_and_the_exchange_is_not_lost(
         exchange(old_fd, old, new_fd, new, flags)
 
     monkeypatch.setattr(staging, "_renameat2", late)
-    with pytest.raises(UsageError, match="mine, which changed while"):
+    with pytest.raises(UsageError, match="mine, which is not as qkpatch left it: it changed while"):
         overwritten(tiny.path, out, lambda: None)
     assert (out / "mine").read_text() == "mine"
     assert alpha(out) == 0.8
