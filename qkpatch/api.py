@@ -192,41 +192,46 @@ def spectra(
 
 
 def verify(
-    out: PathLike, source: PathLike, *, recipe: str | None = None, observer: Observer = UNSEEN
+    out: PathLike,
+    source: PathLike,
+    *,
+    recipe: str | None = None,
+    recompute: bool = True,
+    observer: Observer = UNSEEN,
 ) -> Verification:
-    """Check that OUT is SOURCE with only the planned rows changed, as its manifest says.
+    """Check that OUT is SOURCE with only the planned rows changed, and these by the edit that its manifest records.
 
     Args:
         out: what :func:`apply` wrote.
         source: what it was made from; of a repository, the planned rows are fetched and digests compared.
         recipe: the YAML file, where OUT was made by a recipe of the user's own.
-        observer: hears of bytes compared.
+        recompute: compute the planned heads anew; else their rows are believed where their digests are right.
+        observer: hears of bytes compared, and heads computed.
 
     Raises:
         CheckpointError: OUT has no manifest, or one that cannot be read.
         QKPatchError: SOURCE cannot be opened.
     """
-    from qkpatch.compare.verify import check
+    from qkpatch.compare.verify import check, n_heads, recorded
 
     with Rooted(Path(out)) as root:
         present = Present(root)
-        observer.begins("compare", present.size, 0)
-        return check(present, str(source), observer.copied, recipe)
+        observer.begins("compare", present.size, n_heads(recorded(present)) if recompute else 0)
+        return check(present, str(source), observer, recipe, recomputed=recompute)
 
 
 def diff(a: PathLike, b: PathLike, *, observer: Observer = UNSEEN) -> Difference:
-    """Compare two checkpoints by tensors and files, however they are divided into shards.
+    """Compare two checkpoints by tensors and files, however they are divided into shards, and under A's names.
 
     Raises:
         QKPatchError: one of them cannot be read.
     """
     from qkpatch.checkpoint.source import open_stored
-    from qkpatch.compare.diff import bytes_to_compare, difference
+    from qkpatch.compare.diff import compare
     from qkpatch.model.locate import locate
 
     stored_a, stored_b = (open_stored(locate(str(side)).place) for side in (a, b))
-    observer.begins("compare", bytes_to_compare(stored_a, stored_b), 0)
-    return difference(stored_a, stored_b, observer.copied)
+    return compare(stored_a, stored_b, observer)
 
 
 def recipe_for(source: PathLike) -> Recipe:

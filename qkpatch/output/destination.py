@@ -107,9 +107,9 @@ class Replaced:
     out: Path
     entries: Mapping[str, FileId]
 
-    def check(self) -> None:
-        """Raise :class:`UsageError` where anything in it has changed since."""
-        with Rooted(self.out) as root:
+    def check(self, place: Path | None = None) -> None:
+        """Raise :class:`UsageError` where anything in it, or in ``place`` where it now is, has changed since."""
+        with Rooted(place or self.out) as root:
             changed = first_change(self.entries, Present(root).identities)
         if changed is not None:
             raise occupied(

@@ -73,6 +73,7 @@ def apply_plan(
         NumericalError: NaN or Inf, or a tensor that the edit would leave as it was.
     """
     checkpoint = plan.model.checkpoint
+    checkpoint.check_still()
     fingerprint = _fingerprint(plan, writing)
     started = _now()
     with signals_held(), ExitStack() as stack:
@@ -115,14 +116,16 @@ def apply_plan(
                 source=replace(planned.source, checked=sources.is_checked),
                 edits=done,
                 files=tuple(replace(file, sha256=hashed[file.name]) for file in planned.files),
-                warnings=(*planned.warnings, *_numerical_warnings(done, plan)),
-                run=RunBlock(started, _now(), Counter(how.means for how in carried.values())),
+                warnings=(*planned.warnings, *numerical_warnings(done, plan)),
+                output=replace(planned.output, digest=writing.digest),
+                run=RunBlock(started, _now(), Counter(how.means for how in carried.values()), editor.stack),
             )
             record = manifest.dumps().encode()
             if writing.digest is Digest.files:
                 staged.write_new(SUMS_NAME, sums_text(manifest, record).encode())
             staged.write_new(MANIFEST_NAME, record)
             staged.check(checkpoint.directories)
+            checkpoint.check_still()
             staging.publish(checkpoint.directories, None if replaced is None else replaced.check)
     return replace(manifest, run=replace(manifest.run, weaker=tuple(staging.lacks) or None))
 
@@ -193,7 +196,7 @@ def _digests(sources: Sources, copier: Copier, writing: Writing, target: LayerTa
     return before, after
 
 
-def _numerical_warnings(edits: Sequence[EditRecord], plan: EditPlan) -> list[str]:
+def numerical_warnings(edits: Sequence[EditRecord], plan: EditPlan) -> list[str]:
     """What a user should know about the spectra that were met."""
     modes = plan.settings.rule.paired_modes
     narrow, short = [], []

@@ -129,11 +129,17 @@ class Copier:
             carried |= lane.result()
         try:
             self._sources.check(crew)
-        except HubError:
-            for file in self._plan.output.files.values():
-                # Made of several files, and some of them damaged: not to be taken over.
-                if file.original is None:
-                    self._journal.forget(file)
+        except HubError as error:
+            # Made of several files, and some of them damaged: not to be taken over.
+            made = [file for file in self._plan.output.files.values() if file.original is None]
+            for file in made:
+                self._journal.forget(file)
+            if any(file.name in self._taken_over for file in made):
+                raise HubError(
+                    "what an earlier run had left in staging is not, or no longer, what the Hub lists",
+                    where=error.where,
+                    fix="run again: it comes anew",
+                ) from error
             raise
         return carried
 
