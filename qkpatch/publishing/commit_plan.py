@@ -7,8 +7,9 @@ import shlex
 from dataclasses import dataclass, replace
 
 from qkpatch.checkpoint.present_files import Present
-from qkpatch.checkpoint.source import INDEX_SUFFIX, MANIFEST_NAME, SUMS_NAME
+from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME
 from qkpatch.checkpoint.tree import is_plain_relative
+from qkpatch.checkpoint.weights import is_index
 from qkpatch.common.number_ranges import abbreviate
 from qkpatch.errors import MismatchError, UsageError
 from qkpatch.hub.commit import Base, PushRepository, Step, check_repository, copyable, publish
@@ -121,7 +122,7 @@ def _refuse_lame(withheld: dict[str, list[str]], plan: EditPlan) -> None:
     """Raise :class:`UsageError` where the model cannot be loaded without what is withheld."""
     source, output = plan.model.checkpoint, plan.output
     needed = output.made_of({*source.headers, "config.json"})
-    needed |= {name for name in output.files if name == source.index or name.endswith(INDEX_SUFFIX)}
+    needed |= {name for name in output.files if is_index(name)}
     for flag, names in withheld.items():
         if lost := [name for name in names if name in needed]:
             raise UsageError(
