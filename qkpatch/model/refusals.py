@@ -27,9 +27,9 @@ _COMPANIONS: tuple[tuple[frozenset[str], str], ...] = (
     (frozenset({"weight_packed"}), "compressed-tensors"),
     (frozenset({"weight.absmax"}), "bitsandbytes 4-bit"),
     (frozenset({"SCB"}), "bitsandbytes 8-bit"),
-    (frozenset({"weight_scale_inv"}), "block FP8"),
+    (frozenset({"weight_scale_inv"}), "FP8"),
     (frozenset({"weight_scale", "weight_scale_2"}), "ModelOpt"),
-    (frozenset({"weight_scale"}), "compressed-tensors or FP8"),
+    (frozenset({"weight_scale"}), "compressed-tensors or ModelOpt"),
     (frozenset({"scales", "biases"}), "MLX"),
 )
 _WAY_OUT = "patch the unquantised checkpoint, then quantise the result"
