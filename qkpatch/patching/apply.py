@@ -198,15 +198,10 @@ def _digests(sources: Sources, copier: Copier, writing: Writing, target: LayerTa
 
 def numerical_warnings(edits: Sequence[EditRecord], plan: EditPlan) -> list[str]:
     """What a user should know about the spectra that were met."""
-    modes = plan.settings.rule.paired_modes
-    narrow, short = [], []
-    for edit in edits:
-        for head in edit.heads:
-            if head.gap is not None and head.gap < GAP_WARNING:
-                narrow.append(f"{edit.layer}.{head.head}")
-            expected = len(head.modes) if plan.settings.rule.takes_modes else head.rank
-            if expected < modes:
-                short.append(f"{edit.layer}.{head.head}")
+    modes, by_mode = plan.settings.rule.paired_modes, plan.settings.rule.takes_modes
+    heads = [(f"{edit.layer}.{head.head}", head) for edit in edits for head in edit.heads]
+    narrow = [name for name, head in heads if head.gap is not None and head.gap < GAP_WARNING]
+    short = [name for name, head in heads if (len(head.modes) if by_mode else head.rank) < modes]
     warnings = []
     if narrow:
         warnings.append(
