@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import stat
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
-from qkpatch.checkpoint.files import LocalOpenFile, os_errors
+from qkpatch.checkpoint.files import LocalOpenFile, os_errors, synced
 from qkpatch.common.text import cut
 from qkpatch.errors import FileSystemError
 
@@ -71,15 +72,15 @@ class Rooted:
 
     def status(self, name: str) -> os.stat_result | None:
         """``lstat``; None where there is nothing of that name, or no directory where one should be."""
-        try:
-            with self._parent(name) as (fd, last):
-                return os.stat(last, dir_fd=fd, follow_symlinks=False)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            if error.errno != errno.ELOOP:  # a link where a directory should be
-                raise
-            return None
+        with os_errors("look up", self.path / name):
+            try:
+                with self._parent(name) as (fd, last):
+                    return os.stat(last, dir_fd=fd, follow_symlinks=False)
+            except OSError as error:
+                # The last: a link where a directory should be.
+                if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                    raise
+                return None
 
     def open(self, name: str, flags: int = os.O_RDONLY, mode: int = 0o600) -> int:
         """A descriptor; ``flags`` as of :func:`os.open`, and no link is followed.
@@ -129,6 +130,22 @@ class Rooted:
                     os.unlink(temporary, dir_fd=self.fd)
                 raise
 
+    def make_directory(self, name: str, mode: int) -> None:
+        """Make a directory with ``mode`` less the umask, or mend one that is there; what else has its name goes."""
+        status = self.status(name)
+        if status is not None and not stat.S_ISDIR(status.st_mode):
+            self.remove(name, status)
+            status = None
+        if status is None:
+            self.mkdir(name, mode)
+        elif (mended := status.st_mode & ~0o777 | mode & ~_umask()) != status.st_mode:
+            fd = self.open(name, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                with suppress(OSError):  # a file system without modes
+                    os.fchmod(fd, stat.S_IMODE(mended))
+            finally:
+                os.close(fd)
+
     def remove(self, name: str, status: os.stat_result) -> None:
         """Remove an empty directory, a file, or a link itself, whichever ``status`` says."""
         with self._parent(name) as (fd, last):
@@ -139,17 +156,16 @@ class Rooted:
         with self._parent(name) as (fd, last):
             os.link(source, last, dst_dir_fd=fd)
 
-    def sync(self, name: str = ".") -> None:
-        """Wait until a directory's entries are on the disk."""
+    def sync(self, name: str = ".") -> bool:
+        """Wait until a directory's entries are on the disk; False where the file system cannot do that."""
+        if name == ".":
+            return synced(self.fd, self.path)
         with os_errors("sync", self.path / name):
-            if name == ".":
-                os.fsync(self.fd)
-                return
             fd = self.open(name, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+        try:
+            return synced(fd, self.path / name)
+        finally:
+            os.close(fd)
 
     def names(self) -> list[str]:
         """The names of what lies directly in the directory, sorted."""
@@ -199,3 +215,9 @@ def check_extent(where: Path, n_levels: int, n_names: int) -> None:
             else f"{MOST_NAMES} files"
         )
         raise FileSystemError(f"more than {what}, which no checkpoint has", where=cut(str(where), 200))
+
+
+def _umask() -> int:
+    """Of this process; asking the usual way would change it for other threads."""
+    found = re.search(r"^Umask:\s*([0-7]+)", Path("/proc/self/status").read_text(), re.M)
+    return int(found[1], 8) if found else 0o022

@@ -20,10 +20,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from qkpatch.cli.redaction import Redacted
 from qkpatch.common.observer import UNSEEN, Observer
-from qkpatch.common.text import plain, size_text
+from qkpatch.common.text import cut, plain, size_text
 from qkpatch.errors import FileSystemError, QKPatchError
 
-_LONGEST = 8000  # characters of a message
+_LONGEST = 8000  # characters of a message, into which files may put any number
 _PIPED_WIDTH = 140  # rich assumes 80 where there is no terminal, which cuts tensor names
 
 
@@ -95,16 +95,11 @@ def show_error(error: QKPatchError) -> None:
 
 
 def _show_error(console: Console, error: QKPatchError) -> None:
-    console.print(f"[bold red]Error:[/] {safe(_cut(error.what))}", soft_wrap=True)
+    console.print(f"[bold red]Error:[/] {safe(cut(error.what, _LONGEST))}", soft_wrap=True)
     if error.where:
-        console.print(f"  [dim]where[/]  {safe(_cut(error.where))}", soft_wrap=True)
+        console.print(f"  [dim]where[/]  {safe(cut(error.where, _LONGEST))}", soft_wrap=True)
     if error.fix:
-        console.print(f"  [dim]try[/]    {safe(_cut(error.fix))}", soft_wrap=True)
-
-
-def _cut(text: str) -> str:
-    """What files put into a message may be of any length."""
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text):,} characters)"
+        console.print(f"  [dim]try[/]    {safe(cut(error.fix, _LONGEST))}", soft_wrap=True)
 
 
 def show_warnings(warnings: Sequence[str]) -> None:

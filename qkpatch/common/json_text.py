@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import re
@@ -14,6 +15,8 @@ SIGNIFICANT_DIGITS = 9
 MAX_DEPTH = 64
 # Walks a JSON text from escape to escape; group 1 is half a surrogate pair without the other half.
 _ESCAPE = re.compile(r"\\(?:u[dD][89aAbB]..\\u[dD][c-fC-F]..|(u[dD][89a-fA-F])|.)")
+
+_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 Json = Any
 
@@ -89,7 +92,8 @@ def load_json(raw: bytes, where: str, *, unique: bool = False) -> Any:
             raise ValueError(f"half a surrogate pair (char {half})")
         return value
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"not valid JSON: {error}", where=where) from error
+        fix = "save it as UTF-8 without a byte-order mark" if raw.startswith(_MARKS) else None
+        raise CheckpointError(f"not valid JSON: {error}", where=where, fix=fix) from error
 
 
 def half_surrogate(text: str) -> int | None:

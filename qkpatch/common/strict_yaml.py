@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable
+from difflib import get_close_matches
 from enum import Enum
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
@@ -228,10 +229,12 @@ class Fields:
             raise RecipeError(f"{len(self._faults)} fault(s):\n{lines}", where=self._where)
 
     def _note_unknown(self) -> None:
-        known = ", ".join(sorted(str(key) for key in self._taken))
+        known = sorted(str(key) for key in self._taken)
         for key in self._data:
             if key not in self._taken:
-                self.fault(f"unknown key (known here: {known})", key)
+                near = get_close_matches(str(key)[:80], known, 1)
+                meant = f"did you mean {near[0]}? " if near else ""
+                self.fault(f"unknown key ({meant}known here: {', '.join(known)})", key)
         for child in self._children:
             child._note_unknown()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 
 _NARROWEST = 40  # columns; in fewer, lines are left to the terminal
@@ -15,6 +16,17 @@ def plain(line: str) -> str:
 def cut(text: str, most: int) -> str:
     """``text``, or its first ``most`` characters and an ellipsis."""
     return text if len(text) <= most else f"{text[:most]}…"
+
+
+def as_word(path: str) -> str:
+    """A path as it is written on a command line, where one that begins with a dash would be taken for an option."""
+    return f"./{path}" if path.startswith("-") else path
+
+
+def verify_command(out: str, source: str, recipe: str | None = None) -> str:
+    """What proves OUT, to be copied from where it is shown."""
+    own = [] if recipe is None else ["--recipe", as_word(recipe)]
+    return shlex.join(["qkpatch", "verify", as_word(out), "--source", as_word(source), *own])
 
 
 def wrapped(line: str, width: int) -> str:

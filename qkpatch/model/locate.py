@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
 
@@ -47,6 +48,8 @@ class Source:
 def locate(text: str, access: Access = Access.download) -> Source:
     """Find SOURCE: an existing path first, then a recipe name, then ``org/name[@revision]`` on the Hub.
 
+    ``org/name`` is a path where ``org`` is a directory here that holds something of a similar name.
+
     Raises:
         UsageError: it is none of these.
         HubError: the Hub cannot deliver it.
@@ -69,6 +72,10 @@ def locate(text: str, access: Access = Access.download) -> Source:
         hub_id = HubId.parse(recipe.default_repo)
     else:
         hub_id = HubId.parse(text)
+    near = _near(text) if path is None and text not in shipped_recipes() else []
+    if near:
+        is_id = "" if hub_id is None else f"; if it is meant to be on the Hub: {text}@main"
+        raise UsageError("no such file or directory", where=text, fix=f"near: {', '.join(near)}{is_id}")
     if hub_id is None or (path is None and text.startswith((".", "/", "~"))):
         raise UsageError(
             "no such file or directory, recipe, or Hub id (org/name)",
@@ -87,6 +94,16 @@ def locate(text: str, access: Access = Access.download) -> Source:
     return Source(
         found.place, "hub", found.repo, found.requested_revision, found.commit, recipe, found.checked, text
     )
+
+
+def _near(text: str) -> list[str]:
+    """What lies in the directory of a path that does not exist, and has nearly its name."""
+    folder, slash, name = text.rstrip("/").rpartition("/")
+    try:
+        there = os.listdir(os.path.expanduser(folder) or "/") if slash and name else []  # noqa: PTH111 - as below
+    except (OSError, ValueError):
+        return []
+    return [f"{folder}/{found}" for found in get_close_matches(name, there, 3, 0.8)]
 
 
 def local_path(text: str) -> Path | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.names import RUBBISH, USUAL, matching
@@ -18,6 +20,7 @@ from qkpatch.model.locate import Access
 from qkpatch.model.model import Model, open_model
 from qkpatch.model.refusals import quantised_by_name
 from qkpatch.model.targets import LayerTarget
+from qkpatch.output.destination import longest_name
 from qkpatch.output.layout import Output
 from qkpatch.output.reshard import reshard
 from qkpatch.planning.memory import head_memory
@@ -37,6 +40,7 @@ class EditPlan:
     warnings: tuple[str, ...]
     output: Output
     request: Request  # what was asked for
+    is_done: bool = False  # whether the OUT that was named is that already
 
     @property
     def max_shard_size(self) -> int | None:
@@ -91,10 +95,20 @@ class EditPlan:
     def default_name(self) -> str:
         """What OUT is called where nobody names it: after SOURCE, which tells evaluators the family, and the edit."""
         name = self.model.source.name.rpartition("/")[2].removesuffix(".safetensors")
+        most = longest_name(Path()) - len("-qkpatch-00000000")
+        name = name.encode()[:most].decode("utf-8", "ignore")
         edit = as_json(self.settings.block)
         del edit["from_recipe"]
         document = {"recipe": self.model.recipe.name, "edit": edit, "max_shard_size": self.max_shard_size}
         return f"{name}-qkpatch-{hashlib.sha256(canonical_json(document).encode()).hexdigest()[:8]}"
+
+    @property
+    def default_out(self) -> Path:
+        """OUT where nobody names it: in the current directory; where that lies in SOURCE, beside SOURCE."""
+        source, here, name = self.model.source, Path.cwd(), self.default_name
+        root = here if source.path is None else Path(os.path.realpath(source.path))
+        is_inside = source.kind == "directory" and root in (here, *here.parents)
+        return Path(os.path.relpath(root.parent / name)) if is_inside else Path(name)
 
     @property
     def action(self) -> str:

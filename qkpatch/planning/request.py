@@ -126,6 +126,20 @@ class Request:
                 fix="drop --channel, or choose another --select",
             )
 
+    @property
+    def draws(self) -> bool:
+        """Whether anything is drawn, which a seed decides."""
+        return self.select in (Select.random, Select.subspace)
+
+    def check_seed(self) -> None:
+        """Raise :class:`UsageError` where there is a seed and nothing is drawn: it would do nothing."""
+        if self.seed is not None and not self.draws:
+            raise UsageError(
+                "nothing is drawn, so a seed would do nothing",
+                where="--seed",
+                fix="leave it out, or add --select random or --select subspace",
+            )
+
     def over(self, other: Request) -> Request:
         """This request, with what it does not say taken from ``other``."""
         said = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}

@@ -10,7 +10,7 @@ from statistics import mean
 
 from qkpatch.common.json_text import exact
 from qkpatch.common.number_ranges import format_ranges
-from qkpatch.common.text import plain
+from qkpatch.common.text import as_word, plain, verify_command
 from qkpatch.planning.blocks import EditBlock
 from qkpatch.planning.manifest import Manifest
 from qkpatch.publishing.front_matter import FrontMatter
@@ -126,7 +126,8 @@ def _edit(manifest: Manifest, *, is_checked: bool) -> Iterator[str]:
         for record in manifest.edits:
             changes = [head.relative_change for head in record.heads]
             yield f"| {record.layer} | `{record.tensor}` | {mean(changes):.4f} | {max(changes):.4f} |\n"
-    own = "" if manifest.recipe.name in shipped_recipes() else f" --recipe {shlex.quote(_recipe(manifest))}"
+    own = None if manifest.recipe.name in shipped_recipes() else _recipe(manifest)
+    proof = verify_command("OUT", manifest.source.address or manifest.source.name, own)
     made = (
         "Made, and checked byte for byte, by"
         if is_checked
@@ -136,7 +137,7 @@ def _edit(manifest: Manifest, *, is_checked: bool) -> Iterator[str]:
     digests = ", with digests before and after" if has_digests else ""
     yield (
         f"\n`qkpatch.json` records every edited tensor and head{digests}. {made}\n\n"
-        f"```\n{_command(manifest)}\nqkpatch verify OUT --source {_source(manifest)}{own}\n```\n"
+        f"```\n{_command(manifest)}\n{proof}\n```\n"
     )
 
 
@@ -148,10 +149,6 @@ def told(edit: EditBlock) -> str:
     )
 
 
-def _source(manifest: Manifest) -> str:
-    return shlex.quote(manifest.source.address or manifest.source.name)
-
-
 def _recipe(manifest: Manifest) -> str:
     """As the command line names it: one of the user's own lies in a file that is called after it."""
     name = manifest.recipe.name
@@ -160,6 +157,7 @@ def _recipe(manifest: Manifest) -> str:
 
 def _command(manifest: Manifest) -> str:
     request, device = manifest.request(), manifest.compute.device
+    source = shlex.quote(as_word(manifest.source.address or manifest.source.name))
     flags = {
         "recipe": _recipe(manifest),
         "attention": ",".join(request.attention or ()),
@@ -169,14 +167,14 @@ def _command(manifest: Manifest) -> str:
         "alpha": None if request.alpha is None else exact(request.alpha),
         "channel": None if request.channel is None else request.channel.value,
         "select": None if request.select is None else request.select.value,
-        "seed": request.seed,
+        "seed": request.seed if request.draws else None,
         "max-shard-size": request.max_shard_size,
         "device": None if device == "cpu" else device,
     }
     given = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None]
     given += ["--fold-norm"] if request.fold_norm else []
     given += [f"--exclude {shlex.quote(pattern)}" for pattern in request.exclude or ()]
-    return " ".join(["qkpatch apply", _source(manifest), *given, "-o OUT"])
+    return " ".join(["qkpatch apply", source, *given, "-o OUT"])
 
 
 def _claims(comparison: Comparison | None) -> Iterator[str]:
