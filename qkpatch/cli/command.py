@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import typer
 
+from qkpatch.checkpoint.files import machine_errors
 from qkpatch.cli.flags import spread
 from qkpatch.common.interrupts import Terminated, unwinding_on_kill
 from qkpatch.errors import QKPatchError
@@ -20,15 +21,15 @@ Command = TypeVar("Command", bound=Callable[..., None])
 
 
 def command(function: Command) -> Command:
-    """Spread its groups of flags, and turn qkpatch's errors into a message and an exit code.
+    """Spread its groups of flags, and turn what qkpatch or the machine refuses into a message and an exit code.
 
-    Anything else keeps its traceback.
+    Anything else keeps its traceback: see :func:`qkpatch.cli.main`.
     """
     signature, gathered = spread(function)
 
     @functools.wraps(function)
     def wrapper(**kwargs: Any) -> None:
-        from qkpatch.cli.console import note, print_json, show_error
+        from qkpatch.cli.console import note, print_json, show_error, silence_stdout
 
         if kwargs.get("quiet") or kwargs.get("as_json") or not sys.stderr.isatty():
             # huggingface_hub reads it when it is first imported, which is later.
@@ -37,7 +38,8 @@ def command(function: Command) -> Command:
         # What is said is said inside: a signal that comes meanwhile must not cut that short either.
         with unwinding_on_kill():
             try:
-                function(**gathered(kwargs))
+                with machine_errors():
+                    function(**gathered(kwargs))
             except QKPatchError as error:
                 if kwargs.get("debug"):
                     raise
@@ -52,8 +54,7 @@ def command(function: Command) -> Command:
                 note("Terminated; nothing half done is left behind.")
                 raise typer.Exit(128 + error.number) from None
             except BrokenPipeError:
-                # The reader of stdout is gone; the interpreter must not complain when it flushes at exit.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                silence_stdout()
                 raise typer.Exit(128 + signal.SIGPIPE) from None
 
     wrapper.__signature__ = signature  # type: ignore[attr-defined]

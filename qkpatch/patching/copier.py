@@ -27,7 +27,7 @@ from qkpatch.output.options import Digest, Writing
 from qkpatch.output.staged_files import StagedFiles
 from qkpatch.patching.checked_sources import Sources, damaged_file
 from qkpatch.patching.resume import is_as_noted
-from qkpatch.patching.threads import Crew
+from qkpatch.patching.threads import Crew, Stopped
 from qkpatch.planning.plan import EditPlan
 
 _COPIES_AHEAD = 64  # open files: far below the usual limit of 1024
@@ -129,7 +129,7 @@ class Copier:
             carried |= lane.result()
         try:
             self._sources.check(crew)
-        except HubError:
+        except (HubError, Stopped):  # of several that are checked side by side, either may be met first
             for file in self._plan.output.files.values():
                 # Made of several files, and some of them damaged: not to be taken over.
                 if file.original is None:
