@@ -68,6 +68,8 @@ def plan(
         UnsupportedError: a checkpoint that qkpatch recognises and does not edit.
         QKPatchError: SOURCE cannot be found or read.
     """
+    from qkpatch.planning.manifest import planned_manifest
+
     request = _request(request, edit)
     how = Writing() if writing is None else writing
     text = str(source)
@@ -76,6 +78,9 @@ def plan(
     made = make_plan(text, request, Access.ranges if cache else Access.no_cache)
     if out is not None:
         check_apart(Path(out), made.model.checkpoint)
+    planned_manifest(
+        made, ""
+    )  # refuses what the record of the edit could not say, such as a broken one in SOURCE
     return made
 
 
@@ -131,7 +136,7 @@ def apply(
     check_apart(place, plan.model.checkpoint)
     # What is refused is refused before a download.
     n_threads = choose_threads(threads, plan.head_memory, len(plan.model.checkpoint.tensors))
-    check_run(plan, device, writing)
+    check_run(plan, device, n_threads, writing)
     replaced = replaceable(place, plan, writing, observer)
     is_remote = plan.model.source.path is None
     if is_remote and cache:

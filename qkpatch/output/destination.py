@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qkpatch.checkpoint.files import FileId
+from qkpatch.checkpoint.files import FileId, os_errors
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import Present, first_change
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME, Checkpoint
@@ -65,7 +65,9 @@ def check_out(out: Path, source: Path | None, *, overwrite: bool, force: bool = 
         return
     if out.is_symlink() or not out.is_dir():
         raise UsageError("exists and is not a directory", where=str(out), fix="choose another -o")
-    if not any(out.iterdir()):
+    with os_errors("look into it", out):
+        names = os.listdir(out)
+    if not names:
         return
     if not overwrite:
         raise UsageError(

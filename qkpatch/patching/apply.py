@@ -25,14 +25,15 @@ from qkpatch.model.targets import LayerTarget
 from qkpatch.output.destination import Replaced, check_apart, check_out
 from qkpatch.output.journal import Journal
 from qkpatch.output.options import PLAIN, Digest, Writing
-from qkpatch.output.space import check_space
+from qkpatch.output.space import check_limits, check_space, is_memory_limited
 from qkpatch.output.staged_files import StagedFiles
 from qkpatch.output.staging import Staging
 from qkpatch.patching.checked_sources import Sources
-from qkpatch.patching.copier import Copier, space_needed
+from qkpatch.patching.copier import Copier, files_open, space_needed
 from qkpatch.patching.threads import Crew
 from qkpatch.planning.blocks import RunBlock
 from qkpatch.planning.manifest import EditRecord, HeadRecord, Manifest, planned_manifest
+from qkpatch.planning.memory import peak_memory
 from qkpatch.planning.plan import EditPlan
 from qkpatch.planning.sha256sums import refuse_own_sums, sums_text
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 GAP_WARNING = 1e-3
 ROUNDING_WARNING = 0.1  # FP8 has three bits: a small change drowns in its rounding
 _NAMED = 8  # heads that a warning names
+_OPEN_FILES = 12  # beside those of OUT, and what each thread reads from: staging, its journal, a library
 
 
 def apply_plan(
@@ -75,7 +77,7 @@ def apply_plan(
     checkpoint = plan.model.checkpoint
     check_out(out, plan.model.source.path, overwrite=replaced is not None, force=writing.force)
     check_apart(out, checkpoint)
-    check_run(plan, device, writing)
+    check_run(plan, device, threads, writing)
     fingerprint = _fingerprint(plan, writing)
     started = _now()
     with _resumable(), signals_held(), ExitStack() as stack:
@@ -130,15 +132,18 @@ def apply_plan(
     return manifest
 
 
-def check_run(plan: EditPlan, device: str, writing: Writing) -> None:
+def check_run(plan: EditPlan, device: str, threads: int, writing: Writing) -> None:
     """Refuse what can be refused of a run before a file is made or downloaded.
 
     Raises:
         UsageError: there is no such device; SHA256SUMS would meet SOURCE's own.
+        FileSystemError: more open files or memory than this process may have.
     """
     if writing.digest is Digest.files:
         refuse_own_sums(plan.model.checkpoint)
-    if device not in ("auto", "cpu"):  # which are always there
+    memory = peak_memory(threads, plan.head_memory, len(plan.model.checkpoint.tensors))
+    check_limits(_OPEN_FILES + 2 * threads + files_open(plan), memory)
+    if device not in ("auto", "cpu") or is_memory_limited():  # the usual ones are always there
         _editor(device)
 
 

@@ -315,6 +315,12 @@ def _sync(fd: int, where: str) -> None:
         os.fsync(fd)
 
 
+def files_open(plan: EditPlan) -> int:
+    """How many files of OUT are open at a time: all that are edited, and some of the others."""
+    n_edited = len(plan.edits_by_file)
+    return n_edited + min(_COPIES_AHEAD, len(plan.output.files) - n_edited)
+
+
 def space_needed(plan: EditPlan, staged: StagedFiles, journal: Journal, writing: Writing) -> int:
     """Bytes that are still to be written: without holes, what a resumed run has, and what is to be linked."""
     return sum(

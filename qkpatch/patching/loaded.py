@@ -49,6 +49,7 @@ def edit_loaded(model: torch.nn.Module, request: Request, threads: int | None = 
     """As :func:`qkpatch.api.patch_model`."""
     if request.max_shard_size is not None:
         raise UsageError("a loaded model has no shards", where="max_shard_size", fix="leave it out")
+    model = getattr(model, "_orig_mod", model)  # of torch.compile's, whose tensors are the model's own
     tensors = _tensors(model)
     where = type(model).__name__
     refs = _refs(tensors)
