@@ -455,7 +455,7 @@ def test_a_signal_is_heard_in_a_hole(arguments: tuple[str, ...], number: int, tm
         finally:
             process.kill()
     assert code == 128 + number, log.read_text()
-    assert took < 3  # a second, and what else the machine does
+    assert took < 10  # a second, and what else the machine does
     assert not [p.name for p in tmp_path.iterdir() if "out" in p.name]
 
 
