@@ -6,6 +6,7 @@ Every failure that can be explained is a :class:`~qkpatch.errors.QKPatchError` w
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,11 @@ from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import Present
 from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.errors import HubError, UsageError
-from qkpatch.model.locate import Access, local_path
+from qkpatch.model.locate import Access
 from qkpatch.model.model import open_model
-from qkpatch.output.destination import check_apart, check_out
 from qkpatch.output.options import Writing
+from qkpatch.output.space import check_space
+from qkpatch.planning.manifest import Manifest
 from qkpatch.planning.memory import choose_threads
 from qkpatch.planning.plan import EditPlan, make_plan
 from qkpatch.planning.request import Request, check_device_name
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     from qkpatch.compare.verify import Verification
     from qkpatch.patching.loaded import LoadedEdit
     from qkpatch.patching.spectra import LayerSpectra
-    from qkpatch.planning.manifest import Manifest
     from qkpatch.recipes.recipe import Recipe
 
 PathLike = str | Path
@@ -57,13 +58,14 @@ def plan(
         request: the edit as a value; in its place, its fields by keyword: ``layers=range(10, 19)`` (or ``"10-18"``),
             ``heads``, ``modes=4``, ``alpha=0.8`` in [0, 1], ``channel="full"``, ``select="dominant"``, ``seed``,
             ``recipe``, ``attention``, ``fold_norm``, ``max_shard_size`` (bytes, or ``"5GB"``).
-        out: where it is to be written, where that should be refused now.
+        out: where it is to be written, where :func:`apply` would refuse that: then it is refused now.
         writing: how, likewise.
         cache: read a snapshot in the Hub cache where there is a whole one.
         **edit: the fields of ``request``.
 
     Raises:
         UsageError: the request contradicts itself or the model; OUT cannot be written.
+        FileSystemError: OUT does not fit.
         AmbiguousError: no recipe fits, or more than one.
         UnsupportedError: a checkpoint that qkpatch recognises and does not edit.
         QKPatchError: SOURCE cannot be found or read.
@@ -72,23 +74,21 @@ def plan(
 
     request = _request(request, edit)
     how = Writing() if writing is None else writing
-    text = str(source)
-    if out is not None:
-        check_out(Path(out), local_path(text), overwrite=how.overwrite, force=how.force)
-    made = make_plan(text, request, Access.ranges if cache else Access.no_cache)
-    if out is not None:
-        check_apart(Path(out), made.model.checkpoint)
-    planned_manifest(
-        made, ""
-    )  # refuses what the record of the edit could not say, such as a broken one in SOURCE
-    return made
+    made = make_plan(str(source), request, Access.ranges if cache else Access.no_cache)
+    # Refuses what the record of the edit could not say, such as a broken record in SOURCE.
+    planned_manifest(made, "")
+    if out is None:
+        return made
+    from qkpatch.compare.overwrite import standing
+
+    return replace(made, is_done=isinstance(standing(Path(out), made, how, cache=cache), Manifest))
 
 
 def _request(request: Request | None, edit: dict[str, Any]) -> Request:
-    if request is None:
-        return Request.of(**edit)
-    if edit:
+    if request is not None and edit:
         raise UsageError(f"{', '.join(edit)} beside a request", fix="put it into the request")
+    request = Request.of(**edit) if request is None else request
+    request.check_seed()
     return request
 
 
@@ -106,10 +106,11 @@ def apply(
     """Write the edited checkpoint and return its manifest, ``OUT/qkpatch.json``.
 
     SOURCE is only read. OUT appears whole, by one rename, or not at all; the bytes do not depend on ``threads``.
+    Where OUT is what would be written, and intact, nothing is: ``run.already_done`` of the manifest says so.
 
     Args:
         plan: of :func:`plan`.
-        out: a directory whose parent is there; by default ``plan.default_name`` in the current one.
+        out: a directory; by default ``plan.default_out``.
         device: ``cpu``, ``cuda``, ``cuda:i`` or ``auto``.
         threads: heads that are computed side by side; by default processors, within 450 MiB.
         cache: of the Hub: download into the Hub cache first; else straight into OUT.
@@ -124,27 +125,26 @@ def apply(
         FileSystemError: reading, writing or space; SOURCE changed meanwhile.
         NumericalError: NaN or Inf, or a tensor that the edit would leave as it was.
     """
-    from qkpatch.compare.overwrite import replaceable
+    from qkpatch.compare.overwrite import standing
     from qkpatch.patching.apply import apply_plan, check_run
 
     writing = Writing(**how) if writing is None else writing
-    if writing.force and not writing.overwrite:
-        raise UsageError("--force goes with --overwrite", fix="add --overwrite, or leave it out")
     check_device_name(device)
-    place = Path(plan.default_name if out is None else out)
-    check_out(place, plan.model.source.path, overwrite=writing.overwrite, force=writing.force)
-    check_apart(place, plan.model.checkpoint)
+    place = plan.default_out if out is None else Path(out)
     # What is refused is refused before a download.
     n_threads = choose_threads(threads, plan.head_memory, len(plan.model.checkpoint.tensors))
-    check_run(plan, device, n_threads, writing)
-    replaced = replaceable(place, plan, writing, observer)
+    found = standing(place, plan, writing, observer, cache=cache)
+    if isinstance(found, Manifest):
+        return found
+    check_run(plan, device, n_threads)
     is_remote = plan.model.source.path is None
     if is_remote and cache:
         plan = _downloaded(plan, observer)
+        check_space(place, plan.output, plan.edits_by_file, writing, is_cached=True)
     n_heads = len(plan.edits) * len(plan.settings.heads)
     observer.begins("download" if is_remote and not cache else "copy", plan.output_bytes, n_heads)
     return apply_plan(
-        plan, place, observer=observer, device=device, threads=n_threads, writing=writing, replaced=replaced
+        plan, place, observer=observer, device=device, threads=n_threads, writing=writing, replaced=found
     )
 
 
@@ -243,25 +243,36 @@ def recipe_for(source: PathLike) -> Recipe:
     return open_model(str(source), access=Access.ranges).recipe
 
 
-def card(out: PathLike, results: PathLike | None = None, base_results: PathLike | None = None) -> str:
+def card(
+    out: PathLike,
+    results: PathLike | None = None,
+    base_results: PathLike | None = None,
+    *,
+    write: bool = False,
+) -> str:
     """The model card of an output, as Markdown.
 
     Args:
         out: what :func:`apply` wrote.
         results: ``*_results.json`` of lmms-eval on OUT.
         base_results: the same of a run on SOURCE.
+        write: put it in place of the card in OUT, by one rename.
 
     Raises:
         UsageError: one of the results without the other, or of different tasks.
-        QKPatchError: OUT has no manifest that can be read.
+        QKPatchError: OUT has no manifest that can be read, or a card that was emptied; it cannot be written.
     """
     from qkpatch.compare.verify import read_out
-    from qkpatch.publishing.card import model_card
+    from qkpatch.publishing.card import CARD_NAME, model_card
     from qkpatch.publishing.lmms_eval import compare_both
 
     comparison = compare_both(results, base_results)
     manifest, base_card = read_out(Path(out))
-    return model_card(manifest, Path(out).resolve().name, base_card, comparison)
+    text = model_card(manifest, Path(out).resolve().name, base_card, comparison)
+    if write:
+        with Rooted(Path(out)) as root:
+            root.replace(CARD_NAME, text.encode())
+    return text
 
 
 def patch_model(model: torch.nn.Module, request: Request | None = None, **edit: Any) -> LoadedEdit:

@@ -113,6 +113,15 @@ class UsageError(QKPatchError):
     kind = "usage"
 
 
+def no_torch() -> UsageError:
+    """The error for what computes where torch cannot be imported."""
+    return UsageError(
+        "torch is not installed here, and this takes it",
+        where="torch",
+        fix="pip install torch (a CPU build, where there is no GPU)",
+    )
+
+
 class RecipeError(QKPatchError):
     """A recipe or settings YAML is malformed; all its faults are reported together."""
 

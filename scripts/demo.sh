@@ -9,7 +9,6 @@ picture=out/captions.png
 
 run() { printf '\n$ %s\n' "$*"; "$bin/$1" "${@:2}"; }
 
-mkdir -p out
 run qkpatch inspect $source
 run qkpatch plan $source
 run qkpatch apply $source -o $out --overwrite

@@ -144,7 +144,7 @@ def test_nothing_is_written_where_something_is_wrong(tiny: Tiny, tmp_path: Path)
         with pytest.raises(QKPatchError):
             qkpatch.apply(plan, out, **wrong)
     with pytest.raises(QKPatchError):
-        qkpatch.apply(plan, tmp_path / "missing" / "out")
+        qkpatch.apply(plan, tiny.path / "config.json" / "out")
     with pytest.raises(QKPatchError):
         qkpatch.plan(tiny.path, out=tiny.path / "inside")
     with pytest.raises(UsageError, match="beside a request"):

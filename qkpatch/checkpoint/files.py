@@ -18,8 +18,14 @@ from qkpatch.errors import FileSystemError
 
 READ_CHUNK = 1 << 20
 
+# What file systems say that cannot do a thing at all: some network and FUSE mounts.
+CANNOT = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
+# What only the side that is written to can say.
+_OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 _ADVICE = {
-    errno.ENOSPC: "free some space, or write to another file system with -o",
+    errno.ENOSPC: "free some space or inodes (df, df -i), or write to another file system with -o",
+    errno.EFBIG: "no file may be as large there (FAT32, or ulimit -f): write to another file system with -o, "
+    "or smaller files with --max-shard-size",
     errno.EDQUOT: "your quota is used up; free some space, or write elsewhere with -o",
     errno.EACCES: "check the permissions",
     errno.EROFS: "the file system is read-only; write elsewhere with -o",
@@ -56,14 +62,18 @@ class Digests:
 
 
 @contextmanager
-def os_errors(doing: str, where: str | Path) -> Iterator[None]:
-    """Turn an ``OSError`` into a :class:`FileSystemError` that says what was being done, and to which file."""
+def os_errors(doing: str, where: str | Path, to: str | Path | None = None) -> Iterator[None]:
+    """Turn an ``OSError`` into a :class:`FileSystemError` that says what was being done, and to which file.
+
+    Where bytes go from ``where`` to ``to``, it names the one that failed.
+    """
     try:
         yield
     except OSError as error:
+        failed = where if to is None or error.errno not in _OF_WRITING else to
         raise FileSystemError(
             f"cannot {doing}: {error.strerror or error}",
-            where=str(where),
+            where=str(failed),
             fix=_ADVICE.get(error.errno or 0),
         ) from error
 
@@ -248,6 +258,18 @@ def _check_unchanged(opened: LocalOpenFile, expected: FileId | None) -> None:
             where=opened.where,
             fix="run again when nothing writes to it",
         )
+
+
+def synced(fd: int, where: str | Path) -> bool:
+    """Wait until an open file or directory is on the disk; False where the file system cannot do that."""
+    with os_errors("sync", where):
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            if error.errno not in CANNOT:
+                raise
+            return False
+    return True
 
 
 def write_exact(fd: int, data: bytes | bytearray | memoryview, offset: int, where: str | Path) -> None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
-from qkpatch.checkpoint.files import LocalOpenFile, os_errors
+from qkpatch.checkpoint.files import LocalOpenFile, os_errors, synced
+from qkpatch.common.text import cut
 from qkpatch.errors import FileSystemError
 
+# The deepest and widest real checkpoints have about 10 levels and 10^4 files.
+MOST_LEVELS, MOST_NAMES = 64, 1 << 20
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -67,15 +72,15 @@ class Rooted:
 
     def status(self, name: str) -> os.stat_result | None:
         """``lstat``; None where there is nothing of that name, or no directory where one should be."""
-        try:
-            with self._parent(name) as (fd, last):
-                return os.stat(last, dir_fd=fd, follow_symlinks=False)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            if error.errno != errno.ELOOP:  # a link where a directory should be
-                raise
-            return None
+        with os_errors("look up", self.path / name):
+            try:
+                with self._parent(name) as (fd, last):
+                    return os.stat(last, dir_fd=fd, follow_symlinks=False)
+            except OSError as error:
+                # The last: a link where a directory should be.
+                if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                    raise
+                return None
 
     def open(self, name: str, flags: int = os.O_RDONLY, mode: int = 0o600) -> int:
         """A descriptor; ``flags`` as of :func:`os.open`, and no link is followed.
@@ -109,6 +114,38 @@ class Rooted:
         with self._parent(name) as (fd, last):
             os.mkdir(last, mode, dir_fd=fd)
 
+    def replace(self, name: str, content: bytes) -> None:
+        """Put a file directly in the directory, in place of one that may be there, whole or not at all."""
+        temporary = f".{name}.{secrets.token_hex(4)}"
+        with os_errors("write", self.path / name):
+            fd = self.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                with open(fd, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(fd)
+                os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+            except BaseException:
+                with suppress(OSError):
+                    os.unlink(temporary, dir_fd=self.fd)
+                raise
+
+    def make_directory(self, name: str, mode: int) -> None:
+        """Make a directory with ``mode`` less the umask, or mend one that is there; what else has its name goes."""
+        status = self.status(name)
+        if status is not None and not stat.S_ISDIR(status.st_mode):
+            self.remove(name, status)
+            status = None
+        if status is None:
+            self.mkdir(name, mode)
+        elif (mended := status.st_mode & ~0o777 | mode & ~_umask()) != status.st_mode:
+            fd = self.open(name, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                with suppress(OSError):  # a file system without modes
+                    os.fchmod(fd, stat.S_IMODE(mended))
+            finally:
+                os.close(fd)
+
     def remove(self, name: str, status: os.stat_result) -> None:
         """Remove an empty directory, a file, or a link itself, whichever ``status`` says."""
         with self._parent(name) as (fd, last):
@@ -119,17 +156,16 @@ class Rooted:
         with self._parent(name) as (fd, last):
             os.link(source, last, dst_dir_fd=fd)
 
-    def sync(self, name: str = ".") -> None:
-        """Wait until a directory's entries are on the disk."""
+    def sync(self, name: str = ".") -> bool:
+        """Wait until a directory's entries are on the disk; False where the file system cannot do that."""
+        if name == ".":
+            return synced(self.fd, self.path)
         with os_errors("sync", self.path / name):
-            if name == ".":
-                os.fsync(self.fd)
-                return
             fd = self.open(name, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+        try:
+            return synced(fd, self.path / name)
+        finally:
+            os.close(fd)
 
     def names(self) -> list[str]:
         """The names of what lies directly in the directory, sorted."""
@@ -147,24 +183,41 @@ class Rooted:
                 with suppress(OSError):
                     self.remove(name, status)
 
-    def walk(self) -> Iterator[tuple[str, os.stat_result]]:
-        """Everything below, sorted, directories before what is in them; links are told, never followed."""
-        yield from self._walk(self.fd, "")
+    def walk(self, skip: Collection[str] = ()) -> Iterator[tuple[str, os.stat_result]]:
+        """Everything below but what is in ``skip``, directories before what is in them; links are told, not followed.
 
-    def _walk(self, fd: int, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
-        with os_errors("list", self.path / prefix):
-            names = sorted(os.listdir(fd))
-        for last in names:
-            name = prefix + last
-            try:
-                status = os.stat(last, dir_fd=fd, follow_symlinks=False)
-            except FileNotFoundError:
-                continue  # gone meanwhile
-            yield name, status
-            if stat.S_ISDIR(status.st_mode):
-                with os_errors("list", self.path / name):
-                    inner = os.open(last, _DIRECTORY, dir_fd=fd)
-                try:
-                    yield from self._walk(inner, f"{name}/")
-                finally:
-                    os.close(inner)
+        Raises:
+            FileSystemError: a directory cannot be listed; far more, or far deeper, than any checkpoint.
+        """
+        n_names, waiting = 0, [""]
+        while waiting:
+            prefix = waiting.pop()
+            # By its whole path, step by step: a descriptor for each level could be more than there are.
+            with os_errors("list", self.path / prefix), self._parent(f"{prefix}-") as (fd, _):
+                names = sorted(os.listdir(fd))
+                n_names += len(names)
+                check_extent(self.path / prefix, prefix.count("/"), n_names)
+                for last in names:
+                    name = prefix + last
+                    with suppress(FileNotFoundError):  # gone meanwhile
+                        status = os.stat(last, dir_fd=fd, follow_symlinks=False)
+                        if name not in skip:
+                            yield name, status
+                            waiting += [f"{name}/"] if stat.S_ISDIR(status.st_mode) else []
+
+
+def check_extent(where: Path, n_levels: int, n_names: int) -> None:
+    """Refuse a directory that is no checkpoint's: a tree that was made to trip programs, or ``/``."""
+    if n_levels > MOST_LEVELS or n_names > MOST_NAMES:
+        what = (
+            f"{MOST_LEVELS} directories inside each other"
+            if n_levels > MOST_LEVELS
+            else f"{MOST_NAMES} files"
+        )
+        raise FileSystemError(f"more than {what}, which no checkpoint has", where=cut(str(where), 200))
+
+
+def _umask() -> int:
+    """Of this process; asking the usual way would change it for other threads."""
+    found = re.search(r"^Umask:\s*([0-7]+)", Path("/proc/self/status").read_text(), re.M)
+    return int(found[1], 8) if found else 0o022

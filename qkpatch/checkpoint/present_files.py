@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 from qkpatch.checkpoint.files import FileId, LocalOpenFile, os_errors
+from qkpatch.checkpoint.names import BOOKKEEPING, came_by_itself
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.tree import MAX_JSON_BYTES
 from qkpatch.errors import CheckpointError, FileSystemError
@@ -30,14 +31,16 @@ class Present:
         self.files: dict[str, FileId] = {}
         self.odd: dict[str, str] = {}  # what is neither a regular file nor a directory, and what it is
         self.identities: dict[str, FileId] = {}  # of both, for whoever asks later whether anything changed
+        self.aside: list[str] = []
         self._digests: dict[str, str] = {}
         with os_errors("list", root.path):
-            for name, status in root.walk():
+            for name, status in root.walk(BOOKKEEPING):
                 if not stat.S_ISDIR(status.st_mode):
                     self._add(name, status)
 
     def _add(self, name: str, status: os.stat_result) -> None:
-        self.identities[name] = _identity(status)
+        if not came_by_itself(name, ()):
+            self.identities[name] = _identity(status)
         shown = name.encode("utf-8", "backslashreplace").decode()
         if shown != name:  # how Python holds bytes that are not UTF-8
             self.odd[shown] = "has a name that is not UTF-8"
@@ -45,6 +48,13 @@ class Present:
             self.odd[name] = _KINDS.get(stat.S_IFMT(status.st_mode), "is no regular file")
         else:
             self.files[name] = FileId.of(status)
+
+    def set_aside(self, recorded: Collection[str]) -> None:
+        """Look no more at what came into OUT by itself, and is none of what its manifest records."""
+        self.aside = sorted(name for name in {**self.files, **self.odd} if came_by_itself(name, recorded))
+        for name in self.aside:
+            self.files.pop(name, None)
+            self.odd.pop(name, None)
 
     @property
     def size(self) -> int:

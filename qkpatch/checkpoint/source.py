@@ -3,40 +3,37 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qkpatch.checkpoint.cache import leads_out
 from qkpatch.checkpoint.files import OpenFile, os_errors
 from qkpatch.checkpoint.header import Header, TensorRef, read_header
+from qkpatch.checkpoint.names import RUBBISH, USUAL, matching
+from qkpatch.checkpoint.recognised import ADAPTER, no_weights, refuse_folder
 from qkpatch.checkpoint.tree import (
     MAX_CONFIG_BYTES,
     LocalFile,
     Repository,
     SourceFile,
-    is_plain_relative,
     source_file,
     walk_files,
 )
+from qkpatch.checkpoint.weights import Weights, find_weights
 from qkpatch.common.json_text import load_json
-from qkpatch.common.number_ranges import some
-from qkpatch.errors import AmbiguousError, CheckpointError, FileSystemError, UnsupportedError
+from qkpatch.errors import AmbiguousError, CheckpointError, FileSystemError
 
 MANIFEST_NAME = "qkpatch.json"
 SUMS_NAME = "SHA256SUMS"
-INDEX_SUFFIX = ".safetensors.index.json"
-PREFERRED_INDEX = "model.safetensors.index.json"
-PREFERRED_SINGLE = "model.safetensors"
 
 # Files that hold weights in a form qkpatch does not edit; a loader might pick them instead.
 WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz",
 )  # fmt: skip
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 _OPEN_AT_A_TIME = 16
 _MOST_HEADERS = 64 << 10  # bytes: most headers are shorter, and the rest of a longer one is read after
@@ -56,11 +53,25 @@ class Stored:
     mode: int  # of the directory itself
     twins: tuple[str, ...]  # other files that look like weights and will stay as they are
     previous_manifest: bytes | None  # SOURCE was itself written by qkpatch
+    stem: str = field(default="model", kw_only=True)  # what names of weights begin with
+    exclude: Collection[str] = field(default=(), kw_only=True)  # globs of what is left out
+    left_out: Mapping[str, int] = field(default_factory=dict, kw_only=True)  # that, with bytes
+    disputed: Mapping[str, str] = field(
+        default_factory=dict, kw_only=True
+    )  # what the index says wrongly, by tensor
+    notes: tuple[str, ...] = field(
+        default=(), kw_only=True
+    )  # what people should know of the choice of weights
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorRef]:
         """All tensors by name."""
         return {ref.name: ref for header in self.headers.values() for ref in header.tensors.values()}
+
+    @property
+    def lacks_index(self) -> bool:
+        """Whether there are several shards, and nothing says which tensor is where."""
+        return self.index is None and len(self.headers) > 1
 
     @property
     def size(self) -> int:
@@ -79,10 +90,6 @@ class Stored:
         local = (file for file in self.files.values() if isinstance(file, LocalFile))
         return tuple(file.name for file in local if leads_out(file.path, self.root))
 
-    def has_entry(self, name: str) -> bool:
-        """Whether the directory holds something of that name, be it one of :attr:`files` or not."""
-        return not self.single_file and self.root is not None and (self.root / name).exists()
-
 
 @dataclass(frozen=True)
 class Checkpoint(Stored):
@@ -91,32 +98,45 @@ class Checkpoint(Stored):
     config: Mapping[str, Any]
 
 
-def open_checkpoint(place: Path | Repository) -> Checkpoint:
+def open_checkpoint(place: Path | Repository, exclude: Collection[str] = USUAL) -> Checkpoint:
     """As :func:`open_stored`, and ``config.json``.
 
     Raises:
+        AmbiguousError: also, transformers would load something else, or something on top.
         CheckpointError: also, no config.json, or one that is not an object.
         QKPatchError: as :func:`open_stored`.
     """
-    stored = open_stored(place)
+    stored = open_stored(place, exclude)
     config = _read_config(_config_file(stored))
+    named, chosen = config.get("transformers_weights"), stored.index or next(iter(stored.headers))
+    if not stored.single_file and named not in (None, chosen):
+        what = f"transformers_weights in config.json makes transformers load {named}, not {chosen}"
+        raise AmbiguousError(what, where=stored.where, fix="take that key out, or point qkpatch at the file")
+    if ADAPTER in stored.files:
+        what = f"{ADAPTER} beside the weights: transformers loads that adapter on top of them, edited or not"
+        fix = "merge the adapter first, or leave it out: --exclude 'adapter_*'"
+        raise AmbiguousError(what, where=stored.where, fix=fix)
     return Checkpoint(**{field.name: getattr(stored, field.name) for field in fields(stored)}, config=config)
 
 
-def open_stored(place: Path | Repository) -> Stored:
-    """Read all headers at ``place`` and check them against index and file sizes.
+def open_stored(place: Path | Repository, exclude: Collection[str] = tuple(RUBBISH)) -> Stored:
+    """Read all headers at ``place``, less what ``exclude`` means, and check them against index and file sizes.
 
     Raises:
         UnsupportedError: no safetensors weights, such as pickles only.
         AmbiguousError: more than one set of weights.
-        CheckpointError: index and headers disagree, or a path leaves the directory.
+        CheckpointError: shards are missing, a tensor is there twice, or a path leaves the directory.
         HeaderError: a shard breaks the format.
         FileSystemError: something cannot be read.
     """
     files: dict[str, SourceFile]
+    left_out: dict[str, int] = {}
     if isinstance(place, Repository):
-        files, directories, where, root = dict(place.files), place.directories, place.where, None
+        files, directories, where, root = dict(place.files), dict(place.directories), place.where, None
         mode = 0o777
+        for name in list(files):
+            if (entry := matching(name, exclude)) is not None:
+                left_out[entry] = left_out.get(entry, 0) + files.pop(name).size
     else:
         with os_errors("read", place):
             status = place.stat()
@@ -124,44 +144,45 @@ def open_stored(place: Path | Repository) -> Stored:
             return _open_single(place)
         if not stat.S_ISDIR(status.st_mode):
             raise FileSystemError("neither a directory nor a file", where=str(place))
-        found, directories = walk_files(place)
+        found, directories, left_out = walk_files(place, exclude)
         files, where, root, mode = {**found}, str(place), place, status.st_mode & 0o777
+    # A folder of nothing but what is left out is left out.
+    for entry in left_out:
+        for folder in map(str, PurePosixPath(entry).parents):
+            if not any(name.startswith(f"{folder}/") for name in (*files, *directories)):
+                directories.pop(folder, None)
     previous = files.pop(MANIFEST_NAME, None)
     if previous is not None:
         files.pop(SUMS_NAME, None)  # of that edit, and untrue of the next
     if MANIFEST_NAME in directories:
-        raise CheckpointError(
-            f"{MANIFEST_NAME} is a directory, and OUT's manifest bears that name",
-            where=where,
-            fix="rename it",
-        )
-    shards, index = _find_shards(where, files)
-    headers = _headers([files[name] for name in shards])
-    _check_homes(headers)
-    if index is not None:
-        _check_index(headers, index)
+        what = f"{MANIFEST_NAME} is a directory, and OUT's manifest bears that name"
+        raise CheckpointError(what, where=where, fix="rename it")
+    weights = find_weights(where, files, left_out)
+    headers = _headers([files[name] for name in weights.shards])
+    disputed = _check_index(_check_homes(headers), weights)
     return Stored(
         where=where,
         root=root,
         single_file=False,
-        index=None if index is None else index.name,
+        index=weights.index,
         headers=headers,
         files=files,
         directories=directories,
         mode=mode,
         twins=tuple(n for n in files if n.endswith(WEIGHT_SUFFIXES) and n not in headers),
         previous_manifest=None if previous is None else previous.read(),
+        stem=weights.stem,
+        exclude=exclude,
+        left_out=left_out,
+        disputed=disputed,
+        notes=weights.notes,
     )
 
 
 def _open_single(path: Path) -> Stored:
-    if not path.name.endswith(".safetensors"):
-        raise UnsupportedError(
-            "not a .safetensors file",
-            where=str(path),
-            fix="convert it with the safetensors library, or point qkpatch at the directory",
-        )
     file = source_file(path, path.name)
+    if not path.name.endswith(".safetensors"):
+        raise no_weights(str(path), {path.name: file})
     return Stored(
         where=str(path),
         root=path.parent,
@@ -173,113 +194,34 @@ def _open_single(path: Path) -> Stored:
         mode=0o777,
         twins=(),
         previous_manifest=None,
+        stem=path.name.removesuffix(".safetensors"),
     )
 
 
-@dataclass(frozen=True)
-class _Index:
-    name: str
-    weight_map: Mapping[str, str]  # tensor -> shard
-
-
-def _find_shards(where: str, files: Mapping[str, SourceFile]) -> tuple[list[str], _Index | None]:
-    """File names of the weight shards, and the index where there is one."""
-    top = [name for name in files if "/" not in name]
-    indices = [name for name in top if name.endswith(INDEX_SUFFIX)]
-    if PREFERRED_INDEX in indices:
-        indices = [PREFERRED_INDEX]
-    if len(indices) > 1:
-        raise AmbiguousError(
-            f"several indices: {', '.join(indices)}", where=where, fix="keep the one to patch in SOURCE"
-        )
-    singles = [name for name in top if name.endswith(".safetensors")]
-    if indices:
-        index = _read_index(files[indices[0]])
-        shards = sorted(set(index.weight_map.values()))
-        missing = [name for name in shards if name not in files]
-        if missing:
-            raise CheckpointError(
-                f"the index names {len(missing)} file(s) that are not there: {some(missing)}",
-                where=index.name,
-                fix="download the missing shards",
-            )
-        if PREFERRED_SINGLE in singles and PREFERRED_SINGLE not in shards:
-            # No twin to be listed and left: transformers looks for this name before it looks for an index.
-            raise AmbiguousError(
-                f"{PREFERRED_SINGLE} beside {index.name}, which does not name it: transformers loads it instead of "
-                "the shards, so an edit of the shards would do nothing there",
-                where=where,
-                fix="remove the stale one, or point qkpatch at a single file",
-            )
-        return shards, index
-    if PREFERRED_SINGLE in singles:
-        return [PREFERRED_SINGLE], None
-    if len(singles) == 1:
-        return singles, None
-    if singles:
-        raise AmbiguousError(
-            f"{len(singles)} .safetensors files and no index: {some(singles)}",
-            where=where,
-            fix=f"restore {PREFERRED_INDEX}, or point qkpatch at one file",
-        )
-    pickles = [name for name in files if name.endswith(PICKLE_SUFFIXES)]
-    others = [name for name in files if name.endswith(WEIGHT_SUFFIXES)]
-    if pickles:
-        raise UnsupportedError(
-            f"only pickled weights: {some(pickles)}; qkpatch never unpickles",
-            where=where,
-            fix="convert them: load the model in transformers and call save_pretrained(..., safe_serialization=True)",
-        )
-    raise UnsupportedError(
-        f"no .safetensors weights, only {some(others or sorted(files) or ['an empty folder'])}",
-        where=where,
-        fix="point SOURCE at a Hugging Face checkpoint directory or a .safetensors file",
-    )
-
-
-def _read_index(file: SourceFile) -> _Index:
-    document = load_json(file.read(), file.name, unique=True)
-    weight_map = document.get("weight_map") if isinstance(document, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError("no weight_map, or an empty one", where=file.name)
-    for tensor, shard in weight_map.items():
-        if not isinstance(shard, str) or not is_plain_relative(shard):
-            raise CheckpointError(
-                f"tensor {tensor!r} is said to be in {shard!r}, not a plain path inside the checkpoint",
-                where=file.name,
-                fix="do not use this checkpoint: its index is broken or hostile",
-            )
-    return _Index(file.name, weight_map)
-
-
-def _check_homes(headers: Mapping[str, Header]) -> None:
-    """Each tensor is stored once: which copy a loader takes is not defined."""
+def _check_homes(headers: Mapping[str, Header]) -> dict[str, str]:
+    """Which shard stores each tensor: each is stored once, since which copy a loader takes is not defined."""
     home: dict[str, str] = {}
     for shard, header in headers.items():
         for name in header.tensors:
             if name in home:
                 raise CheckpointError(
-                    f"stored twice, in {home[name]} and {shard}", where=name, fix="re-save the checkpoint"
+                    f"stored twice, in {home[name]} and {shard}, as by a shard that is to replace values of another",
+                    where=name,
+                    fix="make one of them: load the model as you use it, and save_pretrained(...)",
                 )
             home[name] = shard
+    return home
 
 
-def _check_index(headers: Mapping[str, Header], index: _Index) -> None:
-    """Each tensor is exactly where the index says, and the index knows each tensor."""
-    home = {name: shard for shard, header in headers.items() for name in header.tensors}
-    wrong = [name for name, shard in index.weight_map.items() if home.get(name) != shard]
-    unlisted = [name for name in home if name not in index.weight_map]
-    parts = []
-    if wrong:
-        parts.append(f"{len(wrong)} tensor(s) are not in the shard it names: {some(wrong)}")
-    if unlisted:
-        parts.append(f"{len(unlisted)} stored tensor(s) are not in it: {some(unlisted)}")
-    if parts:
-        raise CheckpointError(
-            f"the index disagrees with the shards' headers; {'; '.join(parts)}",
-            where=index.name,
-            fix="download the checkpoint again, or re-save it",
-        )
+def _check_index(home: Mapping[str, str], weights: Weights) -> dict[str, str]:
+    """What the index says otherwise than the headers, by tensor; loaders read what shards hold, whatever it says."""
+    said, index = weights.weight_map, weights.index
+    return {
+        name: f"{index} {f'has it in {said[name]}' if name in said else 'does not list it'}, and "
+        f"{home.get(name) or 'no shard'} has it"
+        for name in (dict.fromkeys([*said, *home]) if index else ())
+        if home.get(name) != said.get(name)
+    }
 
 
 def _headers(files: Sequence[SourceFile]) -> dict[str, Header]:
@@ -300,9 +242,11 @@ def _config_file(stored: Stored) -> SourceFile:
     if stored.single_file and stored.root is not None and (stored.root / name).exists():
         file = source_file(stored.root / name, name)
     if file is None:
+        where = str(stored.root or stored.where)
+        refuse_folder(where, stored.files)
         raise CheckpointError(
             "there is no config.json, which says how many heads the model has",
-            where=str(stored.root or stored.where),
+            where=where,
             fix="put the model's config.json beside the weights",
         )
     return file

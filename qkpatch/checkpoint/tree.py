@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import shlex
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from qkpatch.checkpoint.cache import blob_of, is_in_cache
 from qkpatch.checkpoint.content import Content
 from qkpatch.checkpoint.files import FileId, LocalOpenFile, OpenFile, open_read, os_errors
+from qkpatch.checkpoint.names import BOOKKEEPING, matching
+from qkpatch.checkpoint.open_directory import Rooted, check_extent
 from qkpatch.errors import CheckpointError, FileSystemError
 
-BOOKKEEPING = (".git", ".cache/huggingface")  # of git and huggingface_hub, not the model's
 # The index of 10^12 parameters, in some 200,000 tensors, is about 25 MB; the record of editing all modes of all their
 # heads as much. The largest config.json are below 1 MB.
 MAX_JSON_BYTES = 64 << 20
@@ -115,40 +118,76 @@ def is_plain_relative(name: str) -> bool:
     )
 
 
-def walk_files(
-    root: Path, skip: Collection[str] = BOOKKEEPING
-) -> tuple[dict[str, LocalFile], dict[str, int]]:
-    """All regular files below ``root``, links followed, and all sub-directories with their modes, less ``skip``.
+class Folder(NamedTuple):
+    """What lies below a directory: regular files by name, sorted, links followed; and all sub-directories."""
 
-    Files are sorted by name; a directory comes after the one that it lies in.
+    files: dict[str, LocalFile]
+    directories: dict[str, int]  # with their modes, each after the one that it lies in
+    left_out: dict[str, int]  # what is excluded, with bytes; it is not looked into otherwise
+
+
+def walk_files(root: Path, exclude: Collection[str] = ()) -> Folder:
+    """The folder at ``root``, less its bookkeeping and what ``exclude`` means (:func:`matching`).
+
+    Raises:
+        FileSystemError: something cannot be read, or is no regular file; far more, or far deeper, than any checkpoint.
     """
-    files: dict[str, LocalFile] = {}
-    directories: dict[str, int] = {}
-
-    def visit(directory: Path, prefix: str, ancestors: tuple[Path, ...]) -> None:
-        real = directory.resolve()
-        if real in ancestors:
-            raise FileSystemError("a link leads back to a directory above it", where=str(directory))
-        with os_errors("list", directory):
-            entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
-        for entry in entries:
-            name = prefix + entry.name
-            if name in skip:
+    found = Folder({}, {}, {})
+    entered: dict[str, Path] = {}
+    waiting = [root]
+    while waiting:
+        where = waiting.pop()
+        name = where.relative_to(root).as_posix()
+        first = entered.setdefault(os.path.realpath(where), where)
+        if first != where:  # links could multiply directories without end
+            back = (
+                "leads back to a directory above it, "
+                if first in where.parents
+                else "to the same directory as "
+            )
+            raise FileSystemError(f"a link {back}{first}", where=str(where), fix=_without(name))
+        with os_errors("list", where):
+            entries = sorted(os.listdir(where))
+        check_extent(where, len(where.relative_to(root).parts), len(found.files) + len(entries))
+        inner = []
+        for path in map(where.joinpath, entries):
+            name = path.relative_to(root).as_posix()
+            linked = (
+                os.path.relpath(os.path.realpath(path), os.path.realpath(root)) if path.is_symlink() else name
+            )
+            if name in BOOKKEEPING or matching(name, exclude) or matching(linked, exclude):
+                found.left_out[name] = 0 if name in BOOKKEEPING else _bytes_of(path)
                 continue
             if any("\ud800" <= c <= "\udfff" for c in name):  # how Python holds bytes that are not UTF-8
                 raise FileSystemError(
-                    "the file's name is not UTF-8", where=ascii(entry.path), fix="rename it"
+                    "the file's name is not UTF-8", where=ascii(path)[1:-1], fix="rename it"
                 )
-            with os_errors("read (is it a dangling link?)", entry.path):
-                mode = entry.stat().st_mode
-            if not stat.S_ISDIR(mode):
-                files[name] = source_file(Path(entry.path), name, fix="move it out of SOURCE")
+            with os_errors("read", path):
+                if path.is_symlink() and not path.exists():
+                    what = f"a dangling link, to {path.readlink()}"
+                    raise FileSystemError(what, where=str(path), fix=_without(name))
+                mode = path.stat().st_mode
+            if stat.S_ISDIR(mode):
+                found.directories[name] = mode & 0o777
+                inner.append(path)
             else:
-                directories[name] = mode & 0o777
-                visit(Path(entry.path), f"{name}/", (*ancestors, real))
+                found.files[name] = source_file(path, name, fix=_without(name))
+        waiting += reversed(inner)
+    return found._replace(files=dict(sorted(found.files.items())))
 
-    visit(root, "", ())
-    return dict(sorted(files.items())), directories
+
+def _without(name: str) -> str:
+    return f"move it out of SOURCE, or leave it out: --exclude {shlex.quote(name)}"
+
+
+def _bytes_of(path: Path) -> int:
+    """Of a file, or of all files in a directory; what cannot be looked at counts nothing."""
+    with suppress(OSError, FileSystemError):
+        if not path.is_dir():
+            return path.stat().st_size
+        with Rooted(path) as root:
+            return sum(status.st_size for _, status in root.walk() if stat.S_ISREG(status.st_mode))
+    return 0
 
 
 def source_file(path: Path, name: str, fix: str | None = None) -> LocalFile:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from qkpatch import __version__
+import qkpatch
 from qkpatch.cli.commands.apply import apply
 from qkpatch.cli.commands.card import card
 from qkpatch.cli.commands.diff import diff
@@ -64,19 +64,12 @@ def root(
 ) -> None:
     """Print the version where it is asked for; commands do everything else."""
     if version:
-        print(f"qkpatch {__version__}")
+        print(f"qkpatch {qkpatch.__version__}")
         raise typer.Exit()
 
 
 for _command in (apply, plan, inspect, verify, diff, recipes, card):
     app.command()(_command)
-
-
-_REPORT = (
-    f"This is a fault of qkpatch {__version__} itself, and says nothing of the checkpoint. Please report it, with all "
-    "that is printed above and the command, in the issues of qkpatch's repository; where somebody may have made the "
-    "input so, as SECURITY.md says."
-)
 
 
 def main() -> NoReturn:
@@ -96,5 +89,9 @@ def main() -> NoReturn:
             code = FileSystemError.exit_code
         else:
             traceback.print_exc()
-            note(_REPORT)
+            note(
+                f"This is a fault of qkpatch {qkpatch.__version__} itself, and says nothing of the checkpoint. Please "
+                "report it, with what is printed above and the command, in the issues of qkpatch's repository; where "
+                "somebody may have made the input so, as SECURITY.md says."
+            )
     sys.exit(code)

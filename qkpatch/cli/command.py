@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import typer
 from qkpatch.checkpoint.files import machine_errors
 from qkpatch.cli.flags import spread
 from qkpatch.common.interrupts import Terminated, unwinding_on_kill
-from qkpatch.errors import QKPatchError
+from qkpatch.errors import QKPatchError, no_torch
 from qkpatch.patching.threads import share_free_memory
 
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -31,6 +32,12 @@ def command(function: Command) -> Command:
     def wrapper(**kwargs: Any) -> None:
         from qkpatch.cli.console import note, print_json, show_error, silence_stdout
 
+        def shown(error: QKPatchError) -> typer.Exit:
+            if kwargs.get("as_json"):
+                print_json({"error": error.to_json()})
+            show_error(error)
+            return typer.Exit(error.exit_code)
+
         if kwargs.get("quiet") or kwargs.get("as_json") or not sys.stderr.isatty():
             # huggingface_hub reads it when it is first imported, which is later.
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -43,16 +50,21 @@ def command(function: Command) -> Command:
             except QKPatchError as error:
                 if kwargs.get("debug"):
                     raise
-                if kwargs.get("as_json"):
-                    print_json({"error": error.to_json()})
-                show_error(error)
-                raise typer.Exit(error.exit_code) from None
-            except KeyboardInterrupt:
-                note("Interrupted; nothing half done is left behind.")
-                raise typer.Exit(128 + signal.SIGINT) from None
-            except Terminated as error:
-                note("Terminated; nothing half done is left behind.")
-                raise typer.Exit(128 + error.number) from None
+                end = shown(error)
+                if hasattr(error, "kept"):
+                    note(f"Go on with: {_going_on()}")
+                raise end from None
+            except ModuleNotFoundError as error:
+                if error.name != "torch" or kwargs.get("debug"):
+                    raise
+                raise shown(no_torch()) from None
+            except (KeyboardInterrupt, Terminated) as error:
+                number = error.number if isinstance(error, Terminated) else signal.SIGINT
+                what = "Interrupted" if number == signal.SIGINT else "Terminated"
+                kept = getattr(error, "kept", None)
+                left = f"{kept}. Go on with: {_going_on()}" if kept else "nothing half done is left behind."
+                note(f"{what}; {left}")
+                raise typer.Exit(128 + number) from None
             except BrokenPipeError:
                 silence_stdout()
                 raise typer.Exit(128 + signal.SIGPIPE) from None
@@ -60,3 +72,9 @@ def command(function: Command) -> Command:
     wrapper.__signature__ = signature  # type: ignore[attr-defined]
     wrapper.__annotations__ = {name: flag.annotation for name, flag in signature.parameters.items()}
     return wrapper  # type: ignore[return-value]
+
+
+def _going_on() -> str:
+    """This very command, taking over what it left."""
+    command, *rest = sys.argv[1:] or ["apply"]
+    return shlex.join(["qkpatch", command, *(() if "--resume" in rest else ("--resume",)), *rest])

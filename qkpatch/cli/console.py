@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from qkpatch.cli.redaction import Redacted
 from qkpatch.common.observer import UNSEEN, Observer
+from qkpatch.common.text import size_text
 from qkpatch.errors import FileSystemError, QKPatchError, plain, shown
 
 _PIPED_WIDTH = 140  # rich assumes 80 where there is no terminal, which cuts tensor names
@@ -195,12 +196,3 @@ def print_csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 def output_width(*, stderr: bool = False) -> int:
     """Columns of stdout or stderr, for text that is wrapped elsewhere."""
     return _console(stderr=stderr).width
-
-
-def size_text(n: float) -> str:
-    """A number of bytes in the unit that suits it: ``1.5 GB``."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if n < 1000 or unit == "TB":
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    raise AssertionError

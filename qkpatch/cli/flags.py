@@ -70,6 +70,15 @@ ShardOpt = Annotated[
         show_default="as SOURCE",
     ),
 ]
+ExcludeOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--exclude",
+        metavar="GLOB",
+        help="Leave these files and folders of SOURCE out of OUT: checkpoint-100, *.gguf; repeatable.",
+        show_default=False,
+    ),
+]
 OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of qkpatch.")]
 ForceOpt = Annotated[bool, typer.Option("--force", help="With --overwrite: replace OUT whatever it holds.")]
 DigestOpt = Annotated[
@@ -126,6 +135,7 @@ class EditFlags:
     attention: AttentionOpt = None
     fold_norm: FoldOpt = False
     max_shard_size: ShardOpt = None
+    exclude: ExcludeOpt = None
     config: ConfigOpt = None
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +12,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from qkpatch.cli.console import results, safe, size_text
+from qkpatch.cli.console import results, safe
 from qkpatch.common.number_ranges import format_ranges
+from qkpatch.common.text import size_text, verify_command
 
 if TYPE_CHECKING:
     from qkpatch.compare.verify import Verification
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from qkpatch.publishing.commit_plan import Publication
 
 
-def show_plan(plan: EditPlan, free_disk: int, memory: int, threads: int) -> None:
+def show_plan(plan: EditPlan, free_disk: int | None, memory: int, threads: int) -> None:
     """Print a plan: what is edited, where, and what it costs.
 
     Args:
         plan: the plan.
-        free_disk: bytes that are free where OUT will be.
+        free_disk: bytes that are free where OUT will be, where that is known.
         memory: expected peak of resident memory in bytes.
         threads: heads that are computed side by side.
     """
@@ -51,9 +51,12 @@ def show_plan(plan: EditPlan, free_disk: int, memory: int, threads: int) -> None
             f"{size_text(plan.edited_bytes)} rewritten in {len(plan.edits_by_file)} of {n_files} file(s)"
         )
         console.print(
-            f"OUT {size_text(plan.output_bytes)}, free disk {size_text(free_disk)}, "
+            f"OUT {size_text(plan.output_bytes)}, "
+            f"free disk {'unknown' if free_disk is None else size_text(free_disk)}, "
             f"expected peak memory {size_text(memory)} ({threads} thread(s))"
         )
+        if plan.is_done:
+            console.print("OUT is that already, and intact: nothing would be written")
 
 
 def show_applied(plan: EditPlan, manifest: Manifest, source: str, out: Path) -> None:
@@ -93,12 +96,15 @@ def show_applied(plan: EditPlan, manifest: Manifest, source: str, out: Path) -> 
             console.print(table)
         n_of = Counter(file.action for file in manifest.files)
         anew = f", {n_of['resharded']} written anew" if n_of["resharded"] else ""
+        run = manifest.run
+        what = "Already done, and intact; nothing was written to" if run.already_done else "Wrote"
+        resumed = (run.copied_by or {}).get("resumed")
+        taken_over = f"; {resumed} of these files taken over from the run before" if resumed else ""
         console.print(
-            f"Wrote {safe(str(out))}: {len(manifest.edits)} tensor(s) edited in {n_of['patched']} file(s), "
-            f"{n_of['copied']} file(s) copied{anew}, {size_text(plan.output_bytes)}"
+            f"{what} {safe(str(out))}: {len(manifest.edits)} tensor(s) edited in {n_of['patched']} file(s), "
+            f"{n_of['copied']} file(s) copied{anew}, {size_text(plan.output_bytes)}{taken_over}"
         )
-        own = ["--recipe", plan.model.recipe_file] if plan.model.recipe_file else []
-        command = shlex.join(["qkpatch", "verify", str(out), "--source", source, *own])
+        command = verify_command(str(out), source, plan.model.recipe_file)
         console.print(f"Prove it with: {safe(command)}", soft_wrap=True)
 
 

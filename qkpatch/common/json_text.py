@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import re
@@ -18,6 +19,8 @@ MAX_VALUES = 4_000_000
 MAX_DIGITS = 300  # of a whole number: float, which all readers may want, holds no more
 # Walks a JSON text from escape to escape; group 1 is half a surrogate pair without the other half.
 _ESCAPE = re.compile(r"\\(?:u[dD][89aAbB]..\\u[dD][c-fC-F]..|(u[dD][89a-fA-F])|.)")
+
+_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 Json = Any
 
@@ -75,7 +78,10 @@ def _finite(x: float) -> float:
 
 
 def load_json(raw: bytes, where: str, *, unique: bool = False) -> Any:
-    """Parse JSON; ``unique`` refuses what readers could disagree on: repeated keys, NaN and Infinity."""
+    """Parse JSON; ``unique`` refuses keys that are repeated, of which readers take one or another.
+
+    NaN and Infinity are taken: transformers writes Infinity into some config.json, others NaN into an index.
+    """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(items)
@@ -83,19 +89,16 @@ def load_json(raw: bytes, where: str, *, unique: bool = False) -> Any:
             raise CheckpointError("a key appears twice in one JSON object", where=where)
         return result
 
-    def refuse(name: str) -> float:
-        raise ValueError(f"{name} is not JSON")
-
     try:
         check_size(raw)
-        constant = refuse if unique else float  # transformers writes Infinity into some config.json
         text = raw.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=pairs, parse_constant=constant, parse_int=_integer)
+        value = json.loads(text, object_pairs_hook=pairs, parse_int=_integer)
         if (half := half_surrogate(text)) is not None:
             raise ValueError(f"half a surrogate pair (char {half})")
         return value
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"not valid JSON: {error}", where=where) from error
+        fix = "save it as UTF-8 without a byte-order mark" if raw.startswith(_MARKS) else None
+        raise CheckpointError(f"not valid JSON: {error}", where=where, fix=fix) from error
 
 
 def check_size(raw: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 
 from qkpatch.errors import plain
@@ -12,6 +13,17 @@ _NARROWEST = 40  # columns; in fewer, lines are left to the terminal
 def cut(text: str, most: int) -> str:
     """``text``, or its first ``most`` characters and an ellipsis."""
     return text if len(text) <= most else f"{text[:most]}…"
+
+
+def as_word(path: str) -> str:
+    """A path as it is written on a command line, where one that begins with a dash would be taken for an option."""
+    return f"./{path}" if path.startswith("-") else path
+
+
+def verify_command(out: str, source: str, recipe: str | None = None) -> str:
+    """What proves OUT, to be copied from where it is shown."""
+    own = [] if recipe is None else ["--recipe", as_word(recipe)]
+    return shlex.join(["qkpatch", "verify", as_word(out), "--source", as_word(source), *own])
 
 
 def wrapped(line: str, width: int) -> str:
@@ -26,3 +38,11 @@ def wrapped(line: str, width: int) -> str:
             break_long_words=False, break_on_hyphens=False,
         )
     )  # fmt: skip
+
+
+def size_text(n: float) -> str:
+    """A number of bytes in the unit that suits it: ``1.5 GB``."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while n >= 1000 and len(units) > 1:
+        n, units = n / 1000, units[1:]
+    return f"{n:.0f} B" if units[0] == "B" else f"{n:.1f} {units[0]}"

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 from qkpatch.checkpoint.files import Progress
 from qkpatch.checkpoint.header import Header, TensorRef
+from qkpatch.checkpoint.names import BOOKKEEPING
 from qkpatch.checkpoint.pairs import Reader, Span
 from qkpatch.checkpoint.source import MANIFEST_NAME, Stored
-from qkpatch.checkpoint.tree import BOOKKEEPING, SourceFile
+from qkpatch.checkpoint.tree import SourceFile
 from qkpatch.common.interrupts import signals_held
 from qkpatch.compare.diff_types import (
     Difference,
@@ -205,6 +206,6 @@ def _uncompared(a: Stored, b: Stored) -> Iterator[Uncompared]:
     for name in sorted({side.index for side in (a, b) if side.index is not None}):
         yield Uncompared(name, a.index == name, b.index == name, "the division into shards")
     for name in BOOKKEEPING:
-        in_a, in_b = (side.has_entry(name) for side in (a, b))
+        in_a, in_b = (name in side.left_out for side in (a, b))
         if in_a or in_b:
             yield Uncompared(name, in_a, in_b, "bookkeeping")

@@ -1,8 +1,13 @@
-"""``Replaced``: proof that what ``--overwrite`` is about to replace is what qkpatch wrote, and still is at the end."""
+"""What OUT is to a plan: free, an earlier output that may be replaced, or done already; and whether it fits.
+
+``plan`` and ``apply`` decide it here, both. What is to be replaced is proven to be what qkpatch wrote, and what is done
+already to be what would be written.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from qkpatch.checkpoint.files import Progress
@@ -10,29 +15,44 @@ from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import Present
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME
 from qkpatch.common.json_text import canonical_json, load_json
-from qkpatch.common.observer import Observer
+from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.compare.byte_by_byte import Mismatch
+from qkpatch.compare.manifest_against_plan import differences, origin_mismatches
 from qkpatch.compare.verify import check, recorded, sums_mismatches
 from qkpatch.errors import CheckpointError, FileSystemError
 from qkpatch.model.locate import Access
-from qkpatch.output.destination import Replaced, destination_path, foreign
-from qkpatch.output.options import Writing
-from qkpatch.planning.manifest import Manifest
+from qkpatch.output.destination import Replaced, check_out, destination_path, occupied
+from qkpatch.output.options import Digest, Writing
+from qkpatch.output.space import check_space
+from qkpatch.planning.manifest import Manifest, planned_manifest
 from qkpatch.planning.plan import EditPlan
+from qkpatch.planning.sha256sums import refuse_own_sums
 from qkpatch.recipes.catalogue import shipped_recipes
 
 
-def replaceable(out: Path, plan: EditPlan, writing: Writing, observer: Observer) -> Replaced | None:
-    """What ``plan`` will replace; None where there is nothing, or nothing is to be replaced.
+def standing(
+    out: Path, plan: EditPlan, writing: Writing, observer: Observer = UNSEEN, *, cache: bool = True
+) -> Replaced | Manifest | None:
+    """What is at OUT: what ``plan`` will replace, the manifest of just what it would write, or None: nothing.
 
     Every file whose digest is recorded has it. What else there is, is what the recorded edit makes of this SOURCE, by
-    ``verify``, and the edited tensors have their digests. ``writing.force`` takes it as it is.
+    ``verify``, and the edited tensors have their digests. ``writing.force`` takes it as it is. ``cache``: what is on
+    the Hub comes into its cache first.
 
     Raises:
-        UsageError: OUT holds something else.
+        UsageError: OUT is no place to write to, or holds something else.
+        FileSystemError: it does not fit.
     """
-    if not writing.overwrite or not out.is_dir():
-        return None
+    check_out(out, plan.model.checkpoint, overwrite=writing.overwrite, force=writing.force)
+    if writing.digest is Digest.files:
+        refuse_own_sums(plan.model.checkpoint)
+    found = _present(out, plan, writing, observer) if out.is_dir() else None
+    if not isinstance(found, Manifest):
+        check_space(out, plan.output, plan.edits_by_file, writing, is_cached=cache)
+    return found
+
+
+def _present(out: Path, plan: EditPlan, writing: Writing, observer: Observer) -> Replaced | Manifest | None:
     with Rooted(out) as root:
         present = Present(root)
         if not present.identities:
@@ -40,21 +60,30 @@ def replaceable(out: Path, plan: EditPlan, writing: Writing, observer: Observer)
         observer.begins("look at OUT:", present.size, 0)
         replaced = Replaced(destination_path(out), present.identities)
         try:
-            first = None if writing.force else next(_foreign(present, plan, observer.copied), None)
+            first = None if writing.force else next(_foreign(present, plan, writing, observer.copied), None)
+            if first is None and not writing.overwrite:
+                manifest = recorded(present)
+                return replace(manifest, run=replace(manifest.run, already_done=True))
         except FileSystemError:
             replaced.check()  # which says so, where another run has replaced OUT meanwhile
             raise
     if first is not None:
-        raise foreign(out, f"{first.where}, which is not as qkpatch left it: {first.what}")
+        raise occupied(out, first.where, first.what, overwrite=writing.overwrite)
     return replaced
 
 
-def _foreign(present: Present, plan: EditPlan, progress: Progress) -> Iterator[Mismatch]:
+def _foreign(present: Present, plan: EditPlan, writing: Writing, progress: Progress) -> Iterator[Mismatch]:
+    """Where OUT is not what qkpatch left, and unless it is to be overwritten, not what ``plan`` would make it."""
     try:
         manifest = recorded(present)
     except CheckpointError as error:
         yield Mismatch(MANIFEST_NAME, str(error))
         return
+    if not writing.overwrite:
+        yield from origin_mismatches(manifest, plan.model.source)
+        yield from differences(manifest, planned_manifest(plan, ""), plan, ())
+        if writing.digest is Digest.files and any(file.sha256 is None for file in manifest.files):
+            yield Mismatch(SUMS_NAME, "is not there")
     raw = present.read(MANIFEST_NAME)
     # Not `manifest.dumps()`, which gives an older manifest the keys that it did not have.
     if canonical_json(load_json(raw, MANIFEST_NAME)).encode() != raw:

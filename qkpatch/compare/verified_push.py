@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import Present
 from qkpatch.common.number_ranges import some
 from qkpatch.common.observer import UNSEEN, Observer
+from qkpatch.common.text import verify_command
 from qkpatch.compare.verify import Verification, check, recorded
 from qkpatch.errors import MismatchError, UsageError
 from qkpatch.model.locate import Access
@@ -82,9 +82,8 @@ def _verified(
 
 def _mismatch(result: Verification, out: Path, source: str, recipe: str | None) -> MismatchError:
     found = [f"{mismatch.where}: {mismatch.what}" for mismatch in result.mismatches]
-    own = ["--recipe", recipe] if recipe else []
     return MismatchError(
         f"it is not what its manifest says, so it is not published: {some(found, _SHOWN, '; ')}",
         where=str(out),
-        fix=shlex.join(["qkpatch", "verify", str(out), "--source", source, *own]) + " shows all; apply again",
+        fix=f"{verify_command(str(out), source, recipe)} shows all; apply again",
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qkpatch.checkpoint.files import Progress
 from qkpatch.checkpoint.header import TensorRef
+from qkpatch.checkpoint.names import usual_beside
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import Present
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME, Checkpoint, open_checkpoint
@@ -23,11 +24,9 @@ from qkpatch.output.layout import Output
 from qkpatch.planning.manifest import Manifest, planned_manifest
 from qkpatch.planning.plan import EditPlan, make_plan
 from qkpatch.planning.sha256sums import sums_text
-from qkpatch.publishing.card import CARD_NAME, is_card_over
+from qkpatch.publishing.card import CARD_NAME, card_text, is_card_over
 from qkpatch.publishing.private_files import is_private
 from qkpatch.recipes.catalogue import shipped_recipes
-
-GIT_NAME = ".gitattributes"
 
 
 @dataclass(frozen=True)
@@ -68,30 +67,31 @@ def recorded(present: Present) -> Manifest:
             where=str(present.root.path),
             fix="is this the directory that qkpatch apply wrote?",
         )
-    return Manifest.loads(present.read(MANIFEST_NAME), f"{present.root.path.name}/{MANIFEST_NAME}")
+    manifest = Manifest.loads(present.read(MANIFEST_NAME), f"{present.root.path.name}/{MANIFEST_NAME}")
+    present.set_aside([file.name for file in manifest.files])
+    return manifest
 
 
 def read_out(out: Path) -> tuple[Manifest, str | None]:
-    """The manifest, and SOURCE's card, which OUT has as it was.
+    """The manifest, and the card in OUT: SOURCE's as it was, or one over it.
 
     Raises:
-        FileSystemError: there is no manifest; or one of them is a link, whatever it leads to.
+        CheckpointError: there is no manifest that can be read.
+        FileSystemError: the card is a link, whatever it leads to; or was emptied.
     """
     with Rooted(out) as root:
         present = Present(root)
-        for name in (MANIFEST_NAME, CARD_NAME):
-            if name in present.odd:
-                raise FileSystemError(
-                    f"{present.odd[name]}, which qkpatch never writes",
-                    where=present.where(name),
-                    fix="do not trust this directory; apply again",
-                )
-        if MANIFEST_NAME not in present.files:
+        manifest, card = recorded(present), present.read(CARD_NAME) if CARD_NAME in present.files else b""
+        odd = present.odd.get(CARD_NAME)
+        if odd is None and not card and any(file.name == CARD_NAME and file.size for file in manifest.files):
+            odd = "is empty, or gone, and had the text of SOURCE's"
+        if odd is not None:
             raise FileSystemError(
-                f"no {MANIFEST_NAME} there", where=str(out), fix="give the directory that qkpatch apply wrote"
+                f"{CARD_NAME} {odd}",
+                where=present.where(CARD_NAME),
+                fix="copy SOURCE's there, then write the card: qkpatch card OUT --write",
             )
-        card = present.read(CARD_NAME) if CARD_NAME in present.files else None
-        return recorded(present), None if card is None else card.decode("utf-8", "replace")
+        return manifest, card_text(card) if card else None
 
 
 def check(
@@ -131,14 +131,15 @@ def check(
             where=f"{present.root.path.name}/{MANIFEST_NAME}",
             fix="say where that is: --recipe FILE.yaml",
         )
+    usual = usual_beside(file.name for file in manifest.files)
     found = [Mismatch(name, f"{what}, which qkpatch never writes") for name, what in present.odd.items()]
     plan = None
     try:
-        plan = make_plan(source, request, access)
+        plan = make_plan(source, request, access, usual)
     except (UsageError, AmbiguousError, UnsupportedError, CheckpointError) as error:
         found.append(Mismatch(MANIFEST_NAME, f"its edit cannot be made on SOURCE: {error}"))
         located = locate(source, access)
-        checkpoint = open_checkpoint(located.place)
+        checkpoint = open_checkpoint(located.place, (*usual, *(request.exclude or ())))
         output, planned = Output.copy_of(checkpoint), None
     else:
         located, checkpoint, output = plan.model.source, plan.model.checkpoint, plan.output
@@ -157,8 +158,7 @@ def check(
     if plan is not None and planned is not None:
         found += differences(manifest, planned, plan, unpublished)
     is_ours = {MANIFEST_NAME, *({SUMS_NAME} - output.files.keys()), *({CARD_NAME} if has_own_card else ())}
-    added = {GIT_NAME} if has_own_card else set()
-    names = present.files.keys() - is_ours - (added - output.files.keys())
+    names = present.files.keys() - is_ours
     found += _file_sets(output, names, {*unpublished, *is_ours, *present.odd})
     found += _check_sums(manifest, present, output, is_published=has_own_card)
     common = sorted(output.files.keys() & names)
@@ -173,7 +173,7 @@ def check(
         compared_bytes=sum(present.files[name].size for name in names),
         edited_bytes=sum(end - begin for name in common for begin, end in _planned(plan, name)),
         mismatches=tuple(found),
-        notes=tuple(_notes(manifest, located, unpublished)),
+        notes=tuple(_notes(manifest, located, unpublished, present.aside)),
         plan=plan,
     )
 
@@ -217,13 +217,19 @@ def _listed(
     return before, found
 
 
-def _notes(manifest: Manifest, found: Source, unpublished: Collection[str]) -> Iterator[str]:
+def _notes(
+    manifest: Manifest, found: Source, unpublished: Collection[str], aside: list[str]
+) -> Iterator[str]:
     said = manifest.source
     if said.address is not None and found.kind != "hub":
         yield (
             f"SOURCE is a {found.kind}, which does not show that OUT was made from {said.name}: "
             f"--source {said.address} does"
         )
+    if manifest.output.exclude:
+        yield f"left out of OUT on demand: {abbreviate(manifest.output.exclude, 5)}"
+    if aside:
+        yield f"not looked at, since systems leave such things anywhere: {abbreviate(aside, 5)}"
     if unpublished:
         yield f"not in OUT, since it is not published: {abbreviate(sorted(unpublished), 5)}"
 
@@ -258,8 +264,8 @@ def _has_own_card(output: Output, present: Present) -> bool:
         return False
     base = output.files.get(CARD_NAME)
     original = None if base is None else base.original
-    card = present.read(CARD_NAME).decode("utf-8", "replace")
-    text = None if original is None else original.read().decode("utf-8", "replace")
+    card = card_text(present.read(CARD_NAME))
+    text = None if original is None else card_text(original.read())
     return card != text and is_card_over(card, text)
 
 

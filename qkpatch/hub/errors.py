@@ -24,8 +24,12 @@ def is_tls_failure(error: BaseException | None) -> bool:
 @contextmanager
 def hub_errors(where: str) -> Iterator[None]:
     """Turn what huggingface_hub and its HTTP library raise into :class:`HubError`, and keep the token."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError
 
+    if constants.HF_HUB_CACHE.startswith("~"):  # as it stays in a container whose user has no home
+        fix = "set HOME, or HF_HOME to a directory of yours"
+        raise HubError("no home directory is known, so the Hub cache is nowhere", where=where, fix=fix)
     library = httpx()
     known = (OSError, ValueError, KeyError, library.HTTPError, library.InvalidURL, *_others())
     try:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import PurePosixPath
 
 from qkpatch.checkpoint.content import Content, damaged
-from qkpatch.checkpoint.tree import BOOKKEEPING, MAX_JSON_BYTES, Repository, SourceFile
+from qkpatch.checkpoint.tree import MAX_JSON_BYTES, Repository, SourceFile
 from qkpatch.hub.listing import Listed
 from qkpatch.hub.range_reader import Fetchers, RangeReader
 from qkpatch.hub.transfer import Transfer
@@ -65,13 +65,12 @@ class RemoteRepo(Repository):
 
     @classmethod
     def of(cls, repo: str, commit: str, listed: Sequence[Listed]) -> RemoteRepo:
-        """The files that the Hub lists, less its own bookkeeping."""
+        """The files that the Hub lists."""
         transfer, fetchers = Transfer(repo, commit), Fetchers()
         files = {}
         for file in listed:
-            if not file.name.startswith(tuple(f"{name}/" for name in BOOKKEEPING)):
-                where = f"{repo}@{commit[:12]}: {file.name}"
-                files[file.name] = RemoteFile(file.name, file.size, _MODE, where, file, transfer, fetchers)
+            where = f"{repo}@{commit[:12]}: {file.name}"
+            files[file.name] = RemoteFile(file.name, file.size, _MODE, where, file, transfer, fetchers)
         return cls(repo, files)
 
     @property

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
 
 from qkpatch.checkpoint.cache import snapshot_at
 from qkpatch.checkpoint.tree import Repository
-from qkpatch.errors import FileSystemError, UsageError
+from qkpatch.errors import FileSystemError, HubError, UsageError
 from qkpatch.hub.repository import HubId, check_snapshot, download, open_repository
 from qkpatch.recipes.catalogue import get_recipe, shipped_recipes
 from qkpatch.recipes.descriptions import near_names
@@ -47,6 +48,8 @@ class Source:
 def locate(text: str, access: Access = Access.download) -> Source:
     """Find SOURCE: an existing path first, then a recipe name, then ``org/name[@revision]`` on the Hub.
 
+    ``org/name`` is a path where ``org`` is a directory here that holds something of a similar name.
+
     Raises:
         UsageError: it is none of these.
         HubError: the Hub cannot deliver it.
@@ -60,22 +63,47 @@ def locate(text: str, access: Access = Access.download) -> Source:
         hub_id: HubId | None = HubId(here.name, here.commit)
     elif text in shipped_recipes():
         recipe = get_recipe(text)
+        if recipe.default_repo is None:
+            raise UsageError(
+                f"recipe {text} stands for no repository: none is known that it reads",
+                where=text,
+                fix="name the checkpoint itself: org/name[@revision], or a directory",
+            )
         hub_id = HubId.parse(recipe.default_repo)
     else:
         hub_id = HubId.parse(text)
+    near = _near(text) if path is None and text not in shipped_recipes() else []
+    if near:
+        is_id = "" if hub_id is None else f"; if it is meant to be on the Hub: {text}@main"
+        raise UsageError("no such file or directory", where=text, fix=f"near: {', '.join(near)}{is_id}")
     if hub_id is None or (path is None and text.startswith((".", "/", "~"))):
         raise UsageError(
             "no such file or directory, recipe, or Hub id (org/name)",
             where=text,
             fix=f"check the path; {near_names(text, shipped_recipes())}",
         )
-    if access is Access.download:
-        found = download(hub_id)
-    else:
-        found = open_repository(hub_id, use_cache=access is Access.ranges)
+    try:
+        if access is Access.download:
+            found = download(hub_id)
+        else:
+            found = open_repository(hub_id, use_cache=access is Access.ranges)
+    except HubError as error:
+        if recipe is None or not recipe.gated or "gated" in error.what:
+            raise
+        raise HubError(error.what, where=error.where, fix=f"{error.fix}; {hub_id.repo} is gated") from error
     return Source(
         found.place, "hub", found.repo, found.requested_revision, found.commit, recipe, found.checked, text
     )
+
+
+def _near(text: str) -> list[str]:
+    """What lies in the directory of a path that does not exist, and has nearly its name."""
+    folder, slash, name = text.rstrip("/").rpartition("/")
+    try:
+        there = os.listdir(os.path.expanduser(folder) or "/") if slash and name else []  # noqa: PTH111 - as below
+    except (OSError, ValueError):
+        return []
+    return [f"{folder}/{found}" for found in get_close_matches(name, there, 3, 0.8)]
 
 
 def local_path(text: str) -> Path | None:

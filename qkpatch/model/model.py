@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+from qkpatch.checkpoint.names import USUAL
 from qkpatch.checkpoint.source import Checkpoint, open_checkpoint
 from qkpatch.errors import AmbiguousError, CheckpointError, UsageError
 from qkpatch.model.choice import choose_recipe, query_like
@@ -74,6 +75,7 @@ def open_model(
     recipe_name: str | None = None,
     attention: Sequence[str] | None = None,
     access: Access = Access.download,
+    exclude: Collection[str] = USUAL,
 ) -> Model:
     """Locate SOURCE, read its headers, find the recipe that fits and the sets of tensors named by ``attention``.
 
@@ -82,6 +84,7 @@ def open_model(
         recipe_name: a shipped recipe, or a file of the user's; None for the one that fits.
         attention: names of sets of the recipe; None for its first.
         access: how a repository is read.
+        exclude: what of SOURCE is not looked at, as of :func:`open_checkpoint`.
 
     Raises:
         AmbiguousError: no recipe or several; the recipe's names match nothing, or twice over.
@@ -92,7 +95,7 @@ def open_model(
     if recipe_name is not None:
         get_recipe(recipe_name)  # a wrong name does not wait for anything
     located = locate(source, access)
-    return understood(located, open_checkpoint(located.place), recipe_name, attention)
+    return understood(located, open_checkpoint(located.place, exclude), recipe_name, attention)
 
 
 def understood(

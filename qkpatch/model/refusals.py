@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.errors import UnsupportedError
@@ -65,6 +66,17 @@ def refuse_known(names: Iterable[str]) -> None:
             )
 
 
+def quantised_by_name(config: Mapping[str, Any], tensors: Iterable[TensorRef]) -> str | None:
+    """By what method config.json says that the model is quantised, where nothing that is stored is; None otherwise."""
+    said = config.get("quantization_config")
+    marks = {suffix for companions, _ in _COMPANIONS for suffix in companions}
+    is_plain = all(
+        ref.dtype in (*EDITABLE_DTYPES, "I64", "BOOL") and not marks & {ref.name.rpartition(".")[2]}
+        for ref in tensors
+    )
+    return str(said.get("quant_method", "some method")) if isinstance(said, dict) and is_plain else None
+
+
 def query_temperature(name: str) -> UnsupportedError:
     """The error for logits whose scale depends on the query rows: editing those would do more than M shows."""
     return UnsupportedError(
@@ -85,7 +97,8 @@ def missing_key(layer: int, query: str, key: str) -> UnsupportedError:
 
 def is_qk_norm(name: str) -> bool:
     """Whether a tensor's name is that of a norm of queries or keys."""
-    return _QK_NORM.search(name) is not None
+    # An indexer picks the tokens that are attended to, by queries and keys of its own.
+    return _QK_NORM.search(name) is not None and ".indexer." not in name
 
 
 def unknown_form(module: str, suffixes: Iterable[str]) -> UnsupportedError:

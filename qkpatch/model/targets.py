@@ -48,6 +48,11 @@ class LayerTarget:
         """Every tensor that is edited: the query weight, and its scales where it has some."""
         return (self.query,) if self.query_scale is None else (self.query, self.query_scale)
 
+    @property
+    def names(self) -> list[str]:
+        """Every tensor that the edit depends on."""
+        return [*(ref.name for ref in vars(self).values() if isinstance(ref, TensorRef)), *self.biases]
+
     def read_ranges(self, heads: Sequence[int]) -> dict[str, list[tuple[int, int]]]:
         """The bytes that products of ``heads`` are read from, by shard: their rows, scales, and norms' gains."""
         layout = self.layout

@@ -68,8 +68,9 @@ class Passage:
     the processor time of ``copy_file_range``, which the edit can use, and leaves other programs' files in the cache.
     """
 
-    def __init__(self, lane: Lane, source: LocalOpenFile, destination: int) -> None:
-        self._lane, self._source, self._destination = lane, source, destination
+    def __init__(self, lane: Lane, source: LocalOpenFile, destination: int, where: str | None = None) -> None:
+        """``where`` is what messages call the destination."""
+        self._lane, self._source, self._destination, self._where = lane, source, destination, where
         self._raw_source = _past_cache(source.fd, os.O_RDONLY)
         self._raw_destination = _past_cache(destination, os.O_WRONLY)
 
@@ -117,7 +118,7 @@ class Passage:
         first, last = -(-(begin + shift) // ALIGN) * ALIGN - shift, (end + shift) // ALIGN * ALIGN - shift
         is_direct = self._raw_destination is not None and last - first >= LEAST_DIRECT
         if not is_direct and digest is None:
-            return copy_range(self._source, self._destination, begin, end, progress, shift)
+            return copy_range(self._source, self._destination, begin, end, progress, shift, self._where)
         edges = [begin, first, last, end] if is_direct else [begin, end]
         pieces = [
             (at, min(at + PIECE, upto)) for start, upto in pairwise(edges) for at in range(start, upto, PIECE)
@@ -155,7 +156,7 @@ class Passage:
 
     def _write(self, piece: memoryview, offset: int) -> int:
         raw, done = self._raw_destination if _is_aligned(piece, offset) else None, 0
-        with os_errors("copy", self._source.where):
+        with os_errors("copy", self._source.where, self._where):
             while done < len(piece):
                 try:
                     done += os.pwrite(self._destination if raw is None else raw, piece[done:], offset + done)
@@ -189,16 +190,23 @@ def _past_cache(fd: int, access: int) -> int | None:
 
 
 def copy_range(
-    source: LocalOpenFile, destination: int, begin: int, end: int, progress: Progress, shift: int = 0
+    source: LocalOpenFile,
+    destination: int,
+    begin: int,
+    end: int,
+    progress: Progress,
+    shift: int = 0,
+    where: str | None = None,
 ) -> str:
     """Copy the bytes ``begin:end`` between open files within the kernel where it can; returns the means' name.
 
     ``copy_file_range`` stays in the file system, ``sendfile`` crosses file systems, read and write always work. Each
-    continues where the one before declined. They arrive ``shift`` bytes further on. ``progress`` may raise to stop it.
+    continues where the one before declined. They arrive ``shift`` bytes further on. ``progress`` may raise to stop it;
+    ``where`` is what messages call the destination.
     """
     done = begin
     used = "none"
-    with os_errors("copy", source.where):
+    with os_errors("copy", source.where, where):
         for name, step in (
             ("copy_file_range", _copy_file_range),
             ("sendfile", _sendfile),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +11,19 @@ from pathlib import Path
 from qkpatch.checkpoint.files import FileId, os_errors
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import Present, first_change
-from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME, Checkpoint
+from qkpatch.checkpoint.source import MANIFEST_NAME, Checkpoint
 from qkpatch.checkpoint.tree import LocalFile
-from qkpatch.common.json_text import load_json
-from qkpatch.errors import FileSystemError, QKPatchError, UsageError
+from qkpatch.common.text import as_word
+from qkpatch.errors import FileSystemError, UsageError
 
-# File systems allow 255 bytes; the names of staging and of a replaced output are OUT's and up to 19 more.
-_MAX_NAME = 255 - len("..replaced-00000000")
+
+def longest_name(parent: Path) -> int:
+    """The most bytes of OUT's name, of which staging's is longer."""
+    try:
+        most = os.pathconf(parent, "PC_NAME_MAX")
+    except OSError:
+        most = 255  # as nearly everywhere
+    return most - 19
 
 
 def destination_path(out: Path) -> Path:
@@ -24,41 +31,47 @@ def destination_path(out: Path) -> Path:
     return Path(os.path.realpath(out.absolute().parent)) / out.name
 
 
-def check_out(out: Path, source: Path | None, *, overwrite: bool, force: bool = False) -> None:
+def present_parent(out: Path) -> Path:
+    """The first of OUT's parents that is there; those below it are made when OUT is."""
+    return next(path for path in out.absolute().parents if os.path.lexists(path))
+
+
+def check_out(out: Path, checkpoint: Checkpoint, *, overwrite: bool, force: bool) -> None:
     """Refuse an OUT that is known to be wrong before anything is read or downloaded.
 
     Args:
         out: OUT.
-        source: SOURCE's path where it is one, None for something on the Hub.
+        checkpoint: SOURCE, of which OUT may overlap no part, wherever its links lead.
         overwrite: an earlier output may be replaced.
         force: whatever is there may be.
 
     Raises:
-        UsageError: OUT has no name of its own (``.``), overlaps SOURCE, is a file, is not empty, or with
-            ``overwrite`` holds files that qkpatch plainly did not write.
-        FileSystemError: OUT's parent is missing or not writable.
+        UsageError: OUT has no name of its own (``.``), overlaps SOURCE, is a file, or holds what qkpatch did not write.
+        FileSystemError: what is there of OUT's parents is no directory or not writable.
     """
-    if source is not None:
-        _refuse_overlap(out, inside=[source], holding=[source])
+    if checkpoint.root is not None:
+        directories = [checkpoint.root / name for name in checkpoint.directories]
+        files = [file.path for file in checkpoint.files.values() if isinstance(file, LocalFile)]
+        if not checkpoint.single_file:
+            directories.append(checkpoint.root)
+        _refuse_overlap(out, inside=directories, holding=[*directories, *files])
     if out.name in ("", ".."):
         raise UsageError(
             "OUT needs a name of its own", where=str(out), fix="name a new directory: -o patched"
         )
-    if len(os.fsencode(out.name)) > _MAX_NAME:
+    parent = present_parent(out)
+    if len(os.fsencode(out.name)) > (most := longest_name(parent)):
         raise UsageError(
-            f"the name of OUT is longer than {_MAX_NAME} bytes", where=out.name[:40] + "…", fix="shorten it"
+            f"the name of OUT is longer than {most} bytes", where=out.name[:40] + "…", fix="shorten it"
         )
     if out.name.endswith(".safetensors"):
         raise UsageError(
             "OUT is a directory; the patched files keep their names in it",
             where=str(out),
-            fix=f"write -o {out.with_suffix('')}",
+            fix=f"write {shlex.join(['-o', as_word(str(out.with_suffix('')))])}",
         )
-    parent = out.absolute().parent
     if not parent.is_dir():
-        raise FileSystemError(
-            "its parent is not a directory", where=str(out), fix=f"create it first: mkdir -p {parent}"
-        )
+        raise FileSystemError(f"{parent} is not a directory", where=str(out), fix="choose another -o")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise FileSystemError("no permission to write in its parent", where=str(out), fix="choose another -o")
     if not os.path.lexists(out):
@@ -66,30 +79,11 @@ def check_out(out: Path, source: Path | None, *, overwrite: bool, force: bool = 
     if out.is_symlink() or not out.is_dir():
         raise UsageError("exists and is not a directory", where=str(out), fix="choose another -o")
     with os_errors("look into it", out):
-        names = os.listdir(out)
-    if not names:
-        return
-    if not overwrite:
-        raise UsageError(
-            "exists and is not empty", where=str(out), fix="choose another -o, or add --overwrite"
+        is_empty = not os.listdir(out)
+    if not is_empty and not force and not os.path.lexists(out / MANIFEST_NAME):
+        raise occupied(
+            out, MANIFEST_NAME, "there is none, so qkpatch did not write this", overwrite=overwrite
         )
-    if not force:
-        refuse_foreign_files(out)
-
-
-def check_apart(out: Path, checkpoint: Checkpoint) -> None:
-    """Refuse an OUT that overlaps any part of SOURCE, wherever its links lead.
-
-    Raises:
-        UsageError: they overlap.
-    """
-    if checkpoint.root is None:
-        return
-    directories = [checkpoint.root / name for name in checkpoint.directories]
-    files = [file.path for file in checkpoint.files.values() if isinstance(file, LocalFile)]
-    if not checkpoint.single_file:
-        directories.append(checkpoint.root)
-    _refuse_overlap(out, inside=directories, holding=[*directories, *files])
 
 
 def _refuse_overlap(out: Path, *, inside: Iterable[Path], holding: Iterable[Path]) -> None:
@@ -108,31 +102,6 @@ def _refuse_overlap(out: Path, *, inside: Iterable[Path], holding: Iterable[Path
         )
 
 
-def refuse_foreign_files(out: Path) -> None:
-    """Raise where ``out`` is not, by names, kinds and sizes alone, what a manifest in it lists: content is not read.
-
-    Raises:
-        UsageError: it is not.
-    """
-    with Rooted(out) as root:
-        present = Present(root)
-        try:
-            files = load_json(present.read(MANIFEST_NAME), MANIFEST_NAME)["files"]
-            known = {str(file["name"]): file["size"] for file in files}
-        except (QKPatchError, KeyError, TypeError):
-            known = {}
-    ours = {MANIFEST_NAME, SUMS_NAME} if known else set()
-    for name in sorted({*present.odd, *present.files} - (ours - present.odd.keys())):
-        if name in present.odd:
-            raise foreign(out, f"{name}, which {present.odd[name]}")
-        if name not in known:
-            raise foreign(out, f"{name}, which qkpatch did not write")
-        if present.files[name].size != known[name]:
-            raise foreign(out, f"{name}, which is not as qkpatch left it: it had {known[name]} bytes")
-    if lost := sorted(known.keys() - present.files.keys()):
-        raise foreign(out, f"no {lost[0]}, which qkpatch wrote")
-
-
 @dataclass(frozen=True)
 class Replaced:
     """An OUT that may be replaced, as it was when that was found."""
@@ -145,14 +114,16 @@ class Replaced:
         with Rooted(self.out) as root:
             changed = first_change(self.entries, Present(root).identities)
         if changed is not None:
-            raise foreign(self.out, f"{ascii(changed)[1:-1]}, which changed while qkpatch was running")
+            raise occupied(
+                self.out, ascii(changed)[1:-1], "it changed while qkpatch was running", overwrite=True
+            )
 
 
-def foreign(out: Path, what: str) -> UsageError:
-    """The error for an OUT that holds ``what``, which qkpatch did not leave there."""
-    return UsageError(
-        f"holds {what}",
-        where=str(out),
-        fix="--overwrite replaces only what qkpatch wrote; remove OUT yourself, choose another -o, or insist: "
-        "--overwrite --force",
-    )
+def occupied(out: Path, name: str, why: str, *, overwrite: bool) -> UsageError:
+    """The error for an OUT of which a file is not as qkpatch left it or, to be kept, not what it would write."""
+    if overwrite:
+        what = f"holds {name}, which is not as qkpatch left it: {why}"
+        fix = "--overwrite replaces only what qkpatch wrote; remove OUT yourself, choose another -o, or insist: "
+        return UsageError(what, where=str(out), fix=f"{fix}--overwrite --force")
+    what = f"exists and is not empty, nor what this edit would make of it: {name}: {why}"
+    return UsageError(what, where=str(out), fix="choose another -o, or add --overwrite")

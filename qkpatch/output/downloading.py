@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
 from qkpatch.checkpoint.files import Digesting, LocalOpenFile, OpenFile, Progress, write_exact
 from qkpatch.output.copying import Lane, Passage
 
 
+@dataclass(frozen=True)
 class Arrival:
     """From a file elsewhere to an open one, in order; a few pieces are in memory and none is on the disk twice."""
 
-    def __init__(self, source: OpenFile, destination: int) -> None:
-        self._source, self._destination = source, destination
-
-    def __enter__(self) -> Arrival:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing is open but what the caller opened."""
+    source: OpenFile
+    destination: int
+    where: str  # what messages call the destination
 
     def copy(self, begin: int, end: int, at: int, progress: Progress, digest: Digesting | None = None) -> str:
         """As :meth:`Passage.copy`.
@@ -25,17 +24,19 @@ class Arrival:
             HubError: they do not come.
             FileSystemError: writing fails.
         """
-        for piece in self._source.pieces(begin, end):
+        for piece in self.source.pieces(begin, end):
             if digest is not None:
                 digest.update(piece)
-            write_exact(self._destination, piece, at, self._source.where)
+            write_exact(self.destination, piece, at, self.where)
             at += len(piece)
             progress(len(piece))
         return "download"
 
 
-def passage_for(lane: Lane, source: OpenFile, destination: int) -> Passage | Arrival:
+def passage_for(
+    lane: Lane, source: OpenFile, destination: int, where: str
+) -> AbstractContextManager[Passage | Arrival]:
     """What copies from ``source`` to ``destination``, both open; through ``lane`` where both are on this machine."""
     if isinstance(source, LocalOpenFile):
-        return Passage(lane, source, destination)
-    return Arrival(source, destination)
+        return Passage(lane, source, destination, where)
+    return nullcontext(Arrival(source, destination, where))

@@ -48,7 +48,12 @@ class Journal:
     def state(self, status: os.stat_result | None, file: OutputFile) -> State | None:
         """How far the staged copy of ``file`` was when the journal was left; None where nothing is sure."""
         note = self._done.get(file.name)
-        if status is None or note is None or (status.st_ino, status.st_size) != (note["inode"], file.size):
+        if (
+            status is None
+            or note is None
+            or status.st_size != file.size
+            or note != {**note, **_facts(status)}
+        ):
             return None
         state = State(note["state"])
         # ctime cannot be set by hand: nothing has touched the copy since. The rows of the others may have changed.
@@ -62,9 +67,14 @@ class Journal:
     def note(self, fd: int, file: OutputFile, state: State) -> None:
         """Say that the open copy of ``file`` is on the disk in ``state``."""
         status = os.fstat(fd)
-        note = {"state": state.value, "inode": status.st_ino, "ctime_ns": status.st_ctime_ns}
+        note = {"state": state.value, **_facts(status), "ctime_ns": status.st_ctime_ns}
         self._done[file.name] = note
         self._append({"name": file.name, **note})
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The files that are noted, and their bytes."""
+        return {name: note["size"] for name, note in self._done.items()}
 
     def _append(self, line: dict[str, Any]) -> None:
         with os_errors("write", self._where):
@@ -77,9 +87,10 @@ class Journal:
         os.close(self._fd)
 
 
-def is_of(room: Rooted, fingerprint: str) -> bool:
-    """Whether a staging directory was left by a run of the same plan on the same source files."""
-    return _read(room, fingerprint) is not None
+def done_bytes(room: Rooted, fingerprint: str | None) -> int:
+    """What is done in a staging directory; -1 where no run of the same plan on the same source files left it."""
+    notes = _read(room, fingerprint)
+    return -1 if notes is None else sum(note["size"] for note in notes.values())
 
 
 def is_one(room: Rooted) -> bool:
@@ -91,12 +102,16 @@ def is_one(room: Rooted) -> bool:
     return not lines or lines[0][: len(_BEGINS)] == _BEGINS[: len(lines[0])]
 
 
+def _facts(status: os.stat_result) -> dict[str, int]:
+    return {"inode": status.st_ino, "size": status.st_size, "mode": status.st_mode}
+
+
 def _lines(room: Rooted) -> list[str]:
     with room.reading(NAME) as opened:
         return opened.read(opened.size, 0).decode("utf-8").splitlines()
 
 
-def _read(room: Rooted, fingerprint: str) -> dict[str, dict[str, Any]] | None:
+def _read(room: Rooted, fingerprint: str | None) -> dict[str, dict[str, Any]] | None:
     """The notes by file; None where there is no journal of this fingerprint."""
     try:
         lines = _lines(room)
@@ -111,12 +126,8 @@ def _read(room: Rooted, fingerprint: str) -> dict[str, dict[str, Any]] | None:
             if note["state"] is None:
                 notes.pop(str(note["name"]), None)
                 continue
-            State(note["state"])
-            notes[str(note["name"])] = {
-                **note,
-                "inode": int(note["inode"]),
-                "ctime_ns": int(note["ctime_ns"]),
-            }
+            facts = {key: int(note[key]) for key in ("inode", "size", "mode", "ctime_ns")}
+            notes[str(note["name"])] = {"state": State(note["state"]).value, **facts}
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             break  # cut short by the kill
     return notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,6 +10,8 @@ from qkpatch.checkpoint.content import Held
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.source import Stored
 from qkpatch.checkpoint.tree import SourceFile
+from qkpatch.checkpoint.weights import index_name
+from qkpatch.common.json_text import load_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +86,12 @@ class Output:
 
     @classmethod
     def copy_of(cls, source: Stored) -> Output:
-        """The files of SOURCE, as they are."""
-        return cls({name: OutputFile.copy_of(file) for name, file in source.files.items()})
+        """The files of SOURCE, as they are; and of shards without an index, one."""
+        files = {name: OutputFile.copy_of(file) for name, file in source.files.items()}
+        if source.lacks_index:
+            index = index_file(source, source.tensors)
+            files[index.name] = index
+        return cls(dict(sorted(files.items())))
 
     def held(self, leave_out: Callable[[str], Sequence[tuple[int, int]]]) -> dict[str, list[Held]]:
         """What OUT holds of each file of SOURCE, less the ranges of OUT's files that ``leave_out`` gives."""
@@ -107,3 +114,18 @@ class Output:
     def size(self) -> int:
         """The size of all files of OUT in bytes."""
         return sum(file.size for file in self.files.values())
+
+
+def index_file(source: Stored, places: Mapping[str, TensorRef]) -> OutputFile:
+    """The index of OUT: ``weight_map`` and ``total_size`` by ``places``; whatever else SOURCE's says, as it is."""
+    document: dict[str, object] = {}
+    if source.index is not None:
+        file = source.files[source.index]
+        document = load_json(file.read(), file.name, unique=True)
+    metadata = document.get("metadata")
+    total = sum(ref.nbytes for ref in places.values())
+    document["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": total}
+    document["weight_map"] = {name: places[name].shard for name in sorted(places)}
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    mode = source.files[next(iter(source.headers))].mode
+    return OutputFile(source.index or index_name(source.stem), mode, text.encode(), ())

@@ -41,6 +41,8 @@ class Writing:
             if field.name != "digest" and type(given) is not bool:
                 where = f"--{field.name.replace('_', '-')}"
                 raise UsageError(f"{given!r:.80} is neither true nor false", where=where)
+        if self.force and not self.overwrite:
+            raise UsageError("--force goes with --overwrite", fix="add --overwrite, or leave it out")
 
     def may_link(self, file: SourceFile) -> TypeGuard[LocalFile]:
         """Whether a hard link to a file of SOURCE may stand for a copy of it."""

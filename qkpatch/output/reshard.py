@@ -8,10 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from qkpatch.checkpoint.header import DTYPE_BITS, MAX_HEADER_SIZE, TensorRef
-from qkpatch.checkpoint.source import INDEX_SUFFIX, Stored
-from qkpatch.common.json_text import load_json
+from qkpatch.checkpoint.source import Stored
 from qkpatch.errors import CheckpointError, UsageError
-from qkpatch.output.layout import Extent, Output, OutputFile
+from qkpatch.output.layout import Extent, Output, OutputFile, index_file
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}  # fmt: skip
@@ -51,7 +50,7 @@ def reshard(source: Stored, max_bytes: int) -> Output:
         raise UsageError(
             f"that makes {len(groups)} shards", where="--max-shard-size", fix="allow larger ones"
         )
-    stem = _stem(source)
+    stem = source.stem
     names = (
         [f"{stem}.safetensors"]
         if len(groups) <= 1
@@ -70,8 +69,8 @@ def reshard(source: Stored, max_bytes: int) -> Output:
         moved.update(places)
         made[name] = OutputFile(name, mode, own, tuple(_extents(source, group, places)))
     if len(groups) > 1:
-        index = f"{stem}{INDEX_SUFFIX}"
-        made[index] = OutputFile(index, mode, _index(source, moved), ())
+        index = index_file(source, moved)
+        made[index.name] = index
     if taken := sorted(made.keys() & kept.keys()):
         raise CheckpointError(
             "a new shard would bear the name of this file, which is none of the weights qkpatch reads",
@@ -80,13 +79,6 @@ def reshard(source: Stored, max_bytes: int) -> Output:
         )
     files = {**{name: OutputFile.copy_of(file) for name, file in kept.items()}, **made}
     return Output(dict(sorted(files.items())), moved)
-
-
-def _stem(source: Stored) -> str:
-    """What names of shards begin with: ``model``, mostly."""
-    if source.index is not None:
-        return source.index.removesuffix(INDEX_SUFFIX)
-    return next(iter(source.headers)).removesuffix(".safetensors")
 
 
 def _in_order(source: Stored) -> Iterator[TensorRef]:
@@ -172,16 +164,3 @@ def _extents(source: Stored, group: Sequence[TensorRef], places: Mapping[str, Te
         last = Extent(source.files[ref.shard], ref.begin, ref.end, places[ref.name].begin)
     if last is not None:
         yield last
-
-
-def _index(source: Stored, moved: Mapping[str, TensorRef]) -> bytes:
-    """``weight_map`` and ``total_size`` anew; whatever else the index of SOURCE says, as it is."""
-    document: dict[str, object] = {}
-    if source.index is not None:
-        file = source.files[source.index]
-        document = load_json(file.read(), file.name, unique=True)
-    metadata = document.get("metadata")
-    total = sum(ref.nbytes for ref in moved.values())
-    document["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": total}
-    document["weight_map"] = {name: moved[name].shard for name in sorted(moved)}
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()

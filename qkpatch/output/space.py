@@ -9,22 +9,54 @@ import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
-from qkpatch.checkpoint.files import os_errors
 from qkpatch.checkpoint.tree import LocalFile, SourceFile
 from qkpatch.errors import FileSystemError
 from qkpatch.output.copying import clone
+from qkpatch.output.destination import present_parent
+from qkpatch.output.layout import Output, OutputFile
+from qkpatch.output.options import Writing
+from qkpatch.output.staging import left_bytes
+
+_PROBE = 64 << 10  # bytes; a file of a few could be kept in its directory's entry, and shared by nobody
 
 
-def free_bytes(out: Path) -> int:
-    """Free space, in bytes, on the file system where OUT will be."""
-    with os_errors("look up the free space", out):
-        return shutil.disk_usage(out.absolute().parent).free
+def free_bytes(out: Path) -> int | None:
+    """Free space, in bytes, on the file system where OUT will be; None where that does not know."""
+    try:
+        usage = shutil.disk_usage(present_parent(out))
+    except OSError:
+        return None
+    return usage.free if usage.total else None
 
 
-def check_space(out: Path, needed: int, files: Collection[SourceFile]) -> None:
-    """Raise :class:`FileSystemError` where OUT does not fit, unless the file system shares the copied blocks."""
+def check_space(
+    out: Path, output: Output, edited: Collection[str], writing: Writing, *, is_cached: bool
+) -> None:
+    """Refuse an OUT that does not fit, unless the file system shares the copied blocks.
+
+    Args:
+        out: where.
+        output: its files.
+        edited: the names of those that are edited, which are never links.
+        writing: how it is written.
+        is_cached: files that are elsewhere come into the Hub cache first.
+
+    Raises:
+        FileSystemError: it does not fit.
+    """
     free = free_bytes(out)
-    if needed <= free or _shares_blocks(out, files):
+    if free is None:
+        return
+    needed = sum(
+        _written_bytes(file)
+        for name, file in output.files.items()
+        if name in edited or file.original is None or not writing.may_link(file.original)
+    )
+    # What dead runs left is taken over, or removed.
+    if needed <= free or needed <= free + left_bytes(out):
+        return
+    sources = [extent.file for file in output.files.values() for extent in file.extents]
+    if _shares_blocks(present_parent(out), sources, is_cached=is_cached):
         return
     raise FileSystemError(
         f"OUT needs {needed:,} bytes, and {free:,} are free",
@@ -33,15 +65,33 @@ def check_space(out: Path, needed: int, files: Collection[SourceFile]) -> None:
     )
 
 
-def _shares_blocks(out: Path, files: Collection[SourceFile]) -> bool:
-    """Whether the largest source file can be cloned beside OUT (btrfs, xfs); tried on a file without a name."""
+def _written_bytes(file: OutputFile) -> int:
+    """Its size without holes."""
+    total = len(file.own)
+    for extent in file.extents:
+        with extent.file.open() as opened:
+            total += sum(last - first for first, last in opened.data(extent.begin, extent.end))
+    return total
+
+
+def _shares_blocks(place: Path, files: Collection[SourceFile], *, is_cached: bool) -> bool:
+    """Whether the largest source file can be cloned to ``place`` (btrfs, xfs); tried on a file without a name.
+
+    Of files that are still to come into the Hub cache, whether anything can be.
+    """
     local = (file for file in files if isinstance(file, LocalFile))
     largest = max(local, key=lambda file: file.size, default=None)
-    if largest is None:
+    if largest is None and not is_cached:
         return False
     try:
-        with tempfile.TemporaryFile(dir=out.absolute().parent) as probe, open(largest.path, "rb") as source:
-            return clone(source.fileno(), probe.fileno()) and os.fstat(probe.fileno()).st_size == largest.size
+        with (
+            tempfile.TemporaryFile(dir=place) as probe,
+            tempfile.TemporaryFile(dir=place) if largest is None else open(largest.path, "rb") as source,
+        ):
+            if largest is None:
+                source.write(bytes(_PROBE))
+                source.flush()
+            return clone(source.fileno(), probe.fileno())
     except OSError:
         return False
 

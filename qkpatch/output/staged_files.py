@@ -7,7 +7,7 @@ import stat
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
-from qkpatch.checkpoint.files import FileId, LocalOpenFile, os_errors, write_exact
+from qkpatch.checkpoint.files import FileId, LocalOpenFile, os_errors, synced, write_exact
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.tree import LocalFile
 from qkpatch.errors import FileSystemError
@@ -27,12 +27,10 @@ class StagedFiles:
         return status if status is not None and stat.S_ISREG(status.st_mode) else None
 
     def make_directories(self, directories: Collection[tuple[str, int]]) -> None:
-        """Make those that are not there, with their modes less the umask; the owner may write in each."""
+        """Make each, or what is left of it, with its mode less the umask; the owner may write in each."""
         for name, mode in directories:
             with os_errors("create a directory", self._files.path / name):
-                status = self._files.status(name)
-                if status is None:
-                    self._files.mkdir(name, mode | 0o700)
+                self._files.make_directory(name, mode | 0o700)
 
     def prune(self, files: Collection[str], directories: Collection[str]) -> None:
         """Remove what a run that is resumed left and this one does not make, such as a manifest."""
@@ -60,6 +58,10 @@ class StagedFiles:
             os.close(fd)
             raise
         return fd
+
+    def where(self, name: str) -> str:
+        """What messages call a file: as OUT will have it."""
+        return str(self._files.path / name)
 
     def open(self, name: str) -> int:
         """A file that is there, for reading and writing."""
@@ -99,8 +101,8 @@ class StagedFiles:
         with os_errors("write", self._files.path / name):
             fd = self._files.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             try:
-                write_exact(fd, data, 0, name)
-                os.fsync(fd)
+                write_exact(fd, data, 0, self._files.path / name)
+                synced(fd, self._files.path / name)
                 self.is_done(name, os.fstat(fd))
             finally:
                 os.close(fd)

@@ -5,6 +5,7 @@ one file system; it holds the journal and ``files``, the directory that becomes 
 one of ours. Nobody but its owner may enter it, and it is used by descriptor: whoever renames it, or puts another in
 its place, redirects nothing. Its owner holds a lock on it, which the kernel drops when the process dies in any way.
 The next run for the same OUT takes over or removes an unlocked one, if it is the caller's and plainly qkpatch's.
+What a file system cannot do (locks, modes, syncing directories, exchanging names) is done without, and told.
 """
 
 from __future__ import annotations
@@ -20,24 +21,25 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from qkpatch.checkpoint.files import os_errors
+from qkpatch.checkpoint.files import CANNOT, os_errors
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.common.interrupts import signals_held
-from qkpatch.errors import FileSystemError, HubError, UsageError
+from qkpatch.errors import FileSystemError, UsageError
 from qkpatch.output import journal
 from qkpatch.output.destination import destination_path
 
 FILES = "files"  # in the staging directory: what becomes OUT
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
-_UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
+_STAYS = "what a killed run leaves beside OUT stays there, and --resume cannot take it over"
+NO_LOCKS = f"the file system has no locks: {_STAYS}"
+NO_MODES = f"the file system keeps no modes: others may look into an unfinished OUT; {_STAYS}"
+NO_SYNC = "the file system cannot sync directories: after a power failure OUT may not be whole"
+NO_EXCHANGE = "the file system cannot exchange names: for a moment, while it was replaced, there was no OUT"
 
 
 class Staging:
-    """A locked staging directory for ``out``; gone on leaving the ``with`` block unless published.
-
-    Where the Hub failed it stays, for a run that resumes: what had come need not come again.
-    """
+    """A locked staging directory for ``out``; gone on leaving the ``with`` block unless published or kept."""
 
     room: Rooted  # the staging directory itself
     files: Rooted  # what becomes OUT
@@ -53,27 +55,37 @@ class Staging:
         self.out = destination_path(out)
         self.path = self.out.with_name(f".{out.name}.qkpatch-{secrets.token_hex(4)}")
         self._resume, self._mode = resume, mode | 0o700
-        self._is_held = False
+        self._is_held = self.is_kept = False
+        self.lacks: dict[str, None] = {}  # which promises are weaker, since the file system cannot keep them
+        # Of OUT's parents, those that are made here.
+        self._made = [path for path in self.out.parents if not path.exists()]
 
     def __enter__(self) -> Staging:
-        self._parent = Rooted(self.out.parent)
         try:
+            with os_errors("create a directory", self.out.parent):
+                self.out.parent.mkdir(parents=True, exist_ok=True)
+            self._parent = Rooted(self.out.parent)
             with os_errors("look for stale staging directories", self.out.parent):
-                for room in _stale(self._parent, self.out):
-                    if self._resume is not None and not self._is_held and journal.is_of(room, self._resume):
-                        self.path, self.room, self._is_held = room.path, room, True
-                    else:
-                        _remove(self._parent, room)
+                self._take_over()
             with os_errors("create the staging directory", self.path):
                 while not self._is_held:
                     self._create()
-                with suppress(FileExistsError):
-                    self.room.mkdir(FILES, self._mode)
-            self.files = Rooted(self.path / FILES, within=self.room, name=FILES)
+                self.room.make_directory(FILES, self._mode)
+            # Messages speak of OUT, which is what the user knows.
+            self.files = Rooted(self.out, within=self.room, name=FILES)
         except BaseException:
             self._clean()
             raise
         return self
+
+    def _take_over(self) -> None:
+        """Of what dead runs left, hold that of this plan in which most is done; the rest is removed."""
+        done = {room: journal.done_bytes(room, self._resume) for room in _stale(self._parent, self.out)}
+        for room in sorted(done, key=done.__getitem__, reverse=True):
+            if done[room] >= 0 and not self._is_held:
+                self.path, self.room, self._is_held = room.path, room, True
+            else:
+                _remove(self._parent, room)
 
     def _create(self) -> None:
         """Make and lock a directory; it is not held where another run took it for stale before it was locked."""
@@ -85,7 +97,14 @@ class Staging:
                 return
             raise
         try:
-            fcntl.flock(room.fd, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(room.fd, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in {*CANNOT, errno.ENOLCK}:
+                    raise
+                self.lacks[NO_LOCKS] = None
+            if os.fstat(room.fd).st_mode & 0o077:
+                self.lacks[NO_MODES] = None
             if not _is_still(room, self._parent.status(self.path.name)):
                 return
             self.room, self._is_held = room, True
@@ -106,7 +125,7 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, HubError):
+        if self.is_kept:
             self._let_go()
             return
         if not self._clean() and error is None:
@@ -127,6 +146,14 @@ class Staging:
         for held in ("files", "room", "_parent"):
             if hasattr(self, held):
                 getattr(self, held).close()
+        for path in self._made:
+            with suppress(OSError):  # OUT is in it
+                path.rmdir()
+
+    @property
+    def can_be_kept(self) -> bool:
+        """Whether what is done could be taken over by another run: it is not OUT already, and can be locked."""
+        return not self.lacks.keys() & {NO_LOCKS, NO_MODES} and _is_still(self.files, self.room.status(FILES))
 
     def publish(self, directories: Iterable[str], still_replaceable: Callable[[], None] | None) -> None:
         """Make the staged directory OUT, all or nothing. Files must be synced already; directories are here.
@@ -136,8 +163,7 @@ class Staging:
         Raises:
             UsageError: OUT came into being, or changed, meanwhile.
         """
-        for name in (*directories, "."):
-            self.files.sync(name)
+        synced = [self.files.sync(name) for name in (*directories, ".")]
         with os_errors("publish", self.out):
             if self._parent.status(self.out.name) is None:
                 self._move(_RENAME_NOREPLACE)
@@ -146,10 +172,18 @@ class Staging:
             elif still_replaceable is not None:
                 still_replaceable()
                 self._move(_RENAME_EXCHANGE)  # the old output is now the staged one, and goes on exit
+                for old in (FILES, "replaced"):
+                    with suppress(OSError):  # but a history that git keeps there is the user's
+                        os.rename(
+                            f"{old}/.git",
+                            f"{self.out.name}/.git",
+                            src_dir_fd=self.room.fd,
+                            dst_dir_fd=self._parent.fd,
+                        )
             else:
                 raise self._raced()
-        self.room.sync()
-        self._parent.sync()
+        if not all([*synced, self.room.sync(), self._parent.sync()]):
+            self.lacks[NO_SYNC] = None
 
     def _rename(self) -> None:
         os.rename(FILES, self.out.name, src_dir_fd=self.room.fd, dst_dir_fd=self._parent.fd)
@@ -159,7 +193,7 @@ class Staging:
             try:
                 _renameat2(self.room.fd, FILES, self._parent.fd, self.out.name, flag)
             except OSError as error:
-                if error.errno not in _UNSUPPORTED:
+                if error.errno not in CANNOT:
                     raise
                 self._move_plainly(flag)
         except OSError as error:
@@ -172,6 +206,7 @@ class Staging:
         if flag == _RENAME_NOREPLACE:
             self._rename()  # refuses all but an empty directory
             return
+        self.lacks[NO_EXCHANGE] = None
         aside = {"src_dir_fd": self._parent.fd, "dst_dir_fd": self.room.fd}
         os.rename(self.out.name, "replaced", **aside)
         try:
@@ -207,6 +242,18 @@ def _stale(parent: Rooted, out: Path) -> Iterator[Rooted]:
             room.close()
 
 
+def left_bytes(out: Path) -> int:
+    """What dead runs for the same OUT left beside it, on the disk, which the next one takes over or removes."""
+    out, total = destination_path(out), 0
+    if not out.parent.is_dir():
+        return 0
+    with Rooted(out.parent) as parent:
+        for room in _stale(parent, out):
+            total += sum(512 * status.st_blocks for _, status in room.walk())
+            room.close()
+    return total
+
+
 def _is_ours(room: Rooted) -> bool:
     """Whether a directory is the caller's alone and holds what a staging directory holds, nothing else."""
     status = os.fstat(room.fd)
@@ -220,10 +267,12 @@ def _clear(parent: Rooted, room: Rooted) -> bool:
     """Remove a staging directory and all in it, as far as that can be done; whether it is gone."""
     room.clear()  # the journal last: what a kill leaves of it is still plainly ours
     name = room.path.name
-    if _is_still(room, parent.status(name)):
-        with suppress(OSError):
-            os.rmdir(name, dir_fd=parent.fd)
-    return not _is_still(room, parent.status(name))
+    with suppress(FileSystemError):
+        if _is_still(room, parent.status(name)):
+            with suppress(OSError):
+                os.rmdir(name, dir_fd=parent.fd)
+        return not _is_still(room, parent.status(name))
+    return False
 
 
 def _is_still(room: Rooted, status: os.stat_result | None) -> bool:

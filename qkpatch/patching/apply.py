@@ -7,10 +7,11 @@ import platform
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
@@ -20,22 +21,22 @@ from qkpatch.common.interrupts import signals_held, signals_let_through
 from qkpatch.common.json_text import canonical_json
 from qkpatch.common.number_ranges import abbreviate
 from qkpatch.common.observer import UNSEEN, Observer
-from qkpatch.errors import HubError
+from qkpatch.errors import FileSystemError, HubError, QKPatchError, no_torch
 from qkpatch.model.targets import LayerTarget
-from qkpatch.output.destination import Replaced, check_apart, check_out
+from qkpatch.output.destination import Replaced
 from qkpatch.output.journal import Journal
 from qkpatch.output.options import PLAIN, Digest, Writing
-from qkpatch.output.space import check_limits, check_space, is_memory_limited
+from qkpatch.output.space import check_limits, is_memory_limited
 from qkpatch.output.staged_files import StagedFiles
 from qkpatch.output.staging import Staging
 from qkpatch.patching.checked_sources import Sources
-from qkpatch.patching.copier import Copier, files_open, space_needed
+from qkpatch.patching.copier import Copier, files_open
 from qkpatch.patching.threads import Crew
 from qkpatch.planning.blocks import RunBlock
 from qkpatch.planning.manifest import EditRecord, HeadRecord, Manifest, planned_manifest
 from qkpatch.planning.memory import peak_memory
 from qkpatch.planning.plan import EditPlan
-from qkpatch.planning.sha256sums import refuse_own_sums, sums_text
+from qkpatch.planning.sha256sums import sums_text
 
 if TYPE_CHECKING:
     from qkpatch.patching.edit_heads import Editor
@@ -62,30 +63,27 @@ def apply_plan(
 
     Args:
         plan: what is done.
-        out: where; its parent is there.
+        out: where, which nothing speaks against.
         observer: hears of progress, from any thread.
         device: where heads are computed.
         threads: how many heads are computed side by side.
         writing: how OUT is written.
-        replaced: the earlier output that may be replaced; without it, an OUT that holds anything is refused.
+        replaced: the earlier output that is replaced.
 
     Raises:
-        UsageError: OUT is not acceptable, or there is no such device.
+        UsageError: OUT came into being meanwhile, or there is no such device.
         FileSystemError: reading, writing or space.
         NumericalError: NaN or Inf, or a tensor that the edit would leave as it was.
     """
     checkpoint = plan.model.checkpoint
-    check_out(out, plan.model.source.path, overwrite=replaced is not None, force=writing.force)
-    check_apart(out, checkpoint)
-    check_run(plan, device, threads, writing)
     fingerprint = _fingerprint(plan, writing)
     started = _now()
-    with _resumable(), signals_held(), ExitStack() as stack:
+    with signals_held(), ExitStack() as stack:
         resume = fingerprint if writing.resume else None
         staging = stack.enter_context(Staging(out, resume, checkpoint.mode))
         journal = stack.enter_context(Journal(staging.room, fingerprint))
         staged = StagedFiles(staging.files)
-        check_space(out, space_needed(plan, staged, journal, writing), checkpoint.files.values())
+        stack.enter_context(_keeping(staging, staged, journal, plan, writing))
         sources = Sources(plan, staged, writing)
         copier = stack.enter_context(Copier(plan, sources, staged, journal, writing, observer))
         crew = stack.enter_context(Crew(threads, alongside=copier.lanes + 1))
@@ -129,18 +127,18 @@ def apply_plan(
             staged.write_new(MANIFEST_NAME, record)
             staged.check(checkpoint.directories)
             staging.publish(checkpoint.directories, None if replaced is None else replaced.check)
-    return manifest
+    return replace(manifest, run=replace(manifest.run, weaker=tuple(staging.lacks) or None))
 
 
-def check_run(plan: EditPlan, device: str, threads: int, writing: Writing) -> None:
-    """Refuse what can be refused of a run before a file is made or downloaded.
+def check_run(plan: EditPlan, device: str, threads: int) -> None:
+    """Refuse what cannot be computed here, before a file is made or downloaded.
 
     Raises:
-        UsageError: there is no such device; SHA256SUMS would meet SOURCE's own.
+        UsageError: torch is not there, or has no such device.
         FileSystemError: more open files or memory than this process may have.
     """
-    if writing.digest is Digest.files:
-        refuse_own_sums(plan.model.checkpoint)
+    if find_spec("torch") is None:
+        raise no_torch()
     memory = peak_memory(threads, plan.head_memory, len(plan.model.checkpoint.tensors))
     check_limits(_OPEN_FILES + 2 * threads + files_open(plan), memory)
     if device not in ("auto", "cpu") or is_memory_limited():  # the usual ones are always there
@@ -148,13 +146,26 @@ def check_run(plan: EditPlan, device: str, threads: int, writing: Writing) -> No
 
 
 @contextmanager
-def _resumable() -> Iterator[None]:
-    """Where the Hub fails half way, what had come is kept; say so."""
+def _keeping(
+    staging: Staging, staged: StagedFiles, journal: Journal, plan: EditPlan, writing: Writing
+) -> Iterator[None]:
+    """What is done stays where a run that resumes may do better: if it is asked for, or the Hub failed; say so."""
     try:
         yield
-    except HubError as error:
-        kept = "with --resume, which takes over the files that had come whole"
-        raise HubError(error.what, where=error.where, fix=f"{error.fix}, {kept}") from error
+    except BaseException as error:
+        is_final = isinstance(error, QKPatchError) and not isinstance(error, FileSystemError)
+        is_wanted = isinstance(error, HubError) or (writing.resume and not is_final)
+        if is_wanted and (sizes := journal.sizes) and staging.can_be_kept:
+            staging.is_kept = True
+            with suppress(FileSystemError):
+                staged.prune(sizes, plan.model.checkpoint.directories)
+            kept = (
+                f"{sum(sizes.values()):,} bytes in {len(sizes)} of {len(plan.output.files)} file(s) are kept"
+            )
+            vars(error)["kept"] = kept
+            if isinstance(error, QKPatchError):
+                error.fix = f"{f'{error.fix}; ' if error.fix else ''}{kept} for a run with --resume"
+        raise
 
 
 def _editor(device: str) -> Editor:

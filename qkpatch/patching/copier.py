@@ -14,7 +14,7 @@ from operator import attrgetter
 from threading import BoundedSemaphore, Condition
 from typing import NamedTuple
 
-from qkpatch.checkpoint.files import Digesting, Digests, LocalOpenFile, os_errors, write_exact
+from qkpatch.checkpoint.files import Digesting, Digests, LocalOpenFile, synced, write_exact
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.tree import LocalFile
 from qkpatch.common.observer import Observer
@@ -98,7 +98,7 @@ class Copier:
                 self._journal.forget(files[name])
             fd = self._staged.open(name) if is_filled else self._staged.create(files[name])
             self._open.callback(os.close, fd)
-            self._edited[name] = LocalOpenFile(fd, name)
+            self._edited[name] = LocalOpenFile(fd, self._staged.where(name))
             if is_filled:
                 self._ready[name] = "resumed"
             elif _cloned(files[name], fd):
@@ -139,7 +139,7 @@ class Copier:
 
     def write(self, name: str, data: bytes | bytearray, at: int) -> None:
         """Write planned rows of the file ``name`` of OUT, at its offset ``at``."""
-        write_exact(self._edited[name].fd, data, at, name)
+        write_exact(self._edited[name].fd, data, at, self._edited[name].where)
         self._rows.add(name, at)
 
     def _carry(self, files: deque[OutputFile], crew: Crew) -> dict[str, Carried]:
@@ -192,7 +192,8 @@ class Copier:
         position = len(file.own)
         self._observer.copied(position)
         for source, extents in groupby(file.around(ranges), attrgetter("file")):
-            with source.open() as opened, passage_for(lane, opened, fd) as passage:
+            where = self._staged.where(file.name)
+            with source.open() as opened, passage_for(lane, opened, fd, where) as passage:
                 for extent in extents:
                     self._pass(file, ranges, (position, extent.at), crew, digest)
                     progress = partial(self._progress, crew)
@@ -231,7 +232,7 @@ class Copier:
         """Wait for the disk; the file's digest, where one is wanted and no edit is still to come."""
         is_edited = file.name in self._edited
         if fd is not None and self._ready.get(file.name) != "resumed":
-            _sync(fd, file.name)
+            synced(fd, self._staged.where(file.name))
             self._journal.note(fd, file, State.filled if is_edited else State.copied)
             if not is_edited:
                 self._staged.is_done(file.name, os.fstat(fd))
@@ -273,8 +274,8 @@ class Copier:
 
     def sync_edited(self) -> None:
         """Wait until the edited files are on the disk."""
-        for name, opened in self._edited.items():
-            _sync(opened.fd, name)
+        for opened in self._edited.values():
+            synced(opened.fd, opened.where)
 
 
 class _Rows:
@@ -310,30 +311,7 @@ def _linkable(file: OutputFile, writing: Writing) -> LocalFile | None:
     return original if original is not None and writing.may_link(original) else None
 
 
-def _sync(fd: int, where: str) -> None:
-    with os_errors("sync", where):
-        os.fsync(fd)
-
-
 def files_open(plan: EditPlan) -> int:
     """How many files of OUT are open at a time: all that are edited, and some of the others."""
     n_edited = len(plan.edits_by_file)
     return n_edited + min(_COPIES_AHEAD, len(plan.output.files) - n_edited)
-
-
-def space_needed(plan: EditPlan, staged: StagedFiles, journal: Journal, writing: Writing) -> int:
-    """Bytes that are still to be written: without holes, what a resumed run has, and what is to be linked."""
-    return sum(
-        _written_bytes(file)
-        for name, file in plan.output.files.items()
-        if journal.state(staged.status(name), file) is None
-        and (name in plan.edits_by_file or _linkable(file, writing) is None)
-    )
-
-
-def _written_bytes(file: OutputFile) -> int:
-    total = len(file.own)
-    for extent in file.extents:
-        with extent.file.open() as opened:
-            total += sum(last - first for first, last in opened.data(extent.begin, extent.end))
-    return total

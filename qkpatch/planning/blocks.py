@@ -102,15 +102,18 @@ class ModelBlock(Block):
 
 @dataclass(frozen=True)
 class OutputBlock(Block):
-    """How OUT is sharded, where it is sharded anew."""
+    """How OUT is sharded, where it is sharded anew, and what was left out of it on demand."""
 
     max_shard_size: int | None
+    exclude: tuple[str, ...] | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True)
 class RunBlock(Block):
-    """When and how the run went; nothing in a plan."""
+    """When and how the run went; nothing in a plan. The last two are told, and in no file."""
 
     started: str | None = field(default=None, metadata=LEFT_OUT)
     finished: str | None = field(default=None, metadata=LEFT_OUT)
     copied_by: Mapping[str, int] | None = field(default=None, metadata=LEFT_OUT)
+    already_done: bool | None = field(default=None, metadata=LEFT_OUT)
+    weaker: tuple[str, ...] | None = field(default=None, metadata=LEFT_OUT)

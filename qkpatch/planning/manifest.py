@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from typing import NamedTuple
 
 from qkpatch.common.json_text import Json, canonical_json, load_json
@@ -210,6 +210,7 @@ class Manifest:
             seed=edit.seed,
             fold_norm=edit.fold_norm,
             max_shard_size=self.output.max_shard_size,
+            exclude=self.output.exclude,
         )
 
 
@@ -225,9 +226,10 @@ def planned_manifest(plan: EditPlan, device: str) -> Manifest:
         if found.kind != "hub":  # where all can see them anyway
             strays |= {file.name for file in previous.files if file.outside}
     outside = plan.output.made_of(strays)
+    torch = next((found.version for found in distributions(name="torch")), "none")  # a plan takes none
     prefixes = {chosen.names.attention: chosen.prefix for chosen in model.sets}
     return Manifest(
-        tool=blocks.ToolBlock("qkpatch", version("qkpatch"), version("torch")),
+        tool=blocks.ToolBlock("qkpatch", version("qkpatch"), torch),
         compute=blocks.ComputeBlock(device, "float64"),
         source=source,
         recipe=from_json(blocks.RecipeBlock, {**model.recipe.to_json(), "prefix": prefixes}),
@@ -244,7 +246,7 @@ def planned_manifest(plan: EditPlan, device: str) -> Manifest:
             rows=layout.rows,
             logits=model.tower.logits,
         ),
-        output=blocks.OutputBlock(plan.max_shard_size),
+        output=blocks.OutputBlock(plan.max_shard_size, plan.request.exclude),
         edits=tuple(EditRecord.planned(target, plan.output) for target in plan.edits),
         files=tuple(
             FileRecord(

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from qkpatch.checkpoint.header import TensorRef
+from qkpatch.checkpoint.names import RUBBISH, USUAL, matching
 from qkpatch.common.json_text import canonical_json, exact
-from qkpatch.common.number_ranges import abbreviate, format_ranges
+from qkpatch.common.number_ranges import abbreviate, format_ranges, some
+from qkpatch.common.text import size_text
 from qkpatch.common.typed_json import as_json
+from qkpatch.errors import CheckpointError
 from qkpatch.model.locate import Access
 from qkpatch.model.model import Model, open_model
+from qkpatch.model.refusals import quantised_by_name
 from qkpatch.model.targets import LayerTarget
+from qkpatch.output.destination import longest_name
 from qkpatch.output.layout import Output
 from qkpatch.output.reshard import reshard
 from qkpatch.planning.memory import head_memory
@@ -33,6 +40,7 @@ class EditPlan:
     warnings: tuple[str, ...]
     output: Output
     request: Request  # what was asked for
+    is_done: bool = False  # whether the OUT that was named is that already
 
     @property
     def max_shard_size(self) -> int | None:
@@ -87,10 +95,20 @@ class EditPlan:
     def default_name(self) -> str:
         """What OUT is called where nobody names it: after SOURCE, which tells evaluators the family, and the edit."""
         name = self.model.source.name.rpartition("/")[2].removesuffix(".safetensors")
+        most = longest_name(Path()) - len("-qkpatch-00000000")
+        name = name.encode()[:most].decode("utf-8", "ignore")
         edit = as_json(self.settings.block)
         del edit["from_recipe"]
         document = {"recipe": self.model.recipe.name, "edit": edit, "max_shard_size": self.max_shard_size}
         return f"{name}-qkpatch-{hashlib.sha256(canonical_json(document).encode()).hexdigest()[:8]}"
+
+    @property
+    def default_out(self) -> Path:
+        """OUT where nobody names it: in the current directory; where that lies in SOURCE, beside SOURCE."""
+        source, here, name = self.model.source, Path.cwd(), self.default_name
+        root = here if source.path is None else Path(os.path.realpath(source.path))
+        is_inside = source.kind == "directory" and root in (here, *here.parents)
+        return Path(os.path.relpath(root.parent / name)) if is_inside else Path(name)
 
     @property
     def action(self) -> str:
@@ -106,14 +124,21 @@ class EditPlan:
         return f"{what}, {rule.channel.value} channel{folded}"
 
 
-def make_plan(source: str, request: Request, access: Access = Access.download) -> EditPlan:
+def make_plan(
+    source: str, request: Request, access: Access = Access.download, usual: Collection[str] = USUAL
+) -> EditPlan:
     """Decide everything and refuse everything that can be refused, before the first byte is written.
+
+    OUT is without what ``usual`` and ``request.exclude`` mean.
 
     Raises:
         UsageError: the model has no such layer, head or mode.
         QKPatchError: as :func:`open_model`, :meth:`Model.target` and :func:`reshard`.
     """
-    return plan_of(open_model(source, request.recipe, request.attention, access), request)
+    return plan_of(
+        open_model(source, request.recipe, request.attention, access, (*usual, *(request.exclude or ()))),
+        request,
+    )
 
 
 def plan_of(model: Model, request: Request) -> EditPlan:
@@ -124,8 +149,27 @@ def plan_of(model: Model, request: Request) -> EditPlan:
     checkpoint = model.checkpoint
     most = request.max_shard_size
     output = Output.copy_of(checkpoint) if most is None else reshard(checkpoint, most)
+    _refuse_disputed(model, settings, targets)
     warnings = tuple(_warnings(model, settings, targets))
     return EditPlan(model, settings, edits, warnings, output, request)
+
+
+def _refuse_disputed(model: Model, settings: EditSettings, targets: tuple[LayerTarget, ...]) -> None:
+    """The index may be wrong, but not about what is edited, what that depends on, or what should be there for it."""
+    layers = (*settings.layers, *settings.skipped_layers)
+    used = [
+        s.prefix.format(layer=n) + name
+        for s in model.sets
+        for n in layers
+        for name in (s.names.query, s.names.key)
+    ]
+    for name in (*used, *(name for target in targets for name in target.names)):
+        if (what := model.checkpoint.disputed.get(name)) is not None:
+            raise CheckpointError(
+                f"the index disagrees with the shards' headers: {what}",
+                where=name,
+                fix="download the checkpoint again, or re-save it",
+            )
 
 
 def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, ...]) -> list[str]:
@@ -168,10 +212,23 @@ def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, 
             f"{len(strays)} file(s) are links that lead out of SOURCE, and what they lead to is copied: "
             f"{abbreviate(strays, 5)}"
         )
-    if checkpoint.twins:
+    warnings += checkpoint.notes
+    if (method := quantised_by_name(checkpoint.config, checkpoint.tensors.values())) is not None:
         warnings.append(
-            f"{len(checkpoint.twins)} other weight file(s) stay unpatched: {abbreviate(checkpoint.twins, 5)}"
+            f"config.json says that weights are quantised ({method}), and none are: loaders refuse them, or quantise "
+            "what was edited; take quantization_config out of it"
         )
+    if disputed := [f"{name}: {what}" for name, what in checkpoint.disputed.items()]:
+        warnings.append(
+            f"the index is wrong about {len(disputed)} tensor(s), none of them edited: {some(disputed, 1)}"
+        )
+    twins = {name: checkpoint.files[name].size for name in checkpoint.twins}
+    left = {name: n for name, n in checkpoint.left_out.items() if not matching(name, tuple(RUBBISH))}
+    for sizes, what in ((left, "are left out of OUT"), (twins, "stay unpatched (--exclude leaves them out)")):
+        if sizes:
+            kind = "other weight file(s)" if sizes is twins else "file(s) or folder(s)"
+            shown = abbreviate([f"{name} ({size_text(n)})" for name, n in sizes.items()], 5)
+            warnings.append(f"{len(sizes)} {kind}, {size_text(sum(sizes.values()))}, {what}: {shown}")
     if checkpoint.single_file:
         warnings.append("SOURCE is one file: nothing beside it (tokenizer, config) is copied")
     if checkpoint.previous_manifest is not None:

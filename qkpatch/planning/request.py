@@ -56,6 +56,7 @@ class Request:
     seed: int | None = None
     fold_norm: bool | None = None
     max_shard_size: int | None = None  # bytes
+    exclude: tuple[str, ...] | None = None  # globs of what is left out of OUT, besides what always is
 
     @classmethod
     def of(
@@ -64,6 +65,7 @@ class Request:
         layers: Numbers | None = None,
         heads: Numbers | None = None,
         attention: str | Iterable[str] | None = None,
+        exclude: str | Iterable[str] | None = None,
         max_shard_size: int | str | None = None,
         **said: Unpack[Said],
     ) -> Request:
@@ -74,6 +76,7 @@ class Request:
             max_shard_size = parse_size(max_shard_size)
         return cls(
             attention=None if attention is None else tuple(attention),
+            exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude or ()) or None,
             layers=None if layers is None else as_numbers(layers, "--layers"),
             heads=None if heads is None else as_numbers(heads, "--heads"),
             max_shard_size=max_shard_size,
@@ -96,8 +99,11 @@ class Request:
                 raise UsageError(
                     f"{given!r:.80} is no {getattr(kinds, '__name__', 'number')}", where=f"--{name}"
                 )
-        if not all(isinstance(name, str) for name in self.attention or ()):
-            raise UsageError("a set of tensors is named by a text", where="--attention")
+        for what in ("attention", "exclude"):
+            if not all(isinstance(name, str) for name in getattr(self, what) or ()):
+                raise UsageError("what it names is named by a text", where=f"--{what}")
+        if "" in (self.exclude or ()):
+            raise UsageError("it names nothing", where="--exclude", fix="name a file, a folder or a glob")
         for what in ("layers", "heads", "attention"):
             if getattr(self, what) == ():
                 raise UsageError("it names nothing", where=f"--{what}", fix="name at least one")
@@ -120,6 +126,20 @@ class Request:
                 fix="drop --channel, or choose another --select",
             )
 
+    @property
+    def draws(self) -> bool:
+        """Whether anything is drawn, which a seed decides."""
+        return self.select in (Select.random, Select.subspace)
+
+    def check_seed(self) -> None:
+        """Raise :class:`UsageError` where there is a seed and nothing is drawn: it would do nothing."""
+        if self.seed is not None and not self.draws:
+            raise UsageError(
+                "nothing is drawn, so a seed would do nothing",
+                where="--seed",
+                fix="leave it out, or add --select random or --select subspace",
+            )
+
     def over(self, other: Request) -> Request:
         """This request, with what it does not say taken from ``other``."""
         said = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
@@ -131,6 +151,7 @@ def parse_request(text: bytes, where: str) -> Request:
     root = Fields(load_yaml(text, where), where)
     layers, heads = _range_text(root, "layers"), _range_text(root, "heads")
     attention, size = root.take_optional("attention", str), _range_text(root, "max_shard_size")
+    exclude = root.take_list("exclude", str)
     said = Said(
         recipe=root.take_optional("recipe", str),
         modes=root.take_optional("modes", int),
@@ -141,7 +162,9 @@ def parse_request(text: bytes, where: str) -> Request:
         fold_norm=root.take_optional("fold_norm", bool),
     )
     root.finish()
-    return Request.of(layers=layers, heads=heads, attention=attention, max_shard_size=size, **said)
+    return Request.of(
+        layers=layers, heads=heads, attention=attention, exclude=exclude, max_shard_size=size, **said
+    )
 
 
 def check_device_name(name: str) -> None:

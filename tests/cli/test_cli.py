@@ -128,7 +128,9 @@ class TestSettings:
 
     def test_the_file_says_what_the_flags_do_not(self, tiny: Tiny, run, tmp_path: Path) -> None:
         config = tmp_path / "edit.yaml"
-        config.write_text("layers: 0-1\nheads: 0,2\nmodes: 2\nalpha: 0.25\nchannel: symmetric\nseed: 7\n")
+        config.write_text(
+            "layers: 0-1\nheads: 0,2\nmodes: 2\nalpha: 0.25\nchannel: symmetric\nselect: random\nseed: 7\n"
+        )
         result = run(
             "apply", tiny.path, "--config", config, "--modes", 3, "--alpha", 0, "-o", tmp_path / "out"
         )
@@ -293,8 +295,8 @@ class TestPlan:
         (tiny.path / "consolidated.safetensors").write_bytes(b"x")
         result = run("plan", tiny.path)
         assert (
-            "2 other weight file(s) stay unpatched: consolidated.safetensors, pytorch_model.bin"
-            in result.stderr
+            "2 other weight file(s), 2 B, stay unpatched (--exclude leaves them out): consolidated.safetensors (1 B), "
+            "pytorch_model.bin (1 B)" in result.stderr
         )
 
 

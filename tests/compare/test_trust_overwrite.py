@@ -251,9 +251,10 @@ def test_outputs_of_other_kinds_are_replaced_and_their_tuned_copies_are_not(
     refused(run, tiny.path, out, "not as qkpatch left it")
 
 
-def test_a_plan_looks_at_names_and_sizes_alone(tiny: Tiny, out: Path, run: Run) -> None:
-    tune(out)
+def test_a_plan_refuses_what_apply_refuses(tiny: Tiny, out: Path, run: Run) -> None:
     assert run("plan", tiny.path, "-o", out, "--overwrite").exit_code == 0
+    tune(out)
+    assert run("plan", tiny.path, "-o", out, "--overwrite").exit_code == 2
     (out / "mine").write_text("mine")
     assert run("plan", tiny.path, "-o", out, "--overwrite").exit_code == 2
     assert run("apply", tiny.path, "-o", out, "--overwrite", "--dry-run", "--force").exit_code == 0

@@ -293,10 +293,10 @@ def test_a_manifest_that_is_not_the_plan_its_edit_leads_to_is_found(
     assert run("verify", out, "--source", tiny.path).exit_code == 1
 
 
-def test_a_file_in_a_directory_that_apply_does_not_copy_is_found(out: Path, check: Check) -> None:
-    (out / ".git").mkdir()
-    (out / ".git" / "config").write_text("x")
-    assert "not in SOURCE" in check()[".git/config"]
+def test_a_file_in_a_folder_of_ones_own_is_found(out: Path, check: Check) -> None:
+    (out / ".github").mkdir()
+    (out / ".github" / "config").write_text("x")
+    assert "not in SOURCE" in check()[".github/config"]
 
 
 def test_a_file_list_that_is_not_sources_is_found(out: Path, check: Check) -> None:

@@ -1,7 +1,7 @@
 /* LD_PRELOAD: system calls on files under $FAULT_ROOT that fail, are interrupted, or do less than asked.
  *
- * FAULTS names the calls, separated by commas, or "all"; nothing happens without it. FAULT_ERROR is the errno,
- * FAULT_PER_MILLE how often it is met, FAULT_SHORT how often (per mille) a count is cut, FAULT_SEED the dice.
+ * FAULTS names the calls, separated by commas, or "all"; nothing happens without it. What a whole file system cannot
+ * do ("flock", "fsync of directories", "renameat2", "statvfs") is not part of "all". FAULT_ERROR is the errno, FAULT_PER_MILLE how often it is met, FAULT_SHORT how often (per mille) a count is cut, FAULT_SEED the dice.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -11,6 +11,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <sys/types.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -51,6 +53,13 @@ static int is_meant(const char *call, const char *path)
     return 0;
 }
 
+/* By that name alone, not as one of all. */
+static int is_named(const char *call, const char *path)
+{
+    const char *calls = getenv("FAULTS");
+    return calls && strcmp(calls, "all") && is_meant(call, path);
+}
+
 static int is_meant_fd(const char *call, int fd)
 {
     if (!getenv("FAULTS"))
@@ -62,6 +71,12 @@ static int is_meant_fd(const char *call, int fd)
         return 0;
     path[n] = 0;
     return is_meant(call, path);
+}
+
+static int is_named_fd(const char *call, int fd)
+{
+    const char *calls = getenv("FAULTS");
+    return calls && strcmp(calls, "all") && is_meant_fd(call, fd);
 }
 
 static int is_meant_at(const char *call, int directory, const char *name)
@@ -149,10 +164,34 @@ ssize_t copy_file_range(int in, off64_t *from, int out, off64_t *to, size_t coun
 SEND(sendfile)
 SEND(sendfile64)
 
+static int is_directory(int fd)
+{
+    struct stat status;
+    return !fstat(fd, &status) && S_ISDIR(status.st_mode);
+}
+
 int fsync(int fd)
 {
-    return fails(is_meant_fd("fsync", fd)) ? -1 : REAL("fsync", int (*)(int))(fd);
+    int meant = is_meant_fd("fsync", fd) || (is_directory(fd) && is_named_fd("fsync of directories", fd));
+    return fails(meant) ? -1 : REAL("fsync", int (*)(int))(fd);
 }
+
+int flock(int fd, int operation)
+{
+    return fails(is_named_fd("flock", fd)) ? -1 : REAL("flock", int (*)(int, int))(fd, operation);
+}
+
+/* A file system that knows nothing of its size. */
+#define SIZES(name, kind)                                                                  \
+    int name(const char *path, struct kind *sizes)                                         \
+    {                                                                                      \
+        int done = REAL(#name, int (*)(const char *, struct kind *))(path, sizes);         \
+        if (is_named("statvfs", path))                                                     \
+            memset(sizes, 0, sizeof *sizes);                                               \
+        return done;                                                                       \
+    }
+SIZES(statvfs, statvfs)
+SIZES(statvfs64, statvfs64)
 
 int rename(const char *old, const char *new)
 {
@@ -168,7 +207,8 @@ int renameat(int a, const char *old, int b, const char *new)
 
 int renameat2(int a, const char *old, int b, const char *new, unsigned flags)
 {
-    if (fails(is_meant_at("rename", a, old)))
+    const char *calls = getenv("FAULTS");
+    if (fails(is_meant_at("rename", a, old) || (calls && !strcmp(calls, "renameat2"))))
         return -1;
     return REAL("renameat2", int (*)(int, const char *, int, const char *, unsigned))(a, old, b, new, flags);
 }

@@ -162,13 +162,13 @@ def test_a_truncated_shard_is_named(tmp_path: Path, run, tiny: Tiny) -> None:
 
 
 def test_several_shards_without_an_index_are_ambiguous(tmp_path: Path, run, tiny: Tiny) -> None:
-    (tiny.path / "model.safetensors").rename(tiny.path / "model-00001-of-00002.safetensors")
-    save_file({"a": f32(1)}, tiny.path / "model-00002-of-00002.safetensors")
+    (tiny.path / "model.safetensors").rename(tiny.path / "one.safetensors")
+    save_file({"a": f32(1)}, tiny.path / "two.safetensors")
     assert "2 .safetensors files and no index" in refusal(run, tiny, tmp_path)
 
 
 class TestIndex:
-    """The index must agree with the headers, both ways, and stay inside the directory."""
+    """The index must agree with the headers about what is edited, and stay inside the directory."""
 
     @pytest.fixture
     def sharded(self, tmp_path: Path) -> Tiny:
@@ -187,8 +187,16 @@ class TestIndex:
         assert sharded.name(0, "k") in message
 
     def test_a_tensor_the_index_does_not_know(self, sharded: Tiny, run, tmp_path: Path) -> None:
-        self.edit(sharded, lambda m: m.pop(sharded.name(0, "v")))
-        assert "stored tensor(s) are not in it" in refusal(run, sharded, tmp_path)
+        self.edit(sharded, lambda m: m.pop(sharded.name(0, "q")))
+        assert "does not list it" in refusal(run, sharded, tmp_path)
+
+    def test_a_query_that_the_index_names_and_no_shard_has(self, sharded: Tiny, run, tmp_path: Path) -> None:
+        path = sharded.path / "model-00001-of-00002.safetensors"
+        weights = load_file(path)
+        del weights[sharded.name(0, "q")]
+        save_file(weights, path, {"format": "pt"})
+        assert f"layer 0 has no {sharded.name(0, 'q')}" in refusal(run, sharded, tmp_path)
+        assert run("plan", sharded.path, "--layers", 1, "--modes", 2).exit_code == 0
 
     def test_a_shard_that_is_not_there(self, sharded: Tiny, run, tmp_path: Path) -> None:
         (sharded.path / "model-00002-of-00002.safetensors").unlink()

@@ -136,7 +136,7 @@ def test_an_empty_directory_is_taken(tiny: Tiny, folder: Path, run: Callable[...
 def test_overwrite_replaces_an_earlier_output(tiny: Tiny, folder: Path, run: Callable[..., Result]) -> None:
     out = folder / "out"
     assert run("apply", tiny.path, "-o", out, "--digest", "files").exit_code == 0
-    assert_refused(run("apply", tiny.path, "-o", out), 2, "--overwrite")
+    assert_refused(run("apply", tiny.path, "-o", out, "--alpha", "0"), 2, "--overwrite")
     (tiny.path / "tokenizer.json").rename(tiny.path / "renamed.json")
     assert run("apply", tiny.path, "-o", out, "--overwrite", "--alpha", "0").exit_code == 0
     assert (out / "renamed.json").is_file()
@@ -169,7 +169,7 @@ def test_overwrite_refuses_a_directory_whose_manifest_says_nothing(
     (folder / "out" / "mine.txt").write_text("mine")
     (folder / "out" / "qkpatch.json").write_bytes(manifest.encode("latin-1"))
     before = state(folder)
-    assert_refused(run("apply", tiny.path, "-o", folder / "out", "--overwrite"), 2, "did not write")
+    assert_refused(run("apply", tiny.path, "-o", folder / "out", "--overwrite"), 2, "not as qkpatch left it")
     assert state(folder) == before
 
 
@@ -215,14 +215,33 @@ def test_the_working_directory_as_out_harms_nothing_around_it(
         assert list((folder / "here").iterdir()) == []
 
 
-@pytest.mark.parametrize(("parent", "fix"), [("missing", "mkdir -p"), ("file", "")])
+@pytest.mark.parametrize("parent", ["file", "dangling", "file/deeper"])
+@pytest.mark.parametrize("command", ["apply", "plan"])
 def test_a_parent_that_is_no_directory_is_refused(
-    tiny: Tiny, folder: Path, run: Callable[..., Result], parent: str, fix: str
+    tiny: Tiny, folder: Path, run: Callable[..., Result], command: str, parent: str
 ) -> None:
     (folder / "file").write_text("")
-    result = run("apply", tiny.path, "-o", folder / parent / "out")
-    assert_refused(result, 4, "not a directory")
-    assert fix in result.stderr
+    (folder / "dangling").symlink_to("nowhere")
+    before = state(folder)
+    assert_refused(run(command, tiny.path, "-o", folder / parent / "out"), 4, "not a directory")
+    assert state(folder) == before
+
+
+def test_missing_parents_are_made_and_go_again_where_out_does_not_come(
+    tiny: Tiny, folder: Path, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "here").mkdir()
+    out = folder / "here" / "a" / "b" / "out"
+    assert run("plan", tiny.path, "-o", out).exit_code == 0
+    assert list((folder / "here").iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(Staging, "publish", lambda *_: (_ for _ in ()).throw(FileSystemError("broken")))
+        assert_refused(run("apply", tiny.path, "-o", out), 4, "broken")
+    assert list((folder / "here").iterdir()) == []
+    monkeypatch.chdir(folder / "here")
+    assert run("apply", tiny.path, "-o", "a/../c/b/out").exit_code == 0
+    assert (folder / "here" / "c" / "b" / "out" / "qkpatch.json").is_file()
+    assert [path.name for path in folder.glob("here/c/b/*")] == ["out"]
 
 
 # -------- permissions: in processes that have none to spare, even where tests run as root

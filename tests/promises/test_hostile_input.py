@@ -153,7 +153,8 @@ class TestConfig:
         (tmp_path / "edit.yaml").write_text("out: x\n")
         result = run("plan", tiny.path, "--config", tmp_path / "edit.yaml")
         known = (
-            "alpha, attention, channel, fold_norm, heads, layers, max_shard_size, modes, recipe, seed, select"
+            "alpha, attention, channel, exclude, fold_norm, heads, layers, max_shard_size, modes, recipe, seed, "
+            "select"
         )
         assert f"known here: {known}" in result.stderr
 

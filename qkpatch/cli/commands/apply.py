@@ -51,11 +51,11 @@ def apply(
 ) -> None:
     """Write an edited copy of SOURCE to OUT, with a manifest of what was changed."""
     from qkpatch import api
-    from qkpatch.cli.console import bars, note, print_text, show_warnings, size_text
+    from qkpatch.cli.console import bars, note, print_text, show_warnings
     from qkpatch.cli.tables import show_applied
+    from qkpatch.common.text import size_text
+    from qkpatch.model.locate import local_path
 
-    if write.force and not write.overwrite:
-        raise UsageError("--force goes with --overwrite", fix="add --overwrite, or leave it out")
     writing = Writing(
         write.digest,
         write.link or write.link_cache,
@@ -65,10 +65,13 @@ def apply(
         write.force,
     )
     request, wish = edit.request, push_wish(publish)
-    if no_cache:
-        _check_no_cache(source, writing)
+    if no_cache and local_path(source) is not None:
+        raise UsageError("SOURCE is on this machine already", where="--no-cache", fix="leave it out")
+    if no_cache and writing.link:
+        raise UsageError("nothing is there to link to", where="--link", fix="leave out --link or --no-cache")
     check_device_name(run.device)
-    plan = api.plan(source, request, out=out, writing=writing, cache=not no_cache)
+    # Of a run, OUT is looked at once, when it begins.
+    plan = api.plan(source, request, out=out if dry_run else None, writing=writing, cache=not no_cache)
     if dry_run:
         publication = _foreseen(plan, wish, run)
         preview(plan, out, run, show)
@@ -77,13 +80,15 @@ def apply(
         return
     say = (lambda _: None) if show.quiet else note
     if out is None:
-        out = Path(plan.default_name)
-        say(f"OUT is not named, so it is {out} in the current directory")
+        out = plan.default_out
+        place = "in the current directory" if out.parent == Path() else "beside SOURCE"
+        say(f"OUT is not named, so it is {out} {place}")
     _foreseen(plan, wish, run)  # what is refused is refused before a download
-    is_cached = plan.model.source.path is not None or no_cache
+    model = plan.model
     with bars(quiet=show.is_bare) as observer:
-        if not is_cached:
-            say(f"{plan.model.source.name}: {size_text(plan.model.checkpoint.size)} into the Hub cache")
+        if model.source.path is None and not no_cache:
+            size = size_text(model.checkpoint.size)
+            say(f"{model.source.name}: {size} into the Hub cache, unless OUT is done already")
         manifest = api.apply(
             plan,
             out,
@@ -94,7 +99,7 @@ def apply(
             writing=writing,
         )
     if not show.quiet:
-        show_warnings(manifest.warnings)
+        show_warnings([*manifest.warnings, *(manifest.run.weaker or ())])
     if not show.is_bare:
         show_applied(plan, manifest, source, out)
     if wish is not None:
@@ -111,13 +116,3 @@ def _foreseen(plan: EditPlan, wish: Wish | None, run: RunFlags) -> Publication |
     from qkpatch.publishing.commit_plan import plan_publication
 
     return None if wish is None else plan_publication(wish, planned_manifest(plan, run.device), plan, None)
-
-
-def _check_no_cache(source: str, writing: Writing) -> None:
-    """Refuse ``--no-cache`` where it means nothing."""
-    from qkpatch.model.locate import local_path
-
-    if local_path(source) is not None:
-        raise UsageError("SOURCE is on this machine already", where="--no-cache", fix="leave it out")
-    if writing.link:
-        raise UsageError("nothing is there to link to", where="--link", fix="leave out --link or --no-cache")

@@ -15,6 +15,7 @@ from qkpatch.cli.flags import (
     FoldOpt,
     HeadsOpt,
     JsonOpt,
+    QuietOpt,
     RecipeOpt,
     RunFlags,
     SourceArg,
@@ -43,6 +44,7 @@ def inspect(
     fold_norm: FoldOpt = False,
     as_json: JsonOpt = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print one line per singular value.")] = False,
+    quiet: QuietOpt = False,
     debug: DebugOpt = False,
 ) -> None:
     """Show the spectra of SOURCE's query-key products."""
@@ -59,7 +61,7 @@ def inspect(
     check_device_name(run.device)
     looked_at = Inspection.of(source, request)
     # On one terminal, lines that come meanwhile would run into the bars.
-    with bars(quiet=as_csv and sys.stdout.isatty()) as observer:
+    with bars(quiet=quiet or (as_csv and sys.stdout.isatty())) as observer:
         layers_in_turn = looked_at.spectra(run.device, run.threads, observer)
         if as_csv:
             print_csv(COLUMNS, _csv_rows(layers_in_turn))
@@ -68,7 +70,7 @@ def inspect(
     model, chosen = looked_at.model, looked_at.settings
     if as_json:
         print_json(_json(model.source.name, model.recipe.name, chosen.rule.modes, spectra))
-    else:
+    elif not quiet:
         show_spectra(model, chosen, spectra, is_folded=fold_norm)
 
 

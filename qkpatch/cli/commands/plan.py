@@ -55,16 +55,16 @@ def preview(plan: EditPlan, out: Path | None, run: RunFlags, show: ShowFlags) ->
     n_tensors = len(plan.model.checkpoint.tensors)
     n_threads = choose_threads(run.threads, plan.head_memory, n_tensors)
     memory = peak_memory(n_threads, plan.head_memory, n_tensors)
-    free_disk = free_bytes(out if out is not None else Path("out"))
+    free_disk = free_bytes(plan.default_out if out is None else out)
     if not show.quiet:
         show_warnings(plan.warnings)
     if show.as_json:
         costs = {
             "output_bytes": plan.output_bytes,
             "edited_bytes": plan.edited_bytes,
-            "free_disk_bytes": free_disk,
             "expected_peak_memory_bytes": memory,
             "threads": n_threads,
+            **({} if free_disk is None else {"free_disk_bytes": free_disk}),
         }
         print_text(canonical_json({**planned_manifest(plan, run.device).to_json(), "costs": costs}))
     elif not show.quiet:

@@ -1,0 +1,568 @@
+"""Directories as people have them: what is not the model's, which files are the weights, and what is none of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Tiny, build_tiny
+from safetensors.torch import load_file, save_file
+
+from qkpatch.checkpoint.names import BOOKKEEPING, LEFTOVERS, RUBBISH, matching
+from qkpatch.checkpoint.open_directory import MOST_LEVELS
+from qkpatch.checkpoint.weights import index_name
+
+Run = Callable[..., Any]
+EDIT = ("--layers", "1", "--modes", "2")
+INDEX = "model.safetensors.index.json"
+
+
+def put(folder: Path, *names: str, data: bytes = b"x" * 1000) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+
+
+def names(folder: Path) -> set[str]:
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+
+
+def apply(run: Run, source: Path, out: Path, *flags: object) -> str:
+    """What is said of an edit that is made, and that verifies."""
+    result = run("apply", source, "-o", out, *EDIT, *flags)
+    assert result.exit_code == 0, result.output
+    proof = run("verify", out, "--source", source)
+    assert proof.exit_code == 0, proof.output
+    return " ".join(result.stderr.split())
+
+
+def refused(run: Run, source: Path, code: int = 3, *flags: object) -> str:
+    result = run("plan", source, *EDIT, *flags)
+    assert result.exit_code == code, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return " ".join(result.stderr.split())
+
+
+# -------- what is not the model's
+
+
+RUBBISH_FILES = [
+    ".DS_Store", "._model.safetensors", "sub/._x", "__MACOSX/._model.safetensors", "Thumbs.db", "._____temp/model.bin",
+    ".mdl", ".msc", ".mv", ".ipynb_checkpoints/x.ipynb", ".nfs000000001", ".git/config", "lost+found/x",
+    ".cache/huggingface/download/a.metadata", "sub/.git/config", ".config.json.swp",
+]  # fmt: skip
+
+
+KEPT = {"config.json", "model.safetensors", "tokenizer.json", "qkpatch.json"}
+
+
+def test_what_systems_leave_is_left_out_and_does_not_matter_in_out(
+    tiny: Tiny, tmp_path: Path, run: Run
+) -> None:
+    put(tiny.path, *RUBBISH_FILES)
+    said = apply(run, tiny.path, tmp_path / "out")
+    assert names(tmp_path / "out") == KEPT
+    assert [p.name for p in (tmp_path / "out").iterdir() if p.is_dir()] == []
+    assert "left out" not in said
+    put(tmp_path / "out", *RUBBISH_FILES, ".gitattributes")
+    proof = run("verify", tmp_path / "out", "--source", tiny.path)
+    assert proof.exit_code == 0, proof.output
+    assert ".DS_Store" in proof.output
+    again = run("apply", tiny.path, "-o", tmp_path / "out", *EDIT, "--overwrite")
+    assert again.exit_code == 0, again.output
+    assert names(tmp_path / "out") == {*KEPT, ".git/config"}  # the history in it is the user's
+
+
+def test_only_what_is_never_loaded_is_ignored_in_out(tiny: Tiny, tmp_path: Path, run: Run) -> None:
+    apply(run, tiny.path, tmp_path / "out")
+    for name in (
+        "__pycache__/modeling.pyc",
+        "optimizer.pt",
+        "training_args.bin",
+        ".env",
+        "sub/x",
+        "adapter_config.json",
+    ):
+        put(tmp_path / "out", name)
+        assert run("verify", tmp_path / "out", "--source", tiny.path).exit_code == 1, name
+        assert run("apply", tiny.path, "-o", tmp_path / "out", *EDIT, "--overwrite").exit_code == 2, name
+        (tmp_path / "out" / name).unlink()
+
+
+@pytest.mark.parametrize("digest", ["edited", "files"])
+def test_what_older_versions_carried_over_still_verifies(
+    tiny: Tiny, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, digest: str
+) -> None:
+    put(tiny.path, ".DS_Store", "training_args.bin", "checkpoint-100/optimizer.pt")
+    with monkeypatch.context() as older:
+        older.setattr("qkpatch.planning.plan.make_plan.__defaults__", (*_defaults()[:1], ()))
+        older.setattr("qkpatch.checkpoint.names._regex", lambda _: __import__("re").compile("(?!)"))
+        assert run("apply", tiny.path, "-o", tmp_path / "out", *EDIT, "--digest", digest).exit_code == 0
+    assert {".DS_Store", "training_args.bin", "checkpoint-100/optimizer.pt"} <= names(tmp_path / "out")
+    assert run("verify", tmp_path / "out", "--source", tiny.path).exit_code == 0
+    (tmp_path / "out" / "training_args.bin").write_bytes(b"y" * 1000)
+    assert run("verify", tmp_path / "out", "--source", tiny.path).exit_code == 1
+
+
+def _defaults() -> tuple[Any, ...]:
+    from qkpatch.planning.plan import make_plan
+
+    return make_plan.__defaults__ or ()
+
+
+TRAINERS = [
+    "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state_0.pth", "rng_state.pth", "trainer_state.json",
+    "training_args.bin", "checkpoint-100/model.safetensors", "checkpoint-100/optimizer.pt",
+    "runs/a/events.out.tfevents.1", "global_step100/zero_pp_rank_0_mp_rank_00_optim_states.pt", "wandb/run/x",
+]  # fmt: skip
+
+
+def test_what_a_trainer_leaves_is_left_out_and_said_with_sizes(tiny: Tiny, tmp_path: Path, run: Run) -> None:
+    put(tiny.path, *TRAINERS)
+    (tiny.path / "kept").mkdir()
+    said = apply(run, tiny.path, tmp_path / "out")
+    assert names(tmp_path / "out") == KEPT
+    assert [p.name for p in (tmp_path / "out").iterdir() if p.is_dir()] == ["kept"]
+    assert "11 file(s) or folder(s), 12.0 kB, are left out of OUT: checkpoint-100 (2.0 kB)" in said
+    assert "stay unpatched" not in said
+
+
+def test_exclude_leaves_out_records_and_proves(tiny: Tiny, tmp_path: Path, run: Run) -> None:
+    put(tiny.path, "a.gguf", "original/consolidated.00.pth", "original/b/x", "notes.txt")
+    said = apply(run, tiny.path, tmp_path / "plain")
+    assert (
+        "2 other weight file(s), 2.0 kB, stay unpatched (--exclude leaves them out): a.gguf (1.0 kB), original/cons"
+        in said
+    )
+    said = apply(run, tiny.path, tmp_path / "out", "--exclude", "*.gguf", "--exclude", "original/")
+    assert names(tmp_path / "out") == {
+        "config.json", "model.safetensors", "tokenizer.json", "qkpatch.json", "notes.txt",
+    }  # fmt: skip
+    assert "2 file(s) or folder(s), 3.0 kB, are left out of OUT: a.gguf (1.0 kB), original (2.0 kB)" in said
+    record = json.loads((tmp_path / "out" / "qkpatch.json").read_text())
+    assert record["output"]["exclude"] == ["*.gguf", "original/"]
+    proof = run("verify", tmp_path / "out", "--source", tiny.path)
+    assert "left out of OUT on demand: *.gguf, original/" in proof.output
+    card = run("card", tmp_path / "out")
+    assert "--exclude '*.gguf' --exclude original/" in card.output
+    assert run("apply", tiny.path, "-o", tmp_path / "out", *EDIT, "--overwrite").exit_code == 0
+
+
+def test_exclude_in_a_file_and_in_the_library(tiny: Tiny, tmp_path: Path, run: Run) -> None:
+    from qkpatch import api
+
+    put(tiny.path, "a.gguf")
+    (tmp_path / "edit.yaml").write_text("exclude: ['*.gguf']\nlayers: 1\nmodes: 2\n")
+    assert run("apply", tiny.path, "-o", tmp_path / "out", "--config", tmp_path / "edit.yaml").exit_code == 0
+    assert "a.gguf" not in names(tmp_path / "out")
+    plan = api.plan(tiny.path, layers=1, modes=2, exclude="*.gguf")
+    assert plan.model.checkpoint.left_out == {"a.gguf": 1000}
+
+
+@pytest.mark.parametrize(
+    ("glob", "code", "message"),
+    [
+        ("*.safetensors", 3, "no .safetensors weights"),
+        ("config.json", 3, "there is no config.json"),
+        ("", 2, "it names nothing"),
+    ],
+)
+def test_what_the_model_needs_is_not_left_out(
+    tiny: Tiny, run: Run, glob: str, code: int, message: str
+) -> None:
+    assert message in refused(run, tiny.path, code, "--exclude", glob)
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "meant"),
+    [
+        ("a/b/c", "b", "a/b"), ("a/b/c", "a", "a"), ("a/b/c", "c", "a/b/c"), ("a/b/c", "b/c", "a/b/c"),
+        ("a/b/c", "a/*", "a/b"), ("x.gguf", "*.gguf", "x.gguf"), ("x.gguf/y", "*.gguf", "x.gguf"),
+        ("xgguf", "*.gguf", None), ("ab/c", "b", None), ("a/B", "b", None), ("a\nb", "a*b", "a\nb"),
+        ("abc", "[x", None),
+    ],
+)  # fmt: skip
+def test_globs(name: str, pattern: str, meant: str | None) -> None:
+    assert matching(name, [pattern]) == meant
+
+
+def test_the_tables_name_nothing_that_a_model_needs() -> None:
+    for name in (
+        "model.safetensors", INDEX, "config.json", "tokenizer.model", "modeling_x.py", "README.md", "pytorch_model.bin",
+        "consolidated.00.pth", "checkpoint.json", "optimizer.py", "runs.json", ".gitattributes",
+        "model.fp16.safetensors", "checkpoint-index.json", "scheduler/scheduler_config.json", "processor_config.json",
+    ):  # fmt: skip
+        assert matching(name, (*RUBBISH, *LEFTOVERS)) is None, name
+    assert set(BOOKKEEPING) <= RUBBISH.keys()
+
+
+# -------- trees that trip
+
+
+def deep(folder: Path, levels: int) -> Path:
+    """``levels`` directories inside each other, deeper than a path may be long."""
+    here = os.open(folder, os.O_RDONLY)
+    for _ in range(levels):
+        os.mkdir("d", dir_fd=here)
+        inner = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = inner
+    os.close(here)
+    return folder
+
+
+def flatten(folder: Path) -> None:
+    """Remove what :func:`deep` made, for whoever clears up by recursion."""
+    import shutil
+
+    while (folder / "d" / "d").exists():
+        (folder / "d" / "d").rename(folder / "e")
+        (folder / "d").rmdir()
+        (folder / "e").rename(folder / "d")
+    shutil.rmtree(folder / "d", ignore_errors=True)
+
+
+@pytest.mark.parametrize("where", ["source", "out", "out by force"])
+def test_a_tree_of_many_levels_is_refused(tiny: Tiny, tmp_path: Path, run: Run, where: str) -> None:
+    out = tmp_path / "out"
+    if where != "source":
+        apply(run, tiny.path, out)
+    tree = deep(tiny.path if where == "source" else out, 1300)
+    try:
+        flags = (
+            () if where == "source" else ("--overwrite",) if where == "out" else ("--overwrite", "--force")
+        )
+        result = run("apply", tiny.path, "-o", out, *EDIT, *flags)
+        assert result.exit_code == 4, result.output
+        assert f"more than {MOST_LEVELS} directories inside each other" in result.stderr
+        if where != "source":
+            assert run("verify", out, "--source", tiny.path).exit_code == 4
+        assert list(tmp_path.glob(".out*")) == []
+    finally:
+        flatten(tree)
+
+
+def test_a_tree_in_the_staging_directory_ends_in_an_error_of_ours(tiny: Tiny, tmp_path: Path) -> None:
+    from qkpatch.errors import FileSystemError
+    from qkpatch.output.options import Writing
+    from qkpatch.patching.apply import apply_plan
+    from qkpatch.planning.plan import make_plan
+    from qkpatch.planning.request import Request
+
+    class Moment:
+        def begins(self, what: str, n_bytes: int, n_heads: int) -> None: ...
+        def copied(self, n_bytes: int) -> None: ...
+        def edited(self, n_heads: int) -> None:
+            (staging,) = tmp_path.glob(".out.qkpatch-*")
+            if not (staging / "files" / "d").exists():
+                deep(staging / "files", 1300)
+
+    plan = make_plan(str(tiny.path), Request(layers=(1,), modes=2))
+    try:
+        with pytest.raises(FileSystemError, match="inside each other"):
+            apply_plan(plan, tmp_path / "out", observer=Moment(), writing=Writing())
+    finally:
+        for staging in tmp_path.glob(".out.qkpatch-*"):
+            flatten(staging / "files")
+
+
+def test_no_directory_is_entered_twice(tiny: Tiny, tmp_path: Path, run: Run) -> None:
+    for i in range(12):
+        folder = tiny.path / f"level{i}"
+        folder.mkdir()
+        for j in range(6):
+            (folder / f"to{j}").symlink_to(tiny.path / f"level{i + 1}", target_is_directory=True)
+    (tiny.path / "level12").mkdir()
+    assert "a link to the same directory as" in refused(run, tiny.path, 4)
+    assert run("plan", tiny.path, *EDIT, "--exclude", "level*").exit_code == 0
+
+
+def test_a_link_to_what_is_left_out_is_left_out(tiny: Tiny, tmp_path: Path, run: Run) -> None:
+    put(tiny.path, "checkpoint-100/model.safetensors")
+    (tiny.path / "best").symlink_to("checkpoint-100", target_is_directory=True)
+    said = apply(run, tiny.path, tmp_path / "out")
+    assert "best (1.0 kB), checkpoint-100 (1.0 kB)" in said
+    assert names(tmp_path / "out") == KEPT
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "dangling link", "link to itself"])
+def test_what_is_no_file_is_refused_unless_it_is_left_out(
+    tiny: Tiny, tmp_path: Path, run: Run, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny.path / "odd"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        monkeypatch.chdir(tiny.path)
+        socket.socket(socket.AF_UNIX).bind("odd")
+    else:
+        path.symlink_to("odd" if kind == "link to itself" else "gone")
+    said = refused(run, tiny.path, 4)
+    assert "leave it out: --exclude odd" in said
+    assert ("a dangling link, to gone" in said) == (kind == "dangling link")
+    apply(run, tiny.path, tmp_path / "out", "--exclude", "odd")
+
+
+# -------- which files are the weights
+
+
+def shard(path: Path, **how: Any) -> Tiny:
+    return build_tiny(path, shards=[("q_proj",), ("k_proj",), ("",)], **how)
+
+
+def rename_variant(folder: Path) -> None:
+    """As ``save_pretrained(variant="fp16")`` names things."""
+    index = json.loads((folder / INDEX).read_text())
+    for name in sorted(set(index["weight_map"].values())):
+        (folder / name).rename(folder / name.replace("model-", "model.fp16-"))
+    index["weight_map"] = {t: s.replace("model-", "model.fp16-") for t, s in index["weight_map"].items()}
+    (folder / "model.safetensors.index.fp16.json").write_text(json.dumps(index))
+    (folder / INDEX).unlink()
+
+
+def test_a_stale_index_beside_a_whole_file(tiny: Tiny, tmp_path: Path, run: Run) -> None:
+    (tiny.path / INDEX).write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}))
+    said = apply(run, tiny.path, tmp_path / "out")
+    assert (
+        f"{INDEX} is stale, and model.safetensors is taken: the index names 1 file(s) that are not there"
+        in said
+    )
+    assert loaded_query(tmp_path / "out", 1) != loaded_query(tiny.path, 1)
+
+
+@pytest.mark.parametrize("kind", ["too much", "too little", "elsewhere", "./", "NaN"])
+def test_an_index_that_is_wrong_where_nothing_is_edited(tmp_path: Path, run: Run, kind: str) -> None:
+    tiny = shard(tmp_path / "sharded")
+    index = json.loads((tiny.path / INDEX).read_text())
+    weight_map = index["weight_map"]
+    if kind == "too much":
+        weight_map["model.layers.1.self_attn.rotary_emb.inv_freq"] = "model-00001-of-00003.safetensors"
+    elif kind == "too little":
+        del weight_map[tiny.name(1, "v")]
+    elif kind == "elsewhere":
+        weight_map[tiny.name(0, "k")] = "model-00001-of-00003.safetensors"
+    elif kind == "./":
+        index["weight_map"] = {name: f"./{file}" for name, file in weight_map.items()}
+    else:
+        index["metadata"]["total_size"] = float("nan")
+    (tiny.path / INDEX).write_text(json.dumps(index))
+    said = apply(run, tiny.path, tmp_path / "out")
+    assert ("the index is wrong about" in said) == (kind in ("too much", "too little", "elsewhere"))
+    apply(run, tiny.path, tmp_path / "anew", "--max-shard-size", "4KB")
+    assert (
+        loaded_query(tmp_path / "out", 1) == loaded_query(tmp_path / "anew", 1) != loaded_query(tiny.path, 1)
+    )
+
+
+def test_a_variant_with_an_index_of_its_own(tmp_path: Path, run: Run) -> None:
+    tiny = shard(tmp_path / "sharded")
+    rename_variant(tiny.path)
+    said = apply(run, tiny.path, tmp_path / "out")
+    assert "transformers loads model.fp16* with variant='fp16' alone" in said
+    assert loaded_query(tmp_path / "out", 1, variant="fp16") != loaded_query(tiny.path, 1, variant="fp16")
+    apply(run, tiny.path, tmp_path / "one", "--max-shard-size", "1GB")
+    assert "model.fp16.safetensors" in names(tmp_path / "one")
+
+
+def test_a_variant_is_resharded_under_names_that_are_loaded(tiny: Tiny, tmp_path: Path, run: Run) -> None:
+    (tiny.path / "model.safetensors").rename(tiny.path / "model.fp16.safetensors")
+    apply(run, tiny.path, tmp_path / "out", "--max-shard-size", "4KB")
+    assert "model.safetensors.index.fp16.json" in names(tmp_path / "out")
+    assert loaded_query(tmp_path / "out", 1, variant="fp16") != loaded_query(tiny.path, 1, variant="fp16")
+
+
+@pytest.mark.parametrize("stem", ["model", "model.fp16", "model.non_ema.v2", "diffusion_pytorch_model.bf16"])
+def test_names_of_variants_are_those_of_transformers(stem: str) -> None:
+    from transformers.modeling_utils import _add_variant
+
+    base, _, variant = stem.partition(".")
+    assert index_name(stem) == _add_variant(f"{base}.safetensors.index.json", variant or None)
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_a_complete_set_of_shards_without_an_index(tmp_path: Path, run: Run, variant: str | None) -> None:
+    tiny = shard(tmp_path / "sharded")
+    if variant:
+        rename_variant(tiny.path)
+    name = index_name("model" if variant is None else "model.fp16")
+    (tiny.path / name).unlink()
+    said = apply(run, tiny.path, tmp_path / "out")
+    assert f"there is no index: it is derived from the shards' headers, and OUT gets it: {name}" in said
+    apply(run, tiny.path, tmp_path / "anew", "--max-shard-size", "4KB")
+    assert loaded_query(tmp_path / "out", 1, variant=variant) == loaded_query(
+        tmp_path / "anew", 1, variant=variant
+    )
+    with pytest.raises(OSError, match="no file named"):
+        loaded_query(tiny.path, 1, variant=variant)
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+@pytest.mark.parametrize("lost", [1, 2, 3])
+def test_a_missing_shard_is_named(tmp_path: Path, run: Run, lost: int, indexed: bool) -> None:
+    tiny = shard(tmp_path / "sharded")
+    if not indexed:
+        (tiny.path / INDEX).unlink()
+    (tiny.path / f"model-0000{lost}-of-00003.safetensors").unlink()
+    assert f"model-0000{lost}-of-00003.safetensors" in refused(run, tiny.path)
+
+
+def test_the_last_of_many_shards_alone_is_no_model(tmp_path: Path, run: Run) -> None:
+    tiny = shard(tmp_path / "sharded")
+    (tiny.path / INDEX).unlink()
+    for i in (1, 3):
+        (tiny.path / f"model-0000{i}-of-00003.safetensors").unlink()
+    assert "2 shard(s) are not there: model-00001-of-00003.safetensors, model-00003" in refused(
+        run, tiny.path
+    )
+
+
+def test_what_config_makes_transformers_load_is_what_is_edited(tiny: Tiny, run: Run) -> None:
+    config = json.loads((tiny.path / "config.json").read_text())
+    (tiny.path / "config.json").write_text(json.dumps(config | {"transformers_weights": "other.safetensors"}))
+    save_file({"a": torch.zeros(1)}, tiny.path / "other.safetensors")
+    assert "makes transformers load other.safetensors, not model.safetensors" in refused(run, tiny.path)
+
+
+def loaded_query(folder: Path, layer: int, variant: str | None = None) -> bytes:
+    """The query weight of a layer as transformers loads it."""
+    from transformers import LlamaConfig, LlamaModel
+
+    config = LlamaConfig(
+        **json.loads((folder / "config.json").read_text()), vocab_size=11, intermediate_size=8
+    )
+    model = LlamaModel.from_pretrained(
+        folder,
+        config=config,
+        variant=variant,
+        use_safetensors=True,
+        dtype=torch.bfloat16,
+        ignore_mismatched_sizes=False,
+    )
+    return bytes(model.layers[layer].self_attn.q_proj.weight.detach().view(torch.uint8).numpy().tobytes())
+
+
+# -------- what is none of it
+
+
+def a_model(folder: Path, kind: str = "llama") -> None:
+    put(folder, "config.json", data=json.dumps({"model_type": kind}).encode())
+    save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
+
+
+def adapter(folder: Path) -> None:
+    put(folder, "adapter_config.json", data=b'{"base_model_name_or_path": "meta-llama/Llama-3.1-8B"}')
+    save_file(
+        {"base_model.model.layers.0.q_proj.lora_A.weight": torch.zeros(1)},
+        folder / "adapter_model.safetensors",
+    )
+
+
+def cache_root(folder: Path) -> None:
+    a_model(folder / "snapshots" / ("0" * 40))
+    put(folder, "refs/main", "blobs/x")
+
+
+def nvila(folder: Path) -> None:
+    put(folder, "config.json", data=b'{"model_type": "llava_llama"}')
+    a_model(folder / "llm", "qwen2")
+    a_model(folder / "vision_tower", "siglip_vision_model")
+
+
+def diffusers(folder: Path) -> None:
+    put(folder, "model_index.json", "vae/config.json", data=b"{}")
+    a_model(folder / "text_encoder", "clip_text_model")
+
+
+def mistral(folder: Path) -> None:
+    put(folder, "params.json", data=b"{}")
+    save_file({"layers.0.attention.wq.weight": torch.zeros(1)}, folder / "consolidated.safetensors")
+
+
+NONE_OF_IT: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
+    "an adapter": (adapter, ("an adapter (LoRA) of meta-llama/Llama-3.1-8B", "merge it first")),
+    "a pickled adapter": (
+        lambda f: put(f, "adapter_config.json", "adapter_model.bin", data=b"{}"), ("adapter (LoRA) of another model",),
+    ),
+    "the root of a cached repository": (
+        cache_root, ("repository's root in a Hub cache", f"snapshots/{'0' * 40} (llama)", "org/name"),
+    ),
+    "a Hub cache": (lambda f: cache_root(f / "models--a--b"), ("Hub cache of whole repositories", "models--a--b/snap")),
+    "NVILA": (nvila, ("models lie in folders below", "llm (qwen2), vision_tower (siglip_vision_model)")),
+    "diffusers": (diffusers, ("a diffusers pipeline", "text_encoder (clip_text_model)")),
+    "Mistral's own": (mistral, ("params.json and consolidated.safetensors", "transformers form")),
+    "Meta's own": (lambda f: put(f, "params.json", "consolidated.00.pth"), ("params.json and consolidated.00.pth",)),
+    "GGUF": (lambda f: put(f, "config.json", "m-Q4_K_M.gguf"), ("GGUF", "m-Q4_K_M.gguf", "convert_hf_to_gguf.py")),
+    "pickles": (lambda f: put(f, "config.json", "pytorch_model.bin"), ("only pickled weights: pytorch_model.bin",)),
+    "Flax": (lambda f: put(f, "config.json", "flax_model.msgpack"), ("another framework's: flax_model.msgpack",)),
+    "FSDP": (lambda f: put(f, "pytorch_model_0/__0_0.distcp"), ("torch.distributed", "accelerate merge-weights")),
+    "DeepSpeed": (lambda f: put(f, "global_step5/x.pt", "zero_to_fp32.py"), ("DeepSpeed", "zero_to_fp32.py")),
+    "a training run": (
+        lambda f: (a_model(f / "checkpoint-10"), put(f, "runs/x"))[0], ("a training run", "checkpoint-10"),
+    ),
+    "nothing": (lambda f: f.mkdir(), ("only an empty folder",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NONE_OF_IT)
+def test_what_is_no_model_is_told_by_what_it_is(tmp_path: Path, run: Run, kind: str) -> None:
+    make, wanted = NONE_OF_IT[kind]
+    make(tmp_path / "it")
+    said = refused(run, tmp_path / "it")
+    for text in wanted:
+        assert text in said
+
+
+def test_a_gguf_file(tmp_path: Path, run: Run) -> None:
+    put(tmp_path, "m.gguf")
+    assert "convert_hf_to_gguf.py" in refused(run, tmp_path / "m.gguf")
+
+
+def test_a_folder_below_that_was_named_is_a_model(tmp_path: Path, run: Run) -> None:
+    nvila(tmp_path / "it")
+    inner = build_tiny(tmp_path / "other").path
+    for name in ("config.json", "model.safetensors"):
+        (inner / name).replace(tmp_path / "it" / "llm" / name)
+    assert "llm (llama)" in refused(run, tmp_path / "it")
+    apply(run, tmp_path / "it" / "llm", tmp_path / "out")
+
+
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin", None])
+def test_an_adapter_beside_the_model_is_refused_or_left_out(
+    tiny: Tiny, tmp_path: Path, run: Run, weights: str | None
+) -> None:
+    put(tiny.path, "adapter_config.json", data=b"{}")
+    if weights:
+        put(tiny.path, weights)
+    assert "loads that adapter on top of them" in refused(run, tiny.path)
+    apply(run, tiny.path, tmp_path / "out", "--exclude", "adapter_*")
+    assert not any("adapter" in name for name in names(tmp_path / "out"))
+
+
+def test_an_adapter_in_a_folder_below_is_part_of_the_model(tiny: Tiny, tmp_path: Path, run: Run) -> None:
+    adapter(tiny.path / "vision-lora")
+    apply(run, tiny.path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("section", [{}, {"scale": torch.zeros(1, dtype=torch.uint8)}])
+def test_a_quantisation_that_is_only_said(tmp_path: Path, run: Run, section: dict[str, torch.Tensor]) -> None:
+    tiny = build_tiny(tmp_path / "tiny", extra=section)
+    config = json.loads((tiny.path / "config.json").read_text())
+    said = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (tiny.path / "config.json").write_text(json.dumps(config | said))
+    told = apply(run, tiny.path, tmp_path / "out")
+    assert ("quantised (bitsandbytes), and none are" in told) == (not section)
+
+
+def test_a_shard_that_is_to_replace_values_of_another(tmp_path: Path, run: Run) -> None:
+    tiny = shard(tmp_path / "sharded")
+    path = tiny.path / "model-00003-of-00003.safetensors"
+    save_file({**load_file(path), tiny.name(2, "k"): torch.zeros(16, 24)}, path, {"format": "pt"})
+    said = refused(run, tiny.path)
+    assert "stored twice, in model-00002-of-00003.safetensors and model-00003-of-00003.safetensors" in said
+    assert "save_pretrained" in said

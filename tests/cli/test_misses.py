@@ -1,0 +1,235 @@
+"""Errors that hit: each says what, where, and the cure that helps, whatever command meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPO, Tiny, build_tiny
+
+import qkpatch
+from qkpatch.errors import UsageError
+
+Run = Callable[..., Any]
+
+
+def said(result: Any, code: int) -> str:
+    assert result.exit_code == code, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return str(result.stderr)
+
+
+# -------- names that are nearly right
+
+
+@pytest.mark.parametrize("name", ["demo/toy0", "./demo/toy0", "demo/toy0/"])
+@pytest.mark.parametrize("command", [("plan",), ("recipes", "check"), ("inspect",), ("diff", "demo/toy-0")])
+def test_a_path_that_is_nearly_right_is_told_before_the_hub_is_asked(
+    command: tuple[str, ...], name: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_tiny(tmp_path / "demo" / "toy-0")
+    monkeypatch.chdir(tmp_path)
+    text = said(run(*command, name), 2)
+    assert "no such file or directory" in text
+    assert "demo/toy-0" in text
+    assert ("demo/toy0@main" in text) == (name == "demo/toy0")
+
+
+@pytest.mark.parametrize("name", ["org/toy0", "demo/quite-another", "demo/toy0@main"])
+def test_what_is_like_nothing_here_is_asked_for_on_the_hub(
+    name: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_tiny(tmp_path / "demo" / "toy-0")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "the Hub cannot be reached" in said(run("plan", name), 4)
+
+
+def test_a_key_that_is_nearly_right_is_told(tiny: Tiny, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "edit.yaml").write_text("layer: 1\nzzz: 2\n")
+    text = said(run("plan", tiny.path, "--config", tmp_path / "edit.yaml"), 2)
+    assert "$.layer: unknown key (did you mean layers? known here: alpha" in text
+    assert "$.zzz: unknown key (known here: alpha" in text
+
+
+def test_a_recipe_file_of_ones_own_is_shown(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (REPO / "configs" / "llama.yaml").read_text().replace("name: llama\n", "name: mine\n")
+    (tmp_path / "mine.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    for name in ("./mine.yaml", "mine.yaml", tmp_path / "mine.yaml"):
+        result = run("recipes", name)
+        assert result.exit_code == 0, result.output
+        assert result.stdout == text
+
+
+# -------- files that other programs write
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_a_byte_order_mark_has_a_cure(name: str, encoding: str, tmp_path: Path, run: Run) -> None:
+    tiny = build_tiny(tmp_path / "tiny", shards=[["layers.0"], [""]])
+    path = tiny.path / name
+    path.write_text(path.read_text(), encoding=encoding)
+    text = said(run("plan", tiny.path), 3)
+    assert name in text
+    assert "without a byte-order mark" in text
+
+
+@pytest.mark.parametrize("command", [("card",), ("verify", "--source", "x")])
+def test_a_missing_manifest_is_one_kind_of_error(command: tuple[str, ...], tiny: Tiny, run: Run) -> None:
+    assert "there is no qkpatch.json" in said(run(command[0], tiny.path, *command[1:]), 3)
+    assert said(run(command[0], tiny.path / "nowhere", *command[1:]), 4)
+
+
+# -------- what would do nothing
+
+
+@pytest.mark.parametrize("select", [None, "dominant", "shrink"])
+def test_a_seed_where_nothing_is_drawn_is_refused(
+    select: str | None, tiny: Tiny, tmp_path: Path, run: Run
+) -> None:
+    flags = () if select is None else ("--select", select)
+    assert "--seed" in said(run("apply", tiny.path, "-o", tmp_path / "out", "--seed", 0, *flags), 2)
+    (tmp_path / "edit.yaml").write_text("seed: 3\n")
+    assert "--seed" in said(run("plan", tiny.path, "--config", tmp_path / "edit.yaml", *flags), 2)
+    with pytest.raises(UsageError, match="nothing is drawn"):
+        qkpatch.plan(tiny.path, seed=1, **({} if select is None else {"select": select}))
+
+
+def test_a_seed_and_what_it_is_for_may_come_from_two_places(tiny: Tiny, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "edit.yaml").write_text("select: random\nmodes: 1\n")
+    assert run("plan", tiny.path, "--config", tmp_path / "edit.yaml", "--seed", 3).exit_code == 0
+
+
+@pytest.mark.parametrize("more", [(), ("--json",), ("--csv",)])
+def test_inspect_can_be_quiet(more: tuple[str, ...], tiny: Tiny, run: Run) -> None:
+    result = run("inspect", tiny.path, "-q", *more)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert bool(result.stdout) == bool(more)
+
+
+# -------- commands that are printed, to be copied
+
+
+@pytest.mark.parametrize("name", ["-dash", "--layers", "a b", "it's", "$HOME"])
+def test_a_command_that_is_printed_can_be_run(
+    name: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    build_tiny(tmp_path / name)
+    applied = run("apply", "-o", f"{name}-out", "--", name)
+    assert applied.exit_code == 0, applied.output
+    words = shlex.split(applied.stdout.partition("Prove it with: ")[2])
+    assert words[:2] == ["qkpatch", "verify"]
+    proven = run(*words[1:])
+    assert proven.exit_code == 0, proven.output
+    lines = run("card", "--", f"{name}-out").stdout.splitlines()
+    commands = [shlex.split(line) for line in lines if line.startswith("qkpatch ")]
+    assert len(commands) == 2
+    for words in commands:
+        again = run(*[word if word != "OUT" else "again" for word in words[1:]])
+        assert again.exit_code == 0, again.output
+
+
+# -------- OUT where nobody names it
+
+
+@pytest.mark.parametrize("where", [".", "sub"])
+@pytest.mark.parametrize("how", ["directly", "by a link"])
+def test_out_is_beside_source_where_one_stands_in_source(
+    how: str, where: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = build_tiny(tmp_path / "folder" / "model")
+    (tiny.path / "sub").mkdir()
+    (tmp_path / "link").symlink_to(tiny.path)
+    monkeypatch.chdir((tmp_path / "link" if how == "by a link" else tiny.path) / where)
+    before = sorted(tiny.path.rglob("*"))
+    result = run("apply", "." if where == "." else "..")
+    assert result.exit_code == 0, result.output
+    assert "beside SOURCE" in result.stderr
+    (out,) = (path for path in tiny.path.parent.iterdir() if path != tiny.path)
+    assert out.name.startswith("model-qkpatch-")
+    assert sorted(tiny.path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["m" * 255, "m" * 237, "é" * 127])
+def test_a_name_of_its_own_choice_is_never_too_long(
+    name: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = build_tiny(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    result = run("apply", tiny.path)
+    assert result.exit_code == 0, result.output
+    (out,) = (path for path in tmp_path.iterdir() if path != tiny.path)
+    assert out.name[:100] == name[:100]
+
+
+# -------- machines
+
+
+@pytest.fixture(scope="module")
+def without_torch(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Everything that is installed here but torch."""
+    folder = tmp_path_factory.mktemp("packages")
+    ours = {str(path).split("/")[0] for path in files("torch") or ()}
+    for place in sys.path:
+        for path in Path(place).glob("*") if place.endswith("-packages") else ():
+            if path.name not in ours and not path.name.endswith(".pth"):
+                (folder / path.name).symlink_to(path)
+    return {**os.environ, "PYTHONPATH": f"{REPO}:{folder}"}
+
+
+def in_process(environment: dict[str, str], *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-S", "-m", "qkpatch", *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_without_torch_one_is_told_how_to_get_it_before_anything_is_written(
+    without_torch: dict[str, str], tiny: Tiny, tmp_path: Path, run: Run
+) -> None:
+    out = tmp_path / "out"
+    assert run("apply", tiny.path, "-o", out).exit_code == 0
+    for arguments in (
+        ("apply", tiny.path, "-o", tmp_path / "new" / "out"),
+        ("inspect", tiny.path),
+        ("diff", tiny.path, out),
+        ("verify", out, "--source", tiny.path),
+    ):
+        result = in_process(without_torch, *arguments)
+        assert result.returncode == 2, (arguments, result.stderr)
+        assert "pip install torch" in result.stderr
+        assert "Traceback" not in result.stderr
+    assert not (tmp_path / "new").exists()
+    result = in_process(without_torch, "apply", tiny.path, "-o", tmp_path / "new" / "out", "--json")
+    assert json.loads(result.stdout)["error"]["kind"] == "usage"
+    for more in ((), ("--json",), ("-o", tmp_path / "new" / "out")):
+        assert in_process(without_torch, "plan", tiny.path, *more).returncode == 0
+
+
+def test_where_no_home_is_known_the_cure_is_told(tmp_path: Path) -> None:
+    """In a container whose user is a number that nobody has named."""
+    nameless = "import pwd\ndef none(*_): raise KeyError\npwd.getpwuid = none\n"
+    homes = ("HOME", "USER", "LOGNAME", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME")
+    result = subprocess.run(
+        [sys.executable, "-c", f"{nameless}from qkpatch import cli\ncli.main()", "plan", "org/name"],
+        env={**{k: v for k, v in os.environ.items() if k not in homes}, "PYTHONPATH": str(REPO)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 4, result.stderr
+    assert "HF_HOME" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
