@@ -138,7 +138,7 @@ def _edit(manifest: Manifest, *, is_checked: bool) -> Iterator[str]:
     digests = ", with digests before and after" if has_digests else ""
     yield (
         f"\n`qkpatch.json` records every edited tensor and head{digests}. {made}\n\n"
-        f"```\n{_command(manifest)}\n{proof}\n```\n"
+        f"```\n{plain(_command(manifest))}\n{plain(proof)}\n```\n"
     )
 
 

@@ -13,6 +13,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -523,34 +524,35 @@ def test_no_command_answers_a_limit_with_a_traceback(
     assert "Traceback" not in result.stderr
 
 
-def as_nobody() -> None:
-    os.setgroups([])
-    os.setgid(65534)
-    os.setuid(65534)
-
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
-@pytest.mark.parametrize("mode", [0o300, 0o000, 0o600])
-def test_an_out_that_cannot_be_entered(mode: int, tiny: Tiny, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "x").write_text("x")
-    out.chmod(mode)
-    code = (
-        "import sys; from pathlib import Path; from qkpatch.errors import QKPatchError\n"
-        "from qkpatch.output.destination import check_out\n"
-        "import os; os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
-        "try: check_out(Path(sys.argv[1]), None, overwrite=True)\n"
-        "except QKPatchError as error: print(type(error).__name__, error.exit_code, error)"
-    )
-    for parent in (tmp_path, *list(tmp_path.parents)[:3]):
-        parent.chmod(0o777)
-    said = subprocess.run(
-        [sys.executable, "-c", code, str(out)], capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": str(REPO_ROOT)},
-    )  # fmt: skip
-    assert re.search(r"FileSystemError 4|UsageError 2", said.stdout), said
-    assert not said.stderr
+@pytest.mark.parametrize("mode", [0o704, pytest.param(0o700, marks=pytest.mark.stress), 0o701])
+@pytest.mark.parametrize(
+    "words", [("apply", "{source}", "-o", "{out}"), ("verify", "{out}", "--source", "{source}")]
+)
+def test_an_out_that_cannot_be_entered(mode: int, words: tuple[str, ...], run: Callable[..., Result]) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o777)
+        source, out = build_tiny(Path(folder) / "source").path, Path(folder) / "out"
+        arguments = [word.format(source=source, out=out) for word in words]
+        for good in (("apply", source, "-o", out), ("verify", out, "--source", source)):
+            assert run(*good).exit_code == 0  # and all is imported, which nobody may not do
+        out.chmod(mode)
+        child = os.fork()
+        if child == 0:
+            code = 99
+            try:
+                os.setgroups([])
+                os.setgid(65534)
+                os.setuid(65534)
+                result = run(*arguments)
+                code = result.exit_code if isinstance(result.exception, SystemExit) else 98
+            finally:
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        left = sorted(entry.name for entry in Path(folder).iterdir())
+        out.chmod(0o700)
+    assert code == 4 or (code == 2 and mode != 0o704)  # what it may not list, the command line refuses
+    assert left == ["out", "source"]
 
 
 @pytest.mark.parametrize(
