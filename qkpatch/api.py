@@ -70,9 +70,13 @@ def plan(
         UnsupportedError: a checkpoint that qkpatch recognises and does not edit.
         QKPatchError: SOURCE cannot be found or read.
     """
+    from qkpatch.planning.manifest import planned_manifest
+
     request = _request(request, edit)
     how = Writing() if writing is None else writing
     made = make_plan(str(source), request, Access.ranges if cache else Access.no_cache)
+    # Refuses what the record of the edit could not say, such as a broken record in SOURCE.
+    planned_manifest(made, "")
     if out is None:
         return made
     from qkpatch.compare.overwrite import standing
@@ -122,7 +126,7 @@ def apply(
         NumericalError: NaN or Inf, or a tensor that the edit would leave as it was.
     """
     from qkpatch.compare.overwrite import standing
-    from qkpatch.patching.apply import apply_plan, check_device
+    from qkpatch.patching.apply import apply_plan, check_run
 
     writing = Writing(**how) if writing is None else writing
     check_device_name(device)
@@ -132,7 +136,7 @@ def apply(
     found = standing(place, plan, writing, observer, cache=cache)
     if isinstance(found, Manifest):
         return found
-    check_device(device)
+    check_run(plan, device, n_threads)
     is_remote = plan.model.source.path is None
     if is_remote and cache:
         plan = _downloaded(plan, observer)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import typer
 
+from qkpatch.checkpoint.files import machine_errors
 from qkpatch.cli.flags import spread
 from qkpatch.common.interrupts import Terminated, unwinding_on_kill
 from qkpatch.errors import QKPatchError, no_torch
@@ -21,15 +22,15 @@ Command = TypeVar("Command", bound=Callable[..., None])
 
 
 def command(function: Command) -> Command:
-    """Spread its groups of flags, and turn qkpatch's errors into a message and an exit code.
+    """Spread its groups of flags, and turn what qkpatch or the machine refuses into a message and an exit code.
 
-    Anything else keeps its traceback.
+    Anything else keeps its traceback: see :func:`qkpatch.cli.main`.
     """
     signature, gathered = spread(function)
 
     @functools.wraps(function)
     def wrapper(**kwargs: Any) -> None:
-        from qkpatch.cli.console import note, print_json, show_error
+        from qkpatch.cli.console import note, print_json, show_error, silence_stdout
 
         def shown(error: QKPatchError) -> typer.Exit:
             if kwargs.get("as_json"):
@@ -44,7 +45,8 @@ def command(function: Command) -> Command:
         # What is said is said inside: a signal that comes meanwhile must not cut that short either.
         with unwinding_on_kill():
             try:
-                function(**gathered(kwargs))
+                with machine_errors():
+                    function(**gathered(kwargs))
             except QKPatchError as error:
                 if kwargs.get("debug"):
                     raise
@@ -64,8 +66,7 @@ def command(function: Command) -> Command:
                 note(f"{what}; {left}")
                 raise typer.Exit(128 + number) from None
             except BrokenPipeError:
-                # The reader of stdout is gone; the interpreter must not complain when it flushes at exit.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                silence_stdout()
                 raise typer.Exit(128 + signal.SIGPIPE) from None
 
     wrapper.__signature__ = signature  # type: ignore[attr-defined]

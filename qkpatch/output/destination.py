@@ -84,6 +84,8 @@ def check_out(out: Path, checkpoint: Checkpoint, *, overwrite: bool, force: bool
         return
     if out.is_symlink() or not out.is_dir():
         raise UsageError("exists and is not a directory", where=str(out), fix="choose another -o")
+    if not os.access(out, os.R_OK | os.X_OK):
+        raise FileSystemError("no permission to look into it", where=str(out), fix="choose another -o")
     if any(out.iterdir()) and not force and not os.path.lexists(out / MANIFEST_NAME):
         raise occupied(
             out, MANIFEST_NAME, "there is none, so qkpatch did not write this", overwrite=overwrite

@@ -1,7 +1,9 @@
-"""Is there room for OUT? Asked before the first byte is written."""
+"""Is there room for OUT, and may this process do what it takes? Asked before the first byte is written."""
 
 from __future__ import annotations
 
+import os
+import resource
 import shutil
 import tempfile
 from collections.abc import Collection
@@ -92,3 +94,23 @@ def _shares_blocks(place: Path, files: Collection[SourceFile], *, is_cached: boo
             return clone(source.fileno(), probe.fileno())
     except OSError:
         return False
+
+
+def is_memory_limited() -> bool:
+    """Whether this process may take only so much address space: libraries that are loaded later may not fit."""
+    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+
+
+def check_limits(files: int, memory: int) -> None:
+    """Raise :class:`FileSystemError` where this process may not open so many more files, or take so many bytes."""
+    files += len(os.listdir("/proc/self/fd"))
+    for kind, flag, needed, what in (
+        (resource.RLIMIT_NOFILE, "-n", files, "open files"),
+        (resource.RLIMIT_AS, "-v", memory, "bytes of memory"),
+    ):
+        limit = resource.getrlimit(kind)[0]
+        if limit != resource.RLIM_INFINITY and limit < needed:
+            raise FileSystemError(
+                f"{needed:,} {what} are needed, and {limit:,} are allowed",
+                fix=f"raise the limit: ulimit {flag}",
+            )
