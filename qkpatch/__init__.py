@@ -23,12 +23,10 @@ down; imports only run downwards, as ``tests/test_architecture.py`` draws them:
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-__version__ = version("qkpatch")
-
 if TYPE_CHECKING:
+    __version__: str
     from qkpatch.api import apply as apply
     from qkpatch.api import card as card
     from qkpatch.api import diff as diff
@@ -43,13 +41,17 @@ _CALLS = ("apply", "card", "diff", "patch_model", "patched", "plan", "recipe_for
 
 
 def __getattr__(name: str) -> Any:
-    """The calls, once one is used: ``import qkpatch`` by itself reads nothing else."""
+    """The calls and the version, once one is used: ``import qkpatch`` by itself reads nothing else."""
     if name in _CALLS:
         from qkpatch import api
 
         return getattr(api, name)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("qkpatch")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_CALLS])
+    return sorted([*globals(), *_CALLS, "__version__"])

@@ -238,25 +238,36 @@ def recipe_for(source: PathLike) -> Recipe:
     return open_model(str(source), access=Access.ranges).recipe
 
 
-def card(out: PathLike, results: PathLike | None = None, base_results: PathLike | None = None) -> str:
+def card(
+    out: PathLike,
+    results: PathLike | None = None,
+    base_results: PathLike | None = None,
+    *,
+    write: bool = False,
+) -> str:
     """The model card of an output, as Markdown.
 
     Args:
         out: what :func:`apply` wrote.
         results: ``*_results.json`` of lmms-eval on OUT.
         base_results: the same of a run on SOURCE.
+        write: put it in place of the card in OUT, by one rename.
 
     Raises:
         UsageError: one of the results without the other, or of different tasks.
-        QKPatchError: OUT has no manifest that can be read.
+        QKPatchError: OUT has no manifest that can be read, or a card that was emptied; it cannot be written.
     """
     from qkpatch.compare.verify import read_out
-    from qkpatch.publishing.card import model_card
+    from qkpatch.publishing.card import CARD_NAME, model_card
     from qkpatch.publishing.lmms_eval import compare_both
 
     comparison = compare_both(results, base_results)
     manifest, base_card = read_out(Path(out))
-    return model_card(manifest, Path(out).resolve().name, base_card, comparison)
+    text = model_card(manifest, Path(out).resolve().name, base_card, comparison)
+    if write:
+        with Rooted(Path(out)) as root:
+            root.replace(CARD_NAME, text.encode())
+    return text
 
 
 def patch_model(model: torch.nn.Module, request: Request | None = None, **edit: Any) -> LoadedEdit:

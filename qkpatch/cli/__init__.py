@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from qkpatch import __version__
+import qkpatch
 from qkpatch.cli.commands.apply import apply
 from qkpatch.cli.commands.card import card
 from qkpatch.cli.commands.diff import diff
@@ -63,7 +63,7 @@ def root(
 ) -> None:
     """Print the version where it is asked for; commands do everything else."""
     if version:
-        print(f"qkpatch {__version__}")
+        print(f"qkpatch {qkpatch.__version__}")
         raise typer.Exit()
 
 

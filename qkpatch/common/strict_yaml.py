@@ -1,5 +1,7 @@
 """Strict reading of YAML and JSON settings: every key known, every type exact, all faults told together.
 
+:func:`top_level` reads what others wrote, such as the head of a model card, and leaves it to the letter.
+
 YAML's ``safe_load`` keeps the last of two equal keys and reads ``1e-3`` as a string; here the first is a
 fault and the second is refused by type, each with its place: ``$.config.defaults: expected int, got str '1e-3'``.
 """
@@ -10,7 +12,8 @@ import re
 from collections.abc import Hashable
 from difflib import get_close_matches
 from enum import Enum
-from typing import Any, TypeVar
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
@@ -91,6 +94,49 @@ def load_yaml(text: bytes, where: str) -> Any:
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         # OverflowError is PyYAML's for "\Uffffffff", a character beyond all.
         raise RecipeError(f"not valid YAML: {error}", where=where) from error
+
+
+class Entry(NamedTuple):
+    """A key's lines to the letter; and its text or texts, None for each null, None where it has another value."""
+
+    lines: str
+    texts: tuple[str | None, ...] | None
+
+
+def top_level(text: str, where: str) -> dict[str, Entry] | None:
+    """The top-level keys of a document in any of YAML's spellings; None where it is no mapping.
+
+    Raises:
+        RecipeError: it is not YAML, or longer than a person writes.
+    """
+    if len(text) > MAX_BYTES:
+        raise RecipeError(f"{len(text)} characters of YAML", where=where)
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        raise RecipeError(f"not YAML: {getattr(error, 'problem', None) or error}", where=where) from error
+    if not isinstance(root, yaml.MappingNode):
+        return {} if root is None else None
+    keys, begins = [key for key, _ in root.value], [key.start_mark.index for key, _ in root.value[1:]]
+    lines = [text[begin:end] for begin, end in pairwise([0, *begins, len(text)])]
+    # In braces, indented, behind a question mark, or with names for values, lines do not stand by themselves.
+    if root.flow_style or "&" in text or any(key.start_mark.column for key in keys):
+        alone = (yaml.MappingNode(root.tag, [pair], flow_style=False) for pair in root.value)
+        lines = [
+            yaml.serialize(entry, None, yaml.SafeDumper, allow_unicode=True, width=1e9) for entry in alone
+        ]
+    return {
+        key.value: Entry(own, _texts(value))
+        for (key, value), own in zip(root.value, lines, strict=False)
+        if isinstance(key, yaml.ScalarNode)
+    }
+
+
+def _texts(node: yaml.Node) -> tuple[str | None, ...] | None:
+    items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    if not all(isinstance(item, yaml.ScalarNode) for item in items):
+        return None
+    return tuple(None if item.tag.endswith(":null") else item.value for item in items)
 
 
 class Fields:

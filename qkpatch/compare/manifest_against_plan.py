@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import replace
+from typing import Any
 
 from qkpatch.checkpoint.source import MANIFEST_NAME
 from qkpatch.common.typed_json import as_json
@@ -13,6 +14,8 @@ from qkpatch.planning.manifest import FileRecord, Manifest
 from qkpatch.planning.plan import EditPlan
 
 _RECIPE_KEYS = ("name", "prefix", "config", "tensors", "others")
+# What a recipe may come to know more of: which of it was taken is in `prefix` and in `model`.
+_WIDENED = {"prefixes", "sections", "class_defaults"}
 
 
 def origin_mismatches(manifest: Manifest, found: Source) -> Iterator[Mismatch]:
@@ -33,7 +36,8 @@ def differences(
 ) -> Iterator[Mismatch]:
     """Where the manifest is not the plan that its own edit leads to; figures and digests aside."""
     recipe = planned.recipe
-    other = [key for key in _RECIPE_KEYS if getattr(manifest.recipe, key) != getattr(recipe, key)]
+    theirs, ours = (as_json(m.recipe) for m in (manifest, planned))
+    other = [key for key in _RECIPE_KEYS if _deciding(theirs[key]) != _deciding(ours[key])]
     if other:
         yield Mismatch(
             MANIFEST_NAME,
@@ -72,6 +76,13 @@ def differences(
             yield Mismatch(edit.tensor, "the manifest's heads of this tensor are not the planned ones")
     for name in recorded:
         yield Mismatch(name, "the manifest records an edit that its own settings do not lead to")
+
+
+def _deciding(said: Any) -> Any:
+    """What of a recipe's block decides an edit that was made with it."""
+    if isinstance(said, dict):
+        return {key: _deciding(value) for key, value in said.items() if key not in _WIDENED}
+    return [*map(_deciding, said)] if isinstance(said, list) else said
 
 
 def _known_first(file: FileRecord) -> FileRecord:

@@ -23,7 +23,7 @@ from qkpatch.output.layout import Output
 from qkpatch.planning.manifest import Manifest, planned_manifest
 from qkpatch.planning.plan import EditPlan, make_plan
 from qkpatch.planning.sha256sums import sums_text
-from qkpatch.publishing.card import CARD_NAME, is_card_over
+from qkpatch.publishing.card import CARD_NAME, card_text, is_card_over
 from qkpatch.publishing.private_files import is_private
 from qkpatch.recipes.catalogue import shipped_recipes
 
@@ -72,23 +72,25 @@ def recorded(present: Present) -> Manifest:
 
 
 def read_out(out: Path) -> tuple[Manifest, str | None]:
-    """The manifest, and SOURCE's card, which OUT has as it was.
+    """The manifest, and the card in OUT: SOURCE's as it was, or one over it.
 
     Raises:
-        CheckpointError: there is no manifest, or none that can be read.
-        FileSystemError: the card is a link, whatever it leads to.
+        CheckpointError: there is no manifest that can be read.
+        FileSystemError: the card is a link, whatever it leads to; or was emptied.
     """
     with Rooted(out) as root:
         present = Present(root)
-        manifest = recorded(present)
-        if CARD_NAME in present.odd:
+        manifest, card = recorded(present), present.read(CARD_NAME) if CARD_NAME in present.files else b""
+        odd = present.odd.get(CARD_NAME)
+        if odd is None and not card and any(file.name == CARD_NAME and file.size for file in manifest.files):
+            odd = "is empty, or gone, and had the text of SOURCE's"
+        if odd is not None:
             raise FileSystemError(
-                f"{present.odd[CARD_NAME]}, which qkpatch never writes",
+                f"{CARD_NAME} {odd}",
                 where=present.where(CARD_NAME),
-                fix="do not trust this directory; apply again",
+                fix="copy SOURCE's there, then write the card: qkpatch card OUT --write",
             )
-        card = present.read(CARD_NAME) if CARD_NAME in present.files else None
-        return manifest, None if card is None else card.decode("utf-8", "replace")
+        return manifest, card_text(card) if card else None
 
 
 def check(
@@ -255,8 +257,8 @@ def _has_own_card(output: Output, present: Present) -> bool:
         return False
     base = output.files.get(CARD_NAME)
     original = None if base is None else base.original
-    card = present.read(CARD_NAME).decode("utf-8", "replace")
-    text = None if original is None else original.read().decode("utf-8", "replace")
+    card = card_text(present.read(CARD_NAME))
+    text = None if original is None else card_text(original.read())
     return card != text and is_card_over(card, text)
 
 

@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from qkpatch import __version__
+import qkpatch
 from qkpatch.errors import HubError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def hub_api() -> HfApi:
     """huggingface_hub's client of the Hub, whose requests say that they are qkpatch's."""
     from huggingface_hub import HfApi
 
-    return HfApi(library_name=NAME, library_version=__version__)
+    return HfApi(library_name=NAME, library_version=qkpatch.__version__)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 from urllib.parse import urljoin, urlsplit
 
-from qkpatch import __version__
+import qkpatch
 from qkpatch.common.interrupts import check_stop
 from qkpatch.errors import HubError
 from qkpatch.hub.errors import httpx, hub_errors, is_tls_failure
@@ -55,7 +55,7 @@ class Transfer:
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         self._repo, self._commit = repo, commit
-        self._headers = build_hf_headers(library_name=NAME, library_version=__version__)
+        self._headers = build_hf_headers(library_name=NAME, library_version=qkpatch.__version__)
         self._lock = threading.Lock()
         self._places: dict[str, str] = {}  # where a file's address leads to
         self._tags: dict[tuple[str, str], str] = {}  # ETags, by file and host

@@ -7,7 +7,7 @@ from typing import Any
 
 from qkpatch.errors import AmbiguousError
 from qkpatch.model.refusals import refuse_known
-from qkpatch.recipes.catalogue import shipped_recipes
+from qkpatch.recipes.catalogue import recipes_naming
 from qkpatch.recipes.recipe import Recipe
 
 
@@ -18,7 +18,8 @@ def choose_recipe(config: Mapping[str, Any], tensor_names: Iterable[str]) -> Rec
         AmbiguousError: none fits, or more than one; the candidates and what they lack are listed.
     """
     names = list(tensor_names)
-    claimed = [recipe for recipe in shipped_recipes().values() if recipe.matches(config)]
+    kin = recipes_naming(str(config.get("model_type") or ""))
+    claimed = [recipe for recipe in kin if recipe.matches(config)]
     fitting = [recipe for recipe in claimed if recipe.tensors.matching_prefixes(names)]
     if len(fitting) == 1:
         return fitting[0]

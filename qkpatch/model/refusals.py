@@ -85,7 +85,8 @@ def missing_key(layer: int, query: str, key: str) -> UnsupportedError:
 
 def is_qk_norm(name: str) -> bool:
     """Whether a tensor's name is that of a norm of queries or keys."""
-    return _QK_NORM.search(name) is not None
+    # An indexer picks the tokens that are attended to, by queries and keys of its own.
+    return _QK_NORM.search(name) is not None and ".indexer." not in name
 
 
 def unknown_form(module: str, suffixes: Iterable[str]) -> UnsupportedError:

@@ -13,8 +13,8 @@ from qkpatch.checkpoint.header import TensorRef
 from qkpatch.errors import NumericalError
 from qkpatch.model.block_fp8 import BLOCK, scale_range
 from qkpatch.model.targets import LayerTarget
+from qkpatch.spectral.factors import is_finite
 from qkpatch.spectral.fp8 import dequantise, requantise
-from qkpatch.spectral.product import is_finite
 from qkpatch.spectral.rounding import round_once
 
 COMPUTE_DTYPE = torch.float64

@@ -15,9 +15,10 @@ from qkpatch.checkpoint.files import OpenFile
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.errors import NumericalError
 from qkpatch.model.targets import LayerTarget
-from qkpatch.patching.head_bytes import COMPUTE_DTYPE, HeadBytes
+from qkpatch.patching.head_bytes import COMPUTE_DTYPE, DTYPES, HeadBytes
 from qkpatch.recipes.recipe import NormKind
-from qkpatch.spectral.product import Factor, QKProduct, largest
+from qkpatch.spectral.factors import Factor, largest
+from qkpatch.spectral.product import QKProduct
 
 # Squares of products must neither overflow nor vanish; only float64 weights can be out of this range.
 SMALLEST, LARGEST = 1e-75, 1e75
@@ -64,11 +65,11 @@ class LayerWeights:
             owners = [(layout.kv_head(head), head if is_own else -1) for head in batch]
             distinct = tuple(dict.fromkeys(owners))
             if distinct != current:
-                current, keys = distinct, Factor(self.folded(self._keys(distinct)))
-                self._check(self.target.key, keys.W, [f"key head {kv_head}" for kv_head, _ in distinct])
+                current, keys = distinct, self._factor(self._keys(distinct))
+                self._check(self.target.key, keys, [f"key head {kv_head}" for kv_head, _ in distinct])
             W_Q = self.stored.queries(batch)
-            product = QKProduct(Factor(self.folded(W_Q)), keys.take([distinct.index(o) for o in owners]))
-            self._check(self.target.query, product.query.W, [f"query head {head}" for head in batch])
+            product = QKProduct(self._factor(W_Q), keys.take([distinct.index(o) for o in owners]))
+            self._check(self.target.query, product.query, [f"query head {head}" for head in batch])
             yield HeadWeights(batch, W_Q, product)
             del W_Q, product  # before the next ones are read
 
@@ -102,6 +103,9 @@ class LayerWeights:
         """Weights (n, d_head, d_model) as they are in the product: ``W diag(γ)`` where a gain is folded into it."""
         return W if self.input_gain is None else W * self.input_gain
 
+    def _factor(self, W: Tensor) -> Factor:
+        return Factor(self.folded(W), torch.finfo(DTYPES[self.target.query.dtype]).eps / 2)
+
     def unfolded(self, batch: HeadWeights, W_Q: Tensor) -> Tensor:
         """Edited query weights of the product as they are stored: the change is mapped back by ``diag(1/γ)``.
 
@@ -121,12 +125,12 @@ class LayerWeights:
             )
         return batch.W_Q + (W_Q - batch.product.query.W) / gain
 
-    def _check(self, ref: TensorRef, W: Tensor, names: Sequence[str]) -> None:
+    def _check(self, ref: TensorRef, factor: Factor, names: Sequence[str]) -> None:
         """Refuse weights, all gains in them, that hold what is no number or cannot be squared."""
-        for i, norm in enumerate(torch.linalg.matrix_norm(W).tolist()):
+        for i, norm in enumerate(factor.norm.tolist()):
             if SMALLEST < norm < LARGEST:
                 continue
-            size = largest(W[i])
+            size = largest(factor.W[i])
             if not math.isfinite(size):
                 raise self.stored.damaged(ref, names[i])
             if size and not SMALLEST < size < LARGEST:

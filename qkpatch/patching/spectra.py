@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from qkpatch.model.model import Model
 from qkpatch.model.targets import LayerTarget
 from qkpatch.patching.device import computing, heads_together
-from qkpatch.patching.head_products import open_layer
+from qkpatch.patching.head_products import LayerWeights, open_layer
 from qkpatch.patching.threads import Crew
 from qkpatch.planning.memory import head_memory
 from qkpatch.spectral.product import QKProduct, effective_rank, energy_share
@@ -59,9 +60,15 @@ def layer_spectra(
         threads: how many layers are read and decomposed side by side.
     """
 
-    def of_target(target: LayerTarget) -> LayerSpectra:
-        found: list[HeadSpectrum] = []
-        with computing(device), open_layer(model.checkpoint.opened, target, device, heads) as weights:
+    def opened() -> Iterator[tuple[LayerWeights, ExitStack]]:
+        for target in targets:
+            layer = ExitStack()
+            everything.callback(layer.close)
+            yield layer.enter_context(open_layer(model.checkpoint.opened, target, device, heads)), layer
+
+    def of_layer(item: tuple[LayerWeights, ExitStack]) -> LayerSpectra:
+        weights, target, found = item[0], item[0].target, list[HeadSpectrum]()
+        with computing(device), item[1]:
             for batch in weights.batches(heads, together):
                 crew.check()
                 kv_heads = [target.layout.kv_head(head) for head in batch.heads]
@@ -69,8 +76,9 @@ def layer_spectra(
         return LayerSpectra(target.layer, target.attention, tuple(found))
 
     together = heads_together(device, head_memory(target.layout for target in targets), threads)
-    with Crew(threads) as crew:
-        yield from crew.map(of_target, targets)
+    # Layers are opened here, one ahead of the crew: what is elsewhere arrives while the one before is computed.
+    with ExitStack() as everything, Crew(threads) as crew:
+        yield from crew.map(of_layer, opened())
 
 
 def _head_spectra(

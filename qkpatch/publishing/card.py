@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
 from collections.abc import Iterator
 from statistics import mean
 
 from qkpatch.common.json_text import exact
 from qkpatch.common.number_ranges import format_ranges
-from qkpatch.common.text import as_word, verify_command
+from qkpatch.common.text import as_word, plain, verify_command
+from qkpatch.planning.blocks import EditBlock
 from qkpatch.planning.manifest import Manifest
-from qkpatch.publishing import front_matter
+from qkpatch.publishing.front_matter import FrontMatter
 from qkpatch.publishing.lmms_eval import Comparison, Metric
 from qkpatch.recipes.catalogue import shipped_recipes
 
@@ -18,8 +21,18 @@ CARD_NAME = "README.md"
 TAG = "qkpatch"
 PAPER = "https://arxiv.org/abs/2606.20419"
 FOLLOWS = "<!-- The card of the base model follows, as it was. -->"
-# Figures, addresses and successors of the base model, which are not this one's.
-_NOT_INHERITED = ("model-index", "new_version", "eval_results")
+# Figures, addresses, successors and relations of the base model, which are not this one's; YAML's merge of mappings.
+_NOT_INHERITED = ("model-index", "new_version", "eval_results", "base_model_relation", "<<")
+_EDITED = "with the query weights of its language model edited by qkpatch"
+_MEASURED = "\nMeasured for this model with lmms-eval, by whoever made it"
+_RESULTS = re.compile(
+    _MEASURED + r", both .*\n\n(?:\|.*\n)+(?:\n(?:Paired: |The samples |\*\*Not the model alone).*\n)+"
+)
+
+
+def card_text(raw: bytes) -> str:
+    """The text of a README in whichever Unicode, a byte-order mark or not; what is no text in it is replaced."""
+    return raw.decode(json.detect_encoding(raw), "replace")
 
 
 def model_card(
@@ -35,45 +48,67 @@ def model_card(
     Args:
         manifest: what was done.
         title: the model's name.
-        base_card: SOURCE's README.md, whose text is kept below ours.
+        base_card: SOURCE's README.md, whose text is kept below ours; of a card of ours the text below that one.
         comparison: results of both models.
         is_checked: this very OUT was just verified.
     """
-    yaml, text = front_matter.split(base_card or "")
-    base = manifest.source.name if manifest.source.kind == "hub" else None
-    values: dict[str, str | list[str]] = {}
-    if base is not None:
-        values |= {"base_model": base, "base_model_relation": "finetune"}
-    values["tags"] = list(dict.fromkeys([*front_matter.listed(yaml, "tags"), TAG]))
-    parts = [
-        f"---\n{front_matter.changed(yaml, values, _NOT_INHERITED)}---\n",
-        f"\n# {title}\n",
-        *_edit(manifest, base, is_checked=is_checked),
-        *_claims(comparison),
-    ]
-    if base_card is not None:
-        parts.append(f"\n{FOLLOWS}\n\n{text}")
-    return "".join(parts)
+    own = [*_edit(manifest, is_checked=is_checked), *_claims(comparison)]
+    return "".join([_head(manifest, base_card), f"\n# {plain(title)}\n", *own, _tail(base_card)])
+
+
+def is_card_of(card: str, manifest: Manifest, base_card: str | None) -> bool:
+    """Whether :func:`model_card` made ``card`` of just these, whatever its title and results, to the letter."""
+    head, tail = f"{_head(manifest, base_card)}\n# ", _tail(base_card)
+    title, _, own = card[len(head) : len(card) - len(tail)].partition("\n")
+    paper, nothing = _claims(None)
+    said = ("".join(_edit(manifest, is_checked=is_checked)) + paper for is_checked in (False, True))
+    return card == f"{head}{title}\n{own}{tail}" and any(
+        own == edit + nothing or (own.startswith(edit) and _RESULTS.fullmatch(own, len(edit)))
+        for edit in said
+    )
 
 
 def is_card_over(card: str, base_card: str | None) -> bool:
     """Whether ``card`` is one of ours, with the whole text of the base model's, where that has one."""
-    is_ours = TAG in front_matter.listed(front_matter.split(card)[0], "tags")
-    return is_ours and (
-        base_card is None or card.endswith(f"{FOLLOWS}\n\n{front_matter.split(base_card)[1]}")
+    return _is_ours(FrontMatter.of(card)) and card.endswith(_tail(base_card))
+
+
+def _is_ours(card: FrontMatter) -> bool:
+    return TAG in card.listed("tags") and _EDITED in card.text.partition(FOLLOWS)[0]
+
+
+def _head(manifest: Manifest, base_card: str | None) -> str:
+    values: dict[str, str | list[str]] = {}
+    if manifest.source.kind == "hub":
+        values |= {"base_model": manifest.source.name, "base_model_relation": "finetune"}
+    base = FrontMatter.of(base_card or "")
+    values["tags"] = list(dict.fromkeys([*base.listed("tags"), TAG]))
+    return f"---\n{base.changed(values, _NOT_INHERITED)}---\n"
+
+
+def _tail(base_card: str | None) -> str:
+    """The base model's text; where its card is one of ours, whose figures are not this one's, the text below."""
+    base = FrontMatter.of(base_card or "")
+    text = base.text.partition(f"{FOLLOWS}\n\n")[2] if _is_ours(base) else base.text
+    fault = None if "license" in base.entries else FrontMatter.of(text).fault
+    lost = (
+        f"\nThe head of the base model's card is {plain(fault)}: no license is inherited.\n" if fault else ""
     )
+    return f"{lost}\n{FOLLOWS}\n\n{text}" if text else ""
 
 
-def _edit(manifest: Manifest, base: str | None, *, is_checked: bool) -> Iterator[str]:
+def _edit(manifest: Manifest, *, is_checked: bool) -> Iterator[str]:
     source, edit = manifest.source, manifest.edit
-    what = f"[{base}](https://huggingface.co/{base})" if base else f"`{source.name}`"
+    name = _cell(source.name)
+    what = f"[{name}](https://huggingface.co/{name})" if source.kind == "hub" else f"`{name}`"
     commit = f" at commit `{source.commit}`" if source.commit else ""
     yield (
-        f"\nThis is {what}{commit}, with the query weights of its language model edited by qkpatch "
-        f"{manifest.tool.version}: *QK Product Steering* ([arXiv 2606.20419]({PAPER})), a weight edit alone, "
-        "without training and without data. Keys, all other tensors and all other files are the base model's; only "
-        "this card is new.\n"
+        f"\nThis is {what}{commit}, {_EDITED} {manifest.tool.version}: *QK Product Steering* "
+        f"([arXiv 2606.20419]({PAPER})), a weight edit alone, without training and without data. Keys, all other "
+        "tensors and all other files are the base model's; only this card is new.\n"
     )
+    if (previous := source.previous_edit) is not None:
+        yield f"\nThat was edited by qkpatch before: {told(previous)}.\n"
     yield "\n## The edit\n\n| | |\n|---|---|\n"
     rows = {
         "recipe": manifest.recipe.name,
@@ -98,9 +133,19 @@ def _edit(manifest: Manifest, base: str | None, *, is_checked: bool) -> Iterator
         if is_checked
         else "Made by the first of these; the second checks it"
     )
+    has_digests = any(written.sha256_after for record in manifest.edits for written in record.written)
+    digests = ", with digests before and after" if has_digests else ""
     yield (
-        f"\n`qkpatch.json` records every edited tensor and head, with digests before and after. {made}\n\n"
+        f"\n`qkpatch.json` records every edited tensor and head{digests}. {made}\n\n"
         f"```\n{_command(manifest)}\n{proof}\n```\n"
+    )
+
+
+def told(edit: EditBlock) -> str:
+    """The settings of an edit in one line."""
+    return (
+        f"layers {format_ranges(edit.layers)}, {edit.modes_edited} {edit.select.value} mode(s), "
+        f"alpha {exact(edit.alpha)}, {edit.channel.value} channel"
     )
 
 
@@ -144,8 +189,8 @@ def _claims(comparison: Comparison | None) -> Iterator[str]:
         )
         return
     yield (
-        "\nMeasured for this model with lmms-eval, by whoever made it, both models with the same call. Base: "
-        f"`{comparison.base}`; patched: `{comparison.patched}`.\n\n"
+        f"{_MEASURED}, both models with the same call. Base: "
+        f"`{_cell(comparison.base)}`; patched: `{_cell(comparison.patched)}`.\n\n"
         "| task | metric | questions | base | patched | difference | paired, 95 % interval | questions that differ |\n"
         "|---|---|---|---|---|---|---|---|\n"
     )
@@ -154,14 +199,23 @@ def _claims(comparison: Comparison | None) -> Iterator[str]:
         yield "\nPaired: the mean of the differences, question by question, ± 1.96 standard errors.\n"
     else:
         yield "\nThe samples of the runs were not at hand, so there is no interval: small differences may be chance.\n"
+    if comparison.doubts:
+        yield f"\n**Not the model alone:** {'; '.join(comparison.doubts)}.\n"
 
 
 def _row(metric: Metric) -> str:
-    paired = metric.paired
+    paired, figures = metric.paired, (metric.base, metric.patched)
+    base, patched = ("-" if figure is None else f"{figure:.4f}" for figure in figures)
+    difference = "-" if metric.difference is None else f"{metric.difference:+.4f}"
     interval = "-" if paired is None else f"{paired.mean:+.4f} ± {paired.half_width:.4f}"
     differing = "-" if paired is None else f"{paired.changed} of {paired.n}"
     n = "-" if metric.n is None else str(metric.n)
     return (
-        f"| {metric.task} | {metric.name} | {n} | {metric.base:.4f} | {metric.patched:.4f} "
-        f"| {metric.difference:+.4f} | {interval} | {differing} |\n"
+        f"| {_cell(metric.task)} | {_cell(metric.name)} | {n} | {base} | {patched} "
+        f"| {difference} | {interval} | {differing} |\n"
     )
+
+
+def _cell(text: str) -> str:
+    """Text out of a file, in a table or as code."""
+    return plain(text).replace("|", "\\|").replace("`", "'")

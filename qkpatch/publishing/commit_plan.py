@@ -9,14 +9,13 @@ from dataclasses import dataclass, replace
 from qkpatch.checkpoint.present_files import Present
 from qkpatch.checkpoint.source import INDEX_SUFFIX, MANIFEST_NAME, SUMS_NAME
 from qkpatch.checkpoint.tree import is_plain_relative
-from qkpatch.common.json_text import exact
-from qkpatch.common.number_ranges import abbreviate, format_ranges
+from qkpatch.common.number_ranges import abbreviate
 from qkpatch.errors import MismatchError, UsageError
 from qkpatch.hub.commit import Base, PushRepository, Step, check_repository, copyable, publish
 from qkpatch.hub.repository import HubId
 from qkpatch.planning.manifest import FileRecord, Manifest, planned_manifest
 from qkpatch.planning.plan import EditPlan
-from qkpatch.publishing.card import CARD_NAME, model_card
+from qkpatch.publishing.card import CARD_NAME, card_text, model_card, told
 from qkpatch.publishing.lmms_eval import Comparison
 from qkpatch.publishing.private_files import Insisted
 
@@ -91,8 +90,12 @@ def plan_publication(wish: Wish, manifest: Manifest, plan: EditPlan, present: Pr
     names = {name for some in withheld.values() for name in some}
     _refuse_lame(withheld, plan)
     kept = [file for file in manifest.files if file.name not in {*names, SUMS_NAME}]
-    if odd := [file.name for file in kept if not is_plain_relative(file.name)]:
-        raise UsageError("no name for a file on the Hub", where=repr(odd[0]), fix="rename it in SOURCE")
+    if odd := [file.name for file in kept if not _may_be_on_hub(file.name)]:
+        raise UsageError(
+            "no name for a file on the Hub",
+            where=repr(odd[0]),
+            fix="rename it in SOURCE, or leave out what insists on it: --include-hidden",
+        )
     on_hub = {} if base is None else copyable(base)
     steps = []
     for file in kept:
@@ -107,6 +110,11 @@ def plan_publication(wish: Wish, manifest: Manifest, plan: EditPlan, present: Pr
         steps.append(Step(name, len(content), hashlib.sha256(content).hexdigest(), False, content))
     check_repository(repository, [step.name for step in steps])
     return Publication(repository, base, tuple(steps), _summary(manifest), tuple(_warnings(withheld)))
+
+
+def _may_be_on_hub(name: str) -> bool:
+    # What else huggingface_hub refuses, when all is done.
+    return is_plain_relative(name) and not {".git", ".cache"} & set(name.casefold().split("/"))
 
 
 def _refuse_lame(withheld: dict[str, list[str]], plan: EditPlan) -> None:
@@ -153,7 +161,7 @@ def _digest(file: FileRecord, present: Present) -> str:
 def _card(wish: Wish, manifest: Manifest, plan: EditPlan, *, is_withheld: bool, is_checked: bool) -> bytes:
     """The model card over SOURCE's, whatever OUT has in its place."""
     file = None if is_withheld else plan.model.checkpoint.files.get(CARD_NAME)
-    base_card = None if file is None else file.read().decode("utf-8", "replace")
+    base_card = None if file is None else card_text(file.read())
     title = wish.repository.name.partition("/")[2]
     return model_card(manifest, title, base_card, wish.comparison, is_checked=is_checked).encode()
 
@@ -164,8 +172,4 @@ def _base(manifest: Manifest) -> Base | None:
 
 
 def _summary(manifest: Manifest) -> str:
-    edit = manifest.edit
-    return (
-        f"QK product steering of {manifest.source.name}: layers {format_ranges(edit.layers)}, "
-        f"{edit.modes_edited} {edit.select.value} mode(s), alpha {exact(edit.alpha)}, {edit.channel.value} channel"
-    )
+    return f"QK product steering of {manifest.source.name}: {told(manifest.edit)}"

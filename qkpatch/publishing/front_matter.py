@@ -1,71 +1,71 @@
-"""The YAML block at the head of a model card: keys set and dropped, all else left as it was written, to the letter."""
+"""The YAML block at the head of a model card: what is inherited of it, to the letter, and what is set anew."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
 
-_BLOCK = re.compile(
-    r"\A\s*---[ \t]*\r?\n(?P<yaml>.*?)(?:\r?\n|^)---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE
+from qkpatch.common.strict_yaml import Entry, top_level
+from qkpatch.common.text import plain
+from qkpatch.errors import RecipeError
+
+_BLOCK = re.compile(r"\s*---[ \t]*\r?\n(?P<yaml>(?:.*\n)*?)(?:---|\.\.\.)[ \t\r]*(?:\n|\Z)")
+_PLAIN = re.compile(r"(?=[A-Za-z0-9])[\w./-]+(?:[ :][\w./-]+)*")
+_NOT_TEXT = re.compile(r"[-+.\d_:eE]+|0[xXoObB]\w+|(?i:true|false|yes|no|on|off|null|y|n)")
+# Lists of names on the Hub, which rejects a card that has anything else there.
+_OF_REPOSITORIES = ("base_model", "datasets")
+_REPOSITORY = re.compile(
+    r"(?!.*(?:--|\.\.|\.git$))(?=.{1,96}$)[A-Za-z0-9_][\w.-]*(?:/[A-Za-z0-9_][\w.-]*)?", re.A
 )
-_KEY = re.compile(r"(?P<key>[A-Za-z_][\w-]*)[ \t]*:")
-_ITEM = re.compile(r"\s*-\s+(?P<item>.+?)\s*$")
-_PLAIN = re.compile(r"[A-Za-z0-9][\w./:-]*(?: [\w./:-]+)*")
-_NOT_TEXT = re.compile(r"[-+.\d_:eE]+|(?i:true|false|yes|no|on|off|null|y|n)")
 
 
-def split(card: str) -> tuple[str, str]:
-    """The YAML of a card, empty where it has none, and the text below."""
-    found = _BLOCK.match(card)
-    return (found["yaml"], card[found.end() :]) if found else ("", card)
+@dataclass(frozen=True)
+class FrontMatter:
+    """A model card, taken apart."""
+
+    text: str  # what follows the block; all of it where that cannot be read
+    entries: Mapping[str, Entry] = field(default_factory=dict)
+    fault: str | None = None  # why the block cannot be read
+
+    @classmethod
+    @lru_cache(maxsize=4)
+    def of(cls, card: str) -> FrontMatter:
+        """Take ``card`` apart; between two rules may be text as well, which is no block."""
+        card = card.removeprefix("\ufeff")
+        found = _BLOCK.match(card)
+        try:
+            entries = top_level(found["yaml"], "README.md") if found else None
+        except RecipeError as error:
+            return cls(card, fault=str(error.what))
+        return cls(card) if found is None or entries is None else cls(card[found.end() :], entries)
+
+    def listed(self, key: str) -> list[str]:
+        """The texts of a list, or the one text that stands for it."""
+        entry = self.entries.get(key)
+        return [text for text in (entry and entry.texts) or () if text is not None]
+
+    def changed(self, values: Mapping[str, str | list[str]], drop: Collection[str] = ()) -> str:
+        """The lines of the block with keys set anew, at its end, without those of ``drop`` and what the Hub rejects."""
+        kept = (self._worth(key) for key in self.entries if key not in values and key not in drop)
+        return "".join([*kept, *(_lines(key, value) for key, value in values.items())])
+
+    def _worth(self, key: str) -> str:
+        lines, texts = self.entries[key]
+        good = [t for t in self.listed(key) if key not in _OF_REPOSITORIES or _REPOSITORY.fullmatch(t)]
+        if texts is None or len(good) == len(texts):
+            return lines if lines.endswith("\n") else lines + "\n"
+        return _lines(key, good) if good else ""
 
 
-def changed(yaml: str, values: Mapping[str, str | list[str]], drop: Iterable[str] = ()) -> str:
-    """``yaml`` with top-level keys set anew, at its end, and those of ``drop`` left out."""
-    gone = {*values, *drop}
-    kept = [text for key, text in _entries(yaml) if key not in gone]
-    lines = "".join(text if text.endswith("\n") else text + "\n" for text in kept)
-    for key, value in values.items():
-        if isinstance(value, str):
-            lines += f"{key}: {_scalar(value)}\n"
-        else:
-            lines += f"{key}:\n" + "".join(f"- {_scalar(item)}\n" for item in value)
-    return lines
-
-
-def listed(yaml: str, key: str) -> list[str]:
-    """The texts of a list, in either of YAML's two forms, or the one text that stands for it."""
-    text = next((text for name, text in _entries(yaml) if name == key), "")
-    first, _, rest = text.partition(":")[2].partition("\n")
-    inline = first.split(" #")[0].strip()
-    if inline.startswith("["):
-        whole = f"{inline}\n{rest}".partition("]")[0].lstrip("[")
-        return [_unquoted(item) for item in whole.replace("\n", " ").split(",") if item.strip()]
-    if inline:
-        return [_unquoted(inline)]
-    return [
-        _unquoted(found["item"].split(" #")[0]) for line in rest.splitlines() if (found := _ITEM.match(line))
-    ]
-
-
-def _entries(yaml: str) -> list[tuple[str | None, str]]:
-    """Top-level keys with all their lines; comments above the first one have no key."""
-    entries: list[tuple[str | None, str]] = []
-    for line in yaml.splitlines(keepends=True):
-        found = _KEY.match(line)
-        if found or not entries:
-            entries.append((found["key"] if found else None, line))
-        else:
-            entries[-1] = entries[-1][0], entries[-1][1] + line
-    return entries
+def _lines(key: str, value: str | list[str]) -> str:
+    if isinstance(value, str):
+        return f"{_scalar(key)}: {_scalar(value)}\n"
+    return f"{_scalar(key)}:\n" + "".join(f"- {_scalar(item)}\n" for item in value)
 
 
 def _scalar(text: str) -> str:
-    is_plain = _PLAIN.fullmatch(text) and not _NOT_TEXT.fullmatch(text) and ": " not in text
-    return text if is_plain and not text.endswith(":") else json.dumps(text, ensure_ascii=False)
-
-
-def _unquoted(text: str) -> str:
-    text = text.strip()
-    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
+    is_plain = _PLAIN.fullmatch(text) and not _NOT_TEXT.fullmatch(text)
+    return text if is_plain else json.dumps(plain(text), ensure_ascii=False)

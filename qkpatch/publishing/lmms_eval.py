@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+import os
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from qkpatch.checkpoint.files import os_errors
 from qkpatch.checkpoint.tree import source_file
 from qkpatch.common.json_text import load_json
 from qkpatch.errors import CheckpointError, UsageError, redact
@@ -17,6 +20,18 @@ from qkpatch.errors import CheckpointError, UsageError, redact
 # pope_yes_ratio counts the right answers, not the model's: one half, whatever the model says.
 _MEANINGLESS = {"pope_yes_ratio"}
 _MUST_AGREE = ("versions", "n-shot", "n-samples")
+# What may move a figure, and need not.
+_SHOULD_AGREE = ("config.limit", "config.model", "config.gen_kwargs", "config.batch_size", "config.random_seed",
+                 "transformers_version", "git_hash")  # fmt: skip
+# One question's part in a metric that is a mean over questions, which F1 for one is not.
+_OF_A_QUESTION: dict[str, Callable[[Any], Any]] = {
+    "pope_accuracy": lambda said: said["score"],
+    # A share of captions, in percent: those with an object that is not there.
+    "coco_cap_chair_s": lambda said: 100.0 * any(thing not in said["answer"] for thing in said["pred"]),
+}
+_LARGEST = 1e15  # no metric is larger, and digits by the hundred are none
+_PART = re.compile(r"[^,;=\"']+")  # of a model's arguments
+_LOCAL = re.compile(r"\s*(?:file:)?(?:/|~|[A-Za-z]:[\\/]|\\\\)")
 _SUFFIX = "results.json"
 _NORMAL_95 = 1.96
 
@@ -38,23 +53,24 @@ class Metric:
     task: str
     name: str
     n: int | None  # questions, where the files say
-    base: float
-    patched: float
+    base: float | None  # None where a run has none, or NaN
+    patched: float | None
     paired: Paired | None = None  # where the samples lie beside both files
 
     @property
-    def difference(self) -> float:
-        """How much larger the patched model's figure is than the base model's."""
-        return self.patched - self.base
+    def difference(self) -> float | None:
+        """How much larger the patched model's figure is than the base model's; None where one has none."""
+        return None if self.base is None or self.patched is None else self.patched - self.base
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All figures that both files have."""
+    """All figures of two files."""
 
     base: str  # what was run, as the files say
     patched: str
     metrics: tuple[Metric, ...]
+    doubts: tuple[str, ...] = ()  # what else may be behind a difference
 
 
 def compare_both(results: str | Path | None, base_results: str | Path | None) -> Comparison | None:
@@ -75,21 +91,24 @@ def compare(base: Path, patched: Path) -> Comparison:
 
     Raises:
         CheckpointError: not results of lmms-eval.
-        UsageError: the runs differ in more than the model: other tasks, versions, numbers of questions or prompts.
+        UsageError: one run twice; or the runs differ in tasks, their versions, numbers of questions or prompts.
     """
     a, b = _read(base), _read(patched)
     _check_alike(a, b, base, patched)
     metrics = tuple(
-        Metric(
-            task, name, _count(a, task), value, b["results"][task][key], _paired(base, patched, task, name)
-        )
+        Metric(task, name, _count(a, task), left.get(key), right.get(key), _paired(base, patched, task, name))
         for task in sorted(a["results"])
-        for key, name, value in _figures(a["results"][task])
-        if isinstance(b["results"][task].get(key), int | float)
+        for left, right in [(_figures(a["results"][task]), _figures(b["results"][task]))]
+        for key in left | right
+        for name in [key.removesuffix(",none")]
     )
-    if not metrics:
+    if all(metric.difference is None for metric in metrics):
         raise UsageError("they have no figure in common", where=f"{base.name}, {patched.name}")
-    return Comparison(_what_ran(a), _what_ran(b), metrics)
+    differing = [key for key in _SHOULD_AGREE if _of(a, *key.split(".")) != _of(b, *key.split("."))]
+    doubts = [f"the runs differ in {', '.join(differing)}"] if differing else []
+    if (arguments := _of(a, "config", "model_args")) and arguments == _of(b, "config", "model_args"):
+        doubts.append("both name the same model")
+    return Comparison(_what_ran(a), _what_ran(b), metrics, tuple(doubts))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -105,6 +124,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_alike(a: Mapping[str, Any], b: Mapping[str, Any], base: Path, patched: Path) -> None:
+    if json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True):
+        raise UsageError(
+            "they are the same run, and no comparison",
+            where=f"{base}, {patched}",
+            fix="give the run on OUT to --results, that on SOURCE to --base-results",
+        )
     differing = []
     if a["results"].keys() != b["results"].keys():
         differing.append("tasks")
@@ -135,19 +160,35 @@ def _count(document: Mapping[str, Any], task: str) -> int | None:
 
 def _what_ran(document: Mapping[str, Any]) -> str:
     model, arguments = _of(document, "config", "model"), _of(document, "config", "model_args")
+    if isinstance(arguments, dict):
+        arguments = ",".join(f"{key}={value}" for key, value in arguments.items())
     parts = [
         part for part in (model, arguments, document.get("model_name")) if isinstance(part, str) and part
     ]
-    # The arguments may have had a token among them.
-    return redact(", ".join(dict.fromkeys(parts))) or "not said"
+    # The arguments may have had a token among them; and where models lie on a machine is nobody's business.
+    told = (_PART.sub(_without_folder, part) for part in parts)
+    return redact(", ".join(dict.fromkeys(told))) or "not said"
 
 
-def _figures(figures: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
-    for key, value in figures.items():
-        name, _, filtered = key.partition(",")
-        is_figure = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if is_figure and not name.endswith("_stderr") and name not in _MEANINGLESS:
-            yield key, name if filtered in ("", "none") else key, float(value)
+def _without_folder(found: re.Match[str]) -> str:
+    return re.split(r"[\\/]", found[0].rstrip("\\/ "))[-1] if _LOCAL.match(found[0]) else found[0]
+
+
+def _figures(figures: Mapping[str, Any]) -> dict[str, float | None]:
+    """All metrics by key; None for what is no finite number."""
+    return {
+        key: _number(value)
+        for key, value in figures.items()
+        if isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and not key.partition(",")[0].endswith("_stderr")
+        and key.partition(",")[0] not in _MEANINGLESS
+    }
+
+
+def _number(value: Any) -> float | None:
+    # Compared before it is made a float, which an integer may be too large for.
+    return float(value) if -_LARGEST <= value <= _LARGEST else None
 
 
 def _paired(base: Path, patched: Path, task: str, metric: str) -> Paired | None:
@@ -161,31 +202,22 @@ def _paired(base: Path, patched: Path, task: str, metric: str) -> Paired | None:
 
 def _by_question(results: Path, task: str, metric: str) -> dict[str, float]:
     """A metric of each question; only of those metrics that are means over questions."""
-    if not results.name.endswith(_SUFFIX):
+    name = results.name.removesuffix(_SUFFIX) + f"samples_{task}.jsonl"
+    part, folder = _OF_A_QUESTION.get(metric), results.absolute().parent
+    if part is None or not results.name.endswith(_SUFFIX):
         return {}
-    path = results.with_name(results.name.removesuffix(_SUFFIX) + f"samples_{task}.jsonl")
-    if not path.is_file():
+    with os_errors("list", folder):
+        is_there = name in os.listdir(folder)  # a task may be called what no file can be
+    if not is_there:
         return {}
     found: dict[str, float] = {}
-    with open(path, encoding="utf-8") as lines:
-        for line in lines:
-            try:
-                sample = json.loads(line)
-                value = _value(metric, sample[metric])
-                key = str(sample["doc_id"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise CheckpointError(f"not a sample of {task}: {error!r}", where=path.name) from error
+    try:
+        for line in source_file(folder / name, name).read().splitlines():
+            sample = json.loads(line)
+            value = _number(part(sample[metric]))
             if value is None:
                 return {}
-            found[key] = value
+            found[str(sample["doc_id"])] = value
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"not a sample of {task}: {error!r}", where=name) from error
     return found
-
-
-def _value(metric: str, said: Any) -> float | None:
-    """One question's part in a mean; None for what is none, such as F1."""
-    if metric == "pope_accuracy":
-        return float(said["score"])
-    # A share of captions, in percent: those with an object that is not there.
-    if metric == "coco_cap_chair_s":
-        return 100.0 * any(thing not in said["answer"] for thing in said["pred"])
-    return None

@@ -95,6 +95,11 @@ def near_names(word: str, known: Iterable[str]) -> str:
     return f"recipes near it: {', '.join(found)}" if found else "`qkpatch recipes` lists the recipes"
 
 
+def repository(recipe: Recipe) -> str:
+    """The repository that the recipe's name stands for."""
+    return f"{recipe.default_repo or 'none'}{' (gated)' if recipe.gated else ''}"
+
+
 def defaults(recipe: Recipe) -> str:
     """The layers and modes that are edited where the user names none."""
     modes = recipe.default_modes
@@ -128,7 +133,7 @@ def _name(recipe: Recipe) -> list[str]:
 
 
 def _defaults(recipe: Recipe) -> list[str]:
-    return [recipe.default_repo, defaults(recipe)]
+    return [repository(recipe), defaults(recipe)]
 
 
 def _tested(recipe: Recipe) -> list[str]:

@@ -8,11 +8,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 from qkpatch.common.json_text import measured
 from qkpatch.common.number_ranges import MIDDLE_THIRD, parse_ranges
 from qkpatch.common.strict_yaml import Fields, load_yaml
 from qkpatch.errors import UsageError
+from qkpatch.recipes.backbones import Backbone, completed
 from qkpatch.recipes.recipe import (
     COUNT_KEYS,
     LOGIT_KEYS,
@@ -29,16 +31,20 @@ from qkpatch.recipes.recipe import (
 )
 from qkpatch.recipes.rows import RowLayout
 
+DEFAULT_MODES = 4  # ours, not the paper's, as is the middle third of the layers
 UNTESTED = "untested"
 TESTED = ("transformers class", "documented layout", "real weights", UNTESTED)
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
-def parse_recipe(text: bytes, where: str) -> Recipe:
-    """Read a recipe; every unknown key, wrong type and missing field is reported in one :class:`RecipeError`."""
-    root = Fields(load_yaml(text, where), where)
+def parse_recipe(text: bytes, where: str, backbones: Mapping[str, Backbone] = MappingProxyType({})) -> Recipe:
+    """Read a recipe; every unknown key, wrong type and missing field is reported in one :class:`RecipeError`.
+
+    ``backbones``, by text ``model_type``, are the language models that it may name.
+    """
+    root, sources = _fields(load_yaml(text, where), where, backbones)
     match = root.take_mapping("match", required=True)
-    defaults = root.take_mapping("defaults", required=True)
+    defaults = root.take_mapping("defaults")
     config = root.take_mapping("config", required=True)
     tensors = root.take_mapping("tensors", required=True)
     keys = _keys(config)
@@ -46,7 +52,8 @@ def parse_recipe(text: bytes, where: str) -> Recipe:
     recipe = Recipe(
         name=root.take("name", str, default="", required=True),
         title=root.take("title", str, default="", required=True),
-        default_repo=root.take("default_repo", str, default="", required=True),
+        default_repo=root.take_optional("default_repo", str),
+        gated=root.take_optional("gated", bool),
         tested=root.take("tested", str, default=TESTED[0], required=True),
         model_types=match.take_list("model_types", str, required=True),
         architectures=match.take_list("architectures", str, required=True),
@@ -54,8 +61,8 @@ def parse_recipe(text: bytes, where: str) -> Recipe:
         tensors=first,
         others=_other_sets(tensors, first),
         default_layers=_default_layers(defaults),
-        default_modes=defaults.take("modes", int, default=1, required=True),
-        sha256=hashlib.sha256(text).hexdigest(),
+        default_modes=defaults.take("modes", int, default=DEFAULT_MODES),
+        sha256=hashlib.sha256(b"".join((text, *sources))).hexdigest(),
     )
     if recipe.tested not in TESTED:
         root.fault(f"{recipe.tested!r} is not one of {', '.join(TESTED)}", "tested")
@@ -63,6 +70,21 @@ def parse_recipe(text: bytes, where: str) -> Recipe:
         defaults.fault("must be at least 1", "modes")
     root.finish()
     return recipe
+
+
+def _fields(said: Any, where: str, backbones: Mapping[str, Backbone]) -> tuple[Fields, list[bytes]]:
+    """What a file says, over what its backbones say, and the texts of their files."""
+    is_family = isinstance(said, dict) and "backbones" in said
+    names = Fields(said if is_family else {}, where).take_list("backbones", str)
+    named = [backbones[name] for name in dict.fromkeys(names) if name in backbones]
+    merged, differing = completed(said, named) if is_family else (said, [])
+    root = Fields(merged, where)
+    for i, name in enumerate(root.take_list("backbones", str, required=is_family)):
+        if name not in backbones:
+            root.fault(f"no recipe without backbones describes a language model {name!r}", f"backbones[{i}]")
+    for key in differing:
+        root.fault(f"the backbones {', '.join(names)} differ here: say which it is, or null for none", key)
+    return root, list(dict.fromkeys(backbone.text for backbone in named))
 
 
 def _config_reading(fields: Fields) -> ConfigReading:
@@ -206,7 +228,7 @@ def _input_norm(fields: Fields) -> InputNorm:
 
 
 def _default_layers(fields: Fields) -> str:
-    text = fields.take("layers", str, default=MIDDLE_THIRD, required=True)
+    text = fields.take("layers", str, default=MIDDLE_THIRD)
     if text != MIDDLE_THIRD:
         try:
             parse_ranges(text, "layers")

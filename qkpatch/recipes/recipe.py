@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from qkpatch.common.typed_json import as_json
+from qkpatch.common.typed_json import LEFT_OUT, as_json
 from qkpatch.errors import UsageError
 from qkpatch.recipes.rows import RowLayout
 
@@ -135,7 +135,7 @@ class Recipe:
 
     name: str
     title: str
-    default_repo: str
+    default_repo: str | None  # a repository that it reads, `org/name[@revision]`; None where none is known
     tested: str  # on what
     model_types: tuple[str, ...]  # "" stands for a config without one
     architectures: tuple[str, ...]
@@ -144,7 +144,8 @@ class Recipe:
     others: tuple[TensorNames, ...]  # further sets, edited only when asked for by name
     default_layers: str
     default_modes: int
-    sha256: str  # of the YAML file
+    sha256: str  # of the YAML file and those of its backbones
+    gated: bool | None = field(default=None, metadata=LEFT_OUT)  # whether default_repo has terms to accept
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as plain JSON values."""

@@ -19,6 +19,7 @@ is reached is reported as ``realised_share``. Controls (ours, not the paper's):
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,7 +27,8 @@ import torch
 from torch import Tensor
 
 from qkpatch.errors import NumericalError, UsageError
-from qkpatch.spectral.product import Decomposition, Factor, QKProduct, Spectrum, is_finite, to_host
+from qkpatch.spectral.factors import Factor, is_finite, to_host
+from qkpatch.spectral.product import Decomposition, QKProduct, Spectrum
 from qkpatch.spectral.rule import Channel, EditRule, Select
 
 
@@ -119,7 +121,7 @@ def edit_query(product: QKProduct, rule: EditRule, generators: Sequence[torch.Ge
     gaps = tuple(s.gap(chosen) for s, chosen in zip(spectra, indices, strict=True))
     nothing: tuple[None, ...] = (None,) * len(W_Q)
     if rule.select is Select.shrink:
-        whole = to_host(torch.linalg.matrix_norm(W_Q))
+        whole = product.query.norm
         kept = torch.tensor(_shrink_factors(size.tolist(), whole.tolist()), dtype=torch.float64)
         shrunk = W_Q * kept[:, None, None].to(W_Q)
         none = ((),) * len(W_Q)
@@ -135,19 +137,22 @@ def measure(product: QKProduct, edit: QueryEdit, W_Q_stored: Tensor) -> tuple[He
     Raises:
         HeadError: it holds NaN or Inf.
     """
-    if not is_finite(W_Q_stored):
-        raise HeadError(
-            [is_finite(W) for W in W_Q_stored].index(False),
-            "the edited weight does not fit in the stored dtype: NaN or Inf",
-            fix="use a larger --alpha or fewer --modes",
-        )
     W_Q = product.query.W
-    after = QKProduct(Factor(W_Q_stored), product.key).spectra(edit.spectra[0].channel)
     # One array for both differences: at these sizes fresh memory costs as much as arithmetic.
     difference = W_Q_stored - edit.W_Q
     rounding = torch.linalg.matrix_norm(difference)
     change = torch.linalg.matrix_norm(torch.sub(W_Q_stored, W_Q, out=difference))
-    norms = torch.stack([rounding, change, torch.linalg.matrix_norm(W_Q)], dim=-1).tolist()
+    norms = torch.stack([rounding, change, product.query.norm.to(change)], dim=-1).tolist()
+    for i, (_, changed, _) in enumerate(norms):
+        if not math.isfinite(changed) and not is_finite(W_Q_stored[i]):
+            raise HeadError(
+                i,
+                "the edited weight does not fit in the stored dtype: NaN or Inf",
+                fix="use a larger --alpha or fewer --modes",
+            )
+    after = QKProduct(Factor(W_Q_stored, product.query.roundoff), product.key).spectra(
+        edit.spectra[0].channel
+    )
     gains = _gains(edit, W_Q, W_Q_stored)
     return tuple(
         HeadReport(
@@ -188,7 +193,8 @@ def _delta(
 def _edit_subspace(product: QKProduct, rule: EditRule, generators: Sequence[torch.Generator]) -> QueryEdit:
     if rule.channel is not Channel.full:
         raise UsageError("a random subspace belongs to no channel", fix="drop --channel")
-    query = product.query
+    # By QR: what a seed draws depends on the signs of the singular vectors.
+    query = Factor(product.query.W)
     core, counts = _haar_subspaces(query, rule.modes, generators)
     G = query.basis.lift(core)
     W_Q_G = query.R.mT @ core

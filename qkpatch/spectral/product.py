@@ -8,118 +8,15 @@ cuSOLVER's ``gesvd`` and ``gesvdj`` decompose one after the other).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from qkpatch.spectral.factors import Basis, Factor, to_host
 from qkpatch.spectral.lazy import cached_property
 from qkpatch.spectral.rule import Channel
-
-
-def resolve_rcond(d_model: int, dtype: torch.dtype) -> float:
-    """Threshold under which a singular value counts as zero, relative to the size of its matrix.
-
-    ``max(m, n) * eps``, the default of ``torch.linalg.pinv`` and ``numpy.linalg.matrix_rank``.
-    """
-    return d_model * torch.finfo(dtype).eps
-
-
-def largest(x: Tensor) -> float:
-    """``max |x|`` in one pass and without a copy; NaN where ``x`` holds one, 0 where it is empty."""
-    if not x.numel():
-        return 0.0
-    low, high = torch.aminmax(x)
-    return float(torch.maximum(-low, high))
-
-
-def is_finite(x: Tensor) -> bool:
-    """Whether there is neither NaN nor Inf in ``x``; faster than looking at each number."""
-    # Squares may overflow where numbers do not.
-    return math.isfinite(float(torch.linalg.vector_norm(x))) or math.isfinite(largest(x))
-
-
-def to_host(x: Tensor) -> Tensor:
-    """``x`` as float64 on the CPU, where small matrices are decomposed."""
-    return x.to("cpu", torch.float64)
-
-
-@dataclass(frozen=True)
-class Basis:
-    """Orthonormal columns ``Q`` (n, d_model, k) of a QR, kept as Householder reflectors: applied, never formed.
-
-    On CUDA, torch calls cuSOLVER's ``geqrf`` and ``ormqr`` for one matrix after the other, without waiting between.
-    """
-
-    reflectors: Tensor  # (n, d_model, m), m ≥ k
-    tau: Tensor  # (n, k)
-
-    @classmethod
-    def of(cls, A: Tensor) -> tuple[Basis, Tensor]:
-        """``A = Q R``: ``A`` (n, d_model, m), ``R`` (n, k, m) on the CPU, ``k = min(d_model, m)``.
-
-        Equivalent to ``numpy.linalg.qr``.
-        """
-        reflectors, tau = torch.geqrf(A)
-        return cls(reflectors, tau), to_host(reflectors[..., : tau.shape[-1], :].triu())
-
-    def lift(self, core: Tensor) -> Tensor:
-        """``Q core``, for ``core`` (n, k, r) on the CPU."""
-        n, d_model, _ = self.reflectors.shape
-        padded = self.reflectors.new_zeros(n, d_model, core.shape[-1])
-        padded[:, : core.shape[1]].copy_(core)
-        lifted: Tensor = torch.ormqr(self.reflectors, self.tau, padded)
-        return lifted
-
-    def coordinates(self, vectors: Tensor) -> Tensor:
-        """``Qᵀ vectors`` on the CPU, for ``vectors`` (n, d_model, r)."""
-        turned = torch.ormqr(self.reflectors, self.tau, vectors, transpose=True)
-        return to_host(turned[:, : self.tau.shape[-1]])
-
-    def take(self, at: Sequence[int]) -> Basis:
-        """The bases at ``at``, which may repeat."""
-        return Basis(self.reflectors[at], self.tau[at])
-
-
-@dataclass(frozen=True)
-class Factor:
-    """Weights of some heads and their thin QRs, ``Wᵀ = Q R``, computed when they are asked for."""
-
-    W: Tensor  # (n, d_head, d_model)
-    known: tuple[Basis, Tensor] | None = None
-
-    @cached_property
-    def _qr(self) -> tuple[Basis, Tensor]:
-        return self.known or Basis.of(self.W.mT)
-
-    @property
-    def basis(self) -> Basis:
-        """``Q`` (n, d_model, k), ``k = min(d_head, d_model)``."""
-        return self._qr[0]
-
-    @property
-    def R(self) -> Tensor:
-        """``R`` (n, k, d_head), on the CPU."""
-        return self._qr[1]
-
-    def take(self, at: Sequence[int]) -> Factor:
-        """The factors at ``at``, which may repeat: heads that share keys share their QR."""
-        if list(at) == list(range(len(self.W))):
-            return self
-        return Factor(self.W[at], (self.basis.take(at), self.R[at]))
-
-    @property
-    def rcond(self) -> float:
-        """:func:`resolve_rcond` of these weights."""
-        return resolve_rcond(self.W.shape[-1], self.W.dtype)
-
-    @cached_property
-    def pinv_core(self) -> Tensor:
-        """``R⁺`` by SVD with :attr:`rcond`, so that ``(W⁺)ᵀ = R⁺ Qᵀ``; shape (n, d_head, k), on the CPU."""
-        inverse: Tensor = torch.linalg.pinv(self.R, rtol=self.rcond)
-        return inverse
 
 
 @dataclass(frozen=True)
@@ -219,13 +116,17 @@ class QKProduct:
         """``R_q R_kᵀ``, (n, k, k): M in the orthonormal bases of its two weights."""
         return self.query.R @ self.key.R.mT
 
+    @cached_property
+    def cross(self) -> Tensor:
+        """``W_K W_Qᵀ`` (n, d_head, d_head), on the CPU."""
+        return to_host(self.key.W @ self.query.W.mT)
+
     def symmetric_shares(self) -> list[float]:
         """``‖(M + Mᵀ)/2‖² / ‖M‖²``, between 0 and 1; 0.5 when symmetric and antisymmetric parts weigh the same.
 
         ``‖(M + Mᵀ)/2‖² = (‖M‖² + tr(M M)) / 2`` and ``tr(M M) = tr(G G)`` with ``G = W_K W_Qᵀ``.
         """
-        G = to_host(self.key.W @ self.query.W.mT)  # (n, d_head, d_head)
-        traces = (G * G.mT).sum((-2, -1)).tolist()
+        traces = (self.cross * self.cross.mT).sum((-2, -1)).tolist()
         norms = torch.linalg.matrix_norm(self.core).tolist()
         # Rounding may step outside.
         return [
@@ -257,25 +158,33 @@ class QKProduct:
             left, right = Side(self.query.basis, U), Side(self.key.basis, Vh.mT)
             modes = Decomposition(S, left, right, self.query.R, self.key.R)
             return self._spectra(channel, S, self.core), modes
-        B, R_Q, R_K = self._joint()
+        both, R_Q, R_K = self._joint()
         C = R_Q @ R_K.mT
         if channel is Channel.symmetric:
             values, E = torch.linalg.eigh((C + C.mT) / 2)
             order = _by_size(values)
-            S, both = values.gather(1, order), Side(B, pick(E, order))
-            return self._spectra(channel, S, C), Decomposition(S, both, both, R_Q, R_K)
+            S, side = values.gather(1, order), Side(both.basis, pick(E, order))
+            return self._spectra(channel, S, C), Decomposition(S, side, side, R_Q, R_K)
         values, W = torch.linalg.eigh(1j * (C - C.mT) / 2)
         S = _pairs(values)
         W = W.flip(-1)[..., : S.shape[-1] // 2] * 2**0.5
         U = torch.stack([W.imag, -W.real], dim=-1).flatten(-2)  # y_1, -x_1, y_2, -x_2, ...
         V = torch.stack([W.real, W.imag], dim=-1).flatten(-2)  # x_1,  y_1, x_2,  y_2, ...
-        return self._spectra(channel, S, C), Decomposition(S, Side(B, U), Side(B, V), R_Q, R_K)
+        return self._spectra(channel, S, C), Decomposition(
+            S, Side(both.basis, U), Side(both.basis, V), R_Q, R_K
+        )
 
-    def _joint(self) -> tuple[Basis, Tensor, Tensor]:
-        """An orthonormal basis (n, d_model, b) of both row spaces together, and ``R_Q``, ``R_K`` (n, b, d_head)."""
-        B, R = Basis.of(torch.cat([self.query.W, self.key.W], dim=-2).mT)
+    def _joint(self) -> tuple[Factor, Tensor, Tensor]:
+        """``[W_Q; W_K]``, factored into a basis (n, d_model, b), and ``R_Q``, ``R_K`` (n, b, d_head)."""
         d_head = self.query.W.shape[-2]
-        return B, R[..., :d_head], R[..., d_head:]
+
+        def gram() -> Tensor:
+            upper = torch.cat([self.query.gram, self.cross.mT], dim=-1)
+            return torch.cat([upper, torch.cat([self.cross, self.key.gram], dim=-1)], dim=-2)
+
+        W = torch.cat([self.query.W, self.key.W], dim=-2)
+        both = Factor(W, self.query.roundoff, known_gram=gram)
+        return both, both.R[..., :d_head], both.R[..., d_head:]
 
     def _spectra(self, channel: Channel, S: Tensor, cores: Tensor) -> tuple[Spectrum, ...]:
         """Spectra with values ``S``; ``cores`` are M in orthonormal bases, of the same norm."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qkpatch.recipes.catalogue import shipped_recipes
-from qkpatch.recipes.descriptions import attention, defaults, layout
+from qkpatch.recipes.descriptions import attention, defaults, layout, repository
 from qkpatch.recipes.recipe import Recipe
 from qkpatch.recipes.rows import RowLayout
 from scripts.markdown import joined, table
@@ -31,7 +31,7 @@ def page(repo: Path) -> str:
             f"That is {meaning}.",
             table(
                 ("recipe", "models", "default repository"),
-                ((f"`{r.name}`", r.title, r.default_repo) for r in recipes if r.tested == tested),
+                ((f"`{r.name}`", r.title, repository(r)) for r in recipes if r.tested == tested),
             ),
         )
     ]
@@ -42,7 +42,8 @@ def page(repo: Path) -> str:
         "`qkpatch recipes check SOURCE` says which one fits a checkpoint. For a model that none fits it drafts one: "
         "see [how to add a family](../configs/README.md).",
         f"The default edit is *{edit}*, in every family: ours, not the paper's. A recipe's name, as SOURCE, stands "
-        "for its default repository on the Hub. **No recipe has been tested on its full released weights.**",
+        "for its default repository on the Hub; it is none where none is known that the recipe reads. **No recipe has "
+        "been tested on its full released weights.**",
         "Refused by name: pickled weights; queries or keys quantised otherwise than in block FP8; multi-head latent "
         "attention; layers without keys of their own.",
         *families,

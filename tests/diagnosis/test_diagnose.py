@@ -335,7 +335,7 @@ class TestCommand:
 
 @pytest.mark.parametrize("width", [60, 80, 140, 200])
 def test_the_table_of_recipes_keeps_its_width_and_tells_every_fact(width: int) -> None:
-    from qkpatch.recipes.descriptions import attention, defaults, layout, recipe_table
+    from qkpatch.recipes.descriptions import attention, defaults, layout, recipe_table, repository
 
     recipes = list(shipped_recipes().values())
     text = recipe_table(recipes, width)
@@ -346,7 +346,7 @@ def test_the_table_of_recipes_keeps_its_width_and_tells_every_fact(width: int) -
         assert (
             recipe.name in lines if width < 100 else any(line.startswith(f"{recipe.name} ") for line in lines)
         )
-        assert recipe.default_repo in told
+        assert repository(recipe) in told
         assert all(
             word in told
             for fact in (layout(recipe), attention(recipe), defaults(recipe))

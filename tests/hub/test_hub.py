@@ -19,6 +19,9 @@ from conftest import Tiny, build_tiny
 from fake_hub import TOKEN, FakeHub, Fault, Repo, hub_environment, run_qkpatch
 from typer.testing import Result
 
+from qkpatch.hub.repository import HubId
+from qkpatch.recipes.catalogue import get_recipe, shipped_recipes
+
 ELSEWHERE = "http://127.0.0.1:9"  # the discard port: nobody answers
 
 LLAVA_CONFIG: dict[str, object] = {
@@ -133,6 +136,36 @@ def test_a_recipe_name_stands_for_the_recipes_default_repository(
     assert [edit["tensor"] for edit in plan["edits"]] == [llava.name(1, "q")]
 
 
+def test_a_recipe_without_a_default_repository_says_so(hub: FakeHub, home: Path) -> None:
+    assert get_recipe("persimmon").default_repo is None
+    result = run_qkpatch(hub_environment(hub.endpoint, home), "plan", "persimmon")
+    assert result.returncode == 2
+    assert "persimmon stands for no repository" in result.stderr
+    assert "org/name[@revision]" in result.stderr
+    assert not hub.log
+
+
+def test_every_default_repository_is_a_name_that_the_hub_can_have() -> None:
+    for recipe in shipped_recipes().values():
+        assert recipe.default_repo is None or HubId.parse(recipe.default_repo) is not None, recipe.name
+        assert recipe.gated in (None, True), recipe.name
+        assert recipe.default_repo or not recipe.gated, recipe.name
+
+
+def test_a_default_repository_may_be_of_a_revision(hub: FakeHub, home: Path, tmp_path: Path) -> None:
+    opt = get_recipe("opt").default_repo
+    assert opt is not None
+    name, _, revision = opt.partition("@")
+    text: Any = LLAVA_CONFIG["text_config"]
+    config = {**text, "model_type": "opt", "architectures": ["OPTForCausalLM"]}
+    tiny = build_tiny(tmp_path / "opt", prefix="model.decoder.layers.{layer}.self_attn.", config=config)
+    hub.repos[name] = Repo(tiny.path, branches=("main", revision))
+    result = run_qkpatch(hub_environment(hub.endpoint, home), "plan", "opt", "--json")
+    assert result.returncode == 0, result.stderr
+    source = json.loads(result.stdout)["source"]
+    assert (source["name"], source["requested_revision"]) == (name, revision)
+
+
 def test_quiet_keeps_quiet_while_downloading(hub: FakeHub, published: Repo, home: Path) -> None:
     result = run_qkpatch(hub_environment(hub.endpoint, home), "plan", "org/tiny", "--quiet")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
@@ -204,6 +237,23 @@ def test_a_gated_repository_is_an_error_with_a_way_out(hub: FakeHub, tiny: Tiny,
     hub.repos["org/gated"] = Repo(tiny.path, gated=True)
     result = run_qkpatch(hub_environment(hub.endpoint, home), "plan", "org/gated")
     assert_explains(result.returncode, result.stderr, result.stdout, "gated", "accept its terms")
+
+
+@pytest.mark.parametrize("answer", ["gated", "no such repository"])
+def test_a_default_repository_that_is_gated_is_said_to_be(
+    answer: str, hub: FakeHub, tiny: Tiny, home: Path
+) -> None:
+    """The Hub says of some that there is no such repository, where no token was sent."""
+    repo = get_recipe("mllama").default_repo
+    assert repo is not None
+    if answer == "gated":
+        hub.repos[repo] = Repo(tiny.path, gated=True)
+    result = run_qkpatch(hub_environment(hub.endpoint, home), "plan", "mllama")
+    assert_explains(result.returncode, result.stderr, result.stdout, "gated", repo, "HF_TOKEN")
+    assert result.stderr.count("gated") == 1
+    hub.repos.clear()
+    result = run_qkpatch(hub_environment(hub.endpoint, home), "plan", "qwen3")
+    assert "gated" not in result.stderr
 
 
 def test_an_unknown_revision_is_an_error_with_a_way_out(hub: FakeHub, published: Repo, home: Path) -> None:

@@ -25,6 +25,7 @@ TOKEN = "hf_secret"
 REPO_ROOT = Path(__file__).resolve().parents[2]
 PIECE = 1 << 20
 HASHED = 64 << 20  # larger files are named by their name and size: tests have sparse ones of many gigabytes
+REVISION = "(refs/pr/[0-9]+|[^/]+)"
 
 
 @dataclass(frozen=True)
@@ -464,12 +465,12 @@ class _Handler(_Base):
             pass
         elif self.state.bad_token and self.headers.get("Authorization"):
             self._send(401, b"{}", {"X-Error-Message": "Invalid credentials in Authorization header"})
-        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
+        elif found := re.fullmatch(rf"/api/models/([^/]+/[^/]+)(?:/revision/{REVISION})?", path):
             self._model_info(found[1], found[2] or "main")
-        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
+        elif found := re.fullmatch(rf"/api/models/([^/]+/[^/]+)/tree/{REVISION}", path):
             if repo := self._repo(found[1], found[2]):
                 self._send_json(repo.tree())
-        elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        elif found := re.fullmatch(rf"/([^/]+/[^/]+)/resolve/{REVISION}/(.+)", path):
             self._file(found[1], found[2], found[3])
         else:
             self._refuse(404, "EntryNotFound")

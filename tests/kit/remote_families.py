@@ -25,6 +25,7 @@ REMOTE = {
     "multi-modality",
     "ovis",
     "phi3-v",
+    "video-llama-3-original",
 }
 
 H, K, G, D_HEAD, LAYERS = 6, 2, 3, 8, 3
@@ -233,6 +234,22 @@ def deepseek(architecture: str, model_type: str, stem: str, decoy: str) -> Remot
     return Remote(config, stem, "self_attn.q_proj.weight", projections(WIDE), separate, (decoy,))
 
 
+def moondream_phi(section: str, text_type: str, stem: str) -> Remote:
+    counts = {"num_hidden_layers": LAYERS, "num_attention_heads": H, "hidden_size": WIDE}
+    return Remote(
+        {
+            "model_type": "moondream1",
+            "architectures": ["Moondream"],
+            section: {"model_type": text_type, **counts},
+        },
+        stem,
+        "mixer.Wqkv.weight",
+        {"ln.weight": (WIDE,), "mixer.Wqkv.weight": (3 * WIDE, WIDE), "mixer.Wqkv.bias": (3 * WIDE,)},
+        thirds,
+        ("vision_encoder.encoder.model.visual.blocks.1.attn.qkv.weight",),
+    )
+
+
 # Cases of a recipe are told apart by what follows its name.
 CASES: dict[str, Remote] = {
     "phi3-v": Remote(
@@ -312,23 +329,14 @@ CASES: dict[str, Remote] = {
         qkv("attn.qkv.weight"),
         ("model.vision.blocks.1.attn.qkv.weight",),
     ),
-    "moondream2-phi": Remote(
-        {
-            "model_type": "moondream1",
-            "architectures": ["Moondream"],
-            "text_config": {
-                "model_type": "phi",
-                "num_hidden_layers": LAYERS,
-                "num_attention_heads": H,
-                "hidden_size": WIDE,
-            },
-        },
-        "text_model.transformer.h.{}.",
-        "mixer.Wqkv.weight",
-        {"ln.weight": (WIDE,), "mixer.Wqkv.weight": (3 * WIDE, WIDE), "mixer.Wqkv.bias": (3 * WIDE,)},
-        thirds,
-        ("vision_encoder.encoder.model.visual.blocks.1.attn.qkv.weight",),
-    ),
+    **{
+        f"moondream2-phi:{case}": moondream_phi(*what)
+        for case, what in {
+            "text_config": ("text_config", "phi", "text_model.transformer.h.{}."),
+            "phi_config": ("phi_config", "phi", "text_model.transformer.h.{}."),
+            "moondream1": ("phi_config", "phi-msft", "text_model.model.transformer.h.{}."),
+        }.items()
+    },
     "ovis:1.6": ovis("ovis", "gemma2"),
     "ovis:2": ovis("ovis", "qwen2"),
     "ovis:2.5": ovis("ovis2_5", "qwen3", norms=True),
@@ -366,6 +374,29 @@ CASES: dict[str, Remote] = {
         "DeepseekOCR",
         "model.layers.{}.",
         "model.sam_model.blocks.1.attn.qkv.weight",
+    ),
+    **{
+        f"deepseek-vl2:{architecture}": deepseek(architecture, model_type, "model.layers.{}.", decoy)
+        for architecture, model_type, decoy in (
+            (
+                "DeepseekOCR2ForCausalLM",
+                "deepseek_vl_v2",
+                "model.qwen2_model.model.model.layers.1.self_attn.q_proj.weight",
+            ),
+            (
+                "UnlimitedOCRForCausalLM",
+                "unlimited-ocr",
+                "model.vision_model.transformer.layers.1.self_attn.qkv_proj.weight",
+            ),
+        )
+    },
+    "video-llama-3-original": Remote(
+        {"model_type": "videollama3_qwen2", "architectures": ["Videollama3Qwen2ForCausalLM"], **SQUARE},
+        "model.layers.{}.",
+        "self_attn.q_proj.weight",
+        projections(WIDE, bias=True),
+        separate,
+        ("model.vision_encoder.encoder.layers.1.self_attn.q_proj.weight",),
     ),
     "emu3-original": Remote(
         {"model_type": "Emu3", "architectures": ["Emu3ForCausalLM"], **SQUARE},
@@ -408,6 +439,11 @@ PUBLISHED: list[tuple[str, dict[str, object], tuple[int, ...]]] = [
     ("cogvlm2", {"architectures": ["CogVLMForCausalLM"]}, (32, 32, 8, 128, 4096)),
     ("moondream2", {"model_type": "moondream1", "config": {}}, (24, 32, 32, 64, 2048)),
     ("moondream2-phi", {"model_type": "moondream1", "text_config": {"model_type": "phi"}}, (24, 32, 32, 64, 2048)),
+    (
+        "moondream2-phi",  # Moondream 1 and the first revisions of Moondream 2
+        {"model_type": "moondream1", "phi_config": {"model_type": "phi-msft"}},
+        (24, 32, 32, 64, 2048),
+    ),
     (
         "deepseek-vl2",  # DeepSeek-OCR
         {

@@ -24,7 +24,8 @@ from typer.testing import Result
 from qkpatch.errors import UsageError
 from qkpatch.patching import device, spectra
 from qkpatch.patching import edit_heads as editing
-from qkpatch.spectral.product import Factor, QKProduct
+from qkpatch.spectral.factors import Factor
+from qkpatch.spectral.product import QKProduct
 from qkpatch.spectral.rule import Channel, Select
 
 RULES = [(c.value, s.value) for c in Channel for s in Select if s is not Select.subspace or c is Channel.full]

@@ -11,6 +11,7 @@ import families_more
 import families_older
 import families_recent
 import families_special
+import families_twins
 import numpy as np
 import oracle
 import pytest
@@ -25,6 +26,7 @@ CASES = {
     **families_more.CASES,
     **families_recent.CASES,
     **families_older.CASES,
+    **families_twins.CASES,
 }
 REMOTE = families.REMOTE | families_recent.REMOTE | families_older.REMOTE | remote_families.REMOTE
 

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
+import os
+import shlex
 import shutil
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import Tiny, build_tiny
-from fake_hub import TOKEN, FakeHub, Repo, hub_environment, run_qkpatch
+from conftest import REPO, Tiny, build_tiny
+from fake_hub import TOKEN, FakeHub, Repo, command, hub_environment, run_qkpatch
 from typer.testing import Result
 
-from qkpatch.publishing import front_matter
+from qkpatch.planning.manifest import Manifest
+from qkpatch.publishing.card import is_card_of
+from qkpatch.publishing.front_matter import FrontMatter
 
 SHARDS = [["layers.0."], ["layers.1."], [""]]
 PATCHED, UNTOUCHED = "model-00002-of-00003.safetensors", "model-00001-of-00003.safetensors"
@@ -66,6 +73,19 @@ def out(base: Tiny, tmp_path: Path, run: Callable[..., Result]) -> Path:
     return tmp_path / "out"
 
 
+def card_over(
+    readme: str | bytes, base: Tiny, tmp_path: Path, run: Callable[..., Result], *flags: object
+) -> str:
+    """What `card` prints for an edit of a model whose card is ``readme``."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(base.path, source)
+    (source / "README.md").write_bytes(readme.encode() if isinstance(readme, str) else readme)
+    assert run("apply", source, "-o", out, "--quiet", *flags).exit_code == 0
+    result = run("card", out)
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
 def parts(card: str) -> tuple[dict[str, Any], str]:
     """Front matter, as YAML reads it, and the text."""
     _, block, text = card.split("---\n", 2)
@@ -76,11 +96,9 @@ def parts(card: str) -> tuple[dict[str, Any], str]:
 
 
 def test_front_matter_is_kept_but_for_what_is_set_and_dropped() -> None:
-    block, text = front_matter.split(BASE_CARD)
-    assert text == "\n# Base\n\nIt is *good*. --- or so.\n"
-    changed = front_matter.changed(
-        block, {"base_model": "org/base", "tags": ["a", "no", "1.5"]}, ["model-index"]
-    )
+    matter = FrontMatter.of(BASE_CARD)
+    assert matter.text == "\n# Base\n\nIt is *good*. --- or so.\n"
+    changed = matter.changed({"base_model": "org/base", "tags": ["a", "no", "1.5"]}, ["model-index"])
     read = yaml.safe_load(changed)
     assert read == {
         "license": "other",
@@ -102,23 +120,128 @@ def test_front_matter_is_kept_but_for_what_is_set_and_dropped() -> None:
         ("tags:\n- vision # yes\n- \"chat\"\nx: 1", ["vision", "chat"]),
         ("tags:\n  - vision\n", ["vision"]),
         ("tags: vision", ["vision"]),
+        ("tags: [null, ~, 2024, no]", ["2024", "no"]),
+        ("{license: mit, 'tags': [vision]}", ["vision"]),
         ("tags:\n", []),
+        ("tags: [{a: b}]", []),
         ("x: 1", []),
         ("", []),
     ],
 )  # fmt: skip
 def test_lists_are_read_in_each_of_their_forms(block: str, expected: list[str]) -> None:
-    assert front_matter.listed(block, "tags") == expected
+    assert FrontMatter.of(f"---\n{block}\n---\n").listed("tags") == expected
 
 
-@pytest.mark.parametrize("card", ["# no front matter\n", "", "--- no\n---\n", "---\nunclosed: 1\n"])
+@pytest.mark.parametrize(
+    "card",
+    ["# no front matter\n", "", "--- no\n---\n", "---\nunclosed: 1\n", "---\nbetween two rules\n---\n"],
+)
 def test_a_card_without_front_matter_is_all_text(card: str) -> None:
-    assert front_matter.split(card) == ("", card)
+    assert FrontMatter.of(card) == FrontMatter(card)
 
 
-def test_front_matter_with_other_line_ends_and_nothing_in_it() -> None:
-    assert front_matter.split("---\r\na: 1\r\n---\r\ntext") == ("a: 1", "text")
-    assert front_matter.split("---\n---\ntext") == ("", "text")
+@pytest.mark.parametrize(
+    ("card", "keys", "text"),
+    [
+        ("---\r\na: 1\r\n---\r\ntext", ["a"], "text"),
+        ("---\n---\ntext", [], "text"),
+        ("\ufeff---\na: 1\n---\ntext", ["a"], "text"),
+        ("\ufefftext", [], "text"),
+        ("\n\n---  \na: 1\n---\t\ntext", ["a"], "text"),
+        ("---\na: 1\n...\nb: 2\n---\ntext", ["a"], "b: 2\n---\ntext"),
+        ("---\na: 1\n---", ["a"], ""),
+    ],
+)
+def test_front_matter_ends_where_it_ends(card: str, keys: list[str], text: str) -> None:
+    matter = FrontMatter.of(card)
+    assert (list(matter.entries), matter.text) == (keys, text)
+
+
+FIGURES = "[{name: base, results: [{task: {type: x}}]}]"
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        f"license: mit\nmodel-index: {FIGURES}\n",
+        f'license: mit\n"model-index": {FIGURES}\n',
+        f"license: mit\n'model-index' : {FIGURES}\n",
+        f'license: mit\n"model\\x2dindex": {FIGURES}\n',
+        f"license: mit\n? model-index\n: {FIGURES}\n",
+        f"{{license: mit, model-index: {FIGURES}}}\n",
+        f"{{license: mit,\n model-index: {FIGURES}}}\n",
+        f"  license: mit\n  model-index: {FIGURES}\n",
+        f"license: mit\n<<: {{model-index: {FIGURES}}}\n",
+        f"license: mit\n...\nmodel-index: {FIGURES}\n",
+        f"license: mit\nmodel-index: {FIGURES}\nmodel-index: {FIGURES}\n",
+    ],
+)
+def test_the_bases_figures_are_inherited_in_no_spelling(
+    base: Tiny, tmp_path: Path, run: Callable[..., Result], block: str
+) -> None:
+    data, _ = parts(card_over(f"---\n{block}---\n# Base\n", base, tmp_path, run))
+    assert data == {"license": "mit", "tags": ["qkpatch"]}
+
+
+@pytest.mark.parametrize(
+    ("block", "kept"),
+    [
+        ("base_model: /home/me/llama", {}),
+        ("base_model: ./llama", {}),
+        ("base_model: [~/llama, org/older, null]", {"base_model": ["org/older"]}),
+        ("base_model: org/older  # yes\nbase_model_relation: merge", {"base_model": "org/older"}),
+        ("base_model: gpt2", {"base_model": "gpt2"}),
+        ("datasets: [null]", {}),
+        ("datasets:\n- null\n- org/data\n-", {"datasets": ["org/data"]}),
+        ("license: null", {}),
+        ("language: [no, en, ~]", {"language": ["no", "en"]}),
+        ("widget: [{text: null}]\ndate: 2024-05-01\nx: 010\n", {"widget": [{"text": None}], "x": 8}),
+        ("language: no", {"language": False}),  # as it was written: the Hub reads another YAML
+    ],
+)
+def test_what_the_hub_rejects_is_left_out_and_what_it_knows_nothing_of_stays(
+    base: Tiny, tmp_path: Path, run: Callable[..., Result], block: str, kept: dict[str, Any]
+) -> None:
+    card = card_over(f"---\n{block}\n---\n# Base\n", base, tmp_path, run)
+    data, _ = parts(card)
+    assert data.pop("tags") == ["qkpatch"]
+    data.pop("date", None)
+    assert data == kept
+    assert ("date: 2024-05-01\nx: 010\n" in card) == ("date" in block)
+
+
+def test_a_head_that_cannot_be_read_is_told_and_kept(
+    base: Tiny, tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    card = card_over("---\nlicense: mit: x\n---\n# Base\n", base, tmp_path, run)
+    assert parts(card)[0] == {"tags": ["qkpatch"]}
+    assert "The head of the base model's card is not YAML: mapping values are not allowed here" in card
+    assert card.endswith("as it was. -->\n\n---\nlicense: mit: x\n---\n# Base\n")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+def test_a_card_in_whichever_unicode_keeps_license_and_tags(
+    base: Tiny, tmp_path: Path, run: Callable[..., Result], encoding: str
+) -> None:
+    card = card_over("---\nlicense: mit\ntags: [a]\n---\n# Bäse\n".encode(encoding), base, tmp_path, run)
+    data, text = parts(card)
+    assert data == {"license": "mit", "tags": ["a", "qkpatch"]}
+    assert text.endswith("as it was. -->\n\n# Bäse\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["tags: [a{}b]", "tags:{}\n- a", "- {}x", "x: '{}'", "[{}", "{}"],
+)
+@pytest.mark.parametrize("filler", [" ", "- ", "a\n", "#\n", "[", "a: 1\n"])
+def test_the_time_of_reading_a_head_grows_with_it_alone(text: str, filler: str) -> None:
+    def seconds(n: int) -> float:
+        card = f"---\n{text.format(filler * (n // len(filler)))}\n---\n"
+        begun = time.process_time()
+        FrontMatter.of(card)
+        return time.process_time() - begun
+
+    assert seconds(80_000) < 3 * seconds(40_000) + 0.5
 
 
 # -------- the card
@@ -244,6 +367,133 @@ def test_runs_that_differ_in_more_than_the_model_are_not_compared(
     assert f"they differ in {said}" in result.stderr
 
 
+def of_pope(**figures: Any) -> dict[str, object]:
+    return {"results": {"pope": figures, "coco_cap_chair": {}}}
+
+
+BIG = 10**400
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "cells"),
+    [
+        (0.5, math.nan, "0.5000 | - | -"),
+        (math.nan, 0.5, "- | 0.5000 | -"),
+        (0.5, math.inf, "0.5000 | - | -"),
+        (BIG, 0.5, "- | 0.5000 | -"),
+        (0.5, -BIG, "0.5000 | - | -"),
+        (0.5, None, "0.5000 | - | -"),
+        ("N/A", 0.5, "- | 0.5000 | -"),
+    ],
+)
+def test_a_figure_that_one_run_lacks_is_a_dash_on_either_side(
+    out: Path, tmp_path: Path, run: Callable[..., Result], left: Any, right: Any, cells: str
+) -> None:
+    alike = {"f1,none": 0.25}
+    before = lmms(tmp_path / "b", [1.0], [True], **of_pope(**{"acc,none": left, **alike}))
+    after = lmms(tmp_path / "p", [1.0], [True], **of_pope(**{"acc,none": right, **alike}))
+    result = run("card", out, "--results", after, "--base-results", before)
+    if result.exit_code and {BIG, -BIG} & {left, right}:
+        assert (result.exit_code, "digits" in result.stderr) == (3, True), result.stderr
+        return
+    assert result.exit_code == 0, result.stderr
+    assert f"| pope | acc | 1 | {cells} | - | - |\n" in result.stdout
+    assert "| pope | f1 | 1 | 0.2500 | 0.2500 | +0.0000 | - | - |" in result.stdout
+    lone = lmms(tmp_path / "l", [1.0], [True], **of_pope(acc=math.nan))
+    nothing = run("card", out, "--results", lone, "--base-results", before)
+    assert nothing.exit_code == 2
+    assert "no figure in common" in nothing.stderr
+
+
+def test_one_run_is_no_comparison(out: Path, tmp_path: Path, run: Callable[..., Result]) -> None:
+    path = lmms(tmp_path / "b", [1.0, math.nan], [True])
+    copy = tmp_path / "copy.json"
+    copy.write_text(json.dumps(json.loads(path.read_text()), indent=4))
+    (tmp_path / "link").symlink_to(path)
+    for other in (path, copy, tmp_path / "link"):
+        result = run("card", out, "--results", other, "--base-results", path)
+        assert result.exit_code == 2
+        assert "they are the same run" in result.stderr
+        assert result.stdout == ""
+
+
+def test_what_else_differs_is_told(out: Path, tmp_path: Path, run: Callable[..., Result]) -> None:
+    config = {"model": "llava_hf", "model_args": "pretrained=/models/x"}
+    before = lmms(tmp_path / "b", [1.0], [True], config={**config, "limit": 8}, transformers_version="4.57")
+    after = lmms(tmp_path / "p", [0.0], [True], config={**config, "limit": None}, transformers_version="5.0")
+    result = run("card", out, "--results", after, "--base-results", before)
+    assert result.exit_code == 0, result.stderr
+    said = "**Not the model alone:** the runs differ in config.limit, transformers_version; both name the same model."
+    assert said in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ("pretrained=/home/me/My models/x,dtype=float16", "pretrained=x,dtype=float16"),
+        ("pretrained=~/x/,device_map=auto", "pretrained=x,device_map=auto"),
+        ("pretrained=C:\\models\\x", "pretrained=x"),
+        ("pretrained=file:///home/me/x", "pretrained=x"),
+        ('{"pretrained": "/home/me/x", "n": 1}', '{"pretrained": "x", "n": 1}'),
+        ({"pretrained": "/home/me/x", "n": 1}, "pretrained=x,n=1"),
+        ("pretrained=org/name,revision=main", "pretrained=org/name,revision=main"),
+        ("pretrained=org/name,base_url=https://host/v1", "pretrained=org/name,base_url=https://host/v1"),
+    ],
+)
+def test_no_path_of_this_machine_is_in_a_card(
+    out: Path, tmp_path: Path, run: Callable[..., Result], arguments: object, shown: str
+) -> None:
+    config = {"model": "llava_hf", "model_args": arguments}
+    before = lmms(tmp_path / "b", [1.0], [True], config=config, model_name="/home/me/x")
+    after = lmms(tmp_path / "p", [0.0], [True], model_name="/home/me/y")
+    result = run("card", out, "--results", after, "--base-results", before)
+    assert result.exit_code == 0, result.stderr
+    assert f"Base: `llava_hf, {shown}, x`; patched:" in result.stdout
+    assert "/me" not in result.stdout
+
+
+@pytest.mark.parametrize("task", ["a/b", "../b", "/", "", "\0", "x" * 300, "a|b`\n# Measured: 100 %", ".."])
+def test_a_task_may_be_called_what_no_file_is(
+    out: Path, tmp_path: Path, run: Callable[..., Result], task: str
+) -> None:
+    more: dict[str, Any] = {"n-samples": {}, "versions": {}, "configs": {}}
+    before = lmms(tmp_path / "b", [1.0], [True], results={task: {"pope_accuracy,none": 0.5}}, **more)
+    after = lmms(tmp_path / "p", [0.0], [True], results={task: {"pope_accuracy,none": 0.75}}, **more)
+    result = run("card", out, "--results", after, "--base-results", before)
+    assert result.exit_code == 0, result.stderr
+    (row,) = [line for line in result.stdout.splitlines() if "+0.2500" in line]
+    assert row.endswith("| pope_accuracy | - | 0.5000 | 0.7500 | +0.2500 | - | - |")
+    assert "\n# Measured" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("sample", "code"),
+    [
+        (b"{", 3),
+        (b"\xff", 3),
+        (b"[" * 100_000, 3),
+        (b"1", 3),
+        (b'{"doc_id": 0}', 3),
+        (b'{"doc_id": 0, "pope_accuracy": {"score": "high"}}', 3),
+        (b'{"doc_id": 0, "pope_accuracy": {"score": null}}', 3),
+        (b'{"doc_id": 0, "pope_accuracy": {"score": NaN}}', 0),
+        (b'{"doc_id": 0, "pope_accuracy": {"score": ' + b"9" * 400 + b"}}", 0),
+        (b'{"doc_id": 0, "pope_accuracy": {"score": ' + b"9" * 5000 + b"}}", 3),
+    ],
+)
+def test_a_sample_that_is_none_is_told_or_gives_no_interval(
+    out: Path, tmp_path: Path, run: Callable[..., Result], sample: bytes, code: int
+) -> None:
+    before, after = lmms(tmp_path / "b", [1.0, 0.0], [True]), lmms(tmp_path / "p", [1.0, 1.0], [True])
+    (tmp_path / "p" / "20261127_samples_pope.jsonl").write_bytes(sample + b"\n")
+    result = run("card", out, "--results", after, "--base-results", before)
+    assert result.exit_code == code, result.stderr
+    if code:
+        assert "not a sample of pope" in result.stderr
+    else:
+        assert "| pope | pope_accuracy | 2 | 0.5000 | 1.0000 | +0.5000 | - | - |" in result.stdout
+
+
 def test_a_result_without_its_base_and_a_file_of_another_kind_are_refused(
     out: Path, tmp_path: Path, run: Callable[..., Result]
 ) -> None:
@@ -254,7 +504,7 @@ def test_a_result_without_its_base_and_a_file_of_another_kind_are_refused(
     other = run("card", out, "--results", out / "config.json", "--base-results", path)
     assert other.exit_code == 3
     assert "not the results of a run of lmms-eval" in other.stderr
-    assert run("card", tmp_path).exit_code == 4
+    assert run("card", tmp_path).exit_code == 3
 
 
 # -------- one commit
@@ -405,3 +655,121 @@ def test_an_output_that_was_cut_is_not_published(
     assert result.returncode == 1
     assert PATCHED in result.stderr
     assert hub.commits == []
+
+
+# -------- the card in OUT
+
+
+def verified(run: Callable[..., Result], out: Path, source: Path) -> None:
+    result = run("verify", out, "--source", source)
+    assert result.exit_code == 0, result.stdout
+
+
+@pytest.mark.parametrize("readme", [BASE_CARD, "\ufeff# Base\n", "", None])
+@pytest.mark.parametrize("digest", ["edited", "files", "none"])
+def test_a_card_that_is_written_into_out_is_a_card_that_verify_knows(
+    base: Tiny, tmp_path: Path, run: Callable[..., Result], readme: str | None, digest: str
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(base.path, source)
+    (source / "README.md").unlink()
+    if readme is not None:
+        (source / "README.md").write_text(readme, encoding="utf-8")
+    assert run("apply", source, "-o", out, "--digest", digest, "--quiet").exit_code == 0
+    printed = run("card", out).stdout
+    others = {p.name: p.read_bytes() for p in out.iterdir() if p.name != "README.md"}
+    written = run("card", out, "--write")
+    assert (written.exit_code, written.stdout) == (0, ""), written.stderr
+    card = (out / "README.md").read_text()
+    assert card == printed
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.name != "README.md"} == others
+    verified(run, out, source)
+    # Once more, with results and without.
+    assert run("card", out).stdout == card
+    before, after = lmms(tmp_path / "b", [1.0, 0.0], [True]), lmms(tmp_path / "p", [1.0, 1.0], [True])
+    results = ("--results", after, "--base-results", before)
+    assert run("card", out, "--write", *results, "--quiet").exit_code == 0
+    measured = (out / "README.md").read_text()
+    assert "Measured for this model" in measured
+    assert "Nothing was measured" not in measured
+    verified(run, out, source)
+    manifest = Manifest.loads((out / "qkpatch.json").read_bytes(), "")
+    for text in (card, measured):
+        assert is_card_of(text, manifest, readme)
+        assert not is_card_of(text.replace("| factor α | 0.8 |", "| factor α | 0.1 |"), manifest, readme)
+        assert not is_card_of(text + "x", manifest, readme)
+        assert not is_card_of(text.replace("qkpatch apply", "curl"), manifest, readme)
+    assert run("card", out).stdout == card
+    assert run("card", out, "--write").exit_code == 0
+    assert (out / "README.md").read_text() == card
+    assert ("digests before and after" in card) == (digest != "none")
+
+
+def test_the_card_of_an_edit_of_an_edit_replaces_the_one_before(
+    base: Tiny, tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    sources = [base.path]
+    before, after = lmms(tmp_path / "b", [1.0, 0.0], [True]), lmms(tmp_path / "p", [1.0, 1.0], [True])
+    for alpha in ("0.5", "0.6", "0.7"):
+        out = tmp_path / alpha
+        assert run("apply", sources[-1], "-o", out, "--alpha", alpha, "--quiet").exit_code == 0
+        assert run("card", out, "--write", "--results", after, "--base-results", before).exit_code == 0
+        verified(run, out, sources[-1])
+        sources.append(out)
+    card = run("card", sources[-1]).stdout
+    assert "Nothing was measured for this model" in card
+    assert "Measured for this model" not in card
+    assert card.count("## What is claimed") == card.count("It is *good*.") == 1
+    assert "| factor α | 0.7 |" in card
+    assert "That was edited by qkpatch before: layers 1, 4 dominant mode(s), alpha 0.6, full channel." in card
+    data, _ = parts(card)
+    assert (data["license"], data["tags"]) == ("other", ["vision", "chat", "qkpatch"])
+
+
+@pytest.mark.parametrize("redirection", [">", ">>", "| tee"])
+@pytest.mark.parametrize("name", ["out/README.md", "soft", "hard"])
+def test_a_card_is_not_printed_into_itself(out: Path, tmp_path: Path, redirection: str, name: str) -> None:
+    (tmp_path / "soft").symlink_to(out / "README.md")
+    (tmp_path / "hard").hardlink_to(out / "README.md")
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+
+    def bash(script: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+
+    # A pipe is not seen through, but the card that it has emptied is missed.
+    emptied = f": > {name}; " if "tee" in redirection else ""
+    done = bash(f"set -o pipefail; {emptied}{shlex.join(command('card', 'out'))} {redirection} {name}")
+    assert done.returncode == (4 if emptied else 2), done.stderr
+    assert "qkpatch card out --write" in done.stderr.replace("OUT", "out")
+    assert (out / "README.md").read_text() == (BASE_CARD if redirection == ">>" else "")
+    # The cure.
+    (out / "README.md").write_text(BASE_CARD)
+    cured = bash(shlex.join(command("card", "out", "--write")))
+    assert cured.returncode == 0, cured.stderr
+    assert "license: other\n" in (out / "README.md").read_text()
+
+
+def test_a_card_that_cannot_be_written_leaves_the_one_there(
+    out: Path, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    names = sorted(out.iterdir())
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fails)
+        result = run("card", out, "--write")
+    assert result.exit_code == 4
+    assert "cannot write: No space left on device" in result.stderr
+    assert (out / "README.md").read_text() == BASE_CARD
+    assert sorted(out.iterdir()) == names
+    (out / "README.md").rename(out.parent / "elsewhere")
+    (out / "README.md").symlink_to(out.parent / "elsewhere")
+    linked = run("card", out, "--write")
+    assert linked.exit_code == 4
+    assert "README.md is a link" in linked.stderr
+    assert (out.parent / "elsewhere").read_text() == BASE_CARD
+    both = run("card", out, "--write", "--push", "me/new")
+    assert both.exit_code == 2

@@ -463,6 +463,23 @@ def test_secrets_and_what_links_led_to_stay_here(world: World, leaky: Path, tmp_
         assert name in result.stderr
 
 
+@pytest.mark.parametrize("name", ["sub/.git/config", "sub/.cache/x", "sub/.GIT", "a/.cache"])
+def test_a_name_that_the_hub_refuses_is_refused_before_the_edit(
+    world: World, leaky: Path, tmp_path: Path, name: str
+) -> None:
+    sub_folder((leaky / name).parent)
+    (leaky / name).write_text("x")
+    push = ("apply", leaky, "-o", tmp_path / "edited", "--push", "me/new")
+    insisted = run_qkpatch(world.environment, *push, "--include-hidden")
+    refused(world, insisted, 2, "no name for a file on the Hub")
+    assert name in insisted.stderr
+    assert not (tmp_path / "edited").exists()
+    result = run_qkpatch(world.environment, *push)
+    assert result.returncode == 0, result.stderr
+    (commit,) = world.hub.commits
+    assert name not in commit.files
+
+
 @stress
 def test_what_was_withheld_is_in_the_output_and_goes_along_where_somebody_insists(
     world: World, leaky: Path, tmp_path: Path, run: Callable[..., Result]

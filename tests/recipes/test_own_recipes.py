@@ -12,6 +12,8 @@ import torch
 from conftest import REPO, Tiny, build_tiny
 from safetensors.torch import load_file, save_file
 
+from qkpatch.recipes.catalogue import load_recipe
+
 LLAMA = (REPO / "configs" / "llama.yaml").read_text()
 Run = Callable[..., Any]
 
@@ -133,6 +135,22 @@ class TestVerify:
         recipe, out = self.made(tiny, run, tmp_path, "mine")
         recipe.write_text(recipe.read_text().replace("mtp_layers: true", "mtp_layers: false"))
         assert run("verify", out, "--source", tiny.path, "--recipe", recipe).exit_code == 1
+
+    def test_a_recipe_that_knows_more_models_by_now(self, tiny: Tiny, run: Run, tmp_path: Path) -> None:
+        recipe, out = self.made(tiny, run, tmp_path, "mine")
+        text = recipe.read_text().replace("sections: [.]", "sections: [text_config, .]")
+        text = text.replace("    llama: {", "    llama: {num_key_value_heads: 1, ")
+        text = text.replace("  query:", "    - language_model.layers.{layer}.\n  query:")
+        recipe.write_text(text.replace("tensors:", "    mistral: {head_dim: 8}\ntensors:"))
+        assert len(load_recipe(recipe).config.class_defaults) == 2
+        assert run("verify", out, "--source", tiny.path, "--recipe", recipe).exit_code == 0
+        # What of it decides the edit is compared all the same.
+        record = json.loads((out / "qkpatch.json").read_text())
+        record["recipe"]["tensors"]["every_layer"] = False
+        (out / "qkpatch.json").write_text(json.dumps(record))
+        result = run("verify", out, "--source", tiny.path, "--recipe", recipe)
+        assert result.exit_code == 1
+        assert "made with another recipe called mine (tensors differ)" in " ".join(result.stdout.split())
 
 
 @pytest.mark.parametrize("what", ["directory", "missing", "pipe"])

@@ -16,7 +16,8 @@ from qkpatch.recipes.catalogue import get_recipe, load_recipe, shipped_recipes
 from qkpatch.recipes.heads import HeadLayout
 from qkpatch.recipes.reading import parse_recipe
 
-GOOD = (REPO / "configs" / "llama.yaml").read_text()
+DEFAULTS = "defaults:\n  layers: middle-third\n  modes: 4\n"
+GOOD = (REPO / "configs" / "llama.yaml").read_text() + DEFAULTS
 
 
 @pytest.mark.parametrize("path", sorted((REPO / "configs").glob("*.yaml")), ids=lambda path: path.stem)
@@ -135,6 +136,14 @@ def test_an_architecture_decides_where_the_model_type_is_shared() -> None:
         choose_recipe({**original, "architectures": ["LlavaForConditionalGeneration"]}, names)
     with pytest.raises(AmbiguousError, match="no recipe is made for model_type 'llava'"):
         choose_recipe({**original, "architectures": ["LlavaMptForCausalLM"]}, names)
+
+
+def test_pixtral_may_bear_its_vision_towers_name_and_no_other_class_does() -> None:
+    names = ["language_model.model.layers.0.self_attn.q_proj.weight"]
+    config = {"model_type": "pixtral", "architectures": ["LlavaForConditionalGeneration"]}
+    assert choose_recipe(config, names).name == "llava-1.5"
+    with pytest.raises(AmbiguousError, match="no recipe is made for model_type 'pixtral'"):
+        choose_recipe({**config, "architectures": ["PixtralVisionModel"]}, names)
 
 
 def test_a_decoy_whose_name_only_contains_the_prefix_does_not_match() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -38,22 +42,44 @@ def card(
         typer.Option(help="With --push: the YAML file, where it was made by one of yours.", metavar="FILE"),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With --push: do all but send.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Put it in place of the card in OUT.")] = False,
     quiet: QuietOpt = False,
     debug: DebugOpt = False,
 ) -> None:
-    """Print the model card of OUT; with --push, verify OUT and publish it with the card.
+    """Print the model card of OUT, or write it; with --push, verify OUT and publish it with the card.
 
     Files that the base repository has are copied on the Hub's side, the others are sent, in one commit.
     """
     from qkpatch import api
-    from qkpatch.cli.console import print_text
+    from qkpatch.cli.console import note, print_text
+    from qkpatch.publishing.card import CARD_NAME
     from qkpatch.publishing.lmms_eval import compare_both
 
     wish = push_wish(publish, compare_both(results, base_results))
+    if write and wish is not None:
+        raise UsageError("--push publishes a card of its own", where="--write", fix="leave one of them out")
     if wish is not None:
         address = push_out(out, wish, source, recipe, ShowFlags(quiet=quiet), dry_run=dry_run)
         print_text("" if address is None else f"{address}\n")
         return
     if dry_run or source is not None or recipe is not None:
         raise UsageError("--dry-run, --source and --recipe go with --push", fix="add --push org/name")
-    print_text(api.card(out, results, base_results))
+    if not write:
+        _refuse_to_print_into(out / CARD_NAME)
+    text = api.card(out, results, base_results, write=write)
+    if not write:
+        print_text(text)
+    elif not quiet:
+        note(f"Wrote {out / CARD_NAME}")
+
+
+def _refuse_to_print_into(card: Path) -> None:
+    """Refuse where stdout is OUT's own card, by whichever name."""
+    with suppress(OSError):  # no such file, or stdout is none
+        if os.path.samestat(os.fstat(sys.stdout.fileno()), card.stat()):
+            raise UsageError(
+                "the card would be printed into the card that it is made of",
+                where=str(card),
+                fix=f"{shlex.join(['qkpatch', 'card', str(card.parent), '--write'])}; where the shell (>) has emptied "
+                "it, copy SOURCE's README.md there first",
+            )
