@@ -17,7 +17,6 @@ from qkpatch.errors import HubError, UsageError
 from qkpatch.model.locate import Access
 from qkpatch.model.model import open_model
 from qkpatch.output.options import Writing
-from qkpatch.output.space import check_space
 from qkpatch.planning.manifest import Manifest
 from qkpatch.planning.memory import choose_threads
 from qkpatch.planning.plan import EditPlan, make_plan
@@ -81,7 +80,7 @@ def plan(
         return made
     from qkpatch.compare.overwrite import standing
 
-    return replace(made, is_done=isinstance(standing(Path(out), made, how, cache=cache), Manifest))
+    return replace(made, is_done=isinstance(standing(Path(out), made, how), Manifest))
 
 
 def _request(request: Request | None, edit: dict[str, Any]) -> Request:
@@ -125,7 +124,7 @@ def apply(
         FileSystemError: reading, writing or space; SOURCE changed meanwhile.
         NumericalError: NaN or Inf, or a tensor that the edit would leave as it was.
     """
-    from qkpatch.compare.overwrite import standing
+    from qkpatch.compare.overwrite import check_fits, standing
     from qkpatch.patching.apply import apply_plan, check_run
 
     writing = Writing(**how) if writing is None else writing
@@ -133,14 +132,14 @@ def apply(
     place = plan.default_out if out is None else Path(out)
     # What is refused is refused before a download.
     n_threads = choose_threads(threads, plan.head_memory, len(plan.model.checkpoint.tensors))
-    found = standing(place, plan, writing, observer, cache=cache)
+    found = standing(place, plan, writing, observer)
     if isinstance(found, Manifest):
         return found
     check_run(plan, device, n_threads)
     is_remote = plan.model.source.path is None
     if is_remote and cache:
         plan = _downloaded(plan, observer)
-        check_space(place, plan.output, plan.edits_by_file, writing, is_cached=True)
+        check_fits(place, plan, writing)
     n_heads = len(plan.edits) * len(plan.settings.heads)
     observer.begins("download" if is_remote and not cache else "copy", plan.output_bytes, n_heads)
     return apply_plan(

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from qkpatch.checkpoint.files import FileId
+from qkpatch.checkpoint.files import FileId, os_errors
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import Present, first_change
 from qkpatch.checkpoint.source import MANIFEST_NAME, Checkpoint
@@ -84,9 +84,9 @@ def check_out(out: Path, checkpoint: Checkpoint, *, overwrite: bool, force: bool
         return
     if out.is_symlink() or not out.is_dir():
         raise UsageError("exists and is not a directory", where=str(out), fix="choose another -o")
-    if not os.access(out, os.R_OK | os.X_OK):
-        raise FileSystemError("no permission to look into it", where=str(out), fix="choose another -o")
-    if any(out.iterdir()) and not force and not os.path.lexists(out / MANIFEST_NAME):
+    with os_errors("look into OUT", out):
+        names = os.listdir(out)
+    if names and not force and MANIFEST_NAME not in names:
         raise occupied(
             out, MANIFEST_NAME, "there is none, so qkpatch did not write this", overwrite=overwrite
         )

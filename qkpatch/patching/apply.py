@@ -105,14 +105,14 @@ def apply_plan(
             for target in plan.edits:
                 if target not in digests:
                     digests[target] = crew.start(partial(_digests, sources, copier, writing, target))
+            planned = planned_manifest(plan, str(editor.device))
             done = tuple(
-                EditRecord.planned(target, plan.output).done(*digests[target].result(), heads[target])
-                for target in plan.edits
+                record.done(*digests[target].result(), heads[target])
+                for record, target in zip(planned.edits, plan.edits, strict=True)
             )
             hashed = {name: how.sha256 for name, how in carried.items()}
             hashed |= copier.edited_digests(crew, carried)
             copier.sync_edited()
-            planned = planned_manifest(plan, str(editor.device))
             manifest = replace(
                 planned,
                 tool=replace(planned.tool, torch=editor.torch_version, python=platform.python_version()),
@@ -204,10 +204,10 @@ def _digests(sources: Sources, copier: Copier, writing: Writing, target: LayerTa
 
 def numerical_warnings(edits: Sequence[EditRecord], plan: EditPlan) -> list[str]:
     """What a user should know about the spectra that were met."""
-    modes, by_mode = plan.settings.rule.paired_modes, plan.settings.rule.takes_modes
+    modes, takes_modes = plan.settings.rule.paired_modes, plan.settings.rule.takes_modes
     heads = [(f"{edit.layer}.{head.head}", head) for edit in edits for head in edit.heads]
     narrow = [name for name, head in heads if head.gap is not None and head.gap < GAP_WARNING]
-    short = [name for name, head in heads if (len(head.modes) if by_mode else head.rank) < modes]
+    short = [name for name, head in heads if (len(head.modes) if takes_modes else head.rank) < modes]
     warnings = []
     if narrow:
         warnings.append(

@@ -171,7 +171,7 @@ class Copier:
             fd, means = self._edited[file.name].fd, self._ready.get(file.name)
         elif file.name in self._taken_over:
             fd, means = None, "resumed"
-        elif (original := _linkable(file, self._writing)) and self._staged.link(original, file.name):
+        elif (original := self._writing.linkable(file)) and self._staged.link(original, file.name):
             fd, means = None, "hardlink"
         else:
             while not self._slots.acquire(timeout=0.1):
@@ -313,11 +313,6 @@ def _cloned(file: OutputFile, fd: int) -> bool:
         return False
     with original.open() as source:
         return clone(source.fd, fd)
-
-
-def _linkable(file: OutputFile, writing: Writing) -> LocalFile | None:
-    original = file.original
-    return original if original is not None and writing.may_link(original) else None
 
 
 def files_open(plan: EditPlan) -> int:

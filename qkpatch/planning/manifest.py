@@ -253,7 +253,7 @@ def planned_manifest(plan: EditPlan, device: str) -> Manifest:
             for name, file in plan.output.files.items()
         ),
         warnings=plan.warnings,
-        run=blocks.RunBlock(),
+        run=blocks.RunBlock(already_done=plan.is_done or None),
     )
 
 
