@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -17,34 +17,16 @@ from qkpatch.recipes.recipe import Recipe
 CHECK = "check"  # `qkpatch recipes check SOURCE`; no recipe can be called so
 
 
-class _Shipped(Mapping[str, Recipe]):
-    """Recipes by name, sorted; each is parsed when it is asked for, which takes milliseconds."""
-
-    def __init__(self) -> None:
-        self._paths = {path.stem: path for path in sorted(_config_dir().glob("*.yaml"))}
-        self._parsed: dict[str, Recipe] = {}
-
-    def __getitem__(self, name: str) -> Recipe:
-        if name not in self._parsed:
-            self._parsed[name] = load_recipe(self._paths[name])
-        return self._parsed[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._paths)
-
-    def __len__(self) -> int:
-        return len(self._paths)
+@cache
+def shipped_recipes(word: str = "") -> Mapping[str, Recipe]:
+    """All shipped recipes by name, sorted, or those whose text holds ``word``: the others need not be parsed."""
+    paths = [path for path in sorted(_config_dir().glob("*.yaml")) if word in recipe_text(path.stem)]
+    return {path.stem: _shipped(path) for path in paths}
 
 
 @cache
-def shipped_recipes() -> Mapping[str, Recipe]:
-    """All shipped recipes by name, sorted."""
-    return _Shipped()
-
-
-def recipes_naming(word: str) -> Iterator[Recipe]:
-    """The shipped recipes whose text holds ``word``."""
-    return (shipped_recipes()[name] for name in shipped_recipes() if word in recipe_text(name))
+def _shipped(path: Path) -> Recipe:
+    return load_recipe(path)
 
 
 @cache
@@ -57,6 +39,12 @@ def backbone(model_type: str) -> Backbone | None:
             if model_type in said["config"]["class_defaults"]:
                 return Backbone(model_type, said, text)
     return None
+
+
+def language_models() -> tuple[Recipe, ...]:
+    """The shipped recipes that describe a language model, such as a family may wrap."""
+    shipped = shipped_recipes().items()
+    return tuple(recipe for name, recipe in shipped if not is_family(recipe_text(name).encode()))
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -80,7 +68,7 @@ def get_recipe(name: str) -> Recipe:
     if is_recipe_file(name):
         return load_recipe(Path(name))
     try:
-        return shipped_recipes()[name]
+        return shipped_recipes(name)[name]
     except KeyError:
         raise UsageError(
             f"no recipe is called {name!r}",

@@ -8,7 +8,6 @@ from difflib import get_close_matches
 from itertools import zip_longest
 
 from qkpatch.recipes.recipe import NormKind, NormSpan, Recipe
-from qkpatch.recipes.rows import RowLayout
 
 _HEADER = ("recipe", "rows, attention", "default repo, layers, modes", "tested on")
 _TITLE = 36  # columns of titles, which are wrapped
@@ -47,47 +46,6 @@ def attention(recipe: Recipe) -> str:
     if names.input_norm is None:
         facts.append("no RMSNorm before attention")
     return "; ".join(facts)
-
-
-def assumed(recipe: Recipe, *, with_norms: bool) -> str:
-    """What naming this recipe for another model takes for granted; ``with_norms``: of queries and keys, too."""
-    names, facts = recipe.tensors, []
-    if with_norms and names.norms is not None:
-        gain = "stored gain + 1" if names.norms.plus_one else "plain gain"
-        facts.append("LayerNorm" if names.norms.kind is NormKind.layer else gain)
-        facts[-1] += _OVER[names.norms.over]
-    if names.rows is not RowLayout.separate:
-        facts.append(f"rows {names.rows.value}")
-    if names.input_norm is None:
-        facts.append("no RMSNorm before attention")
-    elif names.input_norm.plus_one:
-        facts.append("stored gain + 1 before attention")
-    else:
-        facts.append("RMSNorm before attention")
-    if recipe.config.shared_kv is not None:
-        facts.append("last layers share keys")
-    return "; ".join(facts)
-
-
-def specialities(recipe: Recipe) -> int:
-    """How many things are special about a recipe: each is one more that an unknown model would have to share."""
-    names, config = recipe.tensors, recipe.config
-    norms = names.norms
-    return sum(
-        (
-            names.rows is not RowLayout.separate,
-            norms is not None and norms.kind is not NormKind.rms,
-            norms is not None and norms.over is not NormSpan.head,
-            norms is not None and norms.plus_one,
-            norms is not None and norms.optional,
-            names.input_norm is None or names.input_norm.plus_one,
-            not names.every_layer,
-            names.mtp_layers,
-            bool(recipe.others),
-            bool(config.layer_types),
-            config.shared_kv is not None,
-        )
-    )
 
 
 def is_about(recipe: Recipe, word: str) -> bool:

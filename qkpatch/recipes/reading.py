@@ -28,6 +28,7 @@ from qkpatch.recipes.recipe import (
     NormSpan,
     Recipe,
     TensorNames,
+    is_prefix,
 )
 from qkpatch.recipes.rows import RowLayout
 
@@ -179,7 +180,7 @@ def _tensor_names(
             f"rows {names.rows.value} {'need' if names.rows.is_fused else 'exclude'} query = key", "rows"
         )
     for i, prefix in enumerate(names.prefixes):
-        if prefix.count("{layer}") != 1 or set(prefix.replace("{layer}", "")) & set("{}"):
+        if not is_prefix(prefix):
             fields.fault(
                 f"must hold {{layer}} exactly once and no other brace, got {prefix!r}", f"prefixes[{i}]"
             )

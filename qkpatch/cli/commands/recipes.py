@@ -28,8 +28,8 @@ def recipes(
 ) -> None:
     """List the model families qkpatch knows, show one, or explain which of them SOURCE is: `recipes check SOURCE`.
 
-    `check` tells what matched and what did not. For a family it does not know it prints a draft recipe on stdout,
-    and the explanation on stderr. Exit 0 where exactly one recipe fits, else 3.
+    `check` tells what matched and what did not. For a family it does not know it names the command that would do, or
+    prints a draft recipe on stdout, and the explanation on stderr. Exit 0 where exactly one recipe fits, else 3.
     """
     from qkpatch.cli.console import output_width, print_json, print_text
     from qkpatch.errors import UsageError
@@ -57,17 +57,19 @@ def recipes(
 
 
 def _check(source: str, *, as_json: bool) -> NoReturn:
-    from qkpatch.cli.console import note, output_width, print_json, print_text
+    from qkpatch.cli.console import note, output_width, print_json, print_text, verdict
     from qkpatch.diagnosis.diagnose import diagnose
     from qkpatch.diagnosis.explain import explanation
 
     diagnosis = diagnose(source)
-    if as_json:
-        print_json(diagnosis.to_json())
-    elif diagnosis.draft is None:
-        print_text(explanation(diagnosis, output_width()))
-    else:
-        # So that `> draft.yaml` makes a file that can be used.
-        note(explanation(diagnosis, output_width(stderr=True)))
-        print_text(diagnosis.draft.text)
-    raise typer.Exit(diagnosis.exit_code)
+    with verdict(diagnosis.exit_code):
+        if as_json:
+            print_json(diagnosis.to_json())
+        elif diagnosis.draft is None:
+            print_text(explanation(diagnosis, output_width()))
+        else:
+            # So that `> draft.yaml` makes a file that can be used.
+            for line in explanation(diagnosis, output_width(stderr=True)).split("\n"):
+                note(line)
+            print_text(diagnosis.draft)
+    raise typer.Exit
