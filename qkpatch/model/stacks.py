@@ -95,13 +95,20 @@ def placements(recipe: Recipe, checkpoint: Checkpoint) -> tuple[list[Placed], di
 
 
 def offers(checkpoint: Checkpoint) -> list[str]:
-    """The flags under which a checkpoint of an unknown class can be edited, the likeliest first."""
+    """The flags under which a checkpoint of an unknown class can be edited, the likeliest first.
+
+    Raises:
+        UnsupportedError: it is of a known class, whose norms another program may have stored otherwise.
+    """
     config = checkpoint.config
     named = f"{config.get('model_type')} {config.get('architectures')}".lower()
     found: list[tuple[int, int, str]] = []
     families = [r for r in shipped_recipes().values() if config.get("model_type") in r.model_types]
     for recipe in (*language_models(), *(r for r in families if r not in language_models())):
-        fitting, _ = placements(recipe, checkpoint)
+        fitting, refused = placements(recipe, checkpoint)
+        for error in refused.values():
+            if isinstance(error, UnsupportedError) and recipe.matches(config):
+                raise error
         sure, at = _sure(recipe, fitting), named.rfind(recipe.name)
         for placed in sure or fitting:
             is_said = recipe in families or placed.kind in recipe.config.class_defaults
