@@ -118,9 +118,10 @@ def understood(
         )
     recipe = named or located.recipe or _chosen(located, checkpoint)
     notes: tuple[str, ...] = ()
-    is_unknown = named in language_models() and not named.matches(checkpoint.config)
     try:
-        if named is not None and (is_unknown or prefix is not None):
+        if named is not None and (
+            prefix is not None or (not named.matches(checkpoint.config) and named in language_models())
+        ):
             placed = place(named, checkpoint, prefix)
             recipe, notes = placed.recipe, (placed.told,)
         wanted = [recipe.tensors.attention] if attention is None else attention
