@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import platform
+import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 
 import torch
 
@@ -58,6 +62,14 @@ class Editor:
     def torch_version(self) -> str:
         """The version of torch with its build, such as ``2.13.0+cpu``."""
         return str(torch.__version__)
+
+    @property
+    def stack(self) -> dict[str, str]:
+        """What the bits of an edit depend on besides its inputs: torch, BLAS, and the kernels that the CPU takes."""
+        shown = torch.__config__.show()
+        blas = re.search(r"(?<=oneAPI )Math Kernel Library Version \S+|(?<=BLAS_INFO=)\w+", shown)
+        cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {_cpu_model()}".strip()
+        return {"torch": self.torch_version, "blas": blas[0] if blas else "unknown", "cpu": cpu}
 
     def edited(
         self, plan: EditPlan, opened: Opened, crew: Crew, write: Write, observer: Observer
@@ -119,7 +131,7 @@ def _edit_heads(
 
 
 def edit_batch(
-    weights: LayerWeights, batch: HeadWeights, rule: EditRule, seed: int
+    weights: LayerWeights, batch: HeadWeights, rule: EditRule, seed: int, known: StoredHeads | None = None
 ) -> tuple[StoredHeads, tuple[HeadReport, ...]]:
     """Some heads edited and rounded once: what is stored of them, and what that does to their products.
 
@@ -128,6 +140,7 @@ def edit_batch(
         batch: the heads, as they were.
         rule: the edit.
         seed: of random selections.
+        known: what is stored already, which is measured in place of what would be.
 
     Raises:
         NumericalError: NaN or Inf, or an edit that cannot be made.
@@ -136,11 +149,19 @@ def edit_batch(
     generators = [head_generator(seed, target.attention, target.layer, head) for head in batch.heads]
     try:
         edit = edit_query(batch.product, rule, generators)
-        stored = weights.stored.store(batch.heads, weights.unfolded(batch, edit.W_Q))
+        stored = known or weights.stored.store(batch.heads, weights.unfolded(batch, edit.W_Q))
         return stored, measure(batch.product, edit, weights.folded(stored.values))
     except HeadError as error:
         where = f"head {batch.heads[error.index]} of {target.query.name}, {target.query.dtype}"
         raise NumericalError(error.what, where=where, fix=error.fix) from error
+
+
+def _cpu_model() -> str:
+    """By the numbers that BLAS chooses its kernels by; empty where the system does not tell."""
+    with suppress(OSError):
+        told = Path("/proc/cpuinfo").read_text("utf-8", "replace").partition("\n\n")[0]
+        return " ".join(re.findall(r"(?m)^(?:vendor_id|cpu family|model|CPU \w+)\s*: (.+)$", told))
+    return ""
 
 
 def head_generator(seed: int, attention: str, layer: int, head: int) -> torch.Generator:

@@ -9,7 +9,7 @@ from pathlib import Path
 from qkpatch.checkpoint.tree import source_file
 from qkpatch.common.strict_yaml import load_yaml
 from qkpatch.errors import RecipeError, UsageError
-from qkpatch.recipes.backbones import Backbone, backbones_of
+from qkpatch.recipes.backbones import Backbone, is_family
 from qkpatch.recipes.descriptions import near_names
 from qkpatch.recipes.reading import parse_recipe
 from qkpatch.recipes.recipe import Recipe
@@ -29,38 +29,27 @@ def _shipped(path: Path) -> Recipe:
     return load_recipe(path)
 
 
-class _Backbones(Mapping[str, Backbone]):
-    """The language models that shipped recipes describe; a file is parsed when it may be the one asked for."""
-
-    def __init__(self) -> None:
-        files = (source_file(path, path.name) for path in sorted(_config_dir().glob("*.yaml")))
-        self._texts = [text for text in (file.read() for file in files) if b"\nbackbones:" not in text]
-        self._of = cache(
-            lambda text: {b.model_type: b for b in backbones_of(load_yaml(text, "configs"), text)}
-        )
-
-    def __getitem__(self, model_type: str) -> Backbone:
-        for text in self._texts:
-            if model_type.encode() in text and model_type in self._of(text):
-                return self._of(text)[model_type]
-        raise KeyError(model_type)
-
-    def __iter__(self) -> Iterator[str]:
-        return (model_type for text in self._texts for model_type in self._of(text))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
 @cache
-def shipped_backbones() -> Mapping[str, Backbone]:
-    """The language models that shipped recipes describe, by text ``model_type``."""
-    return _Backbones()
+def backbone(model_type: str) -> Backbone | None:
+    """The language model of a text ``model_type``, as a shipped recipe without backbones describes it, if one does."""
+    for path in sorted(_config_dir().glob("*.yaml")):
+        text = source_file(path, path.name).read()
+        if model_type.encode() in text and not is_family(text):
+            said = load_yaml(text, path.name)
+            if model_type in said["config"]["class_defaults"]:
+                return Backbone(model_type, said, text)
+    return None
+
+
+def language_models() -> tuple[Recipe, ...]:
+    """The shipped recipes that describe a language model, such as a family may wrap."""
+    shipped = shipped_recipes().items()
+    return tuple(recipe for name, recipe in shipped if not is_family(recipe_text(name).encode()))
 
 
 def load_recipe(path: Path) -> Recipe:
     """Read one recipe file; its name must be the file's."""
-    recipe = parse_recipe(source_file(path, path.name).read(), str(path), shipped_backbones())
+    recipe = parse_recipe(source_file(path, path.name).read(), str(path), backbone)
     if recipe.name != path.stem:
         raise RecipeError(f"$.name: {recipe.name!r} is not the file's name", where=str(path))
     if recipe.name == CHECK:
