@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.common.number_ranges import some
-from qkpatch.common.text import cut, plain, wrapped
+from qkpatch.common.text import cut, wrapped
 from qkpatch.compare.diff_types import Difference, Files, TensorDifference, Uncompared
+from qkpatch.errors import plain
 
 if TYPE_CHECKING:
     from qkpatch.compare.values import Bucket, Change, Values

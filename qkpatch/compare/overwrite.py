@@ -31,13 +31,12 @@ from qkpatch.recipes.catalogue import shipped_recipes
 
 
 def standing(
-    out: Path, plan: EditPlan, writing: Writing, observer: Observer = UNSEEN, *, cache: bool = True
+    out: Path, plan: EditPlan, writing: Writing, observer: Observer = UNSEEN
 ) -> Replaced | Manifest | None:
     """What is at OUT: what ``plan`` will replace, the manifest of just what it would write, or None: nothing.
 
     Every file whose digest is recorded has it. What else there is, is what the recorded edit makes of this SOURCE, by
-    ``verify``, and the edited tensors have their digests. ``writing.force`` takes it as it is. ``cache``: what is on
-    the Hub comes into its cache first.
+    ``verify``, and the edited tensors have their digests. ``writing.force`` takes it as it is.
 
     Raises:
         UsageError: OUT is no place to write to, or holds something else.
@@ -48,8 +47,15 @@ def standing(
         refuse_own_sums(plan.model.checkpoint)
     found = _present(out, plan, writing, observer) if out.is_dir() else None
     if not isinstance(found, Manifest):
-        check_space(out, plan.output, plan.edits_by_file, writing, is_cached=cache)
+        check_fits(out, plan, writing)
     return found
+
+
+def check_fits(out: Path, plan: EditPlan, writing: Writing) -> None:
+    """Raise :class:`FileSystemError` where there is no room for OUT."""
+    files = plan.output.files.values()
+    written = [file for file in files if file.name in plan.edits_by_file or not writing.linkable(file)]
+    check_space(out, written)
 
 
 def _present(out: Path, plan: EditPlan, writing: Writing, observer: Observer) -> Replaced | Manifest | None:

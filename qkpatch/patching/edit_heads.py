@@ -31,12 +31,7 @@ Write = Callable[[str, bytes | bytearray, int], None]
 _HEADS_AT_A_TIME = 4  # of one tensor, by one thread: enough to share keys and open files
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """A few heads of one tensor, edited by one thread."""
-
-    target: LayerTarget
-    heads: tuple[int, ...]
+_Chunk = tuple[LayerTarget, tuple[int, ...]]  # a few heads of one tensor, edited by one thread
 
 
 def _chunks(plan: EditPlan, at_least: int) -> Iterator[_Chunk]:
@@ -46,10 +41,10 @@ def _chunks(plan: EditPlan, at_least: int) -> Iterator[_Chunk]:
         for _, group in groupby(plan.settings.heads, target.layout.kv_head):
             chunk += group
             if len(chunk) >= at_least:
-                yield _Chunk(target, tuple(chunk))
+                yield target, tuple(chunk)
                 chunk = []
         if chunk:
-            yield _Chunk(target, tuple(chunk))
+            yield target, tuple(chunk)
 
 
 @dataclass(frozen=True)
@@ -94,16 +89,14 @@ class Editor:
         together = heads_together(self.device, plan.head_memory, crew.threads)
 
         def edit(chunk: _Chunk) -> tuple[LayerTarget, list[tuple[HeadRecord, bool]]]:
-            with (
-                computing(self.device),
-                open_layer(opened, chunk.target, self.device, chunk.heads) as weights,
-            ):
+            target, heads = chunk
+            with computing(self.device), open_layer(opened, target, self.device, heads) as weights:
                 done = []
-                for record in _edit_heads(plan, chunk, together, weights, write):
+                for record in _edit_heads(plan, heads, together, weights, write):
                     crew.check()
                     observer.edited(1)
                     done.append(record)
-            return chunk.target, done
+            return target, done
 
         results = crew.map(edit, _chunks(plan, max(together, _HEADS_AT_A_TIME)))
         for target, parts in groupby(results, lambda result: result[0]):
@@ -119,11 +112,11 @@ class Editor:
 
 
 def _edit_heads(
-    plan: EditPlan, chunk: _Chunk, together: int, weights: LayerWeights, write: Write
+    plan: EditPlan, heads: tuple[int, ...], together: int, weights: LayerWeights, write: Write
 ) -> Iterator[tuple[HeadRecord, bool]]:
     """Edit and write a few heads; each one's record, and whether any value changed."""
-    target = chunk.target
-    for batch in weights.batches(chunk.heads, together):
+    target = weights.target
+    for batch in weights.batches(heads, together):
         stored, reports = edit_batch(weights, batch, plan.settings.rule, plan.settings.seed)
         for i, head in enumerate(batch.heads):
             # By value: a −0.0 that became 0.0 is no edit, and stays.

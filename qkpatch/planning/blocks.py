@@ -54,6 +54,7 @@ class EditBlock(Block):
     seed: int
     fold_norm: bool
     from_recipe: tuple[str, ...]
+    prefix: str | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True)

@@ -464,7 +464,7 @@ def test_secrets_and_what_links_led_to_stay_here(world: World, leaky: Path, tmp_
         assert name in result.stderr
 
 
-@pytest.mark.parametrize("name", ["sub/.git/config", "sub/.cache/x", "sub/.GIT", "a/.cache"])
+@pytest.mark.parametrize("name", ["sub/.GIT/config", "sub/.cache/x", "sub/.GIT", "a/.cache"])
 def test_a_name_that_the_hub_refuses_is_refused_before_the_edit(
     world: World, leaky: Path, tmp_path: Path, name: str
 ) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from qkpatch.cli.command import command
 from qkpatch.cli.flags import DebugOpt, JsonOpt, QuietOpt
-from qkpatch.errors import FileSystemError
+from qkpatch.errors import FileSystemError, MismatchError
 
 
 @command
@@ -29,16 +29,15 @@ def verify(
 ) -> None:
     """Prove that OUT is SOURCE with the recorded edit and nothing else: bytes, and arithmetic. Exit 1 if not."""
     from qkpatch import api
-    from qkpatch.cli.console import bars, print_json
+    from qkpatch.cli.console import bars, print_json, verdict
     from qkpatch.cli.tables import show_verification
 
     if not out.is_dir():
         raise FileSystemError("no such directory", where=str(out), fix="check the path")
     with bars(quiet=quiet or as_json) as observer:
         result = api.verify(out, source, recipe=recipe, recompute=recompute, observer=observer)
-    if as_json:
-        print_json(result.to_json())
-    elif not quiet:
-        show_verification(result, out)
-    if not result.ok:
-        raise typer.Exit(1)
+    with verdict(0 if result.ok else MismatchError.exit_code):
+        if as_json:
+            print_json(result.to_json())
+        elif not quiet:
+            show_verification(result, out)
