@@ -41,12 +41,12 @@ f32 = torch.zeros
         ("GPTQ", {"qweight": i32(3, 32), "qzeros": i32(1, 4), "scales": f32(1, 32), "g_idx": i32(24)}),
         ("bitsandbytes 4-bit", {"weight": u8(384, 1), "weight.absmax": f32(12), "weight.quant_map": f32(16)}),
         ("bitsandbytes 8-bit", {"weight": torch.zeros(32, 24, dtype=torch.int8), "SCB": f32(32)}),
-        ("block FP8", {"weight": f32(32, 24).to(torch.float8_e4m3fn), "weight_scale_inv": f32(1, 1)}),
+        ("FP8", {"weight": f32(32, 24).to(torch.float8_e4m3fn), "weight_scale_inv": f32(32, 3)}),
         ("compressed-tensors", {"weight_packed": i32(32, 3), "weight_scale": f32(32, 1)}),
         ("compressed-tensors NVFP4", {"weight_packed": u8(32, 12), "weight_global_scale": f32(1)}),
         (
-            "compressed-tensors or FP8",
-            {"weight": f32(32, 24).to(torch.float8_e4m3fn), "weight_scale": f32(1)},
+            "compressed-tensors or ModelOpt",
+            {"weight": f32(32, 24).to(torch.float8_e4m3fn), "weight_scale": f32(32, 3)},
         ),
         ("ModelOpt", {"weight": u8(32, 12), "weight_scale": f32(32, 2), "weight_scale_2": f32(1)}),
         (
