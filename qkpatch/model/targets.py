@@ -12,13 +12,9 @@ from qkpatch.model.block_fp8 import fp8_scale, is_shared, scale_range
 from qkpatch.model.refusals import (
     EDITABLE_DTYPES,
     is_qk_norm,
-    missing_key,
-    query_temperature,
     refuse_known,
     refuse_quantised,
     suffixes_by_module,
-    undeclared_norm,
-    unknown_form,
 )
 from qkpatch.model.tower import LanguageTower
 from qkpatch.recipes.heads import HeadLayout
@@ -128,7 +124,11 @@ class AttentionSet:
         if query is None:
             refuse_known(name for name in tensors if name.startswith(stem))
             if suffixes := self._stored_under.get(stem + names.query_module):
-                raise unknown_form(stem + names.query_module, suffixes)
+                raise UnsupportedError(
+                    f"stored as {', '.join(sorted(suffixes))}, a form that qkpatch does not know",
+                    where=stem + names.query_module,
+                    fix="patch the unquantised checkpoint, or merge what stands beside the weight into it",
+                )
             raise CheckpointError(
                 f"layer {layer} has no {stem + names.query}",
                 where=f"recipe {self.recipe}",
@@ -136,10 +136,12 @@ class AttentionSet:
             )
         if key is None:
             refuse_known(name for name in tensors if name.startswith(stem))
-            raise missing_key(layer, query.name, stem + names.key)
-        if (temperature := f"{self._around(stem)}.tau.wq") in tensors:
-            raise query_temperature(temperature)
-        _check_shapes(query, key, layout)
+            raise UnsupportedError(
+                f"layer {layer} has a query weight and no key weight {stem + names.key}",
+                where=query.name,
+                fix="if it shares another layer's keys, leave it out of --layers",
+            )
+        check_shapes(query, key, layout)
         query_norm, key_norm = self._norms(layer, stem, layout)
         weights = (ref.name for ref in (query, key, query_norm, key_norm) if ref is not None)
         modules = dict.fromkeys(name.removesuffix(".weight") for name in weights)
@@ -163,17 +165,18 @@ class AttentionSet:
         """The layer's query and key norms; stored and declared must agree, since they change the product."""
         undeclared = [name for name in self._undeclared_norms if name.startswith(stem)]
         if undeclared:
-            raise undeclared_norm(undeclared[0], self.recipe)
+            # The product would be another one.
+            raise UnsupportedError(
+                f"queries or keys are normalised, which recipe {self.recipe} does not declare",
+                where=undeclared[0],
+                fix="choose a recipe for this family with --recipe",
+            )
         norms = self.names.norms
         if norms is None or (norms.optional and not self._stores_norms):
             return None, None
         query = self._gain(layer, stem + norms.query, layout.n_heads, layout.d_head, norms.over)
         key = self._gain(layer, stem + norms.key, layout.n_kv_heads, layout.d_head, norms.over)
         return query, key
-
-    def _around(self, stem: str) -> str:
-        """The module that holds the query module; the layer itself in families that put it there."""
-        return (stem + self.names.query_module).rpartition(".")[0]
 
     @cached_property
     def _undeclared_norms(self) -> tuple[str, ...]:
@@ -262,15 +265,32 @@ class AttentionSet:
         return suffixes_by_module(self.tensors, modules)
 
 
-def _check_shapes(query: TensorRef, key: TensorRef, layout: HeadLayout) -> None:
+def check_shapes(query: TensorRef, key: TensorRef, layout: HeadLayout) -> None:
+    """Stored shapes must be those that config.json's numbers lead to.
+
+    Raises:
+        CheckpointError: they are not; the cure names the likely cause.
+    """
     for weight, expected, heads in (
         (query, layout.query_shape, layout.n_heads),
         (key, layout.key_shape, layout.n_kv_heads),
     ):
-        if weight.shape != expected:
-            raise CheckpointError(
-                f"stored as {list(weight.shape)}, but config.json says {list(expected)}: "
-                f"{heads} heads × head_dim {layout.d_head}, hidden_size {layout.d_model}",
-                where=f"{weight.name} in {weight.shard}",
-                fix="config.json belongs to another model, or --recipe does",
-            )
+        if weight.shape == expected:
+            continue
+        fix = "config.json belongs to another model, or --recipe does"
+        rows, blocks = weight.shape[0] if weight.shape else 0, expected[0] // layout.d_head
+        if 0 in weight.shape:
+            fix = "it is empty, as ZeRO-3 saves what is divided among processes: gather the weights (zero_to_fp32.py)"
+        elif (
+            weight.shape[1:] == expected[1:]
+            and rows % blocks == 0
+            and layout.n_heads * layout.d_head == layout.d_model
+            and not layout.rows.is_fused
+        ):
+            fix += f"; {rows} rows / {blocks} heads = {rows // blocks}: is head_dim missing in config.json?"
+        raise CheckpointError(
+            f"stored as {list(weight.shape)}, but config.json says {list(expected)}: "
+            f"{heads} heads × head_dim {layout.d_head}, hidden_size {layout.d_model}",
+            where=f"{weight.name} in {weight.shard}",
+            fix=fix,
+        )

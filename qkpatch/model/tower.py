@@ -235,4 +235,5 @@ def _text_section(recipe: Recipe, config: Mapping[str, Any]) -> tuple[str, Mappi
     raise CheckpointError(
         f"no section {' or '.join(recipe.config.sections)}, where recipe {recipe.name} expects the language model",
         where="config.json",
+        fix="config.json belongs to another model, or --recipe does",
     )

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from qkpatch.checkpoint.files import FileId
+from qkpatch.checkpoint.files import FileId, os_errors
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import Present, first_change
 from qkpatch.checkpoint.source import MANIFEST_NAME, Checkpoint
@@ -84,7 +84,9 @@ def check_out(out: Path, checkpoint: Checkpoint, *, overwrite: bool, force: bool
         return
     if out.is_symlink() or not out.is_dir():
         raise UsageError("exists and is not a directory", where=str(out), fix="choose another -o")
-    if any(out.iterdir()) and not force and not os.path.lexists(out / MANIFEST_NAME):
+    with os_errors("look into OUT", out):
+        names = os.listdir(out)
+    if names and not force and MANIFEST_NAME not in names:
         raise occupied(
             out, MANIFEST_NAME, "there is none, so qkpatch did not write this", overwrite=overwrite
         )
@@ -126,9 +128,9 @@ class Replaced:
     out: Path
     entries: Mapping[str, FileId]
 
-    def check(self) -> None:
-        """Raise :class:`UsageError` where anything in it has changed since."""
-        with Rooted(self.out) as root:
+    def check(self, place: Path | None = None) -> None:
+        """Raise :class:`UsageError` where anything in it, or in ``place`` where it now is, has changed since."""
+        with Rooted(place or self.out) as root:
             changed = first_change(self.entries, Present(root).identities)
         if changed is not None:
             raise occupied(

@@ -13,7 +13,6 @@ from qkpatch.checkpoint.header import TensorRef
 from qkpatch.errors import NumericalError
 from qkpatch.model.block_fp8 import block_of, is_shared, scale_range
 from qkpatch.model.targets import LayerTarget
-from qkpatch.spectral.factors import is_finite
 from qkpatch.spectral.fp8 import dequantise, requantise
 from qkpatch.spectral.rounding import round_once
 
@@ -70,7 +69,7 @@ class HeadBytes:
             NumericalError: it holds NaN or Inf.
         """
         values = self._values(norm, [(norm.begin, norm.end)])
-        if not is_finite(values):
+        if not bool(values.isfinite().all()):
             raise self.damaged(norm, what)
         return values
 

@@ -198,17 +198,11 @@ class Manifest:
     def request(self) -> Request:
         """The request that leads to the recorded edit on the same SOURCE."""
         edit = self.edit
+        keys = ("prefix", "attention", "heads", "modes", "alpha", "channel", "select", "seed", "fold_norm")
         return Request.of(
+            **{key: getattr(edit, key) for key in keys},
             recipe=self.recipe.name,
-            attention=edit.attention,
             layers=[*edit.layers, *edit.skipped_layers],
-            heads=edit.heads,
-            modes=edit.modes,
-            alpha=edit.alpha,
-            channel=edit.channel,
-            select=edit.select,
-            seed=edit.seed,
-            fold_norm=edit.fold_norm,
             max_shard_size=self.output.max_shard_size,
             exclude=self.output.exclude,
         )
@@ -259,7 +253,7 @@ def planned_manifest(plan: EditPlan, device: str) -> Manifest:
             for name, file in plan.output.files.items()
         ),
         warnings=plan.warnings,
-        run=blocks.RunBlock(),
+        run=blocks.RunBlock(already_done=plan.is_done or None),
     )
 
 
