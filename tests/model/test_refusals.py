@@ -10,6 +10,9 @@ import torch
 from conftest import Tiny, build_tiny
 from safetensors.torch import load_file, save_file
 
+from qkpatch.errors import AmbiguousError
+from qkpatch.model.choice import choose_recipe
+
 Q = "model.layers.1.self_attn.q_proj"
 
 
@@ -253,3 +256,11 @@ def test_an_edit_too_large_for_the_dtype_is_an_error(tmp_path: Path, run) -> Non
     rewrite(tiny, add={tiny.name(1, "q"): q, tiny.name(1, "k"): k})
     message = refusal(run, tiny, tmp_path, "--layers", "1", "--channel", "symmetric", "--alpha", "0")
     assert "does not fit in the stored dtype" in message
+
+
+def test_the_names_of_mlx_are_named_before_a_recipe_is() -> None:
+    names = ["language_model.model.layers.3.self_attn.q_proj.weight"]
+    config = {"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"]}
+    with pytest.raises(AmbiguousError) as caught:
+        choose_recipe(config, names)
+    assert "MLX saves such names" in str(caught.value.fix)
