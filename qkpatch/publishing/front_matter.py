@@ -43,8 +43,7 @@ class FrontMatter:
 
     def listed(self, key: str) -> list[str]:
         """The texts of a list, or the one text that stands for it."""
-        entry = self.entries.get(key)
-        return [text for text in (entry and entry.texts) or () if text is not None]
+        return [text for text in self.entries.get(key, ("", None))[1] or () if text is not None]
 
     def changed(self, values: Mapping[str, str | list[str]], drop: Collection[str] = ()) -> str:
         """The lines of the block with keys set anew, at its end, without those of ``drop`` and what the Hub rejects."""
@@ -60,9 +59,12 @@ class FrontMatter:
 
 
 def _lines(key: str, value: str | list[str]) -> str:
-    if isinstance(value, str):
-        return f"{_scalar(key)}: {_scalar(value)}\n"
-    return f"{_scalar(key)}:\n" + "".join(f"- {_scalar(item)}\n" for item in value)
+    items = (
+        f" {_scalar(value)}\n"
+        if isinstance(value, str)
+        else "".join(["\n", *(f"- {_scalar(v)}\n" for v in value)])
+    )
+    return f"{_scalar(key)}:{items}"
 
 
 def _scalar(text: str) -> str:
