@@ -53,7 +53,7 @@ class FrontMatter:
     def _worth(self, key: str) -> str:
         lines, texts = self.entries[key]
         good = [t for t in self.listed(key) if key not in _OF_REPOSITORIES or _REPOSITORY.fullmatch(t)]
-        if texts is None or len(good) == len(texts):
+        if len(good) == len(texts or ()) and (texts is not None or key not in _OF_REPOSITORIES):
             return lines if lines.endswith("\n") else lines + "\n"
         return _lines(key, good) if good else ""
 
