@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Tiny, build_tiny
+from fake_hub import FakeHub, Repo, hub_environment
 from safetensors.torch import load_file, save_file
 
 from qkpatch.checkpoint.names import BOOKKEEPING, LEFTOVERS, RUBBISH, matching
@@ -77,6 +80,45 @@ def test_what_systems_leave_is_left_out_and_does_not_matter_in_out(
     again = run("apply", tiny.path, "-o", tmp_path / "out", *EDIT, "--overwrite")
     assert again.exit_code == 0, again.output
     assert names(tmp_path / "out") == {*KEPT, ".git/config"}  # the history in it is the user's
+
+
+def test_an_output_that_git_keeps_is_proved_and_replaced_with_its_history(
+    tiny: Tiny, tmp_path: Path, run: Run
+) -> None:
+    out = tmp_path / "out"
+    apply(run, tiny.path, out)
+
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=x", "-c", "user.email=x@y")
+        return subprocess.run(
+            ["git", "-C", out, *who, *arguments], check=True, capture_output=True, text=True
+        ).stdout
+
+    for command in (("init", "-q"), ("add", "-A"), ("commit", "-qm", "first")):
+        git(*command)
+    assert run("verify", out, "--source", tiny.path).exit_code == 0
+    result = run("apply", tiny.path, "-o", out, "--layers", "2", "--modes", "2", "--overwrite")
+    assert result.exit_code == 0, result.output
+    assert "first" in git("log", "--oneline")
+    assert set(git("status", "--short").split()) == {"M", "model.safetensors", "qkpatch.json"}
+
+
+def test_an_output_that_was_downloaded_is_proved_and_replaced(
+    tiny: Tiny, tmp_path: Path, run: Run, hub: FakeHub
+) -> None:
+    apply(run, tiny.path, tmp_path / "out")
+    put(tmp_path / "out", ".gitattributes")
+    hub.repos["me/new"] = Repo(tmp_path / "out")
+    fetch = "from huggingface_hub import snapshot_download; snapshot_download('me/new', local_dir='back')"
+    environment = hub_environment(hub.endpoint, tmp_path / "home")
+    subprocess.run(
+        [sys.executable, "-c", fetch], env=environment, cwd=tmp_path, check=True, capture_output=True
+    )
+    assert (tmp_path / "back" / ".cache" / "huggingface").is_dir()
+    assert run("verify", tmp_path / "back", "--source", tiny.path).exit_code == 0
+    again = run("apply", tiny.path, "-o", tmp_path / "back", "--layers", "2", "--modes", "2", "--overwrite")
+    assert again.exit_code == 0, again.output
+    assert names(tmp_path / "back") == KEPT
 
 
 def test_only_what_is_never_loaded_is_ignored_in_out(tiny: Tiny, tmp_path: Path, run: Run) -> None:
@@ -334,6 +376,10 @@ def test_a_stale_index_beside_a_whole_file(tiny: Tiny, tmp_path: Path, run: Run)
         in said
     )
     assert loaded_query(tmp_path / "out", 1) != loaded_query(tiny.path, 1)
+    apply(run, tiny.path, tmp_path / "anew", "--max-shard-size", "4KB")
+    assert loaded_query(tmp_path / "out", 1) == loaded_query(tmp_path / "anew", 1)
+    apply(run, tiny.path, tmp_path / "one", "--max-shard-size", "1GB")
+    assert INDEX not in names(tmp_path / "one")
 
 
 @pytest.mark.parametrize("kind", ["too much", "too little", "elsewhere", "./", "NaN"])
@@ -541,6 +587,7 @@ def test_an_adapter_beside_the_model_is_refused_or_left_out(
         put(tiny.path, weights)
     assert "loads that adapter on top of them" in refused(run, tiny.path)
     apply(run, tiny.path, tmp_path / "out", "--exclude", "adapter_*")
+    assert run("inspect", tiny.path, "--exclude", "adapter_*").exit_code == 0
     assert not any("adapter" in name for name in names(tmp_path / "out"))
 
 

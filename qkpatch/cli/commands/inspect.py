@@ -12,6 +12,7 @@ from qkpatch.cli.command import command
 from qkpatch.cli.flags import (
     AttentionOpt,
     DebugOpt,
+    ExcludeOpt,
     FoldOpt,
     HeadsOpt,
     JsonOpt,
@@ -42,6 +43,7 @@ def inspect(
     recipe: RecipeOpt = None,
     attention: AttentionOpt = None,
     fold_norm: FoldOpt = False,
+    exclude: ExcludeOpt = None,
     as_json: JsonOpt = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print one line per singular value.")] = False,
     quiet: QuietOpt = False,
@@ -56,7 +58,13 @@ def inspect(
     if as_json and as_csv:
         raise UsageError("one of --json and --csv", fix="drop the other")
     request = Request.of(
-        recipe=recipe, attention=attention, layers=layers, heads=heads, modes=modes, fold_norm=fold_norm
+        recipe=recipe,
+        attention=attention,
+        layers=layers,
+        heads=heads,
+        modes=modes,
+        fold_norm=fold_norm,
+        exclude=exclude,
     )
     check_device_name(run.device)
     looked_at = Inspection.of(source, request)
