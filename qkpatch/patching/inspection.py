@@ -35,9 +35,8 @@ class Inspection:
         Raises:
             QKPatchError: as :func:`open_model` and :func:`resolve`.
         """
-        model = open_model(
-            source, request.recipe, request.attention, Access.ranges, (*USUAL, *(request.exclude or ()))
-        )
+        exclude = (*USUAL, *(request.exclude or ()))
+        model = open_model(source, request.recipe, request.attention, Access.ranges, exclude, request.prefix)
         settings = resolve(request.over(Request(layers=model.editable_layers)), model)
         return cls(model, settings, model.targets(settings.layers, fold_norm=settings.fold_norm))
 
