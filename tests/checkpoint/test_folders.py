@@ -68,10 +68,10 @@ KEPT = {"config.json", "model.safetensors", "tokenizer.json", "qkpatch.json"}
 def test_what_systems_leave_is_left_out_and_does_not_matter_in_out(
     tiny: Tiny, tmp_path: Path, run: Run
 ) -> None:
-    put(tiny.path, *RUBBISH_FILES)
+    put(tiny.path, *RUBBISH_FILES, "sub/kept")
     said = apply(run, tiny.path, tmp_path / "out")
-    assert names(tmp_path / "out") == KEPT
-    assert [p.name for p in (tmp_path / "out").iterdir() if p.is_dir()] == []
+    assert names(tmp_path / "out") == {*KEPT, "sub/kept"}
+    assert [p.name for p in (tmp_path / "out").iterdir() if p.is_dir()] == ["sub"]
     assert "left out" not in said
     put(tmp_path / "out", *RUBBISH_FILES, ".gitattributes")
     proof = run("verify", tmp_path / "out", "--source", tiny.path)
@@ -79,7 +79,7 @@ def test_what_systems_leave_is_left_out_and_does_not_matter_in_out(
     assert ".DS_Store" in proof.output
     again = run("apply", tiny.path, "-o", tmp_path / "out", *EDIT, "--overwrite")
     assert again.exit_code == 0, again.output
-    assert names(tmp_path / "out") == {*KEPT, ".git/config"}  # the history in it is the user's
+    assert names(tmp_path / "out") == {*KEPT, "sub/kept", ".git/config"}  # the history in it is the user's
 
 
 def test_an_output_that_git_keeps_is_proved_and_replaced_with_its_history(
