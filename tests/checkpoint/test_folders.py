@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Tiny, build_tiny
-from fake_hub import FakeHub, Repo, hub_environment
+from fake_hub import FakeHub, Repo, hub_environment, run_qkpatch
 from safetensors.torch import load_file, save_file
 
 from qkpatch.checkpoint.names import BOOKKEEPING, LEFTOVERS, RUBBISH, matching
@@ -196,6 +196,40 @@ def test_exclude_leaves_out_records_and_proves(tiny: Tiny, tmp_path: Path, run: 
     assert run("apply", tiny.path, "-o", tmp_path / "out", *EDIT, "--overwrite").exit_code == 0
 
 
+def test_an_exclude_that_excludes_nothing_is_told(tiny: Tiny, tmp_path: Path, run: Run) -> None:
+    put(tiny.path, "a.gguf")
+    said = apply(run, tiny.path, tmp_path / "out", "--exclude", "*.ggfu", "--exclude", "./a.gguf")
+    assert "nothing in SOURCE is called as --exclude says: *.ggfu" in said
+    assert "a.gguf" not in names(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", [".git/config", ".DS_Store"])
+def test_an_out_that_holds_nothing_of_anyones_is_taken(
+    tiny: Tiny, tmp_path: Path, run: Run, name: str
+) -> None:
+    put(tmp_path / "out", name)
+    apply(run, tiny.path, tmp_path / "out")
+    assert names(tmp_path / "out") == {*KEPT, *([name] if name == ".git/config" else [])}
+
+
+def test_of_a_repository_a_trainers_leftovers_are_not_downloaded(
+    tiny: Tiny, tmp_path: Path, run: Run, hub: FakeHub
+) -> None:
+    put(tiny.path, "optimizer.pt", "checkpoint-1/model.safetensors", "keep/x", "a.gguf", "._x")
+    hub.repos["org/it"] = Repo(tiny.path)
+    environment = hub_environment(hub.endpoint, tmp_path / "home")
+    flags = ("-o", tmp_path / "out", "--no-cache", "--exclude", "*.gguf", *EDIT)
+    result = run_qkpatch(environment, "apply", "org/it", *flags)
+    assert result.returncode == 0, result.stderr
+    assert "3 file(s) or folder(s), 3.0 kB, are left out of OUT" in result.stderr
+    assert names(tmp_path / "out") == {*KEPT, "keep/x"}
+    proof = run_qkpatch(environment, "verify", tmp_path / "out", "--source", "org/it")
+    assert proof.returncode == 0, proof.stderr
+    assert not any(
+        "optimizer.pt" in line or "a.gguf" in line for line in map(str, hub.log) if "resolve" in line
+    )
+
+
 def test_exclude_in_a_file_and_in_the_library(tiny: Tiny, tmp_path: Path, run: Run) -> None:
     from qkpatch import api
 
@@ -328,6 +362,9 @@ def test_no_directory_is_entered_twice(tiny: Tiny, tmp_path: Path, run: Run) -> 
 def test_a_link_to_what_is_left_out_is_left_out(tiny: Tiny, tmp_path: Path, run: Run) -> None:
     put(tiny.path, "checkpoint-100/model.safetensors")
     (tiny.path / "best").symlink_to("checkpoint-100", target_is_directory=True)
+    put(tmp_path / "train", "checkpoint-100/tokenizer.json")  # but what lies elsewhere is what SOURCE means
+    (tiny.path / "tokenizer.json").unlink()
+    (tiny.path / "tokenizer.json").symlink_to(tmp_path / "train" / "checkpoint-100" / "tokenizer.json")
     said = apply(run, tiny.path, tmp_path / "out")
     assert "best (1.0 kB), checkpoint-100 (1.0 kB)" in said
     assert names(tmp_path / "out") == KEPT
