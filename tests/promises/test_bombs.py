@@ -277,7 +277,7 @@ def entries(*changes: dict[str, object]) -> Callable[[Any], None]:
 
 HUB = {
     "a compressed listing": (TREE, says(BLANK, **{"Content-Encoding": "gzip"}), "compressed"),
-    "pages without end": (TREE, next_page, "pages"),
+    "pages without end": (TREE, next_page, "1,001 pages"),
     "a listing without end": (TREE, without_end(b"[]," * 10_000), "says more than any Hub"),
     "a revision without end": (REVISION, without_end(b" " * 100_000), "says more than any Hub"),
     "a listing that is blank": (TREE, says(b" " * (65 << 20)), "says more than any Hub"),
@@ -311,9 +311,9 @@ HUB = {
     # what no sound repository lists
     "a name that is a number": (TREE, entries({"path": 7}), "no plain path"),
     "a name that leads out": (TREE, entries({"path": "../a"}), "no plain path"),
-    "a name of half a pair": (TREE, says(HALF), "no UTF-8"),
-    "a long name": (TREE, entries({"path": "a" * 256}), "longer"),
-    "a long path": (TREE, entries({"path": "/".join(["a" * 200] * 12)}), "longer"),
+    "a name of half a pair": (TREE, says(HALF), "no file can be called"),
+    "a long name": (TREE, entries({"path": "a" * 256}), "no file can be called"),
+    "a long path": (TREE, entries({"path": "/".join(["a" * 200] * 12)}), "no file can be called"),
     "twice": (TREE, entries({}, {}), "there twice"),
     "a file that is a directory": (TREE, entries({}, {"path": "a/b"}), "a directory as well"),
     "a negative size": (TREE, entries({"size": -1}), "has -1 bytes"),
