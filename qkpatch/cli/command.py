@@ -32,12 +32,6 @@ def command(function: Command) -> Command:
     def wrapper(**kwargs: Any) -> None:
         from qkpatch.cli.console import note, print_json, show_error, silence_stdout
 
-        def shown(error: QKPatchError) -> typer.Exit:
-            if kwargs.get("as_json"):
-                print_json({"error": error.to_json()})
-            show_error(error)
-            return typer.Exit(error.exit_code)
-
         if kwargs.get("quiet") or kwargs.get("as_json") or not sys.stderr.isatty():
             # huggingface_hub reads it when it is first imported, which is later.
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -47,21 +41,20 @@ def command(function: Command) -> Command:
             try:
                 with machine_errors():
                     function(**gathered(kwargs))
-            except QKPatchError as error:
-                if kwargs.get("debug"):
+            except (QKPatchError, ModuleNotFoundError) as raised:
+                error = no_torch() if getattr(raised, "name", None) == "torch" else raised
+                if kwargs.get("debug") or not isinstance(error, QKPatchError):
                     raise
-                end = shown(error)
+                if kwargs.get("as_json"):
+                    print_json({"error": error.to_json()})
+                show_error(error)
                 if hasattr(error, "kept"):
                     note(f"Go on with: {_going_on()}")
-                raise end from None
-            except ModuleNotFoundError as error:
-                if error.name != "torch" or kwargs.get("debug"):
-                    raise
-                raise shown(no_torch()) from None
-            except (KeyboardInterrupt, Terminated) as error:
-                number = error.number if isinstance(error, Terminated) else signal.SIGINT
+                raise typer.Exit(error.exit_code) from None
+            except (KeyboardInterrupt, Terminated) as end:
+                number = end.number if isinstance(end, Terminated) else signal.SIGINT
                 what = "Interrupted" if number == signal.SIGINT else "Terminated"
-                kept = getattr(error, "kept", None)
+                kept = getattr(end, "kept", None)
                 left = f"{kept}. Go on with: {_going_on()}" if kept else "nothing half done is left behind."
                 note(f"{what}; {left}")
                 raise typer.Exit(128 + number) from None

@@ -53,6 +53,14 @@ RecipeOpt = Annotated[
     str | None,
     typer.Option(help="Use this recipe, or this YAML file, instead of the recipe that fits.", metavar="NAME"),
 ]
+PrefixOpt = Annotated[
+    str | None,
+    typer.Option(
+        help="With --recipe: what names of the language model's layers begin with, 'llm.layers.{layer}.'.",
+        show_default="the recipe's",
+        metavar="TEXT",
+    ),
+]
 ConfigOpt = Annotated[
     Path | None, typer.Option(help="The same settings as a YAML file; flags win.", metavar="EDIT.yaml")
 ]
@@ -88,7 +96,7 @@ DigestOpt = Annotated[
 LinkOpt = Annotated[bool, typer.Option("--link", help="Hard links to files of SOURCE that are not edited.")]
 LinkCacheOpt = Annotated[bool, typer.Option("--link-cache", help="The same, even to files in the Hub cache.")]
 ResumeOpt = Annotated[
-    bool, typer.Option("--resume", help="Take over what a killed run of the same edit had done.")
+    bool, typer.Option("--resume", help="Keep what is done where the run ends early, and take it over.")
 ]
 PushOpt = Annotated[
     str | None,
@@ -132,6 +140,7 @@ class EditFlags:
     seed: SeedOpt = None
     heads: HeadsOpt = None
     recipe: RecipeOpt = None
+    prefix: PrefixOpt = None
     attention: AttentionOpt = None
     fold_norm: FoldOpt = False
     max_shard_size: ShardOpt = None

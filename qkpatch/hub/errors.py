@@ -64,7 +64,8 @@ def _explained(error: Exception, where: str) -> HubError:
             "is it expired? Make a new one: hf auth login, or HF_TOKEN",
         )
     elif isinstance(error, errors.RepositoryNotFoundError):
-        what, fix = "no such model repository, or it is private", "check the name, or set HF_TOKEN"
+        what = "no such model repository, or it is private or gated"
+        fix = "check the name, or set HF_TOKEN; of a gated one accept the terms on the Hub first"
     elif isinstance(error, errors.RevisionNotFoundError):
         what, fix = "no such branch, tag or commit", "check what follows the @"
     elif isinstance(error, errors.IncompleteSnapshotError):

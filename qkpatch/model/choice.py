@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from qkpatch.errors import AmbiguousError
-from qkpatch.model.refusals import refuse_known
-from qkpatch.recipes.catalogue import recipes_naming
-from qkpatch.recipes.recipe import Recipe
+from qkpatch.model.refusals import refuse_known, refuse_quantised, refuse_wrapped, suffixes_by_module
+from qkpatch.recipes.catalogue import shipped_recipes
+from qkpatch.recipes.recipe import TOP_LEVEL, Recipe
+
+_MOST = 3  # commands
+_QUERY = re.compile(r"q_proj|qkv|query|c_attn|(?:^|[._])(?:w_?q|to_q|q)\.", re.IGNORECASE)
 
 
-def choose_recipe(config: Mapping[str, Any], tensor_names: Iterable[str]) -> Recipe:
+def choose_recipe(
+    config: Mapping[str, Any], tensor_names: Iterable[str], commands: Callable[[], list[str]] = list
+) -> Recipe:
     """The one shipped recipe whose model type, architectures and tensor names fit.
+
+    Args:
+        config: config.json.
+        tensor_names: what is stored.
+        commands: what would do instead, to be told where none fits.
 
     Raises:
         AmbiguousError: none fits, or more than one; the candidates and what they lack are listed.
+        UnsupportedError: attention of a kind that cannot be edited.
+        CheckpointError: training left its prefix in the names.
     """
     names = list(tensor_names)
-    kin = recipes_naming(str(config.get("model_type") or ""))
-    claimed = [recipe for recipe in kin if recipe.matches(config)]
+    kin = shipped_recipes(str(config.get("model_type") or ""))
+    claimed = [recipe for recipe in kin.values() if recipe.matches(config)]
     fitting = [recipe for recipe in claimed if recipe.tensors.matching_prefixes(names)]
     if len(fitting) == 1:
         return fitting[0]
@@ -30,8 +43,9 @@ def choose_recipe(config: Mapping[str, Any], tensor_names: Iterable[str]) -> Rec
             where="config.json",
             fix="choose one with --recipe",
         )
-    refuse_known(names)
-    if claimed:
+    refuse_unknown(names, config)
+    known = " or ".join(commands()[:_MOST])
+    if claimed and not (known and all(recipe.config.sections == (TOP_LEVEL,) for recipe in claimed)):
         expected = "; ".join(
             f"{r.name} expects {p}{r.tensors.query}" for r in claimed for p in r.tensors.prefixes
         )
@@ -40,17 +54,39 @@ def choose_recipe(config: Mapping[str, Any], tensor_names: Iterable[str]) -> Rec
             where="tensor names",
             fix=f"the checkpoint holds, for example: {', '.join(query_like(names)) or 'no q_proj at all'}",
         )
-    raise AmbiguousError(
+    what, fix = (
         f"no recipe is made for {identity}",
-        where="config.json",
-        fix="`qkpatch recipes check SOURCE` tells what comes near; if the layout is a known one, name it with --recipe",
+        f"if its language model is what its tensors look like: {known}",
     )
+    if claimed:
+        what = f"{identity} names a language model, whose layers lie here as in a larger model"
+        fix = f"config.json is the text model's alone, as it seems: restore the whole model's; or: {known}"
+    elif not known:
+        fix = "`qkpatch recipes check SOURCE` tells what comes near, and drafts a recipe"
+    raise AmbiguousError(what, where="config.json", fix=fix)
+
+
+def refuse_unknown(names: Iterable[str], config: Mapping[str, Any]) -> None:
+    """Raise where no recipe whatever would help.
+
+    Raises:
+        UnsupportedError: attention of a kind that cannot be edited, or quantised queries.
+        CheckpointError: training left its prefix in the names.
+    """
+    names = list(names)
+    refuse_known(names, config)
+    refuse_wrapped(names)
+    parents = {name.rpartition(".")[0] for name in query_like(names, len(names))}
+    for module, suffixes in suffixes_by_module(
+        names, {*parents, *(p.rpartition(".")[0] for p in parents)}
+    ).items():
+        refuse_quantised(module, None, suffixes)
 
 
 def query_like(names: Iterable[str], limit: int = 3) -> list[str]:
     """A few names that look like query projections, one per spelling, for error messages."""
     found: dict[str, str] = {}
     for name in names:
-        if "q_proj" in name or "qkv" in name or "query" in name:
+        if _QUERY.search(name):
             found.setdefault("".join(c for c in name if not c.isdigit()), name)
     return list(found.values())[:limit]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from qkpatch.checkpoint.names import USUAL
 from qkpatch.checkpoint.source import Checkpoint, open_checkpoint
-from qkpatch.errors import AmbiguousError, CheckpointError, UsageError
+from qkpatch.errors import AmbiguousError, CheckpointError, QKPatchError, UsageError
 from qkpatch.model.choice import choose_recipe, query_like
 from qkpatch.model.locate import Access, Source, locate
-from qkpatch.model.refusals import refuse_known
+from qkpatch.model.refusals import refuse_known, refuse_wrapped
+from qkpatch.model.stacks import offers, place
 from qkpatch.model.targets import AttentionSet, LayerTarget
 from qkpatch.model.tower import LanguageTower, read_tower
-from qkpatch.recipes.catalogue import get_recipe, is_recipe_file
+from qkpatch.recipes.catalogue import get_recipe, is_recipe_file, language_models
 from qkpatch.recipes.recipe import Recipe, TensorNames
 
 
@@ -26,6 +28,7 @@ class Model:
     recipe: Recipe
     sets: tuple[AttentionSet, ...]  # at least one; all with the same numbers of layers and query heads
     recipe_file: str | None = None  # where the recipe is one of the user's own
+    notes: tuple[str, ...] = ()  # what was taken for what, where the class is unknown
 
     @property
     def tower(self) -> LanguageTower:
@@ -76,6 +79,7 @@ def open_model(
     attention: Sequence[str] | None = None,
     access: Access = Access.download,
     exclude: Collection[str] = USUAL,
+    prefix: str | None = None,
 ) -> Model:
     """Locate SOURCE, read its headers, find the recipe that fits and the sets of tensors named by ``attention``.
 
@@ -85,6 +89,7 @@ def open_model(
         attention: names of sets of the recipe; None for its first.
         access: how a repository is read.
         exclude: what of SOURCE is not looked at, as of :func:`open_checkpoint`.
+        prefix: what the names of the language model's layers begin with; None for where the recipe fits.
 
     Raises:
         AmbiguousError: no recipe or several; the recipe's names match nothing, or twice over.
@@ -95,15 +100,28 @@ def open_model(
     if recipe_name is not None:
         get_recipe(recipe_name)  # a wrong name does not wait for anything
     located = locate(source, access)
-    return understood(located, open_checkpoint(located.place, exclude), recipe_name, attention)
+    return understood(located, open_checkpoint(located.place, exclude), recipe_name, attention, prefix)
 
 
 def understood(
-    located: Source, checkpoint: Checkpoint, recipe_name: str | None, attention: Sequence[str] | None
+    located: Source,
+    checkpoint: Checkpoint,
+    recipe_name: str | None,
+    attention: Sequence[str] | None,
+    prefix: str | None = None,
 ) -> Model:
     """As :func:`open_model`, of a checkpoint whose headers are read."""
     named = get_recipe(recipe_name) if recipe_name is not None else None
-    recipe = named or located.recipe or choose_recipe(checkpoint.config, checkpoint.tensors)
+    if prefix is not None and named is None:
+        raise UsageError(
+            "it goes with --recipe", where="--prefix", fix="say which recipe the layers there fit"
+        )
+    recipe = named or located.recipe or _chosen(located, checkpoint)
+    notes: tuple[str, ...] = ()
+    is_unknown = named in language_models() and not named.matches(checkpoint.config)
+    if named is not None and (is_unknown or prefix is not None):
+        placed = place(named, checkpoint, prefix)
+        recipe, notes = placed.recipe, (placed.told,)
     wanted = [recipe.tensors.attention] if attention is None else attention
     sets = tuple(
         open_set(recipe, recipe.set_named(name), checkpoint, insist=named is not None)
@@ -111,7 +129,15 @@ def understood(
     )
     _check_together(sets)
     recipe_file = recipe_name if recipe_name is not None and is_recipe_file(recipe_name) else None
-    return Model(located, checkpoint, recipe, sets, recipe_file)
+    return Model(located, checkpoint, recipe, sets, recipe_file, notes)
+
+
+def _chosen(located: Source, checkpoint: Checkpoint) -> Recipe:
+    def commands() -> list[str]:
+        source = shlex.quote(located.text or located.name)
+        return [f"qkpatch plan {source} {flags}" for flags in offers(checkpoint)]
+
+    return choose_recipe(checkpoint.config, checkpoint.tensors, commands)
 
 
 def open_set(recipe: Recipe, names: TensorNames, checkpoint: Checkpoint, *, insist: bool) -> AttentionSet:
@@ -133,6 +159,8 @@ def open_set(recipe: Recipe, names: TensorNames, checkpoint: Checkpoint, *, insi
     within = tuple(n for n in layers if n < tower.n_layers)
     norms = (s.norms for s in (recipe.tensors, *recipe.others))
     declared = tuple(name for norm in norms if norm is not None for name in (norm.query, norm.key))
+    head = prefixes[0].partition("{layer}")[0]
+    refuse_known((name for name in stored if name.startswith(head)), checkpoint.config)
     return AttentionSet(recipe.name, names, prefixes[0], tower, checkpoint.tensors, within, declared)
 
 
@@ -185,11 +213,18 @@ def _prefix_error(
             where=f"recipe {recipe.name}",
             fix="the checkpoint holds two language models; split it first",
         )
-    refuse_known(checkpoint.tensors)
+    refuse_known(checkpoint.tensors, checkpoint.config)
+    refuse_wrapped(checkpoint.tensors)
     expected = ", ".join(p + names.query for p in names.prefixes)
     like = ", ".join(query_like(checkpoint.tensors)) or "nothing like a query projection"
+    try:
+        fix = (
+            f"recipe {choose_recipe(checkpoint.config, checkpoint.tensors).name} fits: name that one, or none"
+        )
+    except QKPatchError:
+        fix = "choose another recipe with --recipe"
     return AmbiguousError(
         f"recipe {recipe.name} matches no tensor: it expects {expected}; the checkpoint has {like}",
         where=checkpoint.where.rpartition("/")[2],
-        fix="choose another recipe with --recipe",
+        fix=fix,
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from qkpatch.checkpoint.header import TensorRef
-from qkpatch.errors import UnsupportedError
+from qkpatch.errors import CheckpointError, UnsupportedError
 
 EDITABLE_DTYPES = ("F64", "F32", "F16", "BF16")
 
@@ -26,9 +27,9 @@ _COMPANIONS: tuple[tuple[frozenset[str], str], ...] = (
     (frozenset({"weight_packed"}), "compressed-tensors"),
     (frozenset({"weight.absmax"}), "bitsandbytes 4-bit"),
     (frozenset({"SCB"}), "bitsandbytes 8-bit"),
-    (frozenset({"weight_scale_inv"}), "block FP8"),
+    (frozenset({"weight_scale_inv"}), "FP8"),
     (frozenset({"weight_scale", "weight_scale_2"}), "ModelOpt"),
-    (frozenset({"weight_scale"}), "compressed-tensors or FP8"),
+    (frozenset({"weight_scale"}), "compressed-tensors or ModelOpt"),
     (frozenset({"scales", "biases"}), "MLX"),
 )
 _WAY_OUT = "patch the unquantised checkpoint, then quantise the result"
@@ -54,18 +55,6 @@ def refuse_quantised(module: str, weight: TensorRef | None, suffixes: Collection
         )
 
 
-def refuse_known(names: Iterable[str]) -> None:
-    """Raise for attention kinds that have no per-head query-key product of stored weights."""
-    for name in names:
-        if ".kv_a_proj_with_mqa." in name or ".kv_b_proj." in name:
-            raise UnsupportedError(
-                "multi-head latent attention (MLA): keys are expanded from a shared latent, "
-                "so there is no stored key weight per head",
-                where=name,
-                fix="this family cannot be edited by qkpatch",
-            )
-
-
 def quantised_by_name(config: Mapping[str, Any], tensors: Iterable[TensorRef]) -> str | None:
     """By what method config.json says that the model is quantised, where nothing that is stored is; None otherwise."""
     said = config.get("quantization_config")
@@ -77,46 +66,85 @@ def quantised_by_name(config: Mapping[str, Any], tensors: Iterable[TensorRef]) -
     return str(said.get("quant_method", "some method")) if isinstance(said, dict) and is_plain else None
 
 
-def query_temperature(name: str) -> UnsupportedError:
-    """The error for logits whose scale depends on the query rows: editing those would do more than M shows."""
-    return UnsupportedError(
+# Names that tell of attention without a per-head query-key product of stored weights; where a word is given, only in
+# models whose config.json has it.
+_UNEDITABLE = (
+    (
+        re.compile(r"\.kv_a_proj_with_mqa\.|\.kv_b_proj\."),
+        "",
+        "multi-head latent attention (MLA): keys are expanded from a shared latent, "
+        "so there is no stored key weight per head",
+    ),
+    (
+        re.compile(r"\.q_conv1d\."),
+        "",
+        "delta attention (KDA): queries and keys pass a convolution and a recurrence, no product",
+    ),
+    (
+        re.compile(r"\.tau\.wq$"),
+        "",
         "queries and values are scaled by a temperature computed from the queries themselves (Moondream 3)",
-        where=name,
-        fix="this family cannot be edited by qkpatch",
-    )
+    ),
+    (
+        re.compile(r"\.query_layernorm\."),
+        "hunyuan",
+        "queries and keys are normalised after RoPE (HunYuan), so no product of stored weights is what attention uses",
+    ),
+    (
+        re.compile(r"\.self_attn\.output_gate\."),
+        "minimax",
+        "linear (lightning) attention: most layers have no query-key product that a softmax sees",
+    ),
+)
+# What training leaves in names, and how to save without it.
+_WRAPPERS = (
+    (re.compile(r"(?:^|\.)_orig_mod\."), "_orig_mod.", "torch.compile", "save model._orig_mod"),
+    (re.compile(r"(?:^|\.)_orig_module\."), "_orig_module.", "an optimiser's wrapper", "save what it wraps"),
+    (
+        re.compile(r"(?:^|\.)_fsdp_wrapped_module\."),
+        "_fsdp_wrapped_module.",
+        "FSDP",
+        "save a full state dict",
+    ),
+    (re.compile(r"^base_model\.model\."), "base_model.model.", "PEFT", "save model.merge_and_unload()"),
+    (re.compile(r"^module\."), "module.", "DataParallel", "save model.module"),
+)
 
 
-def missing_key(layer: int, query: str, key: str) -> UnsupportedError:
-    """The error for a layer with queries and no keys of its own."""
-    return UnsupportedError(
-        f"layer {layer} has a query weight and no key weight {key}",
-        where=query,
-        fix="if it shares another layer's keys, leave it out of --layers",
-    )
+def refuse_known(names: Iterable[str], config: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Raise for attention kinds that have no per-head query-key product of stored weights."""
+    words = " ".join(_identities(config)).lower()
+    kinds = [(pattern, reason) for pattern, word, reason in _UNEDITABLE if word in words]
+    for name in names:
+        for pattern, reason in kinds:
+            if pattern.search(name):
+                raise UnsupportedError(reason, where=name, fix="this family cannot be edited by qkpatch")
+
+
+def refuse_wrapped(names: Iterable[str]) -> None:
+    """Raise where training left its own prefix in the names: transformers would find none of them."""
+    for name in names:
+        for pattern, prefix, who, cure in _WRAPPERS:
+            if pattern.search(name):
+                raise CheckpointError(
+                    f"names hold {prefix!r}, which {who} left there",
+                    where=name,
+                    fix=f"{cure}, or rename the tensors without it: no loader knows them so",
+                )
+
+
+def _identities(config: Mapping[str, Any]) -> Iterator[str]:
+    """What config.json and its sections say that the model is."""
+    yield f"{config.get('model_type')} {config.get('architectures')}"
+    for section in config.values():
+        if isinstance(section, dict):
+            yield str(section.get("model_type"))
 
 
 def is_qk_norm(name: str) -> bool:
     """Whether a tensor's name is that of a norm of queries or keys."""
     # An indexer picks the tokens that are attended to, by queries and keys of its own.
     return _QK_NORM.search(name) is not None and ".indexer." not in name
-
-
-def unknown_form(module: str, suffixes: Iterable[str]) -> UnsupportedError:
-    """The error for a module whose weight is stored in a way that qkpatch has no name for."""
-    return UnsupportedError(
-        f"stored as {', '.join(sorted(suffixes))}, a form that qkpatch does not know",
-        where=module,
-        fix="patch the unquantised checkpoint, or merge what stands beside the weight into it",
-    )
-
-
-def undeclared_norm(name: str, recipe: str) -> UnsupportedError:
-    """The error for a query or key norm that the recipe does not know of: the product would be another one."""
-    return UnsupportedError(
-        f"queries or keys are normalised, which recipe {recipe} does not declare",
-        where=name,
-        fix="choose a recipe for this family with --recipe",
-    )
 
 
 def suffixes_by_module(names: Iterable[str], modules: Collection[str]) -> dict[str, list[str]]:

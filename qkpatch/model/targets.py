@@ -8,17 +8,13 @@ from functools import cached_property
 
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.errors import CheckpointError, UnsupportedError
-from qkpatch.model.block_fp8 import BLOCK, block_scale, scale_range
+from qkpatch.model.block_fp8 import fp8_scale, is_shared, scale_range
 from qkpatch.model.refusals import (
     EDITABLE_DTYPES,
     is_qk_norm,
-    missing_key,
-    query_temperature,
     refuse_known,
     refuse_quantised,
     suffixes_by_module,
-    undeclared_norm,
-    unknown_form,
 )
 from qkpatch.model.tower import LanguageTower
 from qkpatch.recipes.heads import HeadLayout
@@ -39,14 +35,19 @@ class LayerTarget:
     norms: NormNames | None = None  # of what kind these two are
     input_norm: TensorRef | None = None  # the gain that is folded into the product
     input_norm_plus_one: bool = False
-    query_scale: TensorRef | None = None  # of block FP8
+    query_scale: TensorRef | None = None  # of FP8
     key_scale: TensorRef | None = None
     biases: tuple[str, ...] = ()  # not part of the product; they stay as they are
 
     @property
     def written(self) -> tuple[TensorRef, ...]:
-        """Every tensor that is edited: the query weight, and its scales where it has some."""
-        return (self.query,) if self.query_scale is None else (self.query, self.query_scale)
+        """Every tensor that is edited: the query weight, and its scales where they may grow."""
+        return (self.query,) if self.grown_scale is None else (self.query, self.grown_scale)
+
+    @property
+    def grown_scale(self) -> TensorRef | None:
+        """The scales that are edited along, each of one head's rows."""
+        return None if self.query_scale is None or is_shared(self.query_scale) else self.query_scale
 
     @property
     def names(self) -> list[str]:
@@ -81,8 +82,8 @@ class LayerTarget:
         """The bytes that the edit of a head may change: tensor, begin, end in its shard."""
         begin, end = self.layout.query_range(self.query, head)
         ranges = [(self.query, begin, end)]
-        if self.query_scale is not None:
-            ranges.append((self.query_scale, *scale_range(self.query, self.query_scale, begin, end)))
+        if self.grown_scale is not None:
+            ranges.append((self.grown_scale, *scale_range(self.query, self.grown_scale, begin, end)))
         return tuple(ranges)
 
 
@@ -116,14 +117,18 @@ class AttentionSet:
         scales = []
         for weight, name in ((query, names.query), (key, names.key)):
             module = (stem + name).removesuffix(".weight")
-            scale = tensors.get(f"{module}.weight_scale_inv") if self.tower.fp8_block == BLOCK else None
-            scales.append(block_scale(weight, scale, layout.d_head))
+            stored = self._stored_under.get(module, ())
+            scales.append(fp8_scale(weight, module, stored, tensors, self.tower.fp8_block, layout.d_head))
             if scales[-1] is None:
-                refuse_quantised(module, weight, self._stored_under.get(module, ()))
+                refuse_quantised(module, weight, stored)
         if query is None:
             refuse_known(name for name in tensors if name.startswith(stem))
             if suffixes := self._stored_under.get(stem + names.query_module):
-                raise unknown_form(stem + names.query_module, suffixes)
+                raise UnsupportedError(
+                    f"stored as {', '.join(sorted(suffixes))}, a form that qkpatch does not know",
+                    where=stem + names.query_module,
+                    fix="patch the unquantised checkpoint, or merge what stands beside the weight into it",
+                )
             raise CheckpointError(
                 f"layer {layer} has no {stem + names.query}",
                 where=f"recipe {self.recipe}",
@@ -131,10 +136,12 @@ class AttentionSet:
             )
         if key is None:
             refuse_known(name for name in tensors if name.startswith(stem))
-            raise missing_key(layer, query.name, stem + names.key)
-        if (temperature := f"{self._around(stem)}.tau.wq") in tensors:
-            raise query_temperature(temperature)
-        _check_shapes(query, key, layout)
+            raise UnsupportedError(
+                f"layer {layer} has a query weight and no key weight {stem + names.key}",
+                where=query.name,
+                fix="if it shares another layer's keys, leave it out of --layers",
+            )
+        check_shapes(query, key, layout)
         query_norm, key_norm = self._norms(layer, stem, layout)
         weights = (ref.name for ref in (query, key, query_norm, key_norm) if ref is not None)
         modules = dict.fromkeys(name.removesuffix(".weight") for name in weights)
@@ -158,17 +165,18 @@ class AttentionSet:
         """The layer's query and key norms; stored and declared must agree, since they change the product."""
         undeclared = [name for name in self._undeclared_norms if name.startswith(stem)]
         if undeclared:
-            raise undeclared_norm(undeclared[0], self.recipe)
+            # The product would be another one.
+            raise UnsupportedError(
+                f"queries or keys are normalised, which recipe {self.recipe} does not declare",
+                where=undeclared[0],
+                fix="choose a recipe for this family with --recipe",
+            )
         norms = self.names.norms
         if norms is None or (norms.optional and not self._stores_norms):
             return None, None
         query = self._gain(layer, stem + norms.query, layout.n_heads, layout.d_head, norms.over)
         key = self._gain(layer, stem + norms.key, layout.n_kv_heads, layout.d_head, norms.over)
         return query, key
-
-    def _around(self, stem: str) -> str:
-        """The module that holds the query module; the layer itself in families that put it there."""
-        return (stem + self.names.query_module).rpartition(".")[0]
 
     @cached_property
     def _undeclared_norms(self) -> tuple[str, ...]:
@@ -257,15 +265,32 @@ class AttentionSet:
         return suffixes_by_module(self.tensors, modules)
 
 
-def _check_shapes(query: TensorRef, key: TensorRef, layout: HeadLayout) -> None:
+def check_shapes(query: TensorRef, key: TensorRef, layout: HeadLayout) -> None:
+    """Stored shapes must be those that config.json's numbers lead to.
+
+    Raises:
+        CheckpointError: they are not; the cure names the likely cause.
+    """
     for weight, expected, heads in (
         (query, layout.query_shape, layout.n_heads),
         (key, layout.key_shape, layout.n_kv_heads),
     ):
-        if weight.shape != expected:
-            raise CheckpointError(
-                f"stored as {list(weight.shape)}, but config.json says {list(expected)}: "
-                f"{heads} heads × head_dim {layout.d_head}, hidden_size {layout.d_model}",
-                where=f"{weight.name} in {weight.shard}",
-                fix="config.json belongs to another model, or --recipe does",
-            )
+        if weight.shape == expected:
+            continue
+        fix = "config.json belongs to another model, or --recipe does"
+        rows, blocks = weight.shape[0] if weight.shape else 0, expected[0] // layout.d_head
+        if 0 in weight.shape:
+            fix = "it is empty, as ZeRO-3 saves what is divided among processes: gather the weights (zero_to_fp32.py)"
+        elif (
+            weight.shape[1:] == expected[1:]
+            and rows % blocks == 0
+            and layout.n_heads * layout.d_head == layout.d_model
+            and not layout.rows.is_fused
+        ):
+            fix += f"; {rows} rows / {blocks} heads = {rows // blocks}: is head_dim missing in config.json?"
+        raise CheckpointError(
+            f"stored as {list(weight.shape)}, but config.json says {list(expected)}: "
+            f"{heads} heads × head_dim {layout.d_head}, hidden_size {layout.d_model}",
+            where=f"{weight.name} in {weight.shard}",
+            fix=fix,
+        )

@@ -13,11 +13,8 @@ from qkpatch.checkpoint.tree import LocalFile, SourceFile
 from qkpatch.errors import FileSystemError
 from qkpatch.output.copying import clone
 from qkpatch.output.destination import present_parent
-from qkpatch.output.layout import Output, OutputFile
-from qkpatch.output.options import Writing
+from qkpatch.output.layout import OutputFile
 from qkpatch.output.staging import left_bytes
-
-_PROBE = 64 << 10  # bytes; a file of a few could be kept in its directory's entry, and shared by nobody
 
 
 def free_bytes(out: Path) -> int | None:
@@ -29,34 +26,17 @@ def free_bytes(out: Path) -> int | None:
     return usage.free if usage.total else None
 
 
-def check_space(
-    out: Path, output: Output, edited: Collection[str], writing: Writing, *, is_cached: bool
-) -> None:
-    """Refuse an OUT that does not fit, unless the file system shares the copied blocks.
-
-    Args:
-        out: where.
-        output: its files.
-        edited: the names of those that are edited, which are never links.
-        writing: how it is written.
-        is_cached: files that are elsewhere come into the Hub cache first.
+def check_space(out: Path, files: Collection[OutputFile]) -> None:
+    """Refuse an OUT of which ``files`` are to be written and do not fit, unless the file system shares copied blocks.
 
     Raises:
-        FileSystemError: it does not fit.
+        FileSystemError: they do not fit.
     """
-    free = free_bytes(out)
-    if free is None:
-        return
-    needed = sum(
-        _written_bytes(file)
-        for name, file in output.files.items()
-        if name in edited or file.original is None or not writing.may_link(file.original)
-    )
+    free, needed = free_bytes(out), sum(map(_written_bytes, files))
     # What dead runs left is taken over, or removed.
-    if needed <= free or needed <= free + left_bytes(out):
+    if free is None or needed <= free or needed <= free + left_bytes(out):
         return
-    sources = [extent.file for file in output.files.values() for extent in file.extents]
-    if _shares_blocks(present_parent(out), sources, is_cached=is_cached):
+    if _shares_blocks(present_parent(out), [extent.file for file in files for extent in file.extents]):
         return
     raise FileSystemError(
         f"OUT needs {needed:,} bytes, and {free:,} are free",
@@ -74,23 +54,15 @@ def _written_bytes(file: OutputFile) -> int:
     return total
 
 
-def _shares_blocks(place: Path, files: Collection[SourceFile], *, is_cached: bool) -> bool:
-    """Whether the largest source file can be cloned to ``place`` (btrfs, xfs); tried on a file without a name.
-
-    Of files that are still to come into the Hub cache, whether anything can be.
-    """
+def _shares_blocks(place: Path, files: Collection[SourceFile]) -> bool:
+    """Whether the largest source file can be cloned to ``place`` (btrfs, xfs); tried on a file without a name."""
+    # Files that are still to be downloaded take as much room on the way, if it is the same file system at all.
     local = (file for file in files if isinstance(file, LocalFile))
     largest = max(local, key=lambda file: file.size, default=None)
-    if largest is None and not is_cached:
+    if largest is None:
         return False
     try:
-        with (
-            tempfile.TemporaryFile(dir=place) as probe,
-            tempfile.TemporaryFile(dir=place) if largest is None else open(largest.path, "rb") as source,
-        ):
-            if largest is None:
-                source.write(bytes(_PROBE))
-                source.flush()
+        with tempfile.TemporaryFile(dir=place) as probe, open(largest.path, "rb") as source:
             return clone(source.fileno(), probe.fileno())
     except OSError:
         return False

@@ -76,6 +76,7 @@ def apply_plan(
         NumericalError: NaN or Inf, or a tensor that the edit would leave as it was.
     """
     checkpoint = plan.model.checkpoint
+    checkpoint.check_still()
     fingerprint = _fingerprint(plan, writing)
     started = _now()
     with signals_held(), ExitStack() as stack:
@@ -104,28 +105,30 @@ def apply_plan(
             for target in plan.edits:
                 if target not in digests:
                     digests[target] = crew.start(partial(_digests, sources, copier, writing, target))
+            planned = planned_manifest(plan, str(editor.device))
             done = tuple(
-                EditRecord.planned(target, plan.output).done(*digests[target].result(), heads[target])
-                for target in plan.edits
+                record.done(*digests[target].result(), heads[target])
+                for record, target in zip(planned.edits, plan.edits, strict=True)
             )
             hashed = {name: how.sha256 for name, how in carried.items()}
             hashed |= copier.edited_digests(crew, carried)
             copier.sync_edited()
-            planned = planned_manifest(plan, str(editor.device))
             manifest = replace(
                 planned,
                 tool=replace(planned.tool, torch=editor.torch_version, python=platform.python_version()),
                 source=replace(planned.source, checked=sources.is_checked),
                 edits=done,
                 files=tuple(replace(file, sha256=hashed[file.name]) for file in planned.files),
-                warnings=(*planned.warnings, *_numerical_warnings(done, plan)),
-                run=RunBlock(started, _now(), Counter(how.means for how in carried.values())),
+                warnings=(*planned.warnings, *numerical_warnings(done, plan)),
+                output=replace(planned.output, digest=writing.digest),
+                run=RunBlock(started, _now(), Counter(how.means for how in carried.values()), editor.stack),
             )
             record = manifest.dumps().encode()
             if writing.digest is Digest.files:
                 staged.write_new(SUMS_NAME, sums_text(manifest, record).encode())
             staged.write_new(MANIFEST_NAME, record)
             staged.check(checkpoint.directories)
+            checkpoint.check_still()
             staging.publish(checkpoint.directories, None if replaced is None else replaced.check)
     return replace(manifest, run=replace(manifest.run, weaker=tuple(staging.lacks) or None))
 
@@ -199,17 +202,12 @@ def _digests(sources: Sources, copier: Copier, writing: Writing, target: LayerTa
     return before, after
 
 
-def _numerical_warnings(edits: Sequence[EditRecord], plan: EditPlan) -> list[str]:
+def numerical_warnings(edits: Sequence[EditRecord], plan: EditPlan) -> list[str]:
     """What a user should know about the spectra that were met."""
-    modes = plan.settings.rule.paired_modes
-    narrow, short = [], []
-    for edit in edits:
-        for head in edit.heads:
-            if head.gap is not None and head.gap < GAP_WARNING:
-                narrow.append(f"{edit.layer}.{head.head}")
-            expected = len(head.modes) if plan.settings.rule.takes_modes else head.rank
-            if expected < modes:
-                short.append(f"{edit.layer}.{head.head}")
+    modes, takes_modes = plan.settings.rule.paired_modes, plan.settings.rule.takes_modes
+    heads = [(f"{edit.layer}.{head.head}", head) for edit in edits for head in edit.heads]
+    narrow = [name for name, head in heads if head.gap is not None and head.gap < GAP_WARNING]
+    short = [name for name, head in heads if (len(head.modes) if takes_modes else head.rank) < modes]
     warnings = []
     if narrow:
         warnings.append(

@@ -34,7 +34,7 @@ class Inspection:
         Raises:
             QKPatchError: as :func:`open_model` and :func:`resolve`.
         """
-        model = open_model(source, request.recipe, request.attention, Access.ranges)
+        model = open_model(source, request.recipe, request.attention, Access.ranges, prefix=request.prefix)
         settings = resolve(request.over(Request(layers=model.editable_layers)), model)
         return cls(model, settings, model.targets(settings.layers, fold_norm=settings.fold_norm))
 

@@ -68,7 +68,7 @@ def edit_loaded(model: torch.nn.Module, request: Request, threads: int | None = 
         config=_config(model),
     )
     source = Source(_Loaded(), "memory", where)
-    plan = plan_of(understood(source, checkpoint, request.recipe, request.attention), request)
+    plan = plan_of(understood(source, checkpoint, request.recipe, request.attention, request.prefix), request)
     written: list[tuple[Tensor, int, bytes]] = []
 
     _refuse_shared(tensors, {ref.name for target in plan.edits for ref in target.written})

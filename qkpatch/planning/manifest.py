@@ -74,7 +74,7 @@ class EditRecord:
     folded_norm: str | None = None  # the gain before attention, where it is part of the product
     sha256_before: str | None = None
     sha256_after: str | None = None
-    scale_tensor: str | None = None  # of block FP8, edited along
+    scale_tensor: str | None = None  # of FP8 by blocks or rows, edited along
     scale_shard: str | None = None
     scale_sha256_before: str | None = None
     scale_sha256_after: str | None = None
@@ -84,7 +84,7 @@ class EditRecord:
     def planned(cls, target: LayerTarget, output: Output) -> EditRecord:
         """The record of an edit that is still to be made; places are those in OUT."""
         query, key = output.place(target.query), output.place(target.key)
-        scale = None if target.query_scale is None else output.place(target.query_scale)
+        scale = None if target.grown_scale is None else output.place(target.grown_scale)
         return cls(
             layer=target.layer,
             tensor=query.name,
@@ -198,17 +198,11 @@ class Manifest:
     def request(self) -> Request:
         """The request that leads to the recorded edit on the same SOURCE."""
         edit = self.edit
+        keys = ("prefix", "attention", "heads", "modes", "alpha", "channel", "select", "seed", "fold_norm")
         return Request.of(
+            **{key: getattr(edit, key) for key in keys},
             recipe=self.recipe.name,
-            attention=edit.attention,
             layers=[*edit.layers, *edit.skipped_layers],
-            heads=edit.heads,
-            modes=edit.modes,
-            alpha=edit.alpha,
-            channel=edit.channel,
-            select=edit.select,
-            seed=edit.seed,
-            fold_norm=edit.fold_norm,
             max_shard_size=self.output.max_shard_size,
             exclude=self.output.exclude,
         )
@@ -259,7 +253,7 @@ def planned_manifest(plan: EditPlan, device: str) -> Manifest:
             for name, file in plan.output.files.items()
         ),
         warnings=plan.warnings,
-        run=blocks.RunBlock(),
+        run=blocks.RunBlock(already_done=plan.is_done or None),
     )
 
 

@@ -135,10 +135,9 @@ def make_plan(
         UsageError: the model has no such layer, head or mode.
         QKPatchError: as :func:`open_model`, :meth:`Model.target` and :func:`reshard`.
     """
-    return plan_of(
-        open_model(source, request.recipe, request.attention, access, (*usual, *(request.exclude or ()))),
-        request,
-    )
+    exclude = (*usual, *(request.exclude or ()))
+    model = open_model(source, request.recipe, request.attention, access, exclude, request.prefix)
+    return plan_of(model, request)
 
 
 def plan_of(model: Model, request: Request) -> EditPlan:
@@ -174,7 +173,7 @@ def _refuse_disputed(model: Model, settings: EditSettings, targets: tuple[LayerT
 
 def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, ...]) -> list[str]:
     rule, checkpoint = settings.rule, model.checkpoint
-    warnings = []
+    warnings = [*model.notes]
     if rule.is_noop:
         warnings.append("alpha 1 is a declared no-op: OUT will be a byte-identical copy of SOURCE")
     if rule.paired_modes != rule.modes and rule.select is not Select.subspace:

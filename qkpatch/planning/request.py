@@ -3,38 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+from typing import Any, TypeVar
 
-from qkpatch.common.number_ranges import Numbers, as_numbers
+from qkpatch.common.number_ranges import as_numbers
 from qkpatch.common.strict_yaml import Fields, load_yaml
 from qkpatch.errors import UsageError
 from qkpatch.output.reshard import parse_size
+from qkpatch.recipes.recipe import is_prefix
 from qkpatch.spectral.rule import Channel, Select
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 E = TypeVar("E", bound=Enum)
 
 
 _KINDS: dict[str, Any] = {
-    "recipe": str, "modes": int, "alpha": int | float, "seed": int, "fold_norm": bool, "max_shard_size": int,
+    "recipe": str, "prefix": str, "modes": int, "alpha": int | float, "seed": int, "fold_norm": bool,
+    "max_shard_size": int,
 }  # fmt: skip
-
-
-class Said(TypedDict, total=False):
-    """The settings that :meth:`Request.of` takes as they are, or by the name of a choice."""
-
-    recipe: str | None
-    modes: int | None
-    alpha: float | None
-    channel: Channel | str | None
-    select: Select | str | None
-    seed: int | None
-    fold_norm: bool | None
 
 
 @dataclass(frozen=True)
@@ -46,6 +33,7 @@ class Request:
     """
 
     recipe: str | None = None  # a shipped one by name, or a file of the user's
+    prefix: str | None = None  # what the language model's layers begin with, in place of the recipe's own
     attention: tuple[str, ...] | None = None
     layers: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
@@ -59,35 +47,10 @@ class Request:
     exclude: tuple[str, ...] | None = None  # globs of what is left out of OUT, besides what always is
 
     @classmethod
-    def of(
-        cls,
-        *,
-        layers: Numbers | None = None,
-        heads: Numbers | None = None,
-        attention: str | Iterable[str] | None = None,
-        exclude: str | Iterable[str] | None = None,
-        max_shard_size: int | str | None = None,
-        **said: Unpack[Said],
-    ) -> Request:
+    def of(cls, **said: Any) -> Request:
         """A request from what people write: ``layers=range(10, 19)`` or ``"10-18"``, ``channel="full"``, ``"5GB"``."""
-        if isinstance(attention, str):
-            attention = [name.strip() for name in attention.split(",")]
-        if isinstance(max_shard_size, str):
-            max_shard_size = parse_size(max_shard_size)
-        return cls(
-            attention=None if attention is None else tuple(attention),
-            exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude or ()) or None,
-            layers=None if layers is None else as_numbers(layers, "--layers"),
-            heads=None if heads is None else as_numbers(heads, "--heads"),
-            max_shard_size=max_shard_size,
-            recipe=said.get("recipe"),
-            modes=said.get("modes"),
-            alpha=said.get("alpha"),
-            channel=_member(said.get("channel"), Channel, "--channel"),
-            select=_member(said.get("select"), Select, "--select"),
-            seed=said.get("seed"),
-            fold_norm=said.get("fold_norm"),
-        )
+        given = {key: value for key, value in said.items() if value is not None}
+        return cls(**{key: _READ[key](value) if key in _READ else value for key, value in given.items()})
 
     def __post_init__(self) -> None:
         for what, kinds in _KINDS.items():
@@ -107,6 +70,12 @@ class Request:
         for what in ("layers", "heads", "attention"):
             if getattr(self, what) == ():
                 raise UsageError("it names nothing", where=f"--{what}", fix="name at least one")
+        if self.prefix is not None and not is_prefix(self.prefix):
+            raise UsageError(
+                f"{self.prefix!r:.80} does not hold {{layer}} once, and no other brace",
+                where="--prefix",
+                fix="write it as a recipe does, with the dot at its end: 'llm.model.layers.{layer}.'",
+            )
         if self.max_shard_size is not None and self.max_shard_size < 1:
             raise UsageError(f"{self.max_shard_size} is no size", where="--max-shard-size")
         if self.alpha is not None and not 0.0 <= self.alpha <= 1.0:
@@ -149,22 +118,13 @@ class Request:
 def parse_request(text: bytes, where: str) -> Request:
     """Read ``EDIT.yaml``, the flags of ``apply`` as keys; all faults in one :class:`RecipeError`."""
     root = Fields(load_yaml(text, where), where)
-    layers, heads = _range_text(root, "layers"), _range_text(root, "heads")
-    attention, size = root.take_optional("attention", str), _range_text(root, "max_shard_size")
-    exclude = root.take_list("exclude", str)
-    said = Said(
-        recipe=root.take_optional("recipe", str),
-        modes=root.take_optional("modes", int),
-        alpha=root.take_optional("alpha", float),
-        channel=root.take_member("channel", Channel),
-        select=root.take_member("select", Select),
-        seed=root.take_optional("seed", int),
-        fold_norm=root.take_optional("fold_norm", bool),
-    )
+    said: dict[str, Any] = {key: _range_text(root, key) for key in ("layers", "heads", "max_shard_size")}
+    kinds = {**_KINDS, "attention": str, "alpha": float}
+    said = {key: root.take_optional(key, kind) for key, kind in kinds.items() if key not in said} | said
+    said |= {"channel": root.take_member("channel", Channel), "select": root.take_member("select", Select)}
+    said["exclude"] = root.take_list("exclude", str)
     root.finish()
-    return Request.of(
-        layers=layers, heads=heads, attention=attention, exclude=exclude, max_shard_size=size, **said
-    )
+    return Request.of(**said)
 
 
 def check_device_name(name: str) -> None:
@@ -177,12 +137,26 @@ def check_device_name(name: str) -> None:
         raise UsageError(f"{name!r} is not a device", where="--device", fix="use auto, cpu, cuda or cuda:0")
 
 
-def _member(value: E | str | None, kind: type[E], where: str) -> E | None:
+def _member(value: E | str, kind: type[E], where: str) -> E:
     try:
-        return None if value is None else kind(value)
+        return kind(value)
     except ValueError:
         fix = f"choose one of {', '.join(str(item.value) for item in kind)}"
         raise UsageError(f"{value!r} is none of them", where=where, fix=fix) from None
+
+
+# What people write in another form than a request holds.
+_READ: dict[str, Callable[[Any], Any]] = {
+    "layers": lambda given: as_numbers(given, "--layers"),
+    "heads": lambda given: as_numbers(given, "--heads"),
+    "attention": lambda given: tuple(
+        [name.strip() for name in given.split(",")] if isinstance(given, str) else given
+    ),
+    "exclude": lambda given: (given,) if isinstance(given, str) else tuple(given) or None,
+    "channel": lambda given: _member(given, Channel, "--channel"),
+    "select": lambda given: _member(given, Select, "--select"),
+    "max_shard_size": lambda given: parse_size(given) if isinstance(given, str) else given,
+}
 
 
 def _range_text(root: Fields, key: str) -> str | None:

@@ -28,6 +28,7 @@ class EditSettings:
     fold_norm: bool = False  # whether the gain of the RMSNorm before attention is part of the product
     skipped_layers: tuple[int, ...] = ()  # asked for, and without a query-key product
     attention: tuple[str, ...] = ()  # the recipe's sets of tensors
+    prefix: str | None = None  # of the layers, where it was asked for
 
     @property
     def block(self) -> EditBlock:
@@ -46,6 +47,7 @@ class EditSettings:
             seed=self.seed,
             fold_norm=self.fold_norm,
             from_recipe=self.from_recipe,
+            prefix=self.prefix,
         )
 
 
@@ -86,6 +88,7 @@ def resolve(request: Request, model: Model) -> EditSettings:
         fold_norm=bool(request.fold_norm),
         skipped_layers=skipped,
         attention=tuple(s.names.attention for s in model.sets),
+        prefix=request.prefix,
     )
 
 

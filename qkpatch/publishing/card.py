@@ -69,6 +69,11 @@ def is_card_of(card: str, manifest: Manifest, base_card: str | None) -> bool:
     )
 
 
+def has_results(card: str) -> bool:
+    """Whether a card of ours reports measurements of the model."""
+    return _MEASURED in card.partition(FOLLOWS)[0]
+
+
 def is_card_over(card: str, base_card: str | None) -> bool:
     """Whether ``card`` is one of ours, with the whole text of the base model's, where that has one."""
     return _is_ours(FrontMatter.of(card)) and card.endswith(_tail(base_card))
@@ -161,6 +166,7 @@ def _command(manifest: Manifest) -> str:
     source = shlex.quote(as_word(manifest.source.address or manifest.source.name))
     flags = {
         "recipe": _recipe(manifest),
+        "prefix": request.prefix,
         "attention": ",".join(request.attention or ()),
         "layers": format_ranges(request.layers or ()),
         "heads": format_ranges(request.heads or ()),

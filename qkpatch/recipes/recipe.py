@@ -173,3 +173,8 @@ class Recipe:
                 fix=f"choose from: {', '.join(sets)}",
             )
         return sets[attention]
+
+
+def is_prefix(text: str) -> bool:
+    """Whether names of layers can begin so: with ``{layer}`` once, and no other brace."""
+    return text.count("{layer}") == 1 and not set(text.replace("{layer}", "")) & set("{}")

@@ -39,13 +39,14 @@ def page(repo: Path) -> str:
         "# Models",
         f"{len(recipes)} families, each a YAML file in [configs/](../configs). A recipe is chosen from `config.json` "
         "and the tensor names; it knows the Hub's names and those of newer or older transformers versions. "
-        "`qkpatch recipes check SOURCE` says which one fits a checkpoint. For a model that none fits it drafts one: "
-        "see [how to add a family](../configs/README.md).",
+        "`qkpatch recipes check SOURCE` says which one fits a checkpoint. Around a language model that one of them "
+        "describes it says how to edit an unknown class; for others it drafts a recipe with open places: see "
+        "[how to add a family](../configs/README.md).",
         f"The default edit is *{edit}*, in every family: ours, not the paper's. A recipe's name, as SOURCE, stands "
         "for its default repository on the Hub; it is none where none is known that the recipe reads. **No recipe has "
         "been tested on its full released weights.**",
         "Refused by name: pickled weights; queries or keys quantised otherwise than in block FP8; multi-head latent "
-        "attention; layers without keys of their own.",
+        "attention, delta and lightning attention; queries normalised after RoPE; layers without keys of their own.",
         *families,
         "## Language models and attention",
         "*Language models* are the text `model_type`s of config.json that a recipe knows. *Rows* is how heads lie in "

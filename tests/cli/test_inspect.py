@@ -26,12 +26,7 @@ def two_sets(tmp_path: Path) -> tuple[Tiny, Path]:
     extra |= {f"model.layers.{n}.cross.k_proj.weight": torch.rand(16, 24) for n in range(3)}
     recipe = tmp_path / "two.yaml"
     others = "  others:\n    cross: {query: cross.q_proj.weight, key: cross.k_proj.weight}\n"
-    text = (
-        recipe_text("llama")
-        .replace("name: llama", "name: two")
-        .replace("\ndefaults:", f"{others}\ndefaults:")
-    )
-    recipe.write_text(text)
+    recipe.write_text(recipe_text("llama").replace("name: llama", "name: two") + others)
     return build_tiny(tmp_path / "tiny", extra=extra), recipe
 
 

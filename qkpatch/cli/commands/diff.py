@@ -30,15 +30,14 @@ def diff(
     from qkpatch.checkpoint.source import open_stored
     from qkpatch.cli.console import bars, output_width, print_json, print_text, verdict
     from qkpatch.cli.diff_text import text
-    from qkpatch.compare.diff import bytes_to_compare, difference
+    from qkpatch.compare.diff import compare
     from qkpatch.compare.diff_types import to_json
     from qkpatch.model.locate import locate
 
     sources = [locate(source) for source in (a, b)]
     stored_a, stored_b = (open_stored(source.place) for source in sources)
     with bars(quiet=quiet or as_json) as observer:
-        observer.begins("compare", bytes_to_compare(stored_a, stored_b), 0)
-        result = difference(stored_a, stored_b, observer.copied)
+        result = compare(stored_a, stored_b, observer)
     said = {
         side: {"source": given, "kind": found.kind, "name": found.name, "commit": found.commit}
         for side, given, found in zip("ab", (a, b), sources, strict=True)

@@ -15,6 +15,7 @@ from qkpatch.cli.flags import (
     FoldOpt,
     HeadsOpt,
     JsonOpt,
+    PrefixOpt,
     QuietOpt,
     RecipeOpt,
     RunFlags,
@@ -40,6 +41,7 @@ def inspect(
         int | None, typer.Option(help="r of energy share and gap.", show_default="the recipe's")
     ] = None,
     recipe: RecipeOpt = None,
+    prefix: PrefixOpt = None,
     attention: AttentionOpt = None,
     fold_norm: FoldOpt = False,
     as_json: JsonOpt = False,
@@ -56,8 +58,9 @@ def inspect(
     if as_json and as_csv:
         raise UsageError("one of --json and --csv", fix="drop the other")
     request = Request.of(
-        recipe=recipe, attention=attention, layers=layers, heads=heads, modes=modes, fold_norm=fold_norm
-    )
+        recipe=recipe, prefix=prefix, attention=attention, layers=layers, heads=heads, modes=modes,
+        fold_norm=fold_norm,
+    )  # fmt: skip
     check_device_name(run.device)
     looked_at = Inspection.of(source, request)
     # On one terminal, lines that come meanwhile would run into the bars.

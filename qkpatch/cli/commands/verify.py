@@ -19,11 +19,15 @@ def verify(
     recipe: Annotated[
         str | None, typer.Option(help="The YAML file, where it was made by one of yours.", metavar="FILE")
     ] = None,
+    recompute: Annotated[
+        bool,
+        typer.Option("--recompute/--no-recompute", help="Compute the edited heads anew, or bytes alone."),
+    ] = True,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
     debug: DebugOpt = False,
 ) -> None:
-    """Prove that OUT is SOURCE with only the planned rows changed, as its manifest says. Exit 1 if not."""
+    """Prove that OUT is SOURCE with the recorded edit and nothing else: bytes, and arithmetic. Exit 1 if not."""
     from qkpatch import api
     from qkpatch.cli.console import bars, print_json, verdict
     from qkpatch.cli.tables import show_verification
@@ -31,7 +35,7 @@ def verify(
     if not out.is_dir():
         raise FileSystemError("no such directory", where=str(out), fix="check the path")
     with bars(quiet=quiet or as_json) as observer:
-        result = api.verify(out, source, recipe=recipe, observer=observer)
+        result = api.verify(out, source, recipe=recipe, recompute=recompute, observer=observer)
     with verdict(0 if result.ok else MismatchError.exit_code):
         if as_json:
             print_json(result.to_json())
