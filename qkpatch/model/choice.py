@@ -13,6 +13,7 @@ from qkpatch.recipes.recipe import TOP_LEVEL, Recipe
 
 ANOTHER = "choose another recipe with --recipe"
 _MOST = 3  # commands
+_OF_MLX = "language_model.model.layers."
 _QUERY = re.compile(r"q_proj|qkv|query|c_attn|(?:^|[._])(?:w_?q|to_q|q)\.", re.IGNORECASE)
 
 
@@ -49,10 +50,13 @@ def choose_recipe(
         expected = "; ".join(
             f"{r.name} expects {p}{r.tensors.query}" for r in claimed for p in r.tensors.prefixes
         )
+        found = ", ".join(query_like(names)) or "no q_proj at all"
+        if any(name.startswith(_OF_MLX) for name in names):
+            found += "; MLX saves such names, and other gains of norms: patch the original checkpoint"
         raise AmbiguousError(
             f"{identity} is known, but no query tensor has the expected name: {expected}",
             where="tensor names",
-            fix=f"the checkpoint holds, for example: {', '.join(query_like(names)) or 'no q_proj at all'}",
+            fix=f"the checkpoint holds, for example: {found}",
         )
     what, fix = (
         f"no recipe is made for {identity}",
