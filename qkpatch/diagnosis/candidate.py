@@ -83,11 +83,10 @@ def examine(recipe: Recipe, checkpoint: Checkpoint) -> Candidate:
     try:
         opened = open_set(recipe, recipe.tensors, checkpoint, insist=False)
     except QKPatchError as error:
-        failed = Finding("numbers", False, "a contradiction", error)
-        names = Finding("tensor names", True, there)
         if len(prefixes) != 1:
-            return Candidate(recipe, (*identity, Finding("tensor names", False, there, failed.reason)))
-        return Candidate(recipe, (*identity, names, failed))
+            return Candidate(recipe, (*identity, Finding("tensor names", False, there, error)))
+        failed = Finding("numbers", False, "a contradiction", error)
+        return Candidate(recipe, (*identity, Finding("tensor names", True, there), failed))
     tower, layout = opened.tower, opened.tower.layout
     own = [n for n in range(tower.n_layers) if opened.has(n)]
     # One shard by itself holds any of the layers.
@@ -101,8 +100,8 @@ def examine(recipe: Recipe, checkpoint: Checkpoint) -> Candidate:
     refused = _grouped(errors)
     editable = tuple(n for n in present if n not in errors)
     # Quantised layers and the like leave the others as they are; a contradiction with config.json does not.
-    is_usable = all(isinstance(e, UnsupportedError) for e in errors.values()) and bool(
-        editable or not present
+    is_usable = all(isinstance(e, UnsupportedError) for e in errors.values()) and (
+        bool(editable) or not present
     )
     numbers = (
         f"{tower.n_layers} layers, {layout.n_heads} query / {layout.n_kv_heads} key heads "

@@ -97,7 +97,7 @@ class TestFound:
         plan = api.plan(source, recipe="qwen3")
         assert plan.edits[0].query.name == f"{head}layers.1.{inner}self_attn.q_proj.weight"
         assert plan.warnings[0] == (
-            f"no recipe knows this class; as a qwen3 model were taken the layers {head}layers.{{layer}}.{inner} "
+            f"as a qwen3 model were taken the layers {head}layers.{{layer}}.{inner} "
             "(3 layers, 4 query / 2 key heads of 8, hidden 24), which agree with config.json's "
             "vlm_config.text_config: a token embedding of 11 rows stands beside them"
         )
