@@ -60,9 +60,9 @@ def place(recipe: Recipe, checkpoint: Checkpoint, prefix: str | None = None) -> 
     refuse_wrapped(others if not sure else [] if prefix else [sure[0].prefix])
     if len(sure) == 1:
         return sure[0]
+    refuse_known(checkpoint.tensors, checkpoint.config)
     if prefix in refused or (len(refused) == 1 and not fitting and not prefix):
         raise refused.get(prefix or "", next(iter(refused.values())))
-    refuse_known(checkpoint.tensors, checkpoint.config)
     what, told = (
         f"{len(sure)} stacks of layers are a {recipe.name} language model's",
         [p.prefix for p in sure],

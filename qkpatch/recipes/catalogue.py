@@ -76,10 +76,11 @@ def shipped_backbones() -> Mapping[str, Backbone]:
     return _Backbones()
 
 
+@cache
 def language_models() -> tuple[Recipe, ...]:
     """The shipped recipes that describe a language model, such as a family may wrap."""
     names = {str(backbone.said["name"]) for backbone in shipped_backbones().values()}
-    return tuple(recipe for name, recipe in shipped_recipes().items() if name in names)
+    return tuple(shipped_recipes()[name] for name in sorted(names))
 
 
 def load_recipe(path: Path) -> Recipe:
