@@ -17,7 +17,6 @@ from qkpatch.errors import HubError, UsageError
 from qkpatch.model.locate import Access
 from qkpatch.model.model import open_model
 from qkpatch.output.options import Writing
-from qkpatch.output.space import check_space
 from qkpatch.planning.manifest import Manifest
 from qkpatch.planning.memory import choose_threads
 from qkpatch.planning.plan import EditPlan, make_plan
@@ -70,14 +69,18 @@ def plan(
         UnsupportedError: a checkpoint that qkpatch recognises and does not edit.
         QKPatchError: SOURCE cannot be found or read.
     """
+    from qkpatch.planning.manifest import planned_manifest
+
     request = _request(request, edit)
     how = Writing() if writing is None else writing
     made = make_plan(str(source), request, Access.ranges if cache else Access.no_cache)
+    # Refuses what the record of the edit could not say, such as a broken record in SOURCE.
+    planned_manifest(made, "")
     if out is None:
         return made
     from qkpatch.compare.overwrite import standing
 
-    return replace(made, is_done=isinstance(standing(Path(out), made, how, cache=cache), Manifest))
+    return replace(made, is_done=isinstance(standing(Path(out), made, how), Manifest))
 
 
 def _request(request: Request | None, edit: dict[str, Any]) -> Request:
@@ -121,22 +124,22 @@ def apply(
         FileSystemError: reading, writing or space; SOURCE changed meanwhile.
         NumericalError: NaN or Inf, or a tensor that the edit would leave as it was.
     """
-    from qkpatch.compare.overwrite import standing
-    from qkpatch.patching.apply import apply_plan, check_device
+    from qkpatch.compare.overwrite import check_fits, standing
+    from qkpatch.patching.apply import apply_plan, check_run
 
     writing = Writing(**how) if writing is None else writing
     check_device_name(device)
     place = plan.default_out if out is None else Path(out)
     # What is refused is refused before a download.
     n_threads = choose_threads(threads, plan.head_memory, len(plan.model.checkpoint.tensors))
-    found = standing(place, plan, writing, observer, cache=cache)
+    found = standing(place, plan, writing, observer)
     if isinstance(found, Manifest):
         return found
-    check_device(device)
+    check_run(plan, device, n_threads)
     is_remote = plan.model.source.path is None
     if is_remote and cache:
         plan = _downloaded(plan, observer)
-        check_space(place, plan.output, plan.edits_by_file, writing, is_cached=True)
+        check_fits(place, plan, writing)
     n_heads = len(plan.edits) * len(plan.settings.heads)
     observer.begins("download" if is_remote and not cache else "copy", plan.output_bytes, n_heads)
     return apply_plan(
@@ -192,41 +195,46 @@ def spectra(
 
 
 def verify(
-    out: PathLike, source: PathLike, *, recipe: str | None = None, observer: Observer = UNSEEN
+    out: PathLike,
+    source: PathLike,
+    *,
+    recipe: str | None = None,
+    recompute: bool = True,
+    observer: Observer = UNSEEN,
 ) -> Verification:
-    """Check that OUT is SOURCE with only the planned rows changed, as its manifest says.
+    """Check that OUT is SOURCE with only the planned rows changed, and these by the edit that its manifest records.
 
     Args:
         out: what :func:`apply` wrote.
         source: what it was made from; of a repository, the planned rows are fetched and digests compared.
         recipe: the YAML file, where OUT was made by a recipe of the user's own.
-        observer: hears of bytes compared.
+        recompute: compute the planned heads anew; else their rows are believed where their digests are right.
+        observer: hears of bytes compared, and heads computed.
 
     Raises:
         CheckpointError: OUT has no manifest, or one that cannot be read.
         QKPatchError: SOURCE cannot be opened.
     """
-    from qkpatch.compare.verify import check
+    from qkpatch.compare.verify import check, n_heads, recorded
 
     with Rooted(Path(out)) as root:
         present = Present(root)
-        observer.begins("compare", present.size, 0)
-        return check(present, str(source), observer.copied, recipe)
+        observer.begins("compare", present.size, n_heads(recorded(present)) if recompute else 0)
+        return check(present, str(source), observer, recipe, recomputed=recompute)
 
 
 def diff(a: PathLike, b: PathLike, *, observer: Observer = UNSEEN) -> Difference:
-    """Compare two checkpoints by tensors and files, however they are divided into shards.
+    """Compare two checkpoints by tensors and files, however they are divided into shards, and under A's names.
 
     Raises:
         QKPatchError: one of them cannot be read.
     """
     from qkpatch.checkpoint.source import open_stored
-    from qkpatch.compare.diff import bytes_to_compare, difference
+    from qkpatch.compare.diff import compare
     from qkpatch.model.locate import locate
 
     stored_a, stored_b = (open_stored(locate(str(side)).place) for side in (a, b))
-    observer.begins("compare", bytes_to_compare(stored_a, stored_b), 0)
-    return difference(stored_a, stored_b, observer.copied)
+    return compare(stored_a, stored_b, observer)
 
 
 def recipe_for(source: PathLike) -> Recipe:

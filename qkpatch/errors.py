@@ -1,21 +1,29 @@
 """Every failure qkpatch can explain: what happened, where, and what to do about it.
 
 The exit code is a property of the kind of failure, so the command line needs no table:
-0 ok, 1 verification mismatch, 2 usage, 3 unsupported or ambiguous checkpoint, 4 I/O.
-Anything that is not a :class:`QKPatchError` is a bug of ours and keeps its traceback.
+0 ok, 1 verification mismatch, 2 usage, 3 unsupported or ambiguous checkpoint, 4 I/O and memory.
+Anything that is not a :class:`QKPatchError` is a bug of ours: it keeps its traceback, and ends with 5.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
+from collections.abc import Sequence
 from typing import ClassVar
 
+UNEXPECTED = 5  # exit code of a fault of qkpatch's own
+
+_LONGEST = 8000  # characters of a fact: what files put into it may be of any length
 _SPACE = r"\s\"'<>`"
-_SCHEME = r"[A-Za-z][A-Za-z0-9+.-]*:(?:\\?/)+"  # one slash, where it was taken for a path; \/ in JSON
+# Bounded, as all below: a text without an end to it must not be gone through again from each of its letters.
+_SCHEME = r"[A-Za-z][A-Za-z0-9+.-]{0,30}:(?:\\?/)+"  # one slash, where it was taken for a path; \/ in JSON
 # The last @ before the path ends it; a password that was not quoted may hold a slash, a port does not.
-_USERINFO = re.compile(rf"({_SCHEME})(?:[^/?#{_SPACE}]*|[^/?#:@{_SPACE}]+:(?!\d*[/?#])[^{_SPACE}]*)@")
-_QUERY = re.compile(rf"({_SCHEME}[^?{_SPACE}]*)\?[^{_SPACE}]*|[?&#][\w.%+~-]+=[^{_SPACE}]*")
+_USERINFO = re.compile(
+    rf"({_SCHEME})(?:[^/?#{_SPACE}]*|[^/?#:@{_SPACE}]+:(?!\d*[/?#])[^{_SPACE}]{{0,4096}})@"
+)
+_QUERY = re.compile(rf"({_SCHEME}[^?{_SPACE}]{{0,4096}})\?[^{_SPACE}]*|[?&#][\w.%+~-]+=[^{_SPACE}]*")
 # A short one is taken for a token where it is a word by itself: hf_models may be a directory, hf_api.py is a module.
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}|(?<![\w/.\\-])hf_[A-Za-z0-9]{6,}(?![\w/\\-]|\.\w)")
 _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
@@ -33,16 +41,44 @@ def redact(text: str) -> str:
     return _TOKEN.sub("hf_***", text)
 
 
+def plain(text: str) -> str:
+    """``text`` on one line, fit to be shown: whatever acts, turns a line around or is unseen is spelled out as in JSON.
+
+    This and :func:`shown` are what stands between a file's or a server's text and people, JSON and Markdown.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else _spelled(c) for c in text)
+
+
+# Controls but tab, newline and the carriage return of one; marks and overrides of direction; halves of pairs.
+_ACTS = re.compile(
+    "[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]|\r(?!\n)"
+)
+
+
+def shown(text: str) -> str:
+    """A document, of which lines and spacing are kept, without what acts in it; JSON stays the same JSON."""
+    return _ACTS.sub(lambda found: _spelled(found[0]), text)
+
+
+def _spelled(character: str) -> str:
+    return json.dumps(character)[1:-1]
+
+
 class QKPatchError(Exception):
-    """A failure with its facts: ``what`` happened, ``where`` (file, tensor, flag), how to ``fix`` it; no secrets."""
+    """A failure with its facts: ``what`` happened, ``where`` (file, tensor, flag), how to ``fix`` it.
+
+    Each is fit to be shown: without secrets, :func:`plain`, and of bounded length. ``what`` may be several lines.
+    """
 
     exit_code: ClassVar[int] = 3
     kind: ClassVar[str] = "error"
 
-    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
-        self.what = redact(what)
-        self.where = None if where is None else redact(where)
-        self.fix = None if fix is None else redact(fix)
+    def __init__(
+        self, what: str | Sequence[str], *, where: str | None = None, fix: str | None = None
+    ) -> None:
+        self.what = _fact("\n".join(map(plain, [what] if isinstance(what, str) else what)))
+        self.where = None if where is None else _fact(plain(where))
+        self.fix = None if fix is None else _fact(plain(fix))
         super().__init__(self.what)
 
     def __str__(self) -> str:
@@ -63,6 +99,11 @@ class QKPatchError(Exception):
             "fix": self.fix,
             "exit_code": self.exit_code,
         }
+
+
+def _fact(text: str) -> str:
+    said = redact(text[: 2 * _LONGEST])
+    return said if len(text) <= _LONGEST else f"{said[:_LONGEST]}… ({len(text):,} characters)"
 
 
 class UsageError(QKPatchError):

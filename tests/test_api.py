@@ -22,7 +22,7 @@ from test_families import CASES
 from typer.testing import Result
 
 import qkpatch
-from qkpatch.errors import QKPatchError, UnsupportedError, UsageError
+from qkpatch.errors import FileSystemError, QKPatchError, UnsupportedError, UsageError
 
 Run = Callable[..., Result]
 
@@ -366,3 +366,17 @@ def test_how_out_is_written_is_a_value_too(tiny: Tiny, tmp_path: Path) -> None:
         with pytest.raises(UsageError):
             qkpatch.apply(plan, tmp_path / "other", **wrong)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("name", ["modeling_x.py", "sub/more.txt"])
+def test_what_came_into_source_after_the_plan_is_not_left_behind_unsaid(
+    tiny: Tiny, tmp_path: Path, name: str
+) -> None:
+    plan = qkpatch.plan(tiny.path)
+    (tiny.path / name).parent.mkdir(exist_ok=True)
+    (tiny.path / name).write_text("x")
+    with pytest.raises(FileSystemError, match="came into being"):
+        qkpatch.apply(plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    qkpatch.apply(qkpatch.plan(tiny.path), tmp_path / "out")
+    assert (tmp_path / "out" / name).exists()

@@ -22,7 +22,7 @@ ARROWS = {
     },
     "api": {"compare", "publishing", "patching", "planning", "model", "output", "checkpoint", "common", "errors"},
     "compare": {
-        "publishing", "planning", "model", "recipes", "output", "checkpoint", "common", "errors",
+        "publishing", "patching", "planning", "model", "recipes", "output", "checkpoint", "common", "errors",
     },
     "diagnosis": {"model", "recipes", "checkpoint", "common", "errors"},
     "publishing": {"planning", "recipes", "hub", "checkpoint", "common", "errors"},
@@ -44,7 +44,7 @@ ONLY_IN = {
     "rich": {"cli"},
     "yaml": {"common"},
     "huggingface_hub": {"hub", "checkpoint.cache"},
-    "safetensors": {"compare.byte_by_byte"},
+    "safetensors": set(),  # headers are read here, strictly
     "torch": {"spectral", "patching", "compare.values"},
     "click": set(),  # Typer vendors its own
 }

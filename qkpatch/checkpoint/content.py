@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter, itemgetter
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from qkpatch.checkpoint.files import Digesting, OpenFile
 from qkpatch.errors import HubError
+
+if TYPE_CHECKING:
+    from qkpatch.checkpoint.tree import SourceFile
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,32 @@ class HeldFile(OpenFile):
             done += n
 
 
-def read_rest(source: OpenFile, held: Sequence[Held]) -> dict[int, bytes]:
-    """What OUT does not hold of a file of SOURCE, by offset; for :class:`HeldFile`."""
-    return {begin: bytes(source.read(end - begin, begin)) for begin, end in gaps(source.size, held)}
+@contextmanager
+def held_file(
+    file: SourceFile, held: Sequence[Held], ranges: Sequence[tuple[int, int]], opened: Opened
+) -> Iterator[OpenFile]:
+    """A file of SOURCE for reading ``ranges``, or all, out of what OUT holds of it; only the rest is fetched.
+
+    Args:
+        file: which.
+        held: what OUT holds of it.
+        ranges: what will be read, apart from each other.
+        opened: opens a file of OUT, by name.
+    """
+    spans = ranges or [(0, file.size)]
+    missing = sorted(
+        {
+            (max(begin, first), min(end, last))
+            for begin, end in gaps(file.size, held)
+            for first, last in spans
+            if first < end and begin < last
+        }
+    )
+    needed = [part for part in held if any(b < part.end and part.begin < e for b, e in spans)]
+    with ExitStack() as stack:
+        rest = {}
+        if missing:
+            with file.open(missing) as elsewhere:
+                rest = {begin: bytes(elsewhere.read(end - begin, begin)) for begin, end in missing}
+        places = {name: stack.enter_context(opened(name)) for name in {part.name for part in needed}}
+        yield HeldFile(file.where, file.size, needed, rest, places)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from qkpatch.common.interrupts import check_stop
 from qkpatch.errors import FileSystemError
 
 READ_CHUNK = 1 << 20
@@ -30,6 +31,8 @@ _ADVICE = {
     errno.EROFS: "the file system is read-only; write elsewhere with -o",
     errno.ENOENT: "check the path",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "the machine has no more open files to give; end other programs",
+    errno.ENOMEM: "free some memory, or raise its limit (ulimit -v)",
 }
 
 Progress = Callable[[int], None]
@@ -73,6 +76,38 @@ def os_errors(doing: str, where: str | Path, to: str | Path | None = None) -> It
             where=str(failed),
             fix=_ADVICE.get(error.errno or 0),
         ) from error
+
+
+@contextmanager
+def machine_errors() -> Iterator[None]:
+    """What the machine refuses at a place that does not expect it: memory, files, threads, libraries.
+
+    Raises:
+        FileSystemError: in place of it.
+    """
+    no_memory = FileSystemError("there is not enough memory", where="memory", fix=_ADVICE[errno.ENOMEM])
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        with os_errors("go on", str(error.filename or "")):
+            raise
+    except MemoryError as error:
+        raise no_memory from error
+    except (ImportError, RuntimeError) as error:
+        # A library that cannot be mapped, a thread that cannot be started, and how torch says MemoryError.
+        if not any(sign in str(error) for sign in _STARVED):
+            raise
+        raise no_memory from error
+
+
+_STARVED = (
+    "failed to map segment",
+    "cannot allocate memory",
+    "can't allocate memory",
+    "can't start new thread",
+)
 
 
 @dataclass(frozen=True)
@@ -134,6 +169,7 @@ class OpenFile(ABC):
         # One buffer for all: fresh memory costs more than reading.
         buffer = memoryview(bytearray(min(READ_CHUNK, end - begin)))
         for offset in range(begin, end, len(buffer) or 1):
+            check_stop()
             piece = buffer[: end - offset]
             self.read_into(piece, offset)
             yield piece

@@ -13,7 +13,8 @@ Refused here although safetensors 0.8 lets it pass:
 * a header that does not begin with ``{``, which the format demands; the library skips white space;
 * an entry written as an array, ``["U8", [2], [0, 2]]``, or a dtype written as ``{"U8": null}``;
 * a number beyond ±1e308, which only a field the format does not define could hold. Such undefined
-  fields of an entry are otherwise allowed and ignored, as in the library.
+  fields of an entry are otherwise allowed and ignored, as in the library;
+* more values than :data:`~qkpatch.common.json_text.MAX_VALUES`, which would take gigabytes to read.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from types import MappingProxyType
 from typing import TypeGuard, cast
 
 from qkpatch.checkpoint.files import OpenFile
-from qkpatch.common.json_text import half_surrogate
+from qkpatch.common.json_text import check_size, half_surrogate
 from qkpatch.common.text import cut
-from qkpatch.errors import HeaderError
+from qkpatch.errors import HeaderError, plain
 
 MAX_HEADER_SIZE = 100_000_000
 
@@ -111,7 +112,7 @@ def _fault(what: str, shard: str, name: str | None = None, *, fix: str = _RESAVE
 
 def _shown(text: object) -> str:
     """Something the file says, made fit for one line of a terminal."""
-    return cut(str(text) if str(text).isprintable() else ascii(text), 200)
+    return cut(plain(str(text)), 200)
 
 
 def _read(file: OpenFile, size: int, offset: int) -> bytes:
@@ -132,6 +133,7 @@ def _load(raw: bytes, shard: str) -> object:
     if not raw.startswith(b"{"):
         raise _fault("the header does not begin with '{'", shard)
     try:
+        check_size(raw)
         text = raw.decode()
         value: object = json.loads(
             text, object_pairs_hook=_unique, parse_int=_integer, parse_float=_real, parse_constant=_real

@@ -114,22 +114,6 @@ class Rooted:
         with self._parent(name) as (fd, last):
             os.mkdir(last, mode, dir_fd=fd)
 
-    def replace(self, name: str, content: bytes) -> None:
-        """Put a file directly in the directory, in place of one that may be there, whole or not at all."""
-        temporary = f".{name}.{secrets.token_hex(4)}"
-        with os_errors("write", self.path / name):
-            fd = self.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            try:
-                with open(fd, "wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(fd)
-                os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-            except BaseException:
-                with suppress(OSError):
-                    os.unlink(temporary, dir_fd=self.fd)
-                raise
-
     def make_directory(self, name: str, mode: int) -> None:
         """Make a directory with ``mode`` less the umask, or mend one that is there; what else has its name goes."""
         status = self.status(name)
@@ -145,6 +129,22 @@ class Rooted:
                     os.fchmod(fd, stat.S_IMODE(mended))
             finally:
                 os.close(fd)
+
+    def replace(self, name: str, content: bytes) -> None:
+        """Put a file directly in the directory, in place of one that may be there, whole or not at all."""
+        temporary = f".{name}.{secrets.token_hex(4)}"
+        with os_errors("write", self.path / name):
+            fd = self.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                with open(fd, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    synced(fd, self.path / name)
+                os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+            except BaseException:
+                with suppress(OSError):
+                    os.unlink(temporary, dir_fd=self.fd)
+                raise
 
     def remove(self, name: str, status: os.stat_result) -> None:
         """Remove an empty directory, a file, or a link itself, whichever ``status`` says."""

@@ -30,19 +30,22 @@ class Present:
         self.root = root
         self.files: dict[str, FileId] = {}
         self.odd: dict[str, str] = {}  # what is neither a regular file nor a directory, and what it is
-        self.identities: dict[str, FileId] = {}  # of both, for whoever asks later whether anything changed
+        self.directories: list[str] = []
+        self.identities: dict[str, FileId] = {}  # of all, for whoever asks later whether anything changed
         self.aside: list[str] = []
         self._digests: dict[str, str] = {}
         with os_errors("list", root.path):
             for name, status in root.walk(BOOKKEEPING):
-                if not stat.S_ISDIR(status.st_mode):
-                    self._add(name, status)
+                self._add(name, status)
 
     def _add(self, name: str, status: os.stat_result) -> None:
-        if not came_by_itself(name, ()):
+        is_wish = not came_by_itself(name, ())
+        if is_wish:
             self.identities[name] = _identity(status)
         shown = name.encode("utf-8", "backslashreplace").decode()
-        if shown != name:  # how Python holds bytes that are not UTF-8
+        if stat.S_ISDIR(status.st_mode):
+            self.directories += [name] if is_wish else []
+        elif shown != name:  # how Python holds bytes that are not UTF-8
             self.odd[shown] = "has a name that is not UTF-8"
         elif not stat.S_ISREG(status.st_mode):
             self.odd[name] = _KINDS.get(stat.S_IFMT(status.st_mode), "is no regular file")
@@ -51,7 +54,8 @@ class Present:
 
     def set_aside(self, recorded: Collection[str]) -> None:
         """Look no more at what came into OUT by itself, and is none of what its manifest records."""
-        self.aside = sorted(name for name in {**self.files, **self.odd} if came_by_itself(name, recorded))
+        found = {name for name in {**self.files, **self.odd} if came_by_itself(name, recorded)}
+        self.aside = sorted({*self.aside, *found})
         for name in self.aside:
             self.files.pop(name, None)
             self.odd.pop(name, None)
@@ -81,16 +85,26 @@ class Present:
         with os_errors("read", opened.where):
             status = os.fstat(opened.fd)
         if FileId.of(status) != self.files.get(name):
-            raise FileSystemError(
-                "it changed while qkpatch was reading it",
-                where=opened.where,
-                fix="run again when nothing writes to it",
-            )
+            raise self._changed(name)
 
     def confirm(self, name: str) -> None:
         """Raise :class:`FileSystemError` where a file is not, or no longer, the one that was listed."""
         with self.open(name):
             return
+
+    def check_still(self) -> None:
+        """Raise :class:`FileSystemError` where anything is not as it was listed, whether it was used or not."""
+        with Rooted(self.root.path) as root:
+            changed = first_change(self.identities, Present(root).identities)
+        if changed is not None:
+            raise self._changed(ascii(changed)[1:-1])
+
+    def _changed(self, name: str) -> FileSystemError:
+        return FileSystemError(
+            "it changed while qkpatch was reading it",
+            where=self.where(name),
+            fix="run again when nothing writes to it",
+        )
 
     def read(self, name: str, limit: int = MAX_JSON_BYTES) -> bytes:
         """All of a small file.
@@ -123,4 +137,6 @@ def first_change(before: Mapping[str, FileId], after: Mapping[str, FileId]) -> s
 def _identity(status: os.stat_result) -> FileId:
     """As :class:`FileId`; of a file with other names, which links made and removed elsewhere would change, less."""
     identity = FileId.of(status)
+    if stat.S_ISDIR(status.st_mode):  # the same, whatever comes and goes in it
+        return FileId(identity.device, identity.inode, 0, 0, 0, 0)
     return identity if status.st_nlink == 1 else identity.but_for_links

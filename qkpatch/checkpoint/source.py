@@ -90,6 +90,21 @@ class Stored:
         local = (file for file in self.files.values() if isinstance(file, LocalFile))
         return tuple(file.name for file in local if leads_out(file.path, self.root))
 
+    def check_still(self) -> None:
+        """Raise :class:`FileSystemError` where a file on this machine is another by now, or one more is there."""
+        if self.root is not None and not self.single_file:
+            files = walk_files(self.root, self.exclude).files
+            if new := sorted(files.keys() - {*self.files, MANIFEST_NAME, SUMS_NAME}):
+                raise FileSystemError(
+                    "it came into being while qkpatch was running, or after it had planned",
+                    where=str(self.root / new[0]),
+                    fix="plan again",
+                )
+        for file in self.files.values():
+            if isinstance(file, LocalFile):
+                with file.open():
+                    pass
+
 
 @dataclass(frozen=True)
 class Checkpoint(Stored):

@@ -19,8 +19,9 @@ from qkpatch.checkpoint.names import BOOKKEEPING, matching
 from qkpatch.checkpoint.open_directory import Rooted, check_extent
 from qkpatch.errors import CheckpointError, FileSystemError
 
-MAX_JSON_BYTES = 256 << 20  # an index of 10^6 tensors is about 100 MB
-# Parsed, JSON takes up to 25 times its size; the largest real ones are below 1 MB.
+# The index of 10^12 parameters, in some 200,000 tensors, is about 25 MB; the record of editing all modes of all their
+# heads as much. The largest config.json are below 1 MB.
+MAX_JSON_BYTES = 64 << 20
 MAX_CONFIG_BYTES = 16 << 20
 
 

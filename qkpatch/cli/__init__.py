@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
@@ -19,8 +19,8 @@ from qkpatch.cli.commands.inspect import inspect
 from qkpatch.cli.commands.plan import plan
 from qkpatch.cli.commands.recipes import recipes
 from qkpatch.cli.commands.verify import verify
-from qkpatch.cli.console import prepare_streams
-from qkpatch.errors import FileSystemError, redact
+from qkpatch.cli.console import note, prepare_streams, silence_stdout
+from qkpatch.errors import UNEXPECTED, FileSystemError, QKPatchError, redact
 
 
 class _Commands(typer.core.TyperGroup):
@@ -49,7 +49,8 @@ app = typer.Typer(
     name="qkpatch",
     cls=_Commands,
     help="Edit the query-key product of a vision-language checkpoint, straight in its safetensors files.\n\n"
-    "Exit codes: 0 ok, 1 mismatch or difference, 2 usage, 3 unsupported or ambiguous checkpoint, 4 I/O.",
+    "Exit codes: 0 ok, 1 mismatch or difference, 2 usage, 3 unsupported or ambiguous checkpoint, 4 I/O, "
+    "5 a fault of qkpatch's own.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -72,14 +73,25 @@ for _command in (apply, plan, inspect, verify, diff, recipes, card):
 
 
 def main() -> NoReturn:
-    """Entry point of the ``qkpatch`` command."""
+    """Entry point of the ``qkpatch`` command: what no command expects ends here, with its traceback and a code."""
     prepare_streams()
+    code = 0
     try:
         app()
-    except OSError as error:
-        # What the library prints itself, such as --help, to a device that is full.
-        if error.errno != errno.ENOSPC:
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(FileSystemError.exit_code)
-    sys.exit(0)
+    except QKPatchError as error:  # of --debug
+        traceback.print_exc()
+        code = error.exit_code
+    except Exception as error:
+        code = UNEXPECTED
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            # What the library prints itself, such as --help, to a device that is full.
+            silence_stdout()
+            code = FileSystemError.exit_code
+        else:
+            traceback.print_exc()
+            note(
+                f"This is a fault of qkpatch {qkpatch.__version__} itself, and says nothing of the checkpoint. Please "
+                "report it, with what is printed above and the command, in the issues of qkpatch's repository; where "
+                "somebody may have made the input so, as SECURITY.md says."
+            )
+    sys.exit(code)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import typer
 
+from qkpatch.checkpoint.files import machine_errors
 from qkpatch.cli.flags import spread
 from qkpatch.common.interrupts import Terminated, unwinding_on_kill
 from qkpatch.errors import QKPatchError, no_torch
@@ -21,21 +22,15 @@ Command = TypeVar("Command", bound=Callable[..., None])
 
 
 def command(function: Command) -> Command:
-    """Spread its groups of flags, and turn qkpatch's errors into a message and an exit code.
+    """Spread its groups of flags, and turn what qkpatch or the machine refuses into a message and an exit code.
 
-    Anything else keeps its traceback.
+    Anything else keeps its traceback: see :func:`qkpatch.cli.main`.
     """
     signature, gathered = spread(function)
 
     @functools.wraps(function)
     def wrapper(**kwargs: Any) -> None:
-        from qkpatch.cli.console import note, print_json, show_error
-
-        def shown(error: QKPatchError) -> typer.Exit:
-            if kwargs.get("as_json"):
-                print_json({"error": error.to_json()})
-            show_error(error)
-            return typer.Exit(error.exit_code)
+        from qkpatch.cli.console import note, print_json, show_error, silence_stdout
 
         if kwargs.get("quiet") or kwargs.get("as_json") or not sys.stderr.isatty():
             # huggingface_hub reads it when it is first imported, which is later.
@@ -44,28 +39,27 @@ def command(function: Command) -> Command:
         # What is said is said inside: a signal that comes meanwhile must not cut that short either.
         with unwinding_on_kill():
             try:
-                function(**gathered(kwargs))
-            except QKPatchError as error:
-                if kwargs.get("debug"):
+                with machine_errors():
+                    function(**gathered(kwargs))
+            except (QKPatchError, ModuleNotFoundError) as raised:
+                error = no_torch() if getattr(raised, "name", None) == "torch" else raised
+                if kwargs.get("debug") or not isinstance(error, QKPatchError):
                     raise
-                end = shown(error)
+                if kwargs.get("as_json"):
+                    print_json({"error": error.to_json()})
+                show_error(error)
                 if hasattr(error, "kept"):
                     note(f"Go on with: {_going_on()}")
-                raise end from None
-            except ModuleNotFoundError as error:
-                if error.name != "torch" or kwargs.get("debug"):
-                    raise
-                raise shown(no_torch()) from None
-            except (KeyboardInterrupt, Terminated) as error:
-                number = error.number if isinstance(error, Terminated) else signal.SIGINT
+                raise typer.Exit(error.exit_code) from None
+            except (KeyboardInterrupt, Terminated) as end:
+                number = end.number if isinstance(end, Terminated) else signal.SIGINT
                 what = "Interrupted" if number == signal.SIGINT else "Terminated"
-                kept = getattr(error, "kept", None)
+                kept = getattr(end, "kept", None)
                 left = f"{kept}. Go on with: {_going_on()}" if kept else "nothing half done is left behind."
                 note(f"{what}; {left}")
                 raise typer.Exit(128 + number) from None
             except BrokenPipeError:
-                # The reader of stdout is gone; the interpreter must not complain when it flushes at exit.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                silence_stdout()
                 raise typer.Exit(128 + signal.SIGPIPE) from None
 
     wrapper.__signature__ = signature  # type: ignore[attr-defined]

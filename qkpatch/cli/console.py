@@ -14,16 +14,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from qkpatch.cli.redaction import Redacted
 from qkpatch.common.observer import UNSEEN, Observer
-from qkpatch.common.text import cut, plain, size_text
-from qkpatch.errors import FileSystemError, QKPatchError
+from qkpatch.common.text import size_text
+from qkpatch.errors import FileSystemError, QKPatchError, plain, shown
 
-_LONGEST = 8000  # characters of a message, into which files may put any number
 _PIPED_WIDTH = 140  # rich assumes 80 where there is no terminal, which cuts tensor names
 
 
@@ -72,15 +72,36 @@ def results() -> Iterator[Console]:
         ) from error
 
 
+def silence_stdout() -> None:
+    """Let nothing more reach a stdout that takes nothing: the interpreter must not complain when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def safe(text: str) -> str:
-    """``text`` for the terminal: neither rich's markup nor control characters out of a file act in it."""
-    return escape("\n".join(plain(line) for line in text.split("\n")))
+    """``text`` for one line of the terminal: neither rich's markup nor anything out of a file acts in it."""
+    return escape(plain(text))
 
 
 def print_text(text: str) -> None:
-    """Print ``text`` on stdout as it is, neither wrapped nor escaped."""
+    """Print a document on stdout, not wrapped; nothing acts in it."""
     with results():
-        sys.stdout.write(text)
+        sys.stdout.write(shown(text))
+
+
+@contextmanager
+def verdict(code: int) -> Iterator[None]:
+    """Print what was found, and end with ``code``, also where printing fails: that must not hide a mismatch."""
+    try:
+        yield
+    except (FileSystemError, BrokenPipeError) as error:
+        if not code:
+            raise
+        if isinstance(error, FileSystemError):
+            show_error(error)
+        else:
+            silence_stdout()
+    if code:
+        raise typer.Exit(code)
 
 
 def print_json(value: Any) -> None:
@@ -95,11 +116,11 @@ def show_error(error: QKPatchError) -> None:
 
 
 def _show_error(console: Console, error: QKPatchError) -> None:
-    console.print(f"[bold red]Error:[/] {safe(cut(error.what, _LONGEST))}", soft_wrap=True)
+    console.print(f"[bold red]Error:[/] {escape(error.what)}", soft_wrap=True)
     if error.where:
-        console.print(f"  [dim]where[/]  {safe(cut(error.where, _LONGEST))}", soft_wrap=True)
+        console.print(f"  [dim]where[/]  {escape(error.where)}", soft_wrap=True)
     if error.fix:
-        console.print(f"  [dim]try[/]    {safe(cut(error.fix, _LONGEST))}", soft_wrap=True)
+        console.print(f"  [dim]try[/]    {escape(error.fix)}", soft_wrap=True)
 
 
 def show_warnings(warnings: Sequence[str]) -> None:

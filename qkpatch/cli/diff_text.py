@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.common.number_ranges import some
-from qkpatch.common.text import cut, plain, wrapped
+from qkpatch.common.text import cut, wrapped
 from qkpatch.compare.diff_types import Difference, Files, TensorDifference, Uncompared
+from qkpatch.errors import plain
 
 if TYPE_CHECKING:
     from qkpatch.compare.values import Bucket, Change, Values
@@ -21,6 +22,9 @@ _CUT = "and {} more; --json lists all"
 def text(result: Difference, a: str, b: str, width: int) -> str:
     """The difference between the checkpoints that the user calls ``a`` and ``b``, for ``width`` columns."""
     lines = [f"A  {a}", f"B  {b}", _summary(result)]
+    lines += _section(
+        "Compared under A's names", [f"{r.a} is {r.b} in B: {r.tensors} tensor(s)" for r in result.renamed]
+    )
     if result.changed:
         lines += ["", "Changed", *_table(result.changed, width), *_histograms(result.changed)]
     lines += _section("Of another dtype or shape", [_retyped(d) for d in result.retyped])

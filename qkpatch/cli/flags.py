@@ -96,7 +96,7 @@ DigestOpt = Annotated[
 LinkOpt = Annotated[bool, typer.Option("--link", help="Hard links to files of SOURCE that are not edited.")]
 LinkCacheOpt = Annotated[bool, typer.Option("--link-cache", help="The same, even to files in the Hub cache.")]
 ResumeOpt = Annotated[
-    bool, typer.Option("--resume", help="Take over what a killed run of the same edit had done.")
+    bool, typer.Option("--resume", help="Keep what is done where the run ends early, and take it over.")
 ]
 PushOpt = Annotated[
     str | None,

@@ -1,14 +1,18 @@
-"""``Redacted``: what the command line says on stderr, without secrets."""
+"""``Redacted``: what the command line says on stderr, without secrets, and without what acts in a terminal."""
 
 from __future__ import annotations
 
 import atexit
 import io
+import re
 import threading
 from contextlib import suppress
 from typing import TextIO
 
-from qkpatch.errors import redact
+from qkpatch.errors import redact, shown
+
+# What libraries draw on a terminal: colours, and bars that are drawn again.
+_DRAWN = re.compile(r"(\x1b\[(?:[\d;]*m|\d*[AK]|\?25[lh])|\r)")
 
 
 class Redacted(io.TextIOBase):
@@ -50,19 +54,23 @@ class Redacted(io.TextIOBase):
             if begun:
                 self._begun[thread] = begun
             if newline:
-                self._stream.write(redact(whole + newline))
+                self._pass_on(whole + newline)
         return len(text)
 
     def flush(self) -> None:
         """Pass on to a terminal what there is, for bars are lines that never end; elsewhere only what is whole."""
         with self._lock:
             if self.isatty():
-                self._stream.write(redact(self._begun.pop(threading.get_ident(), "")))
+                self._pass_on(self._begun.pop(threading.get_ident(), ""))
             self._stream.flush()
 
     def _finish(self) -> None:
         with self._lock, suppress(OSError, ValueError):  # full, or closed
             for begun in self._begun.values():
-                self._stream.write(redact(begun))
+                self._pass_on(begun)
             self._begun.clear()
             self._stream.flush()
+
+    def _pass_on(self, text: str) -> None:
+        parts = _DRAWN.split(redact(text)) if self.isatty() else [redact(text)]
+        self._stream.write("".join(part if i % 2 else shown(part) for i, part in enumerate(parts)))

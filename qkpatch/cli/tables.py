@@ -201,8 +201,19 @@ def show_verification(result: Verification, out: Path) -> None:
                 f"[green]ok[/] {safe(str(out))}: {result.files} files, {size_text(result.compared_bytes)} compared; "
                 f"{result.edited_tensors} edited tensors as recorded, every byte outside their planned rows equal"
             )
+            console.print(_arithmetic(result), soft_wrap=True)
         else:
             console.print(f"[red]{len(result.mismatches)} mismatch(es)[/] in {safe(str(out))}")
+
+
+def _arithmetic(result: Verification) -> str:
+    done = result.arithmetic
+    if done is None:
+        return "the edit was not computed anew" + ("" if result.edited_tensors else ": there is none")
+    said = f"{done.heads} heads computed anew: "
+    if not done.differing_values:
+        return said + "every bit the same"
+    return said + f"{done.differing_values} number(s) differ by what another stack may make of them"
 
 
 def _table(*columns: str) -> Table:

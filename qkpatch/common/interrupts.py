@@ -117,10 +117,16 @@ def stoppable(check: Callable[[], None]) -> Iterator[None]:
 
 
 def check_stop() -> None:
-    """To be called now and then by whatever waits for long; raises where this thread's task is to end."""
+    """To be called now and then by whatever takes long; raises where this thread's task, or all of them, are to end."""
     check = getattr(_task, "check", None)
     if check is not None:
         check()
+    elif (
+        _arrivals.is_raised and _arrivals.is_on and threading.current_thread() is not threading.main_thread()
+    ):
+        raise Terminated(
+            _arrivals.first or signal.SIGINT
+        )  # of a library's threads, which the main one waits for
 
 
 @contextmanager

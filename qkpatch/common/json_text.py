@@ -13,6 +13,10 @@ from qkpatch.errors import CheckpointError
 
 SIGNIFICANT_DIGITS = 9
 MAX_DEPTH = 64
+# In memory a value takes 100 to 300 bytes, however short it is written. 10^12 parameters lie in some 200,000 tensors:
+# 400,000 values of an index, 1.6 million of a header.
+MAX_VALUES = 4_000_000
+MAX_DIGITS = 300  # of a whole number: float, which all readers may want, holds no more
 # Walks a JSON text from escape to escape; group 1 is half a surrogate pair without the other half.
 _ESCAPE = re.compile(r"\\(?:u[dD][89aAbB]..\\u[dD][c-fC-F]..|(u[dD][89a-fA-F])|.)")
 
@@ -86,14 +90,32 @@ def load_json(raw: bytes, where: str, *, unique: bool = False) -> Any:
         return result
 
     try:
+        check_size(raw)
         text = raw.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=pairs)
+        value = json.loads(text, object_pairs_hook=pairs, parse_int=_integer)
         if (half := half_surrogate(text)) is not None:
             raise ValueError(f"half a surrogate pair (char {half})")
         return value
     except (ValueError, RecursionError) as error:
         fix = "save it as UTF-8 without a byte-order mark" if raw.startswith(_MARKS) else None
         raise CheckpointError(f"not valid JSON: {error}", where=where, fix=fix) from error
+
+
+def check_size(raw: bytes) -> None:
+    """Raise :class:`ValueError` where JSON may hold more than :data:`MAX_VALUES`; the text is not parsed for that."""
+    if (n_values := count_values(raw)) > MAX_VALUES:
+        raise ValueError(f"{n_values:,} values, more than any real file of this kind ({MAX_VALUES:,})")
+
+
+def count_values(raw: bytes) -> int:
+    """As many values as JSON, or a part of its text, can hold at most."""
+    return sum(map(raw.count, (b",", b"[", b"{")))
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits):,} digits")
+    return int(digits)
 
 
 def half_surrogate(text: str) -> int | None:

@@ -56,7 +56,8 @@ class _StrictLoader(yaml.SafeLoader):
                 )
             # YAML 1.1 reads 010 as eight, 1:30 and 1:30.0 as ninety, and 1_0.5 as ten and a half.
             if (
-                node.tag.endswith(":int") and not re.fullmatch(r"-?(0|[1-9][0-9]*)", node.value, re.ASCII)
+                node.tag.endswith(":int")
+                and not re.fullmatch(r"-?(0|[1-9][0-9]{0,299})", node.value, re.ASCII)
             ) or (node.tag.endswith(":float") and set(node.value) & set(":_")):
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{node.value!r} is not a plain decimal number", node.start_mark
@@ -225,8 +226,8 @@ class Fields:
         """Report unknown keys here and below, and raise all faults as one :class:`RecipeError`."""
         self._note_unknown()
         if self._faults:
-            lines = "\n".join(f"  {fault}" for fault in self._faults)
-            raise RecipeError(f"{len(self._faults)} fault(s):\n{lines}", where=self._where)
+            faults = [f"  {fault}" for fault in self._faults]
+            raise RecipeError([f"{len(faults)} fault(s):", *faults], where=self._where)
 
     def _note_unknown(self) -> None:
         known = sorted(str(key) for key in self._taken)

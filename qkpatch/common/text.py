@@ -1,16 +1,13 @@
-"""Text out of files for a terminal: control characters do not act, and long lines are folded with their indent."""
+"""Text for a terminal: long lines are folded with their indent."""
 
 from __future__ import annotations
 
 import shlex
 import textwrap
 
+from qkpatch.errors import plain
+
 _NARROWEST = 40  # columns; in fewer, lines are left to the terminal
-
-
-def plain(line: str) -> str:
-    """``line`` with its control characters spelled out."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def cut(text: str, most: int) -> str:

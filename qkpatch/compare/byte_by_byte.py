@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 
-from safetensors import SafetensorError, safe_open
-
-from qkpatch.checkpoint.content import Held, Parts, feed_source
-from qkpatch.checkpoint.files import Progress, os_errors
+from qkpatch.checkpoint.content import Held, Parts, feed_source, held_file
+from qkpatch.checkpoint.files import OpenFile, Progress
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.pairs import Reader, Span
 from qkpatch.checkpoint.present_files import Present
@@ -76,11 +75,13 @@ class Listing:
     Of SOURCE nothing is read but those rows, and the headers that a resharded OUT does not have.
     """
 
-    def __init__(self, output: Output, present: Present, planned: Spans) -> None:
-        self._present = present
+    def __init__(
+        self, files: Mapping[str, SourceFile], output: Output, present: Present, planned: Spans
+    ) -> None:
+        self._files, self._present = files, present
         self._held = output.held(planned)
         # Files of SOURCE of which OUT has a part not at all, which is told elsewhere.
-        self._lost = {
+        self.lost = {
             extent.file.name
             for name, wanted in output.files.items()
             if name not in present.files or present.files[name].size != wanted.size
@@ -92,7 +93,7 @@ class Listing:
     ) -> tuple[list[Mismatch], dict[str, str]]:
         """What is wrong with a file of SOURCE as OUT has it, and the SHA-256 in SOURCE of ``edited`` tensors of it."""
         held = self._held.get(file.name, [])
-        if file.name in self._lost or not held or isinstance(file, LocalFile):
+        if file.name in self.lost or not held or isinstance(file, LocalFile):
             return [], {}
         whole = [Held(0, file.size, held[0].name, 0)]
         listed, digests = file.listed, list[str]()
@@ -114,6 +115,18 @@ class Listing:
         what = f"differs outside the planned rows: it is not {file.where} as the Hub lists it, by its digest"
         return [Mismatch(names[0], f"{what}{more}")], {}
 
+    @contextmanager
+    def open(self, name: str, ranges: Sequence[tuple[int, int]] = ()) -> Iterator[OpenFile]:
+        """A file of SOURCE for reading; one that is elsewhere out of OUT, once that was found to have it."""
+        file = self._files[name]
+        held = self._held.get(name, [])
+        with (
+            file.open(ranges)
+            if isinstance(file, LocalFile)
+            else held_file(file, held, ranges, self._present.open)
+        ) as opened:
+            yield opened
+
 
 def tensor_digest(file: SourceFile, ref: TensorRef) -> str:
     """SHA-256 of a tensor of SOURCE."""
@@ -131,21 +144,3 @@ def _place(source: Stored, shard: str, offset: int) -> str:
             if ref.begin <= offset < ref.end:
                 return f", in {ref.name}"
     return ""
-
-
-def library_verdict(wanted: OutputFile, present: Present) -> Iterator[Mismatch]:
-    """The safetensors library must open what it opened in SOURCE; it does not know every dtype we carry over."""
-    sources = [extent.file for extent in wanted.extents]
-    if not all(isinstance(file, LocalFile) and _library_accepts(str(file.path)) for file in sources):
-        return
-    with present.open(wanted.name) as opened:
-        if not _library_accepts(f"/proc/self/fd/{opened.fd}"):
-            yield Mismatch(wanted.name, "the safetensors library opens it in SOURCE and refuses it in OUT")
-
-
-def _library_accepts(path: str) -> bool:
-    try:
-        with os_errors("read", path), safe_open(path, framework="pt"):
-            return True
-    except SafetensorError:
-        return False

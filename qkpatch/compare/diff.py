@@ -7,6 +7,7 @@ only then. Neither side has bytes that escape: a shard in which no tensor owns a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from qkpatch.checkpoint.files import Progress
@@ -16,6 +17,7 @@ from qkpatch.checkpoint.pairs import Reader, Span
 from qkpatch.checkpoint.source import MANIFEST_NAME, Stored
 from qkpatch.checkpoint.tree import SourceFile
 from qkpatch.common.interrupts import signals_held
+from qkpatch.common.observer import Observer
 from qkpatch.compare.diff_types import (
     Difference,
     FileDifference,
@@ -26,6 +28,7 @@ from qkpatch.compare.diff_types import (
     Uncompared,
     natural,
 )
+from qkpatch.compare.renaming import spelled_as
 
 if TYPE_CHECKING:
     from qkpatch.compare.values import Change
@@ -34,6 +37,13 @@ _T = TypeVar("_T")
 
 # The formats that are compared by value where dtypes differ; ``spectral.change`` knows them, but is torch.
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+
+
+def compare(a: Stored, b: Stored, observer: Observer) -> Difference:
+    """As :func:`difference`, of tensors under A's names where B spells them with other prefixes."""
+    b, renamed = spelled_as(a, b)
+    observer.begins("compare", bytes_to_compare(a, b), 0)
+    return replace(difference(a, b, observer.copied), renamed=renamed)
 
 
 def bytes_to_compare(a: Stored, b: Stored) -> int:

@@ -85,6 +85,15 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Renaming:
+    """Tensors whose names begin otherwise in B, and are compared under A's."""
+
+    a: str
+    b: str
+    tensors: int
+
+
+@dataclass(frozen=True)
 class Difference:
     """All that differs between A and B; tensors and files in natural order of their names."""
 
@@ -98,13 +107,14 @@ class Difference:
     layout: Layout
     uncompared: tuple[Uncompared, ...]
     compared_bytes: int
+    renamed: tuple[Renaming, ...] = ()
 
     @property
     def equal(self) -> bool:
-        """Whether a loader finds the same in both: tensors, metadata and, of two directories, files."""
+        """Whether a loader finds the same in both: tensors, by their names, metadata and, of directories, files."""
         tensors = self.changed or self.retyped or self.only_in_a or self.only_in_b
         files = self.files and (self.files.changed or self.files.only_in_a or self.files.only_in_b)
-        return not (tensors or self.metadata or files)
+        return not (tensors or self.renamed or self.metadata or files)
 
 
 def natural(name: str) -> tuple[tuple[int, str], ...]:
@@ -126,6 +136,7 @@ def to_json(result: Difference) -> dict[str, Any]:
             "retyped": [_tensor(d) for d in result.retyped],
             "only_in_a": [{"name": ref.name, **_stored(ref)} for ref in result.only_in_a],
             "only_in_b": [{"name": ref.name, **_stored(ref)} for ref in result.only_in_b],
+            "renamed": [vars(renaming) for renaming in result.renamed],
         },
         "metadata": [{"key": m.key, "a": list(m.a), "b": list(m.b)} for m in result.metadata],
         "files": None if result.files is None else _files(result.files),

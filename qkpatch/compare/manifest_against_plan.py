@@ -9,26 +9,13 @@ from typing import Any
 from qkpatch.checkpoint.source import MANIFEST_NAME
 from qkpatch.common.typed_json import as_json
 from qkpatch.compare.byte_by_byte import Mismatch
-from qkpatch.model.locate import Source
+from qkpatch.output.options import Digest
 from qkpatch.planning.manifest import FileRecord, Manifest
 from qkpatch.planning.plan import EditPlan
 
 _RECIPE_KEYS = ("name", "prefix", "config", "tensors", "others")
 # What a recipe may come to know more of: which of it was taken is in `prefix` and in `model`.
 _WIDENED = {"prefixes", "sections", "class_defaults"}
-
-
-def origin_mismatches(manifest: Manifest, found: Source) -> Iterator[Mismatch]:
-    """Where the manifest says that OUT was made of a repository, SOURCE is that one, where it is one at all."""
-    said = manifest.source
-    if said.kind != "hub" or found.kind != "hub":
-        return
-    for key, ours, theirs in (
-        ("name", found.name.lower(), said.name.lower()),
-        ("commit", found.commit, said.commit),
-    ):
-        if ours != theirs:
-            yield Mismatch(MANIFEST_NAME, f"source.{key} is {theirs!r}, and SOURCE is {ours!r}")
 
 
 def differences(
@@ -63,6 +50,7 @@ def differences(
             yield Mismatch(file.name, "the manifest's record of this file is not what it should be")
     for name in files:
         yield Mismatch(name, "is in the manifest only")
+    yield from _contradictions(manifest, planned, plan)
     recorded = {edit.tensor: edit for edit in manifest.edits}
     layouts = {target.query.name: target.layout for target in plan.edits}
     for edit in planned.edits:
@@ -76,6 +64,33 @@ def differences(
             yield Mismatch(edit.tensor, "the manifest's heads of this tensor are not the planned ones")
     for name in recorded:
         yield Mismatch(name, "the manifest records an edit that its own settings do not lead to")
+
+
+def _contradictions(manifest: Manifest, planned: Manifest, plan: EditPlan) -> Iterator[Mismatch]:
+    """What a manifest says that no run of ``apply`` would have said."""
+    source, run, digest = manifest.source, manifest.run, manifest.output.digest
+    is_of_recipe = "modes" in manifest.edit.from_recipe and manifest.recipe.sha256 == planned.recipe.sha256
+    said = {
+        "tool.name": manifest.tool.name == planned.tool.name,
+        "compute.dtype": manifest.compute.dtype == planned.compute.dtype,
+        "source": source.kind == "hub" or not (source.commit or source.requested_revision or source.checked),
+        "run.stack": run.stack is None or run.stack.get("torch") == manifest.tool.torch,
+        "run": None in (run.started, run.finished) or str(run.started) <= str(run.finished),
+        "run.copied_by": run.copied_by is None or sum(run.copied_by.values()) == len(planned.files),
+        "edit.from_recipe": not is_of_recipe or manifest.edit.modes == plan.model.recipe.default_modes,
+    }
+    for key, is_so in said.items():
+        if not is_so:
+            yield Mismatch(MANIFEST_NAME, f"{key} contradicts what else it says, or what qkpatch writes")
+    for file in manifest.files:
+        if digest is Digest.files and file.sha256 is None:
+            yield Mismatch(file.name, "its digest is not recorded, and the manifest says that all are")
+    # Older ones do not say which digests they have; an edit has all of them or none.
+    digests = [d for e in manifest.edits for w in e.written for d in (w.sha256_before, w.sha256_after)]
+    if None in digests and (any(digests) if digest is None else digest is not Digest.none):
+        yield Mismatch(
+            MANIFEST_NAME, "digests of edited tensors are missing, and the manifest says that they are there"
+        )
 
 
 def _deciding(said: Any) -> Any:

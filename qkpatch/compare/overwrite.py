@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from qkpatch.checkpoint.files import Progress
 from qkpatch.checkpoint.open_directory import Rooted
@@ -17,10 +17,10 @@ from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME
 from qkpatch.common.json_text import canonical_json, load_json
 from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.compare.byte_by_byte import Mismatch
-from qkpatch.compare.manifest_against_plan import differences, origin_mismatches
-from qkpatch.compare.verify import check, recorded, sums_mismatches
+from qkpatch.compare.manifest_against_plan import differences
+from qkpatch.compare.recorded import origin_mismatches, sums_mismatches
+from qkpatch.compare.verify import check, recorded
 from qkpatch.errors import CheckpointError, FileSystemError
-from qkpatch.model.locate import Access
 from qkpatch.output.destination import Replaced, check_out, destination_path, occupied
 from qkpatch.output.options import Digest, Writing
 from qkpatch.output.space import check_space
@@ -31,13 +31,12 @@ from qkpatch.recipes.catalogue import shipped_recipes
 
 
 def standing(
-    out: Path, plan: EditPlan, writing: Writing, observer: Observer = UNSEEN, *, cache: bool = True
+    out: Path, plan: EditPlan, writing: Writing, observer: Observer = UNSEEN
 ) -> Replaced | Manifest | None:
     """What is at OUT: what ``plan`` will replace, the manifest of just what it would write, or None: nothing.
 
     Every file whose digest is recorded has it. What else there is, is what the recorded edit makes of this SOURCE, by
-    ``verify``, and the edited tensors have their digests. ``writing.force`` takes it as it is. ``cache``: what is on
-    the Hub comes into its cache first.
+    ``verify``, and the edited tensors have their digests. ``writing.force`` takes it as it is.
 
     Raises:
         UsageError: OUT is no place to write to, or holds something else.
@@ -48,8 +47,15 @@ def standing(
         refuse_own_sums(plan.model.checkpoint)
     found = _present(out, plan, writing, observer) if out.is_dir() else None
     if not isinstance(found, Manifest):
-        check_space(out, plan.output, plan.edits_by_file, writing, is_cached=cache)
+        check_fits(out, plan, writing)
     return found
+
+
+def check_fits(out: Path, plan: EditPlan, writing: Writing) -> None:
+    """Raise :class:`FileSystemError` where there is no room for OUT."""
+    files = plan.output.files.values()
+    written = [file for file in files if file.name in plan.edits_by_file or not writing.linkable(file)]
+    check_space(out, written)
 
 
 def _present(out: Path, plan: EditPlan, writing: Writing, observer: Observer) -> Replaced | Manifest | None:
@@ -60,7 +66,7 @@ def _present(out: Path, plan: EditPlan, writing: Writing, observer: Observer) ->
         observer.begins("look at OUT:", present.size, 0)
         replaced = Replaced(destination_path(out), present.identities)
         try:
-            first = None if writing.force else next(_foreign(present, plan, writing, observer.copied), None)
+            first = None if writing.force else next(_foreign(present, plan, writing, observer), None)
             if first is None and not writing.overwrite:
                 manifest = recorded(present)
                 return replace(manifest, run=replace(manifest.run, already_done=True))
@@ -72,13 +78,17 @@ def _present(out: Path, plan: EditPlan, writing: Writing, observer: Observer) ->
     return replaced
 
 
-def _foreign(present: Present, plan: EditPlan, writing: Writing, progress: Progress) -> Iterator[Mismatch]:
+def _foreign(present: Present, plan: EditPlan, writing: Writing, observer: Observer) -> Iterator[Mismatch]:
     """Where OUT is not what qkpatch left, and unless it is to be overwritten, not what ``plan`` would make it."""
     try:
         manifest = recorded(present)
     except CheckpointError as error:
         yield Mismatch(MANIFEST_NAME, str(error))
         return
+    known = {str(parent) for file in manifest.files for parent in PurePosixPath(file.name).parents}
+    for name in present.directories:
+        if name not in known | plan.model.checkpoint.directories.keys():
+            yield Mismatch(name, "is a directory that qkpatch did not make")
     if not writing.overwrite:
         yield from origin_mismatches(manifest, plan.model.source)
         yield from differences(manifest, planned_manifest(plan, ""), plan, ())
@@ -89,13 +99,15 @@ def _foreign(present: Present, plan: EditPlan, writing: Writing, progress: Progr
     if canonical_json(load_json(raw, MANIFEST_NAME)).encode() != raw:
         yield Mismatch(MANIFEST_NAME, "somebody has edited it")
     elif all(file.sha256 is not None for file in manifest.files):
-        yield from _by_digest(manifest, present, progress)
+        yield from _by_digest(manifest, present, observer.copied)
     else:
         source = plan.model.source
         where = str(source.path) if source.path is not None else f"{source.name}@{source.commit}"
         own = None if manifest.recipe.name in shipped_recipes() else plan.model.recipe_file
         try:
-            yield from check(present, where, progress, own, Access.ranges, as_written=True).mismatches
+            # Bytes alone: whether qkpatch left them so is the question, not whether it computed well.
+            result = check(present, where, observer, own, as_written=True, recomputed=False)
+            yield from result.mismatches
         except CheckpointError as error:
             yield Mismatch(MANIFEST_NAME, str(error))
 

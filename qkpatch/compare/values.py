@@ -165,6 +165,22 @@ def recast(a: Buffer, b: Buffer, dtype_a: str, dtype_b: str) -> Change:
     return Change(None, *_total(parts))
 
 
+def apart(a: Buffer, b: Buffer, dtype: str, columns: int) -> tuple[int, float]:
+    """How far rows ``b`` are from ``a``, which hold nothing but numbers.
+
+    Returns how many numbers have other bits, and the largest difference that is more than one ULP, as a share of its
+    row's norm: infinite for NaN and Inf. In float64 that of a whole row, ``‖Δ‖ / ‖row‖``.
+    """
+    bits_a, bits_b = (torch.frombuffer(x, dtype=FLOATS[dtype].bits).view(-1, columns) for x in (a, b))
+    x, y = _values(bits_a, dtype), _values(bits_b, dtype)
+    norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    off = (y - x).abs_()
+    off = torch.linalg.vector_norm(off, dim=1) if dtype == "F64" else off * (_steps(bits_a, bits_b) > 1)
+    off = (off.view(len(norms), -1) / norms).nan_to_num_(0.0)  # 0 of a row of zeros
+    largest = float(off.max()) if bool(torch.isfinite(y).all()) else math.inf
+    return _count(bits_a != bits_b), largest
+
+
 def _differing(a: Buffer, b: Buffer, dtype: torch.dtype) -> int:
     return sum(_count(x != y) for x, y in zip(_pieces(a, dtype), _pieces(b, dtype), strict=True))
 

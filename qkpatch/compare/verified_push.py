@@ -10,7 +10,7 @@ from qkpatch.checkpoint.present_files import Present
 from qkpatch.common.number_ranges import some
 from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.common.text import verify_command
-from qkpatch.compare.verify import Verification, check, recorded
+from qkpatch.compare.verify import Verification, check, n_heads, recorded
 from qkpatch.errors import MismatchError, UsageError
 from qkpatch.model.locate import Access
 from qkpatch.planning.manifest import Manifest
@@ -60,8 +60,8 @@ def _verified(
     for place in (source, claim):
         if place is None or (verified is not None and verified.model.source.kind == "hub"):
             continue
-        observer.begins("compare", present.size, 0)
-        result = check(present, place, observer.copied, recipe, Access.listed)
+        observer.begins("compare", present.size, n_heads(manifest))
+        result = check(present, place, observer, recipe, Access.listed, any_card=False)
         if result.plan is None or not result.ok:
             raise _mismatch(result, present.root.path, place, recipe)
         if place == claim and result.plan.model.source.kind != "hub":

@@ -1,11 +1,12 @@
-"""Proof that OUT is SOURCE plus the edit its manifest declares, byte for byte. Reads both sides, writes nothing."""
+"""Proof that OUT is SOURCE plus the edit its manifest declares: bytes and arithmetic. Reads both, writes nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qkpatch.checkpoint.files import Progress
 from qkpatch.checkpoint.header import TensorRef
@@ -13,20 +14,24 @@ from qkpatch.checkpoint.names import usual_beside
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import Present
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME, Checkpoint, open_checkpoint
-from qkpatch.checkpoint.tree import LocalFile
+from qkpatch.common.interrupts import signals_held
 from qkpatch.common.json_text import Json
 from qkpatch.common.number_ranges import abbreviate
-from qkpatch.compare.byte_by_byte import Listing, Mismatch, library_verdict, side_by_side, tensor_digest
-from qkpatch.compare.manifest_against_plan import differences, origin_mismatches
+from qkpatch.common.observer import Observer
+from qkpatch.compare.byte_by_byte import Listing, Mismatch, side_by_side
+from qkpatch.compare.manifest_against_plan import differences
+from qkpatch.compare.recorded import another_source, check_edits, check_files, origin_mismatches
 from qkpatch.errors import AmbiguousError, CheckpointError, FileSystemError, UnsupportedError, UsageError
 from qkpatch.model.locate import Access, Source, locate
 from qkpatch.output.layout import Output
 from qkpatch.planning.manifest import Manifest, planned_manifest
 from qkpatch.planning.plan import EditPlan, make_plan
-from qkpatch.planning.sha256sums import sums_text
-from qkpatch.publishing.card import CARD_NAME, card_text, is_card_over
+from qkpatch.publishing.card import CARD_NAME, card_text, has_results, is_card_of, is_card_over
 from qkpatch.publishing.private_files import is_private
 from qkpatch.recipes.catalogue import shipped_recipes
+
+if TYPE_CHECKING:
+    from qkpatch.compare.arithmetic import Arithmetic
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Verification:
     edited_bytes: int  # the planned rows, the only ones that may differ
     mismatches: tuple[Mismatch, ...]
     notes: tuple[str, ...]  # what was not checked, and need not be wrong
+    arithmetic: Arithmetic | None  # of the planned heads computed anew; None where they were not
     plan: EditPlan | None  # what the recorded edit leads to on SOURCE; None where it cannot be made
 
     @property
@@ -49,7 +55,9 @@ class Verification:
     def to_json(self) -> dict[str, Json]:
         """Plain JSON values."""
         said = {key: value for key, value in vars(self).items() if key != "plan"}
-        return {**said, "ok": self.ok, "mismatches": [vars(m) for m in self.mismatches]}
+        arithmetic = None if self.arithmetic is None else vars(self.arithmetic)
+        mismatches = [vars(m) for m in self.mismatches]
+        return {**said, "ok": self.ok, "mismatches": mismatches, "arithmetic": arithmetic}
 
 
 def recorded(present: Present) -> Manifest:
@@ -70,6 +78,11 @@ def recorded(present: Present) -> Manifest:
     manifest = Manifest.loads(present.read(MANIFEST_NAME), f"{present.root.path.name}/{MANIFEST_NAME}")
     present.set_aside([file.name for file in manifest.files])
     return manifest
+
+
+def n_heads(manifest: Manifest) -> int:
+    """How many heads an edit is said to have."""
+    return sum(len(edit.heads) for edit in manifest.edits)
 
 
 def read_out(out: Path) -> tuple[Manifest, str | None]:
@@ -97,27 +110,32 @@ def read_out(out: Path) -> tuple[Manifest, str | None]:
 def check(
     present: Present,
     source: str,
-    progress: Progress,
+    observer: Observer,
     recipe: str | None = None,
     access: Access = Access.ranges,
     *,
     as_written: bool = False,
+    recomputed: bool = True,
+    any_card: bool = True,
 ) -> Verification:
     """Check OUT against SOURCE and its own manifest.
 
     The recorded edit is planned anew on SOURCE, and the manifest must agree with that plan in all but its
     figures, and with where SOURCE is from. The same files, all of them regular; every byte equal but the rows of the
     planned heads, beside SOURCE's own or by the Hub's digests of it; each edited tensor's digest before and after as
-    recorded; every shard accepted by the safetensors library too. Where OUT was published, its model card is another,
-    and has SOURCE's text below its own, and what is not published may be missing.
+    recorded; the rows of the planned heads, and their figures, as the engine computes them anew. A model card that is
+    not SOURCE's is compared with the one that qkpatch would write, and what people made of it is named. Where OUT was
+    published, what is not published may be missing.
 
     Args:
         present: OUT.
         source: SOURCE.
-        progress: hears of bytes compared.
+        observer: hears of bytes compared, and heads computed.
         recipe: where a recipe of the user's own is.
         access: how SOURCE is read where it is on the Hub.
-        as_written: what nothing records, and what only publishing changes, is a mismatch as well.
+        as_written: what nothing records, and what people may change afterwards, is a mismatch as well.
+        recomputed: the planned heads are computed anew; else their bytes are believed where their digests are right.
+        any_card: a README.md that people wrote or edited is named; else it is a mismatch.
 
     Raises:
         CheckpointError: OUT has no manifest, or one that cannot be read.
@@ -133,22 +151,26 @@ def check(
         )
     usual = usual_beside(file.name for file in manifest.files)
     found = [Mismatch(name, f"{what}, which qkpatch never writes") for name, what in present.odd.items()]
-    plan = None
+    plan, planned, fault = None, None, None
     try:
         plan = make_plan(source, request, access, usual)
     except (UsageError, AmbiguousError, UnsupportedError, CheckpointError) as error:
+        fault = error
         found.append(Mismatch(MANIFEST_NAME, f"its edit cannot be made on SOURCE: {error}"))
         located = locate(source, access)
         checkpoint = open_checkpoint(located.place, (*usual, *(request.exclude or ())))
-        output, planned = Output.copy_of(checkpoint), None
+        output = Output.copy_of(checkpoint)
     else:
         located, checkpoint, output = plan.model.source, plan.model.checkpoint, plan.output
         planned = planned_manifest(plan, "")
     found += origin_mismatches(manifest, located)
-    has_own_card = not as_written and _has_own_card(output, present)
+    card = None if as_written else _other_card(manifest, output, present)
+    is_published = card is not None and card.is_ours
+    if card is not None and card.is_edited and not any_card:
+        found.append(Mismatch(CARD_NAME, str(card.note)))
     # A commit on the Hub has a card of its own there, and not what is never published.
     unpublished: set[str] = set()
-    if has_own_card:
+    if is_published:
         strays = set() if planned is None else {file.name for file in planned.files if file.outside}
         unpublished = {
             name
@@ -157,23 +179,38 @@ def check(
         }
     if plan is not None and planned is not None:
         found += differences(manifest, planned, plan, unpublished)
-    is_ours = {MANIFEST_NAME, *({SUMS_NAME} - output.files.keys()), *({CARD_NAME} if has_own_card else ())}
+    is_ours = {MANIFEST_NAME, *({SUMS_NAME} - output.files.keys()), *(() if card is None else {CARD_NAME})}
     names = present.files.keys() - is_ours
     found += _file_sets(output, names, {*unpublished, *is_ours, *present.odd})
-    found += _check_sums(manifest, present, output, is_published=has_own_card)
+    found += check_files(manifest, present, output, is_published=is_published, is_other_card=card is not None)
     common = sorted(output.files.keys() & names)
-    found += _compare(common, plan, present, output, checkpoint, progress)
-    before, wrong = _listed(plan, present, output, checkpoint, progress)
+    for name in common:
+        found += side_by_side(output.files[name], present, _planned(plan, name), checkpoint, observer.copied)
+    listing = Listing(checkpoint.files, output, present, partial(_planned, plan))
+    before, wrong = _listed(plan, listing, checkpoint, observer.copied)
     found += wrong
-    if plan is not None:
-        found += _check_edits(manifest, plan, present, before, as_written=as_written)
+    arithmetic = None
+    if found and (other := another_source(manifest, located, checkpoint, before, fault)) is not None:
+        found = [other]
+    elif plan is not None and planned is not None:
+        found += check_edits(manifest, plan, present, before, as_written=as_written)
+        # A part of SOURCE is read out of OUT, where it is known to be that.
+        if recomputed and plan.edits and not wrong and not listing.lost & checkpoint.headers.keys():
+            with signals_held():  # torch's imports swallow what is raised in their midst
+                from qkpatch.compare.arithmetic import recompute
+
+            arithmetic, off = recompute(manifest, planned, plan, present, listing.open, observer)
+            found += off
+    present.check_still()
+    checkpoint.check_still()
     return Verification(
         files=len(names),
         edited_tensors=len(manifest.edits),
         compared_bytes=sum(present.files[name].size for name in names),
         edited_bytes=sum(end - begin for name in common for begin, end in _planned(plan, name)),
         mismatches=tuple(found),
-        notes=tuple(_notes(manifest, located, unpublished, present.aside)),
+        notes=tuple(_notes(manifest, located, unpublished, present.aside, card, arithmetic)),
+        arithmetic=arithmetic,
         plan=plan,
     )
 
@@ -182,28 +219,10 @@ def _planned(plan: EditPlan | None, name: str) -> list[tuple[int, int]]:
     return [] if plan is None else plan.written_ranges(name)
 
 
-def _compare(
-    names: Collection[str],
-    plan: EditPlan | None,
-    present: Present,
-    output: Output,
-    checkpoint: Checkpoint,
-    progress: Progress,
-) -> Iterator[Mismatch]:
-    """Files that are on both sides, beside what of SOURCE is on this machine."""
-    shards = output.made_of(checkpoint.headers)
-    for name in names:
-        wanted = output.files[name]
-        yield from side_by_side(wanted, present, _planned(plan, name), checkpoint, progress)
-        if wanted.size == present.files[name].size and name in shards:
-            yield from library_verdict(wanted, present)
-
-
 def _listed(
-    plan: EditPlan | None, present: Present, output: Output, checkpoint: Checkpoint, progress: Progress
+    plan: EditPlan | None, listing: Listing, checkpoint: Checkpoint, progress: Progress
 ) -> tuple[dict[str, str], list[Mismatch]]:
     """What of SOURCE is elsewhere, by the Hub's digests: those of its edited tensors, and what is wrong."""
-    listing = Listing(output, present, partial(_planned, plan))
     edited: dict[str, list[TensorRef]] = {}
     for target in () if plan is None else plan.edits:
         for ref in target.written:
@@ -218,7 +237,12 @@ def _listed(
 
 
 def _notes(
-    manifest: Manifest, found: Source, unpublished: Collection[str], aside: list[str]
+    manifest: Manifest,
+    found: Source,
+    unpublished: Collection[str],
+    aside: list[str],
+    card: _Card | None,
+    arithmetic: Arithmetic | None,
 ) -> Iterator[str]:
     said = manifest.source
     if said.address is not None and found.kind != "hub":
@@ -232,41 +256,37 @@ def _notes(
         yield f"not looked at, since systems leave such things anywhere: {abbreviate(aside, 5)}"
     if unpublished:
         yield f"not in OUT, since it is not published: {abbreviate(sorted(unpublished), 5)}"
+    if card is not None and card.note is not None:
+        yield f"{CARD_NAME} {card.note}"
+    if arithmetic is not None and arithmetic.not_reproducible:
+        heads = abbreviate(arithmetic.not_reproducible, 8)
+        yield f"the cut falls among modes of one size, so not reproducible elsewhere (layer.head): {heads}"
 
 
-def _check_sums(
-    manifest: Manifest, present: Present, output: Output, *, is_published: bool
-) -> Iterator[Mismatch]:
-    """Digests of whole files, where the manifest has them: they, SHA256SUMS and the files must agree."""
-    wanted = {file.name: file.sha256 for file in manifest.files if file.sha256 is not None}
-    has_sums = SUMS_NAME in present.files and SUMS_NAME not in output.files
-    if not is_published or has_sums:
-        yield from sums_mismatches(manifest, present, has_sums=has_sums)
-    for name in sorted(wanted.keys() & present.files.keys()):
-        if not (is_published and name == CARD_NAME) and present.sha256(name) != wanted[name]:
-            yield Mismatch(name, "does not have the recorded digest (sha256)")
+@dataclass(frozen=True)
+class _Card:
+    """A README.md that is not SOURCE's."""
+
+    is_ours: bool  # says that qkpatch made it: OUT was published
+    is_edited: bool  # people wrote in it
+    note: str | None  # None where it is just what qkpatch would write
 
 
-def sums_mismatches(manifest: Manifest, present: Present, *, has_sums: bool) -> Iterator[Mismatch]:
-    """SHA256SUMS is there where every file has a digest, and says just that."""
-    n_wanted = sum(file.sha256 is not None for file in manifest.files)
-    if not n_wanted and not has_sums:
-        return
-    if not has_sums or n_wanted < len(manifest.files):
-        yield Mismatch(SUMS_NAME, "is there for some files only, or not at all")
-    elif present.read(SUMS_NAME) != sums_text(manifest, present.read(MANIFEST_NAME)).encode():
-        yield Mismatch(SUMS_NAME, "does not say what the manifest says")
-
-
-def _has_own_card(output: Output, present: Present) -> bool:
-    """Whether OUT was published: its card is qkpatch's, with the text of SOURCE's below."""
+def _other_card(manifest: Manifest, output: Output, present: Present) -> _Card | None:
+    """OUT's README.md, where it is not SOURCE's."""
     if CARD_NAME not in present.files:
-        return False
+        return None
     base = output.files.get(CARD_NAME)
     original = None if base is None else base.original
-    card = card_text(present.read(CARD_NAME))
-    text = None if original is None else card_text(original.read())
-    return card != text and is_card_over(card, text)
+    raw, theirs = present.read(CARD_NAME), None if original is None else original.read()
+    if raw == theirs:
+        return None
+    card, text = card_text(raw), None if theirs is None else card_text(theirs)
+    if not is_card_over(card, None):
+        return _Card(False, True, "is neither SOURCE's nor a card of qkpatch's: somebody wrote it")
+    if any(is_card_of(card, manifest, base_card) for base_card in (text, None)):
+        return _Card(True, False, "reports results, which are its author's" if has_results(card) else None)
+    return _Card(True, True, "is not the card that qkpatch writes of this edit: somebody has edited it")
 
 
 def _file_sets(output: Output, names: Collection[str], excused: Collection[str]) -> Iterator[Mismatch]:
@@ -274,35 +294,3 @@ def _file_sets(output: Output, names: Collection[str], excused: Collection[str])
         yield Mismatch(name, "is missing from OUT")
     for name in sorted(set(names) - output.files.keys()):
         yield Mismatch(name, "is in OUT and not in SOURCE")
-
-
-def _check_edits(
-    manifest: Manifest, plan: EditPlan, present: Present, listed: Mapping[str, str], *, as_written: bool
-) -> Iterator[Mismatch]:
-    """The digests of edited tensors, on both sides, and that an edit is there at all.
-
-    ``listed`` has those of tensors of SOURCE that are known already.
-    """
-    sources, recorded = plan.model.checkpoint.files, {edit.tensor: edit for edit in manifest.edits}
-    files = {file.name: file for file in manifest.files}
-    for target in plan.edits:
-        record = recorded.get(target.query.name)
-        for ref, written in zip(target.written, record.written if record else (), strict=False):
-            place = plan.output.place(ref)
-            out = present.files.get(place.shard)
-            if out is None or out.size != plan.output.files[place.shard].size:
-                continue  # told already
-            source = sources[ref.shard]
-            before = tensor_digest(source, ref) if isinstance(source, LocalFile) else listed.get(ref.name)
-            with present.open(place.shard) as opened:
-                after = opened.sha256(place.begin, place.end)
-            if before is not None and written.sha256_before not in (None, before):
-                yield Mismatch(ref.name, "SOURCE does not hold the values that were edited (sha256_before)")
-            if written.sha256_after not in (None, after):
-                yield Mismatch(ref.name, "OUT does not hold the values that were written (sha256_after)")
-            if before == after and not written.may_stay:
-                yield Mismatch(ref.name, "is the same in SOURCE and OUT: the edit is not there")
-            if as_written and written.sha256_after is None and files[place.shard].sha256 is None:
-                yield Mismatch(
-                    ref.name, "no digest of it is recorded, so nothing shows that it is as written"
-                )

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from qkpatch.checkpoint.present_files import Present
 from qkpatch.checkpoint.source import WEIGHT_SUFFIXES
-from qkpatch.errors import HubError, MismatchError, UsageError, redact
+from qkpatch.errors import HubError, MismatchError, UsageError, plain, redact
 from qkpatch.hub.errors import hub_errors
+from qkpatch.hub.listing import listing
 from qkpatch.hub.token import hub_api
 
 if TYPE_CHECKING:
@@ -53,13 +54,8 @@ def copyable(base: Base) -> dict[str, str]:
     Raises:
         HubError: they cannot be listed.
     """
-    from huggingface_hub.hf_api import RepoFile
-
-    with hub_errors(f"{base.repo}@{base.commit[:12]}"):
-        entries = list(hub_api().list_repo_tree(base.repo, recursive=True, revision=base.commit))
-    return {
-        e.path: e.lfs.sha256 for e in entries if isinstance(e, RepoFile) and e.lfs is not None and e.xet_hash
-    }
+    files = listing(base.repo, base.commit, f"{base.repo}@{base.commit[:12]}")
+    return {file.name: file.sha256 for file in files if file.sha256 is not None and file.is_copyable}
 
 
 def check_repository(repository: PushRepository, names: Sequence[str]) -> None:
@@ -71,17 +67,15 @@ def check_repository(repository: PushRepository, names: Sequence[str]) -> None:
     """
     from huggingface_hub import get_token
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-    from huggingface_hub.hf_api import RepoFile
 
     if get_token() is None:
         raise HubError(
             "publishing needs a token", where=repository.name, fix="hf auth login, or set HF_TOKEN"
         )
-    api = hub_api()
     try:
+        files = listing(repository.name, None, repository.name)
         with hub_errors(repository.name):
-            entries = list(api.list_repo_tree(repository.name, recursive=True))
-            is_public = api.model_info(repository.name).private is False
+            is_public = hub_api().model_info(repository.name).private is False
     except HubError as error:
         cause = error.__cause__
         if isinstance(cause, RepositoryNotFoundError) and not isinstance(cause, GatedRepoError):
@@ -93,11 +87,7 @@ def check_repository(repository: PushRepository, names: Sequence[str]) -> None:
             where=repository.name,
             fix="choose a new name, or make it private on the Hub",
         )
-    others = [
-        e.path
-        for e in entries
-        if isinstance(e, RepoFile) and e.path.endswith(WEIGHT_SUFFIXES) and e.path not in names
-    ]
+    others = [f.name for f in files if f.name.endswith(WEIGHT_SUFFIXES) and f.name not in names]
     if others:
         raise UsageError(
             f"it holds other weights, {others[0]} for one, which would stay beside the patched ones",
@@ -144,19 +134,16 @@ def publish(
         ]
         api.create_repo(repository.name, private=repository.private or None, exist_ok=True)
         # An empty list of patterns: the repository's own .gitignore must not leave anything out.
-        try:
-            api.preupload_lfs_files(
-                repository.name, additions, create_pr=repository.create_pr, gitignore_content=""
-            )
-        except RuntimeError as error:  # how the library says that one of its threads failed
-            raise OSError(str(error.__cause__ or error)) from error
+        api.preupload_lfs_files(
+            repository.name, additions, create_pr=repository.create_pr, gitignore_content=""
+        )
         for step in steps:
             if step.content is None:
                 present.confirm(step.name)
         done = api.create_commit(
             repository.name, [*additions, *copies], commit_message=summary, create_pr=repository.create_pr
         )
-    return redact(str(done.pr_url or done.commit_url))
+    return plain(redact(str(done.pr_url or done.commit_url)))
 
 
 def _addition(step: Step, present: Present, stack: ExitStack) -> CommitOperationAdd:

@@ -5,19 +5,11 @@ from __future__ import annotations
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from traceback import walk_tb
 
-from qkpatch.errors import HubError
+from qkpatch.errors import HubError, QKPatchError
+from qkpatch.hub.answers import httpx
 from qkpatch.hub.token import refusal_in, token_guarded
-
-
-def httpx() -> Any:
-    """The HTTP library that this version of huggingface_hub uses: httpx2 since 2.0, httpx before."""
-    try:
-        from huggingface_hub.utils import httpx as library  # type: ignore[attr-defined,unused-ignore]
-    except ImportError:
-        import httpx as library  # type: ignore[no-redef,import-not-found,unused-ignore]
-    return library
 
 
 def is_tls_failure(error: BaseException | None) -> bool:
@@ -49,9 +41,17 @@ def hub_errors(where: str) -> Iterator[None]:
             raise HubError(refusal.what, where=where, fix=refusal.fix) from error
         if isinstance(error, HFValidationError):
             raise HubError(f"not a name that the Hub allows: {error}", where=where, fix="check it") from error
-        if isinstance(error, HubError) or not isinstance(error, known):
+        if isinstance(error, QKPatchError | MemoryError) or not (
+            isinstance(error, known) or _is_theirs(error)
+        ):
             raise
         raise _explained(error, where) from error
+
+
+def _is_theirs(error: Exception) -> bool:
+    """Whether a library raised it: of what a server says, it takes much for granted."""
+    *_, (frame, _line) = walk_tb(error.__traceback__)
+    return not str(frame.f_globals.get("__name__")).startswith("qkpatch.")
 
 
 def _others() -> tuple[type[Exception], ...]:
@@ -75,7 +75,8 @@ def _explained(error: Exception, where: str) -> HubError:
             "is it expired? Make a new one: hf auth login, or HF_TOKEN",
         )
     elif isinstance(error, errors.RepositoryNotFoundError):
-        what, fix = "no such model repository, or it is private", "check the name, or set HF_TOKEN"
+        what = "no such model repository, or it is private or gated"
+        fix = "check the name, or set HF_TOKEN; of a gated one accept the terms on the Hub first"
     elif isinstance(error, errors.RevisionNotFoundError):
         what, fix = "no such branch, tag or commit", "check what follows the @"
     elif isinstance(error, errors.IncompleteSnapshotError):
@@ -99,6 +100,11 @@ def _explained(error: Exception, where: str) -> HubError:
         fix = "are both repositories in one storage region? If not, send everything: hf upload"
     elif isinstance(error, errors.HfHubHTTPError):
         what, fix = f"the Hub answered: {error}", "try again later"
+    elif isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        return _explained(error.__cause__, where)  # how the library says that one of its threads failed
+    elif isinstance(error, TypeError | AttributeError | LookupError | RuntimeError | AssertionError):
+        what = f"the answer is none that a Hub gives: {type(error).__name__}: {error}"
+        fix = "check HF_ENDPOINT: is that a Hub?"
     else:  # a broken connection, a full disk, or an answer that is no Hub's
         what, fix = f"the transfer failed: {error}", "check connection, HF_ENDPOINT and disk space"
     return HubError(what, where=where, fix=fix)

@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import PurePosixPath
 
 from qkpatch.checkpoint.content import Content, damaged
-from qkpatch.checkpoint.tree import MAX_JSON_BYTES, Repository, SourceFile, is_plain_relative
-from qkpatch.errors import CheckpointError
+from qkpatch.checkpoint.tree import MAX_JSON_BYTES, Repository, SourceFile
+from qkpatch.hub.listing import Listed
 from qkpatch.hub.range_reader import Fetchers, RangeReader
-from qkpatch.hub.transfer import Listed, Transfer
+from qkpatch.hub.transfer import Transfer
 
 _MODE = 0o644  # the Hub knows of no other
 
@@ -65,20 +65,10 @@ class RemoteRepo(Repository):
 
     @classmethod
     def of(cls, repo: str, commit: str, listed: Sequence[Listed]) -> RemoteRepo:
-        """The files that the Hub lists.
-
-        Raises:
-            CheckpointError: a name that is no plain path.
-        """
+        """The files that the Hub lists."""
         transfer, fetchers = Transfer(repo, commit), Fetchers()
         files = {}
-        for file in sorted(listed):
-            if not is_plain_relative(file.name):
-                raise CheckpointError(
-                    f"it lists {file.name!r}, which is no plain path",
-                    where=repo,
-                    fix="do not use this repository: it is broken or hostile",
-                )
+        for file in listed:
             where = f"{repo}@{commit[:12]}: {file.name}"
             files[file.name] = RemoteFile(file.name, file.size, _MODE, where, file, transfer, fetchers)
         return cls(repo, files)

@@ -7,14 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from qkpatch.checkpoint.cache import blob_of, blobs_of, listing_at
+from qkpatch.checkpoint.cache import blob_of, blobs_of, is_commit, listing_at
 from qkpatch.checkpoint.content import Content, damaged
 from qkpatch.checkpoint.files import open_read
 from qkpatch.errors import HubError
 from qkpatch.hub.errors import hub_errors, is_out_of_reach
+from qkpatch.hub.listing import listing
 from qkpatch.hub.remote import RemoteRepo
 from qkpatch.hub.token import hub_api
-from qkpatch.hub.transfer import Listed
 
 _HASHING = 4  # files at a time: SHA-256 is slower than most disks
 
@@ -122,28 +122,23 @@ def open_repository(hub_id: HubId, *, use_cache: bool = True) -> Found:
         HubError: as :func:`download`.
     """
     from huggingface_hub import constants
-    from huggingface_hub.hf_api import RepoFile
 
     api, is_offline = hub_api(), constants.is_offline_mode()
     with hub_errors(str(hub_id)):
         found = api.resolve_revision(hub_id.repo, revision=hub_id.revision, local_files_only=is_offline)
     commit = found.resolved
+    if not is_commit(commit):
+        raise HubError(f"the Hub names no commit: {commit!r:.80}", where=str(hub_id), fix="check HF_ENDPOINT")
     cached = _cached(hub_id, commit) if use_cache else None
     if cached is None:
         try:
-            with hub_errors(str(hub_id)):
-                entries = list(api.list_repo_tree(hub_id.repo, recursive=True, revision=commit))
+            listed = listing(hub_id.repo, commit, str(hub_id))
         except HubError as error:
             if use_cache and is_out_of_reach(error.__cause__):
                 with hub_errors(str(hub_id)):  # it may be whole, where nothing says that it is not
                     cached = Path(api.snapshot_download(hub_id.repo, revision=commit, local_files_only=True))
                 return Found(cached, hub_id.repo, hub_id.revision, commit)
             raise
-        listed = [
-            Listed(e.path, e.size, e.blob_id, None if e.lfs is None else e.lfs.sha256)
-            for e in entries
-            if isinstance(e, RepoFile)
-        ]
         return Found(RemoteRepo.of(hub_id.repo, commit, listed), hub_id.repo, hub_id.revision, commit)
     return Found(cached, hub_id.repo, hub_id.revision, commit)
 

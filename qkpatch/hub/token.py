@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import qkpatch
 from qkpatch.errors import HubError
+from qkpatch.hub.answers import Call, RefusedError, limit_answer, limit_request
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -22,11 +23,7 @@ if TYPE_CHECKING:
 # Whoever sends the token for us has its headers from `hub_api`, and so names us in the same breath.
 NAME = "qkpatch"
 
-_is_calling = ContextVar("qkpatch_is_calling_the_hub", default=False)
-
-
-class TokenRefusedError(HubError):
-    """Not sent; raised in the midst of huggingface_hub, which retries no such error."""
+_calling: ContextVar[Call | None] = ContextVar("qkpatch_is_calling_the_hub", default=None)
 
 
 def hub_api() -> HfApi:
@@ -38,25 +35,25 @@ def hub_api() -> HfApi:
 
 @contextmanager
 def token_guarded() -> Iterator[None]:
-    """What huggingface_hub sends for this block carries the token to the endpoint, or is refused.
+    """What huggingface_hub sends for this block carries the token to the endpoint, or is refused; answers are bounded.
 
     Raises:
-        TokenRefusedError: a request that would have taken it elsewhere; perhaps as the cause of another error.
+        RefusedError: a request that would have taken it elsewhere, or an answer; perhaps as the cause of another error.
         HubError: HF_ENDPOINT has a user name or a password in it.
     """
     _check_endpoint()
-    token = _is_calling.set(True)
+    token = _calling.set(Call())
     try:
         _hooks.hang()
         yield
     finally:
-        _is_calling.reset(token)
+        _calling.reset(token)
         _hooks.take_down()
 
 
-def refusal_in(error: BaseException | None) -> TokenRefusedError | None:
+def refusal_in(error: BaseException | None) -> RefusedError | None:
     """The refusal that led to ``error``; None where there was none."""
-    while error is not None and not isinstance(error, TokenRefusedError):
+    while error is not None and not isinstance(error, RefusedError):
         error = error.__cause__ or error.__context__
     return error
 
@@ -73,7 +70,10 @@ def _check_endpoint() -> None:
 
 
 def _check_request(request: Any) -> None:
-    if not _is_ours(request) or _is_home(request.url):
+    if not _is_ours(request):
+        return
+    limit_request(request)
+    if _is_home(request.url):
         return
     # The Hub's own, which a part of its domain may see; no redirect needs it.
     request.headers.pop("cookie", None)
@@ -85,7 +85,10 @@ def _check_answer(response: Any) -> None:
     """Addresses that are not followed here: hf_xet fetches its keys from them by itself, with the token."""
     from huggingface_hub import constants
 
-    if not _is_ours(response.request) or "authorization" not in response.request.headers:
+    if not _is_ours(response.request):
+        return
+    limit_answer(response, _calling.get())
+    if "authorization" not in response.request.headers:
         return
     # By their beginning, which all readers of addresses read alike; huggingface_hub puts the endpoint for the first.
     home = urlsplit(constants.ENDPOINT)
@@ -97,7 +100,7 @@ def _check_answer(response: Any) -> None:
 
 
 def _is_ours(request: Any) -> bool:
-    return _is_calling.get() or request.headers.get("user-agent", "").startswith(f"{NAME}/")
+    return _calling.get() is not None or request.headers.get("user-agent", "").startswith(f"{NAME}/")
 
 
 def _is_home(url: Any) -> bool:
@@ -108,8 +111,8 @@ def _is_home(url: Any) -> bool:
     return bool((url.scheme, url.host, url.port) == (home.scheme, home.host, home.port))
 
 
-def _refusal(place: str) -> TokenRefusedError:
-    return TokenRefusedError(
+def _refusal(place: str) -> RefusedError:
+    return RefusedError(
         f"the token was to be sent to {place}, which is not the endpoint; nothing was sent",
         fix="if that is the Hub you mean, name it in HF_ENDPOINT; "
         "HF_HUB_DISABLE_IMPLICIT_TOKEN=1 goes on without a token",

@@ -11,33 +11,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import qkpatch
 from qkpatch.common.interrupts import check_stop
 from qkpatch.errors import HubError
-from qkpatch.hub.errors import httpx, hub_errors, is_tls_failure
+from qkpatch.hub.answers import httpx, retry_after
+from qkpatch.hub.errors import hub_errors, is_tls_failure
+from qkpatch.hub.listing import Listed
 from qkpatch.hub.token import NAME
 
 _REDIRECTS = 10
 _FAILURES = 6  # in a row, without a byte between them
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 8.0  # seconds
-_LONGEST_LIMIT = 60.0  # a rate limit that lasts longer is told, not waited for
-_MOST_TEXT = 64 << 10  # bytes of an error's body
 _AGAIN = {408, 425, 429, 500, 502, 503, 504}
 _MOVED = {301, 302, 303, 307, 308}
 _STALE = {401, 403, 404, 410}  # of an address that was redirected to: its signature has expired
 _RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})", re.ASCII)
-
-
-class Listed(NamedTuple):
-    """A file as the Hub lists it."""
-
-    name: str
-    size: int
-    blob: str  # what Git calls its content
-    sha256: str | None  # of large files
 
 
 class _BrokenError(Exception):
@@ -138,8 +129,6 @@ class Transfer:
 
     def _body(self, file: Listed, response: Any, size: int) -> Iterator[bytes]:
         self._check_tag(file, response)
-        if response.headers.get("content-encoding", "identity") != "identity":
-            raise self._error(file, "the answer is compressed, which was not asked for", "is there a proxy?")
         came = 0
         try:
             for chunk in response.iter_raw():  # as they come: what came before a break is kept
@@ -182,7 +171,7 @@ class Transfer:
             request = client.build_request(
                 "GET",
                 url,
-                headers={**self._headers_for(url, home), **asked, "Accept-Encoding": "identity"},
+                headers={**self._headers_for(url, home), **asked},
                 timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
             )
             response = client.send(request, stream=True, follow_redirects=False)
@@ -246,23 +235,14 @@ class Transfer:
     def _refuse(self, file: Listed, response: Any) -> None:
         status = response.status_code
         if status in _AGAIN:
-            wait = _retry_after(response.headers)
-            if status == 429 and wait is not None and wait > _LONGEST_LIMIT:
-                raise self._error(
-                    file, f"the Hub's rate limit is reached, for {wait:.0f} seconds more",
-                    "wait, or set HF_TOKEN: its limits are higher",
-                )  # fmt: skip
-            raise _BrokenError(
-                f"the Hub answered {status}", wait if wait is None else min(wait, _LONGEST_LIMIT)
-            )
+            raise _BrokenError(f"the Hub answered {status}", retry_after(response.headers))
         if status == 416:
             raise self._error(
                 file, f"the Hub lists {file.size} bytes, and says that there are fewer", "try again"
             )
         from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
 
-        if int(response.headers.get("content-length", _MOST_TEXT + 1)) <= _MOST_TEXT:
-            response.read()
+        response.read()
         hf_raise_for_status(response)
         raise self._error(file, f"the answer has status {status}", "check HF_ENDPOINT")
 
@@ -281,13 +261,3 @@ def _origin(url: str) -> tuple[str, str, int | None]:
 
 def _tag(text: str) -> str:
     return text.strip().removeprefix("W/").strip('"')
-
-
-def _retry_after(headers: Any) -> float | None:
-    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
-
-    text = headers.get("retry-after", "").strip()
-    if re.fullmatch(r"\d{1,6}", text, re.ASCII):
-        return float(text)
-    info = parse_ratelimit_headers(headers)
-    return float(info.reset_in_seconds) if info is not None and info.remaining == 0 else None

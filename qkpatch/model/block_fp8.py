@@ -1,6 +1,9 @@
-"""How a checkpoint stores block FP8: which scales belong to which rows. The arithmetic is in ``spectral.fp8``."""
+"""How a checkpoint stores FP8: which scales belong to which rows. The arithmetic is in ``spectral.fp8``."""
 
 from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from math import prod
 
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.errors import UnsupportedError
@@ -8,20 +11,45 @@ from qkpatch.errors import UnsupportedError
 BLOCK = (128, 128)  # rows, columns, as DeepSeek began it and all published checkpoints have it
 CODES = "F8_E4M3"
 SCALES = ("F32", "BF16", "F16", "F8_E8M0")
+# The two names of the same thing: a value is code × scale.
+_SCALE_NAMES = ("weight_scale_inv", "weight_scale")
+# What may stand beside: nothing of it is part of the weight.
+_BESIDE = {"weight", "bias", "input_scale", "activation_scale"}
 
 
-def block_scale(weight: TensorRef | None, scale: TensorRef | None, d_head: int) -> TensorRef | None:
-    """The scales of a weight in block FP8, ``weight_scale_inv``; None where it is stored in another way.
+def fp8_scale(
+    weight: TensorRef | None,
+    module: str,
+    stored: Collection[str],
+    tensors: Mapping[str, TensorRef],
+    declared: tuple[int, ...] | None,
+    d_head: int,
+) -> TensorRef | None:
+    """The scales of a weight in FP8 by blocks, rows or the tensor; None where it is stored in another way.
+
+    Args:
+        weight: the codes.
+        module: what it belongs to.
+        stored: what is stored of that module.
+        tensors: of the whole checkpoint.
+        declared: config.json's block.
+        d_head: rows of a head.
 
     Raises:
         UnsupportedError: a block would hold rows of more than one head.
     """
-    if weight is None or scale is None or weight.dtype != CODES or len(weight.shape) != 2:
+    names = [name for name in stored if name not in _BESIDE]
+    if weight is None or len(names) != 1 or names[0] not in _SCALE_NAMES:
         return None
-    blocks = tuple(-(-size // block) for size, block in zip(weight.shape, BLOCK, strict=True))
-    if scale.shape != blocks or scale.dtype not in SCALES:
+    scale = tensors[f"{module}.{names[0]}"]
+    if weight.dtype != CODES or len(weight.shape) != 2 or scale.dtype not in SCALES:
         return None
-    if d_head % BLOCK[0]:
+    rows, columns = weight.shape
+    blocks = (-(-rows // BLOCK[0]), -(-columns // BLOCK[1]))
+    forms = [blocks] if declared else [blocks, (), (1,), (1, 1), (rows,), (rows, 1)]
+    if scale.shape not in forms or declared not in (None, BLOCK):
+        return None
+    if scale.shape == blocks and not is_shared(scale) and d_head % BLOCK[0]:
         raise UnsupportedError(
             f"block FP8 with {BLOCK[0]} rows to a scale, and head_dim {d_head} is no multiple of it: "
             "a block would hold rows of several heads",
@@ -31,8 +59,24 @@ def block_scale(weight: TensorRef | None, scale: TensorRef | None, d_head: int) 
     return scale
 
 
+def is_shared(scale: TensorRef) -> bool:
+    """Whether one scale is the whole tensor's; it stays, since growing it would change rows that are not edited."""
+    return prod(scale.shape) == 1
+
+
+def block_of(weight: TensorRef, scale: TensorRef) -> tuple[int, int]:
+    """Rows and columns of one scale."""
+    rows, columns = weight.shape
+    if is_shared(scale):
+        return rows, columns
+    return (1, columns) if scale.shape in ((rows,), (rows, 1)) else BLOCK
+
+
 def scale_range(weight: TensorRef, scale: TensorRef, begin: int, end: int) -> tuple[int, int]:
     """Bytes, in its shard, of the scales of the weight's bytes ``begin`` to ``end``, which are whole blocks of rows."""
+    if is_shared(scale):
+        return scale.begin, scale.end
+    rows = block_of(weight, scale)[0]
     row, scale_row = weight.nbytes // weight.shape[0], scale.nbytes // scale.shape[0]
-    first, last = ((at - weight.begin) // row // BLOCK[0] for at in (begin, end))
+    first, last = ((at - weight.begin) // row // rows for at in (begin, end))
     return scale.begin + first * scale_row, scale.begin + last * scale_row

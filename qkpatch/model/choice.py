@@ -8,7 +8,7 @@ from typing import Any
 
 from qkpatch.errors import AmbiguousError
 from qkpatch.model.refusals import refuse_known, refuse_quantised, refuse_wrapped, suffixes_by_module
-from qkpatch.recipes.catalogue import recipes_naming
+from qkpatch.recipes.catalogue import shipped_recipes
 from qkpatch.recipes.recipe import TOP_LEVEL, Recipe
 
 _MOST = 3  # commands
@@ -31,8 +31,8 @@ def choose_recipe(
         CheckpointError: training left its prefix in the names.
     """
     names = list(tensor_names)
-    kin = recipes_naming(str(config.get("model_type") or ""))
-    claimed = [recipe for recipe in kin if recipe.matches(config)]
+    kin = shipped_recipes(str(config.get("model_type") or ""))
+    claimed = [recipe for recipe in kin.values() if recipe.matches(config)]
     fitting = [recipe for recipe in claimed if recipe.tensors.matching_prefixes(names)]
     if len(fitting) == 1:
         return fitting[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qkpatch.checkpoint.cache import snapshot_at
 from qkpatch.checkpoint.tree import Repository
-from qkpatch.errors import FileSystemError, HubError, UsageError
+from qkpatch.errors import FileSystemError, UsageError
 from qkpatch.hub.repository import HubId, check_snapshot, download, open_repository
 from qkpatch.recipes.catalogue import get_recipe, shipped_recipes
 from qkpatch.recipes.descriptions import near_names
@@ -82,15 +82,10 @@ def locate(text: str, access: Access = Access.download) -> Source:
             where=text,
             fix=f"check the path; {near_names(text, shipped_recipes())}",
         )
-    try:
-        if access is Access.download:
-            found = download(hub_id)
-        else:
-            found = open_repository(hub_id, use_cache=access is Access.ranges)
-    except HubError as error:
-        if recipe is None or not recipe.gated or "gated" in error.what:
-            raise
-        raise HubError(error.what, where=error.where, fix=f"{error.fix}; {hub_id.repo} is gated") from error
+    if access is Access.download:
+        found = download(hub_id)
+    else:
+        found = open_repository(hub_id, use_cache=access is Access.ranges)
     return Source(
         found.place, "hub", found.repo, found.requested_revision, found.commit, recipe, found.checked, text
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from qkpatch.checkpoint.names import USUAL
 from qkpatch.checkpoint.source import Checkpoint, open_checkpoint
-from qkpatch.errors import AmbiguousError, CheckpointError, UsageError
+from qkpatch.errors import AmbiguousError, CheckpointError, QKPatchError, UsageError
 from qkpatch.model.choice import choose_recipe, query_like
 from qkpatch.model.locate import Access, Source, locate
 from qkpatch.model.refusals import refuse_known, refuse_wrapped
@@ -217,8 +217,14 @@ def _prefix_error(
     refuse_wrapped(checkpoint.tensors)
     expected = ", ".join(p + names.query for p in names.prefixes)
     like = ", ".join(query_like(checkpoint.tensors)) or "nothing like a query projection"
+    try:
+        fix = (
+            f"recipe {choose_recipe(checkpoint.config, checkpoint.tensors).name} fits: name that one, or none"
+        )
+    except QKPatchError:
+        fix = "choose another recipe with --recipe"
     return AmbiguousError(
         f"recipe {recipe.name} matches no tensor: it expects {expected}; the checkpoint has {like}",
         where=checkpoint.where.rpartition("/")[2],
-        fix="choose another recipe with --recipe",
+        fix=fix,
     )

@@ -27,9 +27,9 @@ _COMPANIONS: tuple[tuple[frozenset[str], str], ...] = (
     (frozenset({"weight_packed"}), "compressed-tensors"),
     (frozenset({"weight.absmax"}), "bitsandbytes 4-bit"),
     (frozenset({"SCB"}), "bitsandbytes 8-bit"),
-    (frozenset({"weight_scale_inv"}), "block FP8"),
+    (frozenset({"weight_scale_inv"}), "FP8"),
     (frozenset({"weight_scale", "weight_scale_2"}), "ModelOpt"),
-    (frozenset({"weight_scale"}), "compressed-tensors or FP8"),
+    (frozenset({"weight_scale"}), "compressed-tensors or ModelOpt"),
     (frozenset({"scales", "biases"}), "MLX"),
 )
 _WAY_OUT = "patch the unquantised checkpoint, then quantise the result"
@@ -150,12 +150,11 @@ def is_qk_norm(name: str) -> bool:
 
 def suffixes_by_module(names: Iterable[str], modules: Collection[str]) -> dict[str, list[str]]:
     """For each of ``modules``, what is stored under it: ``a.q_proj.weight`` -> ``{"a.q_proj": ["weight"]}``."""
-    wanted = set(modules)
-    found: dict[str, list[str]] = {module: [] for module in wanted}
+    found: dict[str, list[str]] = {module: [] for module in modules}
+    # There are few: a name of nothing but dots is not cut at each of them.
+    lengths = sorted({len(module) for module in found})
     for name in names:
-        dot = name.find(".")
-        while dot >= 0:
-            if name[:dot] in wanted:
+        for dot in lengths:
+            if name[dot : dot + 1] == "." and name[:dot] in found:
                 found[name[:dot]].append(name[dot + 1 :])
-            dot = name.find(".", dot + 1)
     return found

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.errors import CheckpointError, UnsupportedError
-from qkpatch.model.block_fp8 import BLOCK, block_scale, scale_range
+from qkpatch.model.block_fp8 import fp8_scale, is_shared, scale_range
 from qkpatch.model.refusals import (
     EDITABLE_DTYPES,
     is_qk_norm,
@@ -35,14 +35,19 @@ class LayerTarget:
     norms: NormNames | None = None  # of what kind these two are
     input_norm: TensorRef | None = None  # the gain that is folded into the product
     input_norm_plus_one: bool = False
-    query_scale: TensorRef | None = None  # of block FP8
+    query_scale: TensorRef | None = None  # of FP8
     key_scale: TensorRef | None = None
     biases: tuple[str, ...] = ()  # not part of the product; they stay as they are
 
     @property
     def written(self) -> tuple[TensorRef, ...]:
-        """Every tensor that is edited: the query weight, and its scales where it has some."""
-        return (self.query,) if self.query_scale is None else (self.query, self.query_scale)
+        """Every tensor that is edited: the query weight, and its scales where they may grow."""
+        return (self.query,) if self.grown_scale is None else (self.query, self.grown_scale)
+
+    @property
+    def grown_scale(self) -> TensorRef | None:
+        """The scales that are edited along, each of one head's rows."""
+        return None if self.query_scale is None or is_shared(self.query_scale) else self.query_scale
 
     @property
     def names(self) -> list[str]:
@@ -77,8 +82,8 @@ class LayerTarget:
         """The bytes that the edit of a head may change: tensor, begin, end in its shard."""
         begin, end = self.layout.query_range(self.query, head)
         ranges = [(self.query, begin, end)]
-        if self.query_scale is not None:
-            ranges.append((self.query_scale, *scale_range(self.query, self.query_scale, begin, end)))
+        if self.grown_scale is not None:
+            ranges.append((self.grown_scale, *scale_range(self.query, self.grown_scale, begin, end)))
         return tuple(ranges)
 
 
@@ -112,10 +117,10 @@ class AttentionSet:
         scales = []
         for weight, name in ((query, names.query), (key, names.key)):
             module = (stem + name).removesuffix(".weight")
-            scale = tensors.get(f"{module}.weight_scale_inv") if self.tower.fp8_block == BLOCK else None
-            scales.append(block_scale(weight, scale, layout.d_head))
+            stored = self._stored_under.get(module, ())
+            scales.append(fp8_scale(weight, module, stored, tensors, self.tower.fp8_block, layout.d_head))
             if scales[-1] is None:
-                refuse_quantised(module, weight, self._stored_under.get(module, ()))
+                refuse_quantised(module, weight, stored)
         if query is None:
             refuse_known(name for name in tensors if name.startswith(stem))
             if suffixes := self._stored_under.get(stem + names.query_module):

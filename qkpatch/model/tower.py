@@ -9,7 +9,6 @@ from typing import Any
 
 from qkpatch.common.json_text import measured
 from qkpatch.errors import CheckpointError, UnsupportedError
-from qkpatch.model.block_fp8 import BLOCK
 from qkpatch.recipes.heads import HeadLayout
 from qkpatch.recipes.recipe import (
     COUNT_KEYS,
@@ -38,7 +37,7 @@ class LanguageTower:
     layout: HeadLayout  # of all layers but those in `exceptions`
     exceptions: Mapping[int, HeadLayout] = field(default_factory=dict)
     first_shared: int | None = None  # layers from here on use an earlier layer's keys
-    fp8_block: tuple[int, ...] = BLOCK  # rows and columns of a scale, by config.json or the usual
+    fp8_block: tuple[int, ...] | None = None  # rows and columns of a scale, where config.json says
     has_input_norm: bool = True  # false where config.json puts it after attention
     logits: Mapping[str, ConfigValue] = field(default_factory=dict)  # what rescales or clips logits
 
@@ -205,10 +204,10 @@ def _first_shared(recipe: Recipe, section: Mapping[str, Any], where: str, n_laye
     return n_layers - n_shared
 
 
-def _fp8_block(config: Mapping[str, Any]) -> tuple[int, ...]:
+def _fp8_block(config: Mapping[str, Any]) -> tuple[int, ...] | None:
     quantization = config.get("quantization_config")
     block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
-    return tuple(block) if isinstance(block, list) else BLOCK
+    return tuple(block) if isinstance(block, list) else None
 
 
 def _overridden(source: KeyOverride, section: Mapping[str, Any]) -> Any:
@@ -236,4 +235,5 @@ def _text_section(recipe: Recipe, config: Mapping[str, Any]) -> tuple[str, Mappi
     raise CheckpointError(
         f"no section {' or '.join(recipe.config.sections)}, where recipe {recipe.name} expects the language model",
         where="config.json",
+        fix="config.json belongs to another model, or --recipe does",
     )

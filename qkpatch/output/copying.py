@@ -103,11 +103,13 @@ class Passage:
         return used
 
     def _leave_out(self, begin: int, end: int, progress: Progress, digest: Digesting | None) -> None:
-        if digest is not None:
-            zeros = bytes(min(PIECE, end - begin))
-            for at in range(begin, end, PIECE):
-                digest.update(memoryview(zeros)[: end - at])
-        progress(end - begin)
+        if digest is None:
+            progress(end - begin)
+            return
+        zeros = bytes(min(PIECE, end - begin))
+        for at in range(begin, end, PIECE):
+            digest.update(memoryview(zeros)[: end - at])
+            progress(min(PIECE, end - at))
 
     def _copy_data(
         self, begin: int, end: int, shift: int, progress: Progress, digest: Digesting | None

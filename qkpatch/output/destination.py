@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
+import stat
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from qkpatch.checkpoint.files import FileId
+from qkpatch.checkpoint.files import FileId, os_errors
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import Present, first_change
 from qkpatch.checkpoint.source import MANIFEST_NAME, Checkpoint
 from qkpatch.checkpoint.tree import LocalFile
 from qkpatch.common.text import as_word
 from qkpatch.errors import FileSystemError, UsageError
+
+_GETFLAGS, _APPEND_ONLY = 0x80086601, 0x20  # of linux/fs.h
 
 
 def longest_name(parent: Path) -> int:
@@ -74,14 +79,30 @@ def check_out(out: Path, checkpoint: Checkpoint, *, overwrite: bool, force: bool
         raise FileSystemError(f"{parent} is not a directory", where=str(out), fix="choose another -o")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise FileSystemError("no permission to write in its parent", where=str(out), fix="choose another -o")
+    _check_renames(parent, out)
     if not os.path.lexists(out):
         return
     if out.is_symlink() or not out.is_dir():
         raise UsageError("exists and is not a directory", where=str(out), fix="choose another -o")
-    if any(out.iterdir()) and not force and not os.path.lexists(out / MANIFEST_NAME):
+    with os_errors("look into OUT", out):
+        names = os.listdir(out)
+    if names and not force and MANIFEST_NAME not in names:
         raise occupied(
             out, MANIFEST_NAME, "there is none, so qkpatch did not write this", overwrite=overwrite
         )
+
+
+def _check_renames(parent: Path, out: Path) -> None:
+    """Raise :class:`FileSystemError` where ``parent`` would not let OUT be put in its place, or staging be removed."""
+    status, why = parent.stat(), ""
+    owners = {0, status.st_uid, out.lstat().st_uid if os.path.lexists(out) else os.geteuid()}
+    if status.st_mode & stat.S_ISVTX and os.geteuid() not in owners:
+        why = "it is somebody else's, and in its parent (sticky) only owners replace what is theirs"
+    with suppress(OSError, FileSystemError), Rooted(parent) as root:  # not every file system has such flags
+        if fcntl.ioctl(root.fd, _GETFLAGS, bytes(8))[0] & _APPEND_ONLY:
+            why = "in its parent nothing can be renamed (append-only: chattr +a)"
+    if why:
+        raise FileSystemError(why, where=str(out), fix="choose another -o")
 
 
 def _refuse_overlap(out: Path, *, inside: Iterable[Path], holding: Iterable[Path]) -> None:
@@ -107,9 +128,9 @@ class Replaced:
     out: Path
     entries: Mapping[str, FileId]
 
-    def check(self) -> None:
-        """Raise :class:`UsageError` where anything in it has changed since."""
-        with Rooted(self.out) as root:
+    def check(self, place: Path | None = None) -> None:
+        """Raise :class:`UsageError` where anything in it, or in ``place`` where it now is, has changed since."""
+        with Rooted(place or self.out) as root:
             changed = first_change(self.entries, Present(root).identities)
         if changed is not None:
             raise occupied(

@@ -9,6 +9,7 @@ from typing import TypeGuard
 from qkpatch.checkpoint.cache import blob_of
 from qkpatch.checkpoint.tree import LocalFile, SourceFile
 from qkpatch.errors import UsageError
+from qkpatch.output.layout import OutputFile
 
 
 class Digest(str, Enum):
@@ -49,6 +50,11 @@ class Writing:
         if not (self.link or self.link_cache) or not isinstance(file, LocalFile):
             return False
         return self.link_cache or blob_of(file.path) is None
+
+    def linkable(self, file: OutputFile) -> LocalFile | None:
+        """The file of SOURCE that a hard link to may stand for ``file`` of OUT, where that is not edited."""
+        original = file.original
+        return original if original is not None and self.may_link(original) else None
 
 
 PLAIN = Writing()

@@ -1,7 +1,9 @@
-"""Is there room for OUT? Asked before the first byte is written."""
+"""Is there room for OUT, and may this process do what it takes? Asked before the first byte is written."""
 
 from __future__ import annotations
 
+import os
+import resource
 import shutil
 import tempfile
 from collections.abc import Collection
@@ -11,11 +13,8 @@ from qkpatch.checkpoint.tree import LocalFile, SourceFile
 from qkpatch.errors import FileSystemError
 from qkpatch.output.copying import clone
 from qkpatch.output.destination import present_parent
-from qkpatch.output.layout import Output, OutputFile
-from qkpatch.output.options import Writing
+from qkpatch.output.layout import OutputFile
 from qkpatch.output.staging import left_bytes
-
-_PROBE = 64 << 10  # bytes; a file of a few could be kept in its directory's entry, and shared by nobody
 
 
 def free_bytes(out: Path) -> int | None:
@@ -27,34 +26,17 @@ def free_bytes(out: Path) -> int | None:
     return usage.free if usage.total else None
 
 
-def check_space(
-    out: Path, output: Output, edited: Collection[str], writing: Writing, *, is_cached: bool
-) -> None:
-    """Refuse an OUT that does not fit, unless the file system shares the copied blocks.
-
-    Args:
-        out: where.
-        output: its files.
-        edited: the names of those that are edited, which are never links.
-        writing: how it is written.
-        is_cached: files that are elsewhere come into the Hub cache first.
+def check_space(out: Path, files: Collection[OutputFile]) -> None:
+    """Refuse an OUT of which ``files`` are to be written and do not fit, unless the file system shares copied blocks.
 
     Raises:
-        FileSystemError: it does not fit.
+        FileSystemError: they do not fit.
     """
-    free = free_bytes(out)
-    if free is None:
-        return
-    needed = sum(
-        _written_bytes(file)
-        for name, file in output.files.items()
-        if name in edited or file.original is None or not writing.may_link(file.original)
-    )
+    free, needed = free_bytes(out), sum(map(_written_bytes, files))
     # What dead runs left is taken over, or removed.
-    if needed <= free or needed <= free + left_bytes(out):
+    if free is None or needed <= free or needed <= free + left_bytes(out):
         return
-    sources = [extent.file for file in output.files.values() for extent in file.extents]
-    if _shares_blocks(present_parent(out), sources, is_cached=is_cached):
+    if _shares_blocks(present_parent(out), [extent.file for file in files for extent in file.extents]):
         return
     raise FileSystemError(
         f"OUT needs {needed:,} bytes, and {free:,} are free",
@@ -72,23 +54,35 @@ def _written_bytes(file: OutputFile) -> int:
     return total
 
 
-def _shares_blocks(place: Path, files: Collection[SourceFile], *, is_cached: bool) -> bool:
-    """Whether the largest source file can be cloned to ``place`` (btrfs, xfs); tried on a file without a name.
-
-    Of files that are still to come into the Hub cache, whether anything can be.
-    """
+def _shares_blocks(place: Path, files: Collection[SourceFile]) -> bool:
+    """Whether the largest source file can be cloned to ``place`` (btrfs, xfs); tried on a file without a name."""
+    # Files that are still to be downloaded take as much room on the way, if it is the same file system at all.
     local = (file for file in files if isinstance(file, LocalFile))
     largest = max(local, key=lambda file: file.size, default=None)
-    if largest is None and not is_cached:
+    if largest is None:
         return False
     try:
-        with (
-            tempfile.TemporaryFile(dir=place) as probe,
-            tempfile.TemporaryFile(dir=place) if largest is None else open(largest.path, "rb") as source,
-        ):
-            if largest is None:
-                source.write(bytes(_PROBE))
-                source.flush()
+        with tempfile.TemporaryFile(dir=place) as probe, open(largest.path, "rb") as source:
             return clone(source.fileno(), probe.fileno())
     except OSError:
         return False
+
+
+def is_memory_limited() -> bool:
+    """Whether this process may take only so much address space: libraries that are loaded later may not fit."""
+    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+
+
+def check_limits(files: int, memory: int) -> None:
+    """Raise :class:`FileSystemError` where this process may not open so many more files, or take so many bytes."""
+    files += len(os.listdir("/proc/self/fd"))
+    for kind, flag, needed, what in (
+        (resource.RLIMIT_NOFILE, "-n", files, "open files"),
+        (resource.RLIMIT_AS, "-v", memory, "bytes of memory"),
+    ):
+        limit = resource.getrlimit(kind)[0]
+        if limit != resource.RLIM_INFINITY and limit < needed:
+            raise FileSystemError(
+                f"{needed:,} {what} are needed, and {limit:,} are allowed",
+                fix=f"raise the limit: ulimit {flag}",
+            )

@@ -29,6 +29,7 @@ from qkpatch.output import journal
 from qkpatch.output.destination import destination_path
 
 FILES = "files"  # in the staging directory: what becomes OUT
+_REPLACED = "replaced"  # and what was there, where the two cannot be exchanged
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
 _STAYS = "what a killed run leaves beside OUT stays there, and --resume cannot take it over"
@@ -155,10 +156,11 @@ class Staging:
         """Whether what is done could be taken over by another run: it is not OUT already, and can be locked."""
         return not self.lacks.keys() & {NO_LOCKS, NO_MODES} and _is_still(self.files, self.room.status(FILES))
 
-    def publish(self, directories: Iterable[str], still_replaceable: Callable[[], None] | None) -> None:
+    def publish(self, directories: Iterable[str], still_replaceable: Callable[[Path], None] | None) -> None:
         """Make the staged directory OUT, all or nothing. Files must be synced already; directories are here.
 
-        ``still_replaceable`` raises where the OUT that was to be replaced is another by now; None where there was none.
+        ``still_replaceable`` raises where the OUT that was to be replaced, wherever it is moved to, is another by now;
+        None where there was none.
 
         Raises:
             UsageError: OUT came into being, or changed, meanwhile.
@@ -170,16 +172,20 @@ class Staging:
             elif not any(self.out.iterdir()):
                 self._rename()  # replaces an empty directory, fails on any other
             elif still_replaceable is not None:
-                still_replaceable()
-                self._move(_RENAME_EXCHANGE)  # the old output is now the staged one, and goes on exit
-                for old in (FILES, "replaced"):
-                    with suppress(OSError):  # but a history that git keeps there is the user's
-                        os.rename(
-                            f"{old}/.git",
-                            f"{self.out.name}/.git",
-                            src_dir_fd=self.room.fd,
-                            dst_dir_fd=self._parent.fd,
-                        )
+                still_replaceable(self.out)
+                aside = self._move(_RENAME_EXCHANGE)  # the old output is now in staging, and goes on exit
+                try:
+                    still_replaceable(self.path / aside)  # what came just before belongs to somebody
+                except BaseException:
+                    self._move_back(aside)
+                    raise
+                with suppress(OSError):  # but a history that git keeps there is the user's
+                    os.rename(
+                        f"{aside}/.git",
+                        f"{self.out.name}/.git",
+                        src_dir_fd=self.room.fd,
+                        dst_dir_fd=self._parent.fd,
+                    )
             else:
                 raise self._raced()
         if not all([*synced, self.room.sync(), self._parent.sync()]):
@@ -188,14 +194,17 @@ class Staging:
     def _rename(self) -> None:
         os.rename(FILES, self.out.name, src_dir_fd=self.room.fd, dst_dir_fd=self._parent.fd)
 
-    def _move(self, flag: int) -> None:
+    def _move(self, flag: int) -> str:
+        """Make the staged directory OUT; the name in staging of what was there."""
         try:
             try:
                 _renameat2(self.room.fd, FILES, self._parent.fd, self.out.name, flag)
+                return FILES
             except OSError as error:
                 if error.errno not in CANNOT:
                     raise
                 self._move_plainly(flag)
+                return _REPLACED
         except OSError as error:
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise self._raced() from error
@@ -208,12 +217,19 @@ class Staging:
             return
         self.lacks[NO_EXCHANGE] = None
         aside = {"src_dir_fd": self._parent.fd, "dst_dir_fd": self.room.fd}
-        os.rename(self.out.name, "replaced", **aside)
+        os.rename(self.out.name, _REPLACED, **aside)
         try:
             self._rename()
         except BaseException:
-            os.rename("replaced", self.out.name, src_dir_fd=self.room.fd, dst_dir_fd=self._parent.fd)
+            os.rename(_REPLACED, self.out.name, src_dir_fd=self.room.fd, dst_dir_fd=self._parent.fd)
             raise
+
+    def _move_back(self, aside: str) -> None:
+        if aside == FILES:
+            _renameat2(self.room.fd, FILES, self._parent.fd, self.out.name, _RENAME_EXCHANGE)
+            return
+        os.rename(self.out.name, FILES, src_dir_fd=self._parent.fd, dst_dir_fd=self.room.fd)
+        os.rename(aside, self.out.name, src_dir_fd=self.room.fd, dst_dir_fd=self._parent.fd)
 
     def _raced(self) -> UsageError:
         return UsageError(

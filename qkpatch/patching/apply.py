@@ -26,13 +26,15 @@ from qkpatch.model.targets import LayerTarget
 from qkpatch.output.destination import Replaced
 from qkpatch.output.journal import Journal
 from qkpatch.output.options import PLAIN, Digest, Writing
+from qkpatch.output.space import check_limits, is_memory_limited
 from qkpatch.output.staged_files import StagedFiles
 from qkpatch.output.staging import Staging
 from qkpatch.patching.checked_sources import Sources
-from qkpatch.patching.copier import Copier
+from qkpatch.patching.copier import Copier, files_open
 from qkpatch.patching.threads import Crew
 from qkpatch.planning.blocks import RunBlock
 from qkpatch.planning.manifest import EditRecord, HeadRecord, Manifest, planned_manifest
+from qkpatch.planning.memory import peak_memory
 from qkpatch.planning.plan import EditPlan
 from qkpatch.planning.sha256sums import sums_text
 
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 GAP_WARNING = 1e-3
 ROUNDING_WARNING = 0.1  # FP8 has three bits: a small change drowns in its rounding
 _NAMED = 8  # heads that a warning names
+_OPEN_FILES = 12  # beside those of OUT, and what each thread reads from: staging, its journal, a library
 
 
 def apply_plan(
@@ -73,6 +76,7 @@ def apply_plan(
         NumericalError: NaN or Inf, or a tensor that the edit would leave as it was.
     """
     checkpoint = plan.model.checkpoint
+    checkpoint.check_still()
     fingerprint = _fingerprint(plan, writing)
     started = _now()
     with signals_held(), ExitStack() as stack:
@@ -101,41 +105,46 @@ def apply_plan(
             for target in plan.edits:
                 if target not in digests:
                     digests[target] = crew.start(partial(_digests, sources, copier, writing, target))
+            planned = planned_manifest(plan, str(editor.device))
             done = tuple(
-                EditRecord.planned(target, plan.output).done(*digests[target].result(), heads[target])
-                for target in plan.edits
+                record.done(*digests[target].result(), heads[target])
+                for record, target in zip(planned.edits, plan.edits, strict=True)
             )
             hashed = {name: how.sha256 for name, how in carried.items()}
             hashed |= copier.edited_digests(crew, carried)
             copier.sync_edited()
-            planned = planned_manifest(plan, str(editor.device))
             manifest = replace(
                 planned,
                 tool=replace(planned.tool, torch=editor.torch_version, python=platform.python_version()),
                 source=replace(planned.source, checked=sources.is_checked),
                 edits=done,
                 files=tuple(replace(file, sha256=hashed[file.name]) for file in planned.files),
-                warnings=(*planned.warnings, *_numerical_warnings(done, plan)),
-                run=RunBlock(started, _now(), Counter(how.means for how in carried.values())),
+                warnings=(*planned.warnings, *numerical_warnings(done, plan)),
+                output=replace(planned.output, digest=writing.digest),
+                run=RunBlock(started, _now(), Counter(how.means for how in carried.values()), editor.stack),
             )
             record = manifest.dumps().encode()
             if writing.digest is Digest.files:
                 staged.write_new(SUMS_NAME, sums_text(manifest, record).encode())
             staged.write_new(MANIFEST_NAME, record)
             staged.check(checkpoint.directories)
+            checkpoint.check_still()
             staging.publish(checkpoint.directories, None if replaced is None else replaced.check)
     return replace(manifest, run=replace(manifest.run, weaker=tuple(staging.lacks) or None))
 
 
-def check_device(device: str) -> None:
-    """Refuse to compute where that cannot be done, before a file is made or downloaded.
+def check_run(plan: EditPlan, device: str, threads: int) -> None:
+    """Refuse what cannot be computed here, before a file is made or downloaded.
 
     Raises:
         UsageError: torch is not there, or has no such device.
+        FileSystemError: more open files or memory than this process may have.
     """
     if find_spec("torch") is None:
         raise no_torch()
-    if device not in ("auto", "cpu"):  # which are always there
+    memory = peak_memory(threads, plan.head_memory, len(plan.model.checkpoint.tensors))
+    check_limits(_OPEN_FILES + 2 * threads + files_open(plan), memory)
+    if device not in ("auto", "cpu") or is_memory_limited():  # the usual ones are always there
         _editor(device)
 
 
@@ -193,17 +202,12 @@ def _digests(sources: Sources, copier: Copier, writing: Writing, target: LayerTa
     return before, after
 
 
-def _numerical_warnings(edits: Sequence[EditRecord], plan: EditPlan) -> list[str]:
+def numerical_warnings(edits: Sequence[EditRecord], plan: EditPlan) -> list[str]:
     """What a user should know about the spectra that were met."""
-    modes = plan.settings.rule.paired_modes
-    narrow, short = [], []
-    for edit in edits:
-        for head in edit.heads:
-            if head.gap is not None and head.gap < GAP_WARNING:
-                narrow.append(f"{edit.layer}.{head.head}")
-            expected = len(head.modes) if plan.settings.rule.takes_modes else head.rank
-            if expected < modes:
-                short.append(f"{edit.layer}.{head.head}")
+    modes, takes_modes = plan.settings.rule.paired_modes, plan.settings.rule.takes_modes
+    heads = [(f"{edit.layer}.{head.head}", head) for edit in edits for head in edit.heads]
+    narrow = [name for name, head in heads if head.gap is not None and head.gap < GAP_WARNING]
+    short = [name for name, head in heads if (len(head.modes) if takes_modes else head.rank) < modes]
     warnings = []
     if narrow:
         warnings.append(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cached_property
 
-from qkpatch.checkpoint.content import Content, Held, HeldFile, damaged, gaps, read_rest
+from qkpatch.checkpoint.content import Content, Held, damaged, held_file
 from qkpatch.checkpoint.files import OpenFile
 from qkpatch.checkpoint.header import TensorRef, read_header
 from qkpatch.checkpoint.tree import LocalFile, SourceFile
@@ -81,17 +81,8 @@ class Sources:
             with file.open(ranges) as opened:
                 yield opened
             return
-        held = self._held.get(name, [])
-        missing, spans = gaps(file.size, held), ranges or [(0, file.size)]
-        needed = [part for part in held if _meets(part.begin, part.end, spans)]
-        with ExitStack() as stack:
-            rest = {}
-            if any(_meets(*gap, spans) for gap in missing):
-                with file.open(missing) as elsewhere:
-                    rest = read_rest(elsewhere, held)
-            names = {part.name for part in needed}
-            places = {name: stack.enter_context(self._staged.reading(name)) for name in names}
-            yield HeldFile(file.where, file.size, needed, rest, places)
+        with held_file(file, self._held.get(name, []), ranges, self._staged.reading) as opened:
+            yield opened
 
     def tensor_digest(self, ref: TensorRef) -> str:
         """SHA-256 of a tensor's bytes in SOURCE."""
@@ -99,11 +90,6 @@ class Sources:
             return self._digests[ref]
         with self.open(ref.shard, [(ref.begin, ref.end)]) as opened:
             return opened.sha256(ref.begin, ref.end)
-
-
-def _meets(begin: int, end: int, spans: Sequence[tuple[int, int]]) -> bool:
-    """Whether the bytes ``begin:end`` have any in common with one of ``spans``."""
-    return any(first < end and begin < last for first, last in spans)
 
 
 def is_listed(file: SourceFile, opened: OpenFile) -> bool:

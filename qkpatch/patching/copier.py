@@ -27,7 +27,7 @@ from qkpatch.output.options import Digest, Writing
 from qkpatch.output.staged_files import StagedFiles
 from qkpatch.patching.checked_sources import Sources, damaged_file
 from qkpatch.patching.resume import is_as_noted
-from qkpatch.patching.threads import Crew
+from qkpatch.patching.threads import Crew, Stopped
 from qkpatch.planning.plan import EditPlan
 
 _COPIES_AHEAD = 64  # open files: far below the usual limit of 1024
@@ -129,11 +129,20 @@ class Copier:
             carried |= lane.result()
         try:
             self._sources.check(crew)
-        except HubError:
-            for file in self._plan.output.files.values():
-                # Made of several files, and some of them damaged: not to be taken over.
-                if file.original is None:
-                    self._journal.forget(file)
+        except (
+            HubError,
+            Stopped,
+        ) as error:  # of several that are checked side by side, either may be met first
+            # Made of several files, and some of them damaged: not to be taken over.
+            made = [file for file in self._plan.output.files.values() if file.original is None]
+            for file in made:
+                self._journal.forget(file)
+            if isinstance(error, HubError) and any(file.name in self._taken_over for file in made):
+                raise HubError(
+                    "what an earlier run had left in staging is not, or no longer, what the Hub lists",
+                    where=error.where,
+                    fix="run again: it comes anew",
+                ) from error
             raise
         return carried
 
@@ -162,7 +171,7 @@ class Copier:
             fd, means = self._edited[file.name].fd, self._ready.get(file.name)
         elif file.name in self._taken_over:
             fd, means = None, "resumed"
-        elif (original := _linkable(file, self._writing)) and self._staged.link(original, file.name):
+        elif (original := self._writing.linkable(file)) and self._staged.link(original, file.name):
             fd, means = None, "hardlink"
         else:
             while not self._slots.acquire(timeout=0.1):
@@ -306,6 +315,7 @@ def _cloned(file: OutputFile, fd: int) -> bool:
         return clone(source.fd, fd)
 
 
-def _linkable(file: OutputFile, writing: Writing) -> LocalFile | None:
-    original = file.original
-    return original if original is not None and writing.may_link(original) else None
+def files_open(plan: EditPlan) -> int:
+    """How many files of OUT are open at a time: all that are edited, and some of the others."""
+    n_edited = len(plan.edits_by_file)
+    return n_edited + min(_COPIES_AHEAD, len(plan.output.files) - n_edited)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import platform
+import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 
 import torch
 
@@ -27,12 +31,7 @@ Write = Callable[[str, bytes | bytearray, int], None]
 _HEADS_AT_A_TIME = 4  # of one tensor, by one thread: enough to share keys and open files
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """A few heads of one tensor, edited by one thread."""
-
-    target: LayerTarget
-    heads: tuple[int, ...]
+_Chunk = tuple[LayerTarget, tuple[int, ...]]  # a few heads of one tensor, edited by one thread
 
 
 def _chunks(plan: EditPlan, at_least: int) -> Iterator[_Chunk]:
@@ -42,10 +41,10 @@ def _chunks(plan: EditPlan, at_least: int) -> Iterator[_Chunk]:
         for _, group in groupby(plan.settings.heads, target.layout.kv_head):
             chunk += group
             if len(chunk) >= at_least:
-                yield _Chunk(target, tuple(chunk))
+                yield target, tuple(chunk)
                 chunk = []
         if chunk:
-            yield _Chunk(target, tuple(chunk))
+            yield target, tuple(chunk)
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,14 @@ class Editor:
     def torch_version(self) -> str:
         """The version of torch with its build, such as ``2.13.0+cpu``."""
         return str(torch.__version__)
+
+    @property
+    def stack(self) -> dict[str, str]:
+        """What the bits of an edit depend on besides its inputs: torch, BLAS, and the kernels that the CPU takes."""
+        shown = torch.__config__.show()
+        blas = re.search(r"(?<=oneAPI )Math Kernel Library Version \S+|(?<=BLAS_INFO=)\w+", shown)
+        cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {_cpu_model()}".strip()
+        return {"torch": self.torch_version, "blas": blas[0] if blas else "unknown", "cpu": cpu}
 
     def edited(
         self, plan: EditPlan, opened: Opened, crew: Crew, write: Write, observer: Observer
@@ -82,16 +89,14 @@ class Editor:
         together = heads_together(self.device, plan.head_memory, crew.threads)
 
         def edit(chunk: _Chunk) -> tuple[LayerTarget, list[tuple[HeadRecord, bool]]]:
-            with (
-                computing(self.device),
-                open_layer(opened, chunk.target, self.device, chunk.heads) as weights,
-            ):
+            target, heads = chunk
+            with computing(self.device), open_layer(opened, target, self.device, heads) as weights:
                 done = []
-                for record in _edit_heads(plan, chunk, together, weights, write):
+                for record in _edit_heads(plan, heads, together, weights, write):
                     crew.check()
                     observer.edited(1)
                     done.append(record)
-            return chunk.target, done
+            return target, done
 
         results = crew.map(edit, _chunks(plan, max(together, _HEADS_AT_A_TIME)))
         for target, parts in groupby(results, lambda result: result[0]):
@@ -107,11 +112,11 @@ class Editor:
 
 
 def _edit_heads(
-    plan: EditPlan, chunk: _Chunk, together: int, weights: LayerWeights, write: Write
+    plan: EditPlan, heads: tuple[int, ...], together: int, weights: LayerWeights, write: Write
 ) -> Iterator[tuple[HeadRecord, bool]]:
     """Edit and write a few heads; each one's record, and whether any value changed."""
-    target = chunk.target
-    for batch in weights.batches(chunk.heads, together):
+    target = weights.target
+    for batch in weights.batches(heads, together):
         stored, reports = edit_batch(weights, batch, plan.settings.rule, plan.settings.seed)
         for i, head in enumerate(batch.heads):
             # By value: a −0.0 that became 0.0 is no edit, and stays.
@@ -126,7 +131,7 @@ def _edit_heads(
 
 
 def edit_batch(
-    weights: LayerWeights, batch: HeadWeights, rule: EditRule, seed: int
+    weights: LayerWeights, batch: HeadWeights, rule: EditRule, seed: int, known: StoredHeads | None = None
 ) -> tuple[StoredHeads, tuple[HeadReport, ...]]:
     """Some heads edited and rounded once: what is stored of them, and what that does to their products.
 
@@ -135,6 +140,7 @@ def edit_batch(
         batch: the heads, as they were.
         rule: the edit.
         seed: of random selections.
+        known: what is stored already, which is measured in place of what would be.
 
     Raises:
         NumericalError: NaN or Inf, or an edit that cannot be made.
@@ -143,11 +149,19 @@ def edit_batch(
     generators = [head_generator(seed, target.attention, target.layer, head) for head in batch.heads]
     try:
         edit = edit_query(batch.product, rule, generators)
-        stored = weights.stored.store(batch.heads, weights.unfolded(batch, edit.W_Q))
+        stored = known or weights.stored.store(batch.heads, weights.unfolded(batch, edit.W_Q))
         return stored, measure(batch.product, edit, weights.folded(stored.values))
     except HeadError as error:
         where = f"head {batch.heads[error.index]} of {target.query.name}, {target.query.dtype}"
         raise NumericalError(error.what, where=where, fix=error.fix) from error
+
+
+def _cpu_model() -> str:
+    """By the numbers that BLAS chooses its kernels by; empty where the system does not tell."""
+    with suppress(OSError):
+        told = Path("/proc/cpuinfo").read_text("utf-8", "replace").partition("\n\n")[0]
+        return " ".join(re.findall(r"(?m)^(?:vendor_id|cpu family|model|CPU \w+)\s*: (.+)$", told))
+    return ""
 
 
 def head_generator(seed: int, attention: str, layer: int, head: int) -> torch.Generator:

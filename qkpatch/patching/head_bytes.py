@@ -11,9 +11,8 @@ from torch import Tensor
 from qkpatch.checkpoint.files import OpenFile
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.errors import NumericalError
-from qkpatch.model.block_fp8 import BLOCK, scale_range
+from qkpatch.model.block_fp8 import block_of, is_shared, scale_range
 from qkpatch.model.targets import LayerTarget
-from qkpatch.spectral.factors import is_finite
 from qkpatch.spectral.fp8 import dequantise, requantise
 from qkpatch.spectral.rounding import round_once
 
@@ -51,7 +50,7 @@ class HeadBytes:
         """``W_Q`` of query heads, (n, d_head, d_model), compute dtype.
 
         Raises:
-            NumericalError: a scale of block FP8 is no positive number.
+            NumericalError: a scale of FP8 is no positive number.
         """
         ref = self.target.query
         at = [self.target.layout.query_range(ref, head) for head in heads]
@@ -70,7 +69,7 @@ class HeadBytes:
             NumericalError: it holds NaN or Inf.
         """
         values = self._values(norm, [(norm.begin, norm.end)])
-        if not is_finite(values):
+        if not bool(values.isfinite().all()):
             raise self.damaged(norm, what)
         return values
 
@@ -86,7 +85,7 @@ class HeadBytes:
         """``W`` (n, d_head, d_model) rounded once to what the heads' rows are stored as.
 
         Raises:
-            NumericalError: a scale of block FP8 overflows.
+            NumericalError: what a scale of FP8 can hold is exceeded.
         """
         query, scale = self.target.query, self.target.query_scale
         if scale is None:
@@ -96,10 +95,17 @@ class HeadBytes:
                 rounded.to(COMPUTE_DTYPE), tuple({query: _to_bytes(of_head)} for of_head in codes)
             )
         at = [self.target.layout.query_range(query, head) for head in heads]
-        rows, scales = requantise(W.flatten(0, 1), self._scales(query, scale, at), BLOCK)
-        codes, by_head = rows.cpu().view(W.shape), self._stored_scales(scale, scales.cpu()).view(len(W), -1)
-        pieces = ({query: _to_bytes(c), scale: _to_bytes(s)} for c, s in zip(codes, by_head, strict=True))
-        return StoredHeads(dequantise(rows, scales, BLOCK).view(W.shape), tuple(pieces))
+        flat, before = W.flatten(0, 1), self._scales(query, scale, at)
+        block = (len(flat), flat.shape[1]) if is_shared(scale) else block_of(query, scale)
+        rows, scales = requantise(flat, before, block)
+        values, codes = dequantise(rows, scales, block).view(W.shape), rows.cpu().view(W.shape)
+        if not is_shared(scale):
+            by_head = self._stored_scales(scale, scales.cpu()).view(len(W), -1)
+            pieces = ({query: _to_bytes(c), scale: _to_bytes(s)} for c, s in zip(codes, by_head, strict=True))
+            return StoredHeads(values, tuple(pieces))
+        if not torch.equal(scales, before):
+            raise self._too_large(scale, "with the whole tensor's one scale, which must stay")
+        return StoredHeads(values, tuple({query: _to_bytes(of_head)} for of_head in codes))
 
     def raw(self, ref: TensorRef, begin: int, end: int) -> bytearray:
         """Bytes of a tensor as they are stored."""
@@ -110,12 +116,12 @@ class HeadBytes:
         layout = self.target.layout
         rows = self._values(ref, at).view(-1, layout.d_model)
         if scale is not None:
-            rows = dequantise(rows, self._scales(ref, scale, at), BLOCK)
+            rows = dequantise(rows, self._scales(ref, scale, at), block_of(ref, scale))
         return rows.view(-1, layout.d_head, layout.d_model)
 
     def _scales(self, ref: TensorRef, scale: TensorRef, at: Sequence[tuple[int, int]]) -> Tensor:
         """The scales of whole blocks of rows, (blocks of rows, blocks of columns)."""
-        places = [scale_range(ref, scale, *of_head) for of_head in at]
+        places = [scale_range(ref, scale, *of_head) for of_head in (at[:1] if is_shared(scale) else at)]
         scales = self._values(scale, places)
         if scale.dtype == "F8_E8M0":
             scales = torch.where(scales < 255, (scales - _E8M0_BIAS).exp2(), torch.nan)
@@ -125,7 +131,7 @@ class HeadBytes:
                 where=f"{scale.name} in {scale.shard}",
                 fix="the checkpoint is damaged; download it again",
             )
-        return scales.view(-1, scale.shape[1])
+        return scales.view(-1, scale.shape[1] if len(scale.shape) == 2 else 1)
 
     def _stored_scales(self, scale: TensorRef, scales: Tensor) -> Tensor:
         if scale.dtype == "F8_E8M0":
@@ -135,12 +141,15 @@ class HeadBytes:
             stored, dtype = scales, DTYPES[scale.dtype]
             fits = bool(torch.isfinite(stored.to(dtype)).all())
         if not fits:
-            raise NumericalError(
-                f"a scale of the edited layer {self.target.layer} does not fit in {scale.dtype}",
-                where=f"{scale.name} in {scale.shard}",
-                fix="use a larger --alpha or fewer --modes",
-            )
+            raise self._too_large(scale, f"with a scale in {scale.dtype}")
         return stored.to(dtype)
+
+    def _too_large(self, scale: TensorRef, how: str) -> NumericalError:
+        return NumericalError(
+            f"a value of the edited layer {self.target.layer} is too large to be stored {how}",
+            where=f"{scale.name} in {scale.shard}",
+            fix="use a larger --alpha or fewer --modes",
+        )
 
     def _values(self, ref: TensorRef, byte_ranges: Sequence[tuple[int, int]]) -> Tensor:
         """What is stored at byte ranges, end to end."""

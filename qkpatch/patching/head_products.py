@@ -17,7 +17,7 @@ from qkpatch.errors import NumericalError
 from qkpatch.model.targets import LayerTarget
 from qkpatch.patching.head_bytes import COMPUTE_DTYPE, DTYPES, HeadBytes
 from qkpatch.recipes.recipe import NormKind
-from qkpatch.spectral.factors import Factor, largest
+from qkpatch.spectral.factors import Factor
 from qkpatch.spectral.product import QKProduct
 
 # Squares of products must neither overflow nor vanish; only float64 weights can be out of this range.
@@ -130,7 +130,7 @@ class LayerWeights:
         for i, norm in enumerate(factor.norm.tolist()):
             if SMALLEST < norm < LARGEST:
                 continue
-            size = largest(factor.W[i])
+            size = float(factor.W[i].abs().max())
             if not math.isfinite(size):
                 raise self.stored.damaged(ref, names[i])
             if size and not SMALLEST < size < LARGEST:

@@ -50,6 +50,7 @@ def edit_loaded(model: torch.nn.Module, request: Request, threads: int | None = 
     for what in ("max_shard_size", "exclude"):
         if getattr(request, what) is not None:
             raise UsageError("a loaded model has no files", where=what, fix="leave it out")
+    model = getattr(model, "_orig_mod", model)  # of torch.compile's, whose tensors are the model's own
     tensors = _tensors(model)
     where = type(model).__name__
     refs = _refs(tensors)

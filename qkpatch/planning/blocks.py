@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from qkpatch.common.json_text import Json
 from qkpatch.common.typed_json import LEFT_OUT
+from qkpatch.output.options import Digest
 from qkpatch.recipes.recipe import ConfigValue
 from qkpatch.recipes.rows import RowLayout
 from qkpatch.spectral.rule import Channel, Select
@@ -103,10 +104,11 @@ class ModelBlock(Block):
 
 @dataclass(frozen=True)
 class OutputBlock(Block):
-    """How OUT is sharded, where it is sharded anew, and what was left out of it on demand."""
+    """How OUT is sharded, what was left out of it on demand, and of what there are digests."""
 
     max_shard_size: int | None
     exclude: tuple[str, ...] | None = field(default=None, metadata=LEFT_OUT)
+    digest: Digest | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True)
@@ -116,5 +118,7 @@ class RunBlock(Block):
     started: str | None = field(default=None, metadata=LEFT_OUT)
     finished: str | None = field(default=None, metadata=LEFT_OUT)
     copied_by: Mapping[str, int] | None = field(default=None, metadata=LEFT_OUT)
+    # What the bits depend on: torch, BLAS and CPU.
+    stack: Mapping[str, str] | None = field(default=None, metadata=LEFT_OUT)
     already_done: bool | None = field(default=None, metadata=LEFT_OUT)
     weaker: tuple[str, ...] | None = field(default=None, metadata=LEFT_OUT)

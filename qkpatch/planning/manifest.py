@@ -74,7 +74,7 @@ class EditRecord:
     folded_norm: str | None = None  # the gain before attention, where it is part of the product
     sha256_before: str | None = None
     sha256_after: str | None = None
-    scale_tensor: str | None = None  # of block FP8, edited along
+    scale_tensor: str | None = None  # of FP8 by blocks or rows, edited along
     scale_shard: str | None = None
     scale_sha256_before: str | None = None
     scale_sha256_after: str | None = None
@@ -84,7 +84,7 @@ class EditRecord:
     def planned(cls, target: LayerTarget, output: Output) -> EditRecord:
         """The record of an edit that is still to be made; places are those in OUT."""
         query, key = output.place(target.query), output.place(target.key)
-        scale = None if target.query_scale is None else output.place(target.query_scale)
+        scale = None if target.grown_scale is None else output.place(target.grown_scale)
         return cls(
             layer=target.layer,
             tensor=query.name,
@@ -253,7 +253,7 @@ def planned_manifest(plan: EditPlan, device: str) -> Manifest:
             for name, file in plan.output.files.items()
         ),
         warnings=plan.warnings,
-        run=blocks.RunBlock(),
+        run=blocks.RunBlock(already_done=plan.is_done or None),
     )
 
 

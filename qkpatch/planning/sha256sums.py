@@ -10,11 +10,7 @@ from qkpatch.planning.manifest import Manifest
 
 
 def refuse_own_sums(checkpoint: Checkpoint) -> None:
-    """Raise where SOURCE has a file of that name, which OUT's would replace.
-
-    Raises:
-        UsageError: it has.
-    """
+    """Raise :class:`UsageError` where SOURCE has a file of that name, which OUT's would replace."""
     if SUMS_NAME in checkpoint.files:
         raise UsageError(
             f"SOURCE has a {SUMS_NAME} of its own, which is carried over and stale in OUT",

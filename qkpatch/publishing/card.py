@@ -10,7 +10,8 @@ from statistics import mean
 
 from qkpatch.common.json_text import exact
 from qkpatch.common.number_ranges import format_ranges
-from qkpatch.common.text import as_word, plain, verify_command
+from qkpatch.common.text import as_word, verify_command
+from qkpatch.errors import plain
 from qkpatch.planning.blocks import EditBlock
 from qkpatch.planning.manifest import Manifest
 from qkpatch.publishing.front_matter import FrontMatter
@@ -66,6 +67,11 @@ def is_card_of(card: str, manifest: Manifest, base_card: str | None) -> bool:
         own == edit + nothing or (own.startswith(edit) and _RESULTS.fullmatch(own, len(edit)))
         for edit in said
     )
+
+
+def has_results(card: str) -> bool:
+    """Whether a card of ours reports measurements of the model."""
+    return _MEASURED in card.partition(FOLLOWS)[0]
 
 
 def is_card_over(card: str, base_card: str | None) -> bool:
@@ -137,7 +143,7 @@ def _edit(manifest: Manifest, *, is_checked: bool) -> Iterator[str]:
     digests = ", with digests before and after" if has_digests else ""
     yield (
         f"\n`qkpatch.json` records every edited tensor and head{digests}. {made}\n\n"
-        f"```\n{_command(manifest)}\n{proof}\n```\n"
+        f"```\n{plain(_command(manifest))}\n{plain(proof)}\n```\n"
     )
 
 

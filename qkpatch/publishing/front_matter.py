@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from qkpatch.common.strict_yaml import Entry, top_level
-from qkpatch.common.text import plain
-from qkpatch.errors import RecipeError
+from qkpatch.errors import RecipeError, plain
 
 _BLOCK = re.compile(r"\s*---[ \t]*\r?\n(?P<yaml>(?:.*\n)*?)(?:---|\.\.\.)[ \t\r]*(?:\n|\Z)")
 _PLAIN = re.compile(r"(?=[A-Za-z0-9])[\w./-]+(?:[ :][\w./-]+)*")

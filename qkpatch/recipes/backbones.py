@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# What a family says of itself: where it sits, in config.json and among the tensors.
-_OWN = {"config": "sections", "tensors": "prefixes"}
+_OWN = ("sections", "prefixes")  # where a family sits, which it says itself
 
 
 @dataclass(frozen=True)
@@ -19,10 +18,9 @@ class Backbone:
     text: bytes  # of the recipe's file
 
 
-def backbones_of(said: Mapping[str, Any], text: bytes) -> Iterator[Backbone]:
-    """The language models that a recipe describes, none where it names backbones itself."""
-    if "backbones" not in said:
-        yield from (Backbone(model_type, said, text) for model_type in said["config"]["class_defaults"])
+def is_family(text: bytes) -> bool:
+    """Whether a recipe's file names backbones, so that it is none itself."""
+    return b"\nbackbones:" in text
 
 
 def completed(said: Mapping[str, Any], backbones: Sequence[Backbone]) -> tuple[dict[str, Any], list[str]]:
@@ -32,17 +30,14 @@ def completed(said: Mapping[str, Any], backbones: Sequence[Backbone]) -> tuple[d
     """
     merged, differing = dict(said), []
     known = {b.model_type: b.said["config"]["class_defaults"][b.model_type] for b in backbones}
-    for part, own in _OWN.items():
+    for part in ("config", "tensors"):
         mine = said.get(part, {})
         if not isinstance(mine, dict):
             continue  # a fault, which the reader tells
-        if part == "config":
-            defaults = mine.get("class_defaults", known)
-            if isinstance(defaults, dict):
-                defaults = {k: known.get(v, v) if isinstance(v, str) else v for k, v in defaults.items()}
-            mine = {**mine, "class_defaults": defaults}
-        theirs = [b.said[part] for b in backbones]
-        for key in {key: None for they in theirs for key in they if key not in mine and key != own}:
+        theirs = [
+            {**b.said[part], **({"class_defaults": known} if part == "config" else {})} for b in backbones
+        ]
+        for key in {key: None for they in theirs for key in they if key not in (*mine, *_OWN)}:
             values = [they.get(key) for they in theirs]
             if key == "norms" and None in values:
                 values = [{**value, "optional": True} for value in values if value is not None]
@@ -50,4 +45,7 @@ def completed(said: Mapping[str, Any], backbones: Sequence[Backbone]) -> tuple[d
                 differing.append(f"{part}.{key}")
             mine = {**mine, key: values[0]}
         merged[part] = {key: value for key, value in mine.items() if value is not None}
+        if isinstance(own := mine.get("class_defaults"), dict):
+            named = {k: known.get(v, v) if isinstance(v, str) else v for k, v in own.items()}
+            merged[part]["class_defaults"] = named
     return merged, differing

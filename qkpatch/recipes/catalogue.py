@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
 from qkpatch.checkpoint.tree import source_file
 from qkpatch.common.strict_yaml import load_yaml
 from qkpatch.errors import RecipeError, UsageError
-from qkpatch.recipes.backbones import Backbone, backbones_of
+from qkpatch.recipes.backbones import Backbone, is_family
 from qkpatch.recipes.descriptions import near_names
 from qkpatch.recipes.reading import parse_recipe
 from qkpatch.recipes.recipe import Recipe
@@ -17,75 +17,40 @@ from qkpatch.recipes.recipe import Recipe
 CHECK = "check"  # `qkpatch recipes check SOURCE`; no recipe can be called so
 
 
-class _Shipped(Mapping[str, Recipe]):
-    """Recipes by name, sorted; each is parsed when it is asked for, which takes milliseconds."""
-
-    def __init__(self) -> None:
-        self._paths = {path.stem: path for path in sorted(_config_dir().glob("*.yaml"))}
-        self._parsed: dict[str, Recipe] = {}
-
-    def __getitem__(self, name: str) -> Recipe:
-        if name not in self._parsed:
-            self._parsed[name] = load_recipe(self._paths[name])
-        return self._parsed[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._paths)
-
-    def __len__(self) -> int:
-        return len(self._paths)
+@cache
+def shipped_recipes(word: str = "") -> Mapping[str, Recipe]:
+    """All shipped recipes by name, sorted, or those whose text holds ``word``: the others need not be parsed."""
+    paths = [path for path in sorted(_config_dir().glob("*.yaml")) if word in recipe_text(path.stem)]
+    return {path.stem: _shipped(path) for path in paths}
 
 
 @cache
-def shipped_recipes() -> Mapping[str, Recipe]:
-    """All shipped recipes by name, sorted."""
-    return _Shipped()
-
-
-def recipes_naming(word: str) -> Iterator[Recipe]:
-    """The shipped recipes whose text holds ``word``."""
-    return (shipped_recipes()[name] for name in shipped_recipes() if word in recipe_text(name))
-
-
-class _Backbones(Mapping[str, Backbone]):
-    """The language models that shipped recipes describe; a file is parsed when it may be the one asked for."""
-
-    def __init__(self) -> None:
-        files = (source_file(path, path.name) for path in sorted(_config_dir().glob("*.yaml")))
-        self._texts = [text for text in (file.read() for file in files) if b"\nbackbones:" not in text]
-        self._of = cache(
-            lambda text: {b.model_type: b for b in backbones_of(load_yaml(text, "configs"), text)}
-        )
-
-    def __getitem__(self, model_type: str) -> Backbone:
-        for text in self._texts:
-            if model_type.encode() in text and model_type in self._of(text):
-                return self._of(text)[model_type]
-        raise KeyError(model_type)
-
-    def __iter__(self) -> Iterator[str]:
-        return (model_type for text in self._texts for model_type in self._of(text))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
+def _shipped(path: Path) -> Recipe:
+    return load_recipe(path)
 
 
 @cache
-def shipped_backbones() -> Mapping[str, Backbone]:
-    """The language models that shipped recipes describe, by text ``model_type``."""
-    return _Backbones()
+def backbone(model_type: str) -> Backbone | None:
+    """The language model of a text ``model_type``, as a shipped recipe without backbones describes it, if one does."""
+    for path in sorted(_config_dir().glob("*.yaml")):
+        text = source_file(path, path.name).read()
+        if model_type.encode() in text and not is_family(text):
+            said = load_yaml(text, path.name)
+            if model_type in said["config"]["class_defaults"]:
+                return Backbone(model_type, said, text)
+    return None
 
 
 @cache
 def language_models() -> tuple[Recipe, ...]:
     """The shipped recipes that describe a language model, such as a family may wrap."""
-    names = {str(backbone.said["name"]) for backbone in shipped_backbones().values()}
-    return tuple(shipped_recipes()[name] for name in sorted(names))
+    paths = sorted(_config_dir().glob("*.yaml"))
+    return tuple(_shipped(path) for path in paths if not is_family(recipe_text(path.stem).encode()))
 
 
 def load_recipe(path: Path) -> Recipe:
     """Read one recipe file; its name must be the file's."""
-    recipe = parse_recipe(source_file(path, path.name).read(), str(path), shipped_backbones())
+    recipe = parse_recipe(source_file(path, path.name).read(), str(path), backbone)
     if recipe.name != path.stem:
         raise RecipeError(f"$.name: {recipe.name!r} is not the file's name", where=str(path))
     if recipe.name == CHECK:
@@ -104,7 +69,7 @@ def get_recipe(name: str) -> Recipe:
     if is_recipe_file(name):
         return load_recipe(Path(name))
     try:
-        return shipped_recipes()[name]
+        return shipped_recipes(name)[name]
     except KeyError:
         raise UsageError(
             f"no recipe is called {name!r}",

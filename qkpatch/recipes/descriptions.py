@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from itertools import zip_longest
 
 from qkpatch.recipes.recipe import NormKind, NormSpan, Recipe
 
@@ -47,9 +48,16 @@ def attention(recipe: Recipe) -> str:
     return "; ".join(facts)
 
 
+def is_about(recipe: Recipe, word: str) -> bool:
+    """Whether ``word`` is in the names of the recipe, its models, their classes and their language models."""
+    names = (recipe.name, recipe.title, *recipe.model_types, *recipe.architectures)
+    return word.lower() in "\n".join((*names, *recipe.config.class_defaults)).lower()
+
+
 def near_names(word: str, known: Iterable[str]) -> str:
     """The recipes that may have been meant, for an error's cure; there are too many to list them all."""
-    found = get_close_matches(word[:80], list(known), 5, 0.5)
+    names = list(known)
+    found = [name for name in names if word in name][:5] or get_close_matches(word[:80], names, 5, 0.5)
     return f"recipes near it: {', '.join(found)}" if found else "`qkpatch recipes` lists the recipes"
 
 
@@ -66,36 +74,21 @@ def defaults(recipe: Recipe) -> str:
 
 def recipe_table(recipes: Sequence[Recipe], width: int) -> str:
     """All recipes as a table of ``width`` columns, or as a block of lines for each where that is too narrow."""
-    names, repos, tests = (
-        max(len(line) for recipe in recipes for line in cell(recipe)) for cell in (_name, _defaults, _tested)
-    )
-    columns = (names, width - names - repos - tests - 3 * 2, repos, tests)
+    rows = [[[head] for head in _HEADER], *map(_cells, recipes)]
+    columns = [max(len(line) for row in rows for line in row[i]) for i in range(len(_HEADER))]
+    columns[1] = width - columns[0] - columns[2] - columns[3] - 3 * 2
     if columns[1] < _LEAST:
         return "".join(_block(recipe, width) for recipe in recipes)
-    lines = [_line(_HEADER, columns), "─" * width]
-    for recipe in recipes:
-        facts = [layout(recipe), *textwrap.wrap(attention(recipe), columns[1])]
-        cells = [_name(recipe), facts, _defaults(recipe), _tested(recipe)]
-        height = max(map(len, cells))
-        lines += [
-            _line([*row], columns) for row in zip(*(c + [""] * (height - len(c)) for c in cells), strict=True)
-        ]
-    return "\n".join(lines) + "\n"
+    for recipe, row in zip(recipes, rows[1:], strict=True):
+        row[1] += textwrap.wrap(attention(recipe), columns[1])
+    lines = [_line(line, columns) for row in rows for line in zip_longest(*row, fillvalue="")]
+    return "\n".join([lines[0], "─" * width, *lines[1:]]) + "\n"
 
 
-def _name(recipe: Recipe) -> list[str]:
-    return [
-        recipe.name,
-        *textwrap.wrap(recipe.title, _TITLE, initial_indent="  ", subsequent_indent="  "),
-    ]
-
-
-def _defaults(recipe: Recipe) -> list[str]:
-    return [repository(recipe), defaults(recipe)]
-
-
-def _tested(recipe: Recipe) -> list[str]:
-    return [recipe.tested]
+def _cells(recipe: Recipe) -> list[list[str]]:
+    """Lines by column, the facts that are wrapped left out."""
+    title = textwrap.wrap(recipe.title, _TITLE, initial_indent="  ", subsequent_indent="  ")
+    return [[recipe.name, *title], [layout(recipe)], [repository(recipe), defaults(recipe)], [recipe.tested]]
 
 
 def _line(cells: Sequence[str], columns: Sequence[int]) -> str:
@@ -103,9 +96,7 @@ def _line(cells: Sequence[str], columns: Sequence[int]) -> str:
 
 
 def _block(recipe: Recipe, width: int) -> str:
-    kind, cost = "; ".join(filter(None, (layout(recipe), attention(recipe)))), "; ".join(_defaults(recipe))
-    lines = [
-        recipe.name,
-        *(f"  {text}" for text in (recipe.title, kind, cost, f"tested on: {recipe.tested}")),
-    ]
+    kind = "; ".join(filter(None, (layout(recipe), attention(recipe))))
+    cost = f"{repository(recipe)}; {defaults(recipe)}"
+    lines = [recipe.name, *(f"  {t}" for t in (recipe.title, kind, cost, f"tested on: {recipe.tested}"))]
     return "".join(textwrap.fill(line, width, subsequent_indent="    ") + "\n" for line in lines)

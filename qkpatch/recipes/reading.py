@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -38,12 +38,16 @@ TESTED = ("transformers class", "documented layout", "real weights", UNTESTED)
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
-def parse_recipe(text: bytes, where: str, backbones: Mapping[str, Backbone] = MappingProxyType({})) -> Recipe:
-    """Read a recipe; every unknown key, wrong type and missing field is reported in one :class:`RecipeError`.
+_Backbones = Callable[[str], Backbone | None]  # by text model_type
 
-    ``backbones``, by text ``model_type``, are the language models that it may name.
+
+def parse_recipe(text: bytes, where: str, backbone: _Backbones = lambda model_type: None) -> Recipe:
+    """Read a recipe, which may name language models that ``backbone`` knows.
+
+    Raises:
+        RecipeError: every unknown key, wrong type and missing field in one.
     """
-    root, sources = _fields(load_yaml(text, where), where, backbones)
+    root, sources = _fields(load_yaml(text, where), where, backbone)
     match = root.take_mapping("match", required=True)
     defaults = root.take_mapping("defaults")
     config = root.take_mapping("config", required=True)
@@ -73,19 +77,20 @@ def parse_recipe(text: bytes, where: str, backbones: Mapping[str, Backbone] = Ma
     return recipe
 
 
-def _fields(said: Any, where: str, backbones: Mapping[str, Backbone]) -> tuple[Fields, list[bytes]]:
+def _fields(said: Any, where: str, backbone: _Backbones) -> tuple[Fields, tuple[bytes, ...]]:
     """What a file says, over what its backbones say, and the texts of their files."""
-    is_family = isinstance(said, dict) and "backbones" in said
-    names = Fields(said if is_family else {}, where).take_list("backbones", str)
-    named = [backbones[name] for name in dict.fromkeys(names) if name in backbones]
-    merged, differing = completed(said, named) if is_family else (said, [])
+    if not isinstance(said, dict) or "backbones" not in said:
+        return Fields(said, where), ()
+    found = {name: backbone(name) for name in Fields(said, where).take_list("backbones", str)}
+    known = [described for described in found.values() if described is not None]
+    merged, differing = completed(said, known)
     root = Fields(merged, where)
-    for i, name in enumerate(root.take_list("backbones", str, required=is_family)):
-        if name not in backbones:
-            root.fault(f"no recipe without backbones describes a language model {name!r}", f"backbones[{i}]")
+    root.take_list("backbones", str, required=True)
+    for name in (name for name, described in found.items() if described is None):
+        root.fault(f"no recipe without backbones describes a language model {name!r}", "backbones")
     for key in differing:
-        root.fault(f"the backbones {', '.join(names)} differ here: say which it is, or null for none", key)
-    return root, list(dict.fromkeys(backbone.text for backbone in named))
+        root.fault(f"the backbones {', '.join(found)} differ here: say which it is, or null for none", key)
+    return root, tuple(dict.fromkeys(described.text for described in known))
 
 
 def _config_reading(fields: Fields) -> ConfigReading:
@@ -109,30 +114,23 @@ def _class_defaults(fields: Fields) -> Mapping[str, Mapping[str, ConfigValue]]:
     table: dict[str, Mapping[str, ConfigValue]] = {}
     for text_type in fields.string_keys():
         entry = fields.take_mapping(text_type)
-        values: dict[str, ConfigValue] = {
-            key: entry.take(key, int, default=1) for key in COUNT_KEYS if key in entry
-        }
-        for key, value in values.items():
-            if value < 1:
-                entry.fault("must be at least 1", key)
-        for key in LOGIT_KEYS:
-            if key in entry:
-                values[key] = (
-                    entry.take(key, bool, default=False) if entry.is_a(key, bool) else _fact(entry, key)
-                )
-        table[text_type] = MappingProxyType(values)
+        counts = {key: _at_least(entry, key, 1) or 1 for key in COUNT_KEYS if key in entry}
+        facts = {key: _fact(entry, key) for key in LOGIT_KEYS if key in entry}
+        table[text_type] = MappingProxyType({**counts, **facts})
     if not table:
         fields.fault("must name at least one text model type")
     return MappingProxyType(table)
 
 
-def _fact(entry: Fields, key: str) -> float:
-    """A number that is recorded only, as config.json's own are."""
+def _fact(entry: Fields, key: str) -> float | bool:
+    """What is recorded only, as config.json's own are."""
+    if entry.is_a(key, bool):
+        return entry.take(key, bool, default=False)
     value = entry.take(key, float, default=0.0)
-    if not math.isfinite(value):
-        entry.fault("must be finite", key)
-        return 0.0
-    return float(measured(value))
+    if math.isfinite(value):
+        return float(measured(value))
+    entry.fault("must be finite", key)
+    return 0.0
 
 
 def _layer_type(fields: Fields) -> LayerType:
@@ -188,9 +186,7 @@ def _tensor_names(
             )
     if names.orientation != "out_in":
         fields.fault(f"only out_in is supported, got {names.orientation!r}", "orientation")
-    if base is not None:
-        names = replace(names, prefixes=names.prefixes or base.prefixes)
-    return names
+    return names if base is None else replace(names, prefixes=names.prefixes or base.prefixes)
 
 
 def _other_sets(fields: Fields, first: TensorNames) -> tuple[TensorNames, ...]:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from qkpatch.errors import NumericalError, UsageError
-from qkpatch.spectral.factors import Factor, is_finite, to_host
+from qkpatch.spectral.factors import Factor, to_host
 from qkpatch.spectral.product import Decomposition, QKProduct, Spectrum
 from qkpatch.spectral.rule import Channel, EditRule, Select
 
@@ -138,13 +138,10 @@ def measure(product: QKProduct, edit: QueryEdit, W_Q_stored: Tensor) -> tuple[He
         HeadError: it holds NaN or Inf.
     """
     W_Q = product.query.W
-    # One array for both differences: at these sizes fresh memory costs as much as arithmetic.
-    difference = W_Q_stored - edit.W_Q
-    rounding = torch.linalg.matrix_norm(difference)
-    change = torch.linalg.matrix_norm(torch.sub(W_Q_stored, W_Q, out=difference))
+    rounding, change = (_distance(W_Q_stored, W) for W in (edit.W_Q, W_Q))
     norms = torch.stack([rounding, change, product.query.norm.to(change)], dim=-1).tolist()
     for i, (_, changed, _) in enumerate(norms):
-        if not math.isfinite(changed) and not is_finite(W_Q_stored[i]):
+        if not math.isfinite(changed) and not bool(W_Q_stored[i].isfinite().all()):
             raise HeadError(
                 i,
                 "the edited weight does not fit in the stored dtype: NaN or Inf",
@@ -178,7 +175,7 @@ def _delta(
     """``A`` (n, d_head, r) of ``ΔW_Q = A U_rᵀ`` for the selected modes, and the share of ΔM that it realises."""
     scale = 1 - rule.alpha
     if rule.channel is Channel.full:
-        return -scale * modes.W_Q_U, None
+        return -scale * (modes.product.query.R.mT @ modes.U_core), None
     # (W_K⁺)ᵀ v_j = R_k⁺ Q_kᵀ v_j, shape (n, d_head, r)
     mapped = product.key.pinv_core @ product.key.basis.coordinates(modes.V)
     reached = torch.linalg.vector_norm(product.key.R @ mapped, dim=-2)  # |P_K v_j|
@@ -242,10 +239,11 @@ def _shrink_factors(references: Sequence[float], sizes: Sequence[float]) -> list
 def _probes(modes: Decomposition, channel: Channel) -> tuple[Probe, ...]:
     """``u_jᵀ M' v_j / s_j``; for half a matrix the mean of that and, transposed, of ``± v_jᵀ M' u_j / s_j``."""
     S = torch.where(modes.S == 0, 1.0, modes.S)[:, None]  # where there is no such mode
+    R_K = modes.product.key.R.mT
     if channel is not Channel.antisymmetric:  # in the symmetric one the two are the same
-        return (Probe(modes.U, modes.W_K_V / S),)
-    W_K_U = modes.R_K.mT @ modes.left.core  # both sides have one basis here
-    return Probe(modes.U, modes.W_K_V / (2 * S)), Probe(modes.V, -W_K_U / (2 * S))
+        return (Probe(modes.U, R_K @ modes.V_core / S),)
+    # Both sides have one basis here.
+    return Probe(modes.U, R_K @ modes.V_core / (2 * S)), Probe(modes.V, R_K @ modes.U_core / (-2 * S))
 
 
 def _gains(edit: QueryEdit, W_Q: Tensor, W_Q_new: Tensor) -> list[list[float]]:
@@ -256,6 +254,13 @@ def _gains(edit: QueryEdit, W_Q: Tensor, W_Q_new: Tensor) -> list[list[float]]:
         return [[_ratio(part, whole)] for part, whole in products.tolist()]
     gains: list[list[float]] = torch.stack([probe.of(W_Q_new) for probe in edit.probes]).sum(0).tolist()
     return gains
+
+
+def _distance(A: Tensor, B: Tensor) -> Tensor:
+    """``‖A − B‖_F`` of each head; of a few rows at a time, whose difference stays in the processor's cache."""
+    parts = [torch.linalg.matrix_norm(a - b) for a, b in zip(A.chunk(8, -2), B.chunk(8, -2), strict=True)]
+    whole: Tensor = torch.linalg.vector_norm(torch.stack(parts), dim=0)
+    return whole
 
 
 def _ratio(part: float, whole: float) -> float:

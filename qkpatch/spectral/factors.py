@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,28 +12,6 @@ from qkpatch.spectral.lazy import cached_property
 
 _MARGIN = 2.0**-24  # of a rounding: what is lost to a condition number
 _BLOCK = 64  # rows; half of a Gram matrix is enough, but smaller products take longer
-
-
-def resolve_rcond(d_model: int, dtype: torch.dtype) -> float:
-    """Threshold under which a singular value counts as zero, relative to the size of its matrix.
-
-    ``max(m, n) * eps``, the default of ``torch.linalg.pinv`` and ``numpy.linalg.matrix_rank``.
-    """
-    return d_model * torch.finfo(dtype).eps
-
-
-def largest(x: Tensor) -> float:
-    """``max |x|`` in one pass and without a copy; NaN where ``x`` holds one, 0 where it is empty."""
-    if not x.numel():
-        return 0.0
-    low, high = torch.aminmax(x)
-    return float(torch.maximum(-low, high))
-
-
-def is_finite(x: Tensor) -> bool:
-    """Whether there is neither NaN nor Inf in ``x``; faster than looking at each number."""
-    # Squares may overflow where numbers do not.
-    return math.isfinite(float(torch.linalg.vector_norm(x))) or math.isfinite(largest(x))
 
 
 def to_host(x: Tensor) -> Tensor:
@@ -57,6 +34,10 @@ class Basis:
         """``Qᵀ vectors`` on the CPU, for ``vectors`` (n, d_model, r)."""
         return self.mixing.mT @ to_host(self.rows @ vectors)
 
+    def take(self, at: Sequence[int]) -> Basis:
+        """The bases at ``at``, which may repeat."""
+        return Basis(self.rows[at], self.mixing[at])
+
 
 @dataclass(frozen=True)
 class Factor:
@@ -76,7 +57,7 @@ class Factor:
 
     W: Tensor  # (n, d_head, d_model)
     roundoff: float = 0.0  # relative, of the format that a result is rounded to; 0 asks for the QR
-    known: tuple[Basis, Tensor] | None = None
+    known: tuple[Callable[[], Basis], Tensor] | None = None  # Q, when it is asked for, and R
     known_gram: Callable[[], Tensor] | None = None
 
     @cached_property
@@ -115,7 +96,7 @@ class Factor:
     def basis(self) -> Basis:
         """``Q`` (n, d_model, k), ``k = min(d_head, d_model)``."""
         if self.known:
-            return self.known[0]
+            return self.known[0]()
         R, mixing, at, qr = self._factors
         rows = self.W
         if qr is not None:
@@ -141,14 +122,13 @@ class Factor:
         """The factors at ``at``, which may repeat: heads that share keys share their factors."""
         if list(at) == list(range(len(self.W))):
             return self
-        W, basis = self.W[at], self.basis
-        rows = W if basis.rows is self.W else basis.rows[at]
-        return Factor(W, self.roundoff, (Basis(rows, basis.mixing[at]), self.R[at]), lambda: self.gram[at])
+        known = (lambda: self.basis.take(at), self.R[at])
+        return Factor(self.W[at], self.roundoff, known, lambda: self.gram[at])
 
     @property
     def rcond(self) -> float:
-        """:func:`resolve_rcond` of these weights."""
-        return resolve_rcond(self.W.shape[-1], self.W.dtype)
+        """Singular values up to this, relative to their matrix, count as zero; the default of ``torch.linalg.pinv``."""
+        return self.W.shape[-1] * torch.finfo(self.W.dtype).eps
 
     @cached_property
     def pinv_core(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Block-scaled FP8 (E4M3): ``W = code × scale`` with one scale per block of rows and columns."""
+"""Scaled FP8 (E4M3): ``W = code × scale`` with one scale per block of rows and columns, row, or tensor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Block = tuple[int, int]  # rows, columns
 def dequantise(codes: Tensor, scale: Tensor, block: Block) -> Tensor:
     """``codes × scale`` in the dtype of ``scale``, exact in float64.
 
-    ``codes`` (rows, columns) begin at a block's first row; ``scale`` (⌈rows / b_r⌉, ⌈columns / b_c⌉).
+    ``codes`` (rows, columns) begin at a block's first row; ``scale`` (⌈rows / b_r⌉, ⌈columns / b_c⌉), or of one number.
     Equivalent to ``_dequantize_fp8_weight`` of transformers' ``finegrained_fp8``.
     """
     return codes.to(scale.dtype) * _expand(scale, block, codes.shape)
@@ -42,5 +42,7 @@ def requantise(W: Tensor, scale: Tensor, block: Block) -> tuple[Tensor, Tensor]:
 
 
 def _expand(scale: Tensor, block: Block, shape: torch.Size) -> Tensor:
+    if scale.numel() == 1:
+        return scale.view(1, 1)
     rows = scale.repeat_interleave(block[0], dim=0)[: shape[0]]
     return rows.repeat_interleave(block[1], dim=1)[:, : shape[1]]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qkpatch.spectral.factors import Basis, Factor, to_host
+from qkpatch.spectral.factors import Factor, to_host
 from qkpatch.spectral.lazy import cached_property
 from qkpatch.spectral.rule import Channel
 
@@ -49,56 +49,31 @@ class Spectrum:
 
 
 @dataclass(frozen=True)
-class Side:
-    """Orthonormal vectors ``Q core``, built when they are asked for."""
-
-    basis: Basis  # Q (n, d_model, k)
-    core: Tensor  # (n, k, r), on the CPU
-
-    @cached_property
-    def vectors(self) -> Tensor:
-        """The vectors themselves, (n, d_model, r)."""
-        return self.basis.lift(self.core)
-
-
-@dataclass(frozen=True)
 class Decomposition:
-    """``U diag(S) Vᵀ`` of one channel of each head's M, all modes or a few; vectors stay factored."""
+    """``U diag(S) Vᵀ`` of one channel of each head's M, all modes or a few; vectors are coordinates until asked for."""
 
     S: Tensor  # (n, r), on the CPU
-    left: Side
-    right: Side  # the very same in the symmetric channel
-    R_Q: Tensor  # (n, k, d_head), W_Qᵀ in the basis of the left side
-    R_K: Tensor  # (n, k, d_head), W_Kᵀ in the basis of the right side
+    U_core: Tensor  # (n, k, r), in the basis of the product's query
+    V_core: Tensor  # (n, k, r), in that of its key
+    product: QKProduct
 
     def modes(self, indices: Sequence[Sequence[int]]) -> Decomposition:
         """Some modes of each head alone; where a head has fewer than another, the rest of its ``U, S, V`` is zero."""
-        at, is_mode = padded_indices(indices)
-        left = Side(self.left.basis, pick(self.left.core, at, is_mode))
-        right = left
-        if self.right is not self.left:
-            right = Side(self.right.basis, pick(self.right.core, at, is_mode))
-        return Decomposition(self.S.gather(1, at) * is_mode, left, right, self.R_Q, self.R_K)
+        each = [torch.tensor(of_head, dtype=torch.long) for of_head in indices]
+        at = torch.nn.utils.rnn.pad_sequence(each, batch_first=True, padding_value=-1)
+        is_mode, at = at >= 0, at.clamp_min(0)
+        U, V = (_pick(core, at) * is_mode[:, None] for core in (self.U_core, self.V_core))
+        return Decomposition(self.S.gather(1, at) * is_mode, U, V, self.product)
 
-    @property
+    @cached_property
     def U(self) -> Tensor:
         """Left vectors, (n, d_model, r)."""
-        return self.left.vectors
+        return self.product.query.basis.lift(self.U_core)
 
-    @property
+    @cached_property
     def V(self) -> Tensor:
         """Right vectors, (n, d_model, r)."""
-        return self.right.vectors
-
-    @property
-    def W_Q_U(self) -> Tensor:
-        """``W_Q U`` (n, d_head, r), from the small cores."""
-        return self.R_Q.mT @ self.left.core
-
-    @property
-    def W_K_V(self) -> Tensor:
-        """``W_K V`` (n, d_head, r), from the small cores."""
-        return self.R_K.mT @ self.right.core
+        return self.product.key.basis.lift(self.V_core)
 
 
 @dataclass(frozen=True)
@@ -137,13 +112,12 @@ class QKProduct:
     def spectra(self, channel: Channel) -> tuple[Spectrum, ...]:
         """The spectra of :meth:`decompose`, at less cost since no vectors are computed."""
         if channel is Channel.full:
-            return self._spectra(channel, torch.linalg.svdvals(self.core), self.core)
-        _, R_Q, R_K = self._joint()
-        C = R_Q @ R_K.mT
+            return self._spectra(channel, torch.linalg.svdvals(self.core))
+        joint, half = self._half(channel)
+        values = torch.linalg.eigvalsh(half)
         if channel is Channel.symmetric:
-            values = torch.linalg.eigvalsh((C + C.mT) / 2)
-            return self._spectra(channel, values.gather(1, _by_size(values)), C)
-        return self._spectra(channel, _pairs(torch.linalg.eigvalsh(1j * (C - C.mT) / 2)), C)
+            return joint._spectra(channel, values.gather(1, _by_size(values)))
+        return joint._spectra(channel, _pairs(values))
 
     def decompose(self, channel: Channel) -> tuple[tuple[Spectrum, ...], Decomposition]:
         """Decompose one channel; O(d_model d_head²) per head.
@@ -155,40 +129,37 @@ class QKProduct:
         """
         if channel is Channel.full:
             U, S, Vh = torch.linalg.svd(self.core, full_matrices=False)
-            left, right = Side(self.query.basis, U), Side(self.key.basis, Vh.mT)
-            modes = Decomposition(S, left, right, self.query.R, self.key.R)
-            return self._spectra(channel, S, self.core), modes
-        both, R_Q, R_K = self._joint()
-        C = R_Q @ R_K.mT
+            return self._spectra(channel, S), Decomposition(S, U, Vh.mT, self)
+        joint, half = self._half(channel)
+        values, E = torch.linalg.eigh(half)
         if channel is Channel.symmetric:
-            values, E = torch.linalg.eigh((C + C.mT) / 2)
             order = _by_size(values)
-            S, side = values.gather(1, order), Side(both.basis, pick(E, order))
-            return self._spectra(channel, S, C), Decomposition(S, side, side, R_Q, R_K)
-        values, W = torch.linalg.eigh(1j * (C - C.mT) / 2)
+            S, U = values.gather(1, order), _pick(E, order)
+            return joint._spectra(channel, S), Decomposition(S, U, U, joint)
         S = _pairs(values)
-        W = W.flip(-1)[..., : S.shape[-1] // 2] * 2**0.5
+        W = E.flip(-1)[..., : S.shape[-1] // 2] * 2**0.5
         U = torch.stack([W.imag, -W.real], dim=-1).flatten(-2)  # y_1, -x_1, y_2, -x_2, ...
         V = torch.stack([W.real, W.imag], dim=-1).flatten(-2)  # x_1,  y_1, x_2,  y_2, ...
-        return self._spectra(channel, S, C), Decomposition(
-            S, Side(both.basis, U), Side(both.basis, V), R_Q, R_K
-        )
+        return joint._spectra(channel, S), Decomposition(S, U, V, joint)
 
-    def _joint(self) -> tuple[Factor, Tensor, Tensor]:
-        """``[W_Q; W_K]``, factored into a basis (n, d_model, b), and ``R_Q``, ``R_K`` (n, b, d_head)."""
-        d_head = self.query.W.shape[-2]
+    def _half(self, channel: Channel) -> tuple[QKProduct, Tensor]:
+        """The product in an orthonormal basis of both row spaces, and there, as a Hermitian matrix, half of it."""
+        query, key = self.query, self.key
 
         def gram() -> Tensor:
-            upper = torch.cat([self.query.gram, self.cross.mT], dim=-1)
-            return torch.cat([upper, torch.cat([self.cross, self.key.gram], dim=-1)], dim=-2)
+            upper = torch.cat([query.gram, self.cross.mT], dim=-1)
+            return torch.cat([upper, torch.cat([self.cross, key.gram], dim=-1)], dim=-2)
 
-        W = torch.cat([self.query.W, self.key.W], dim=-2)
-        both = Factor(W, self.query.roundoff, known_gram=gram)
-        return both, both.R[..., :d_head], both.R[..., d_head:]
+        both = Factor(torch.cat([query.W, key.W], dim=-2), query.roundoff, known_gram=gram)
+        d_head = query.W.shape[-2]
+        known = [(lambda: both.basis, R) for R in (both.R[..., :d_head], both.R[..., d_head:])]
+        joint = QKProduct(Factor(query.W, known=known[0]), Factor(key.W, known=known[1]))
+        C = joint.core
+        return joint, (C + C.mT) / 2 if channel is Channel.symmetric else 1j * (C - C.mT) / 2
 
-    def _spectra(self, channel: Channel, S: Tensor, cores: Tensor) -> tuple[Spectrum, ...]:
-        """Spectra with values ``S``; ``cores`` are M in orthonormal bases, of the same norm."""
-        norms = torch.linalg.matrix_norm(cores).tolist()
+    def _spectra(self, channel: Channel, S: Tensor) -> tuple[Spectrum, ...]:
+        """Spectra with values ``S``."""
+        norms = torch.linalg.matrix_norm(self.core).tolist()
         # Zero compared with M, not with its own largest value: a half that M does not have is all rounding.
         return tuple(
             Spectrum(channel, s, int((s.abs() > self.query.rcond * norm).sum()), norm)
@@ -196,18 +167,9 @@ class QKProduct:
         )
 
 
-def padded_indices(indices: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Indices of each head, and which of them are none but fill it up to the longest; both (n, r)."""
-    r = max(map(len, indices), default=0)
-    at = torch.tensor([[*of_head, *[0] * (r - len(of_head))] for of_head in indices], dtype=torch.long)
-    is_one = torch.tensor([[j < len(of_head) for j in range(r)] for of_head in indices], dtype=torch.bool)
-    return at.view(len(indices), r), is_one.view(len(indices), r)
-
-
-def pick(core: Tensor, at: Tensor, is_one: Tensor | None = None) -> Tensor:
-    """The columns ``at`` (n, r) of ``core`` (n, k, m); zero where they are none."""
-    columns = core.gather(-1, at[:, None, :].expand(-1, core.shape[1], -1))
-    return columns if is_one is None else columns * is_one[:, None, :]
+def _pick(core: Tensor, at: Tensor) -> Tensor:
+    """The columns ``at`` (n, r) of ``core`` (n, k, m)."""
+    return core.gather(-1, at[:, None, :].expand(-1, core.shape[1], -1))
 
 
 def _by_size(values: Tensor) -> Tensor:

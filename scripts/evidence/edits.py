@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from qkpatch.common.json_text import exact
 from qkpatch.common.number_ranges import format_ranges
 from qkpatch.patching.edit_heads import head_generator
 from qkpatch.patching.head_products import open_layer
@@ -52,7 +53,7 @@ class Edit:
         parts = [
             f"layers {format_ranges(self.layers)}",
             f"r {self.modes}",
-            f"alpha {self.alpha:g}",
+            f"alpha {exact(self.alpha)}",
             self.kind,
         ]
         return ", ".join([*parts, f"draw {self.draw}"] if self.how in DRAWN else parts)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from qkpatch.common.json_text import exact
 from qkpatch.common.number_ranges import format_ranges
 from scripts.evidence.edits import DRAWN, Edit
 from scripts.evidence.language import WINDOW, Budget, Reader, settings
@@ -57,7 +58,7 @@ def prose_of_language(found: Mapping[str, Any], budget: Mapping[str, Any]) -> li
         loss = row["loss"]
         several = row["draws"] > 1
         draws = f"{row['draws']}: {row['lowest_draw']:+.4f} to {row['highest_draw']:+.4f}" if several else "–"
-        cells = [format_ranges(row["layers"]), str(row["modes"]), f"{row['alpha']:g}", row["kind"], f"{row['change']:.3f}", f"{row['tokens']:,}",
+        cells = [format_ranges(row["layers"]), str(row["modes"]), exact(row["alpha"]), row["kind"], f"{row['change']:.3f}", f"{row['tokens']:,}",
                  f"{loss['estimate']:+.4f}", f"{loss['low']:+.4f} to {loss['high']:+.4f}", draws,
                  f"{row['perplexity']:+.1%}", f"{loss['estimate'] / row['change']:+.2f}"]  # fmt: skip
         lines.append(cells[:4] + [cell.replace("-", "−") for cell in cells[4:]])

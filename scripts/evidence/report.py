@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from qkpatch.common.json_text import exact
 from qkpatch.common.number_ranges import format_ranges
 from scripts.evidence import language, toy
 from scripts.evidence.edits import thirds
@@ -220,7 +221,7 @@ def _best(document: Mapping[str, Any]) -> list[str]:
         best = min(allowed, key=lambda r: r["chair_s"], default=None)
         if best is not None:
             found.append(
-                [kind, f"{len(allowed)} of {len(mine)}", f"layers {format_ranges(best['layers'])}, r {best['modes']}, α {best['alpha']:g}",
+                [kind, f"{len(allowed)} of {len(mine)}", f"layers {format_ranges(best['layers'])}, r {best['modes']}, α {exact(best['alpha'])}",
                  f"{best['change']:.3f}", f"{best['chair_s']:.1%}", _signed(100 * best["chair_s − base"], 1), _signed(100 * best["recall − base"], 1)]
             )  # fmt: skip
         else:

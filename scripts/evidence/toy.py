@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from qkpatch.common.json_text import exact
 from qkpatch.spectral.rule import Channel
 from scripts.evidence.edits import DRAWN, Edit, Editor, How, applied, thirds
 from scripts.evidence.statistics import Array
@@ -206,7 +207,7 @@ def companions(edit: Edit, budget: Budget, *, in_full: bool) -> Iterator[Edit]:
 
 def candidates(n_layers: int) -> dict[str, Edit]:
     """What ``qkpatch apply`` could do where nothing is said: the middle third and 4 modes, at two strengths."""
-    return {f"α {alpha:g}": Edit(thirds(n_layers)["middle"], 4, alpha) for alpha in (0.5, 0.8)}
+    return {f"α {exact(alpha)}": Edit(thirds(n_layers)["middle"], 4, alpha) for alpha in (0.5, 0.8)}
 
 
 def choose(subjects: list[Subject], settings: list[Edit]) -> Edit:

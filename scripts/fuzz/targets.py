@@ -37,7 +37,7 @@ from qkpatch.model.tower import read_tower
 from qkpatch.planning import blocks
 from qkpatch.planning.manifest import EditRecord, FileRecord, HeadRecord, Manifest
 from qkpatch.planning.request import parse_request
-from qkpatch.recipes.catalogue import shipped_backbones, shipped_recipes
+from qkpatch.recipes.catalogue import backbone, shipped_recipes
 from qkpatch.recipes.reading import parse_recipe
 from qkpatch.recipes.rows import RowLayout
 from qkpatch.spectral.rule import Channel, Select
@@ -550,7 +550,7 @@ def _shortest_recipes() -> list[bytes]:
 def check_recipe(content: bytes) -> None:
     """A recipe, or a :class:`RecipeError`; what it says can be written down again."""
     try:
-        recipe = parse_recipe(content, "x.yaml", shipped_backbones())
+        recipe = parse_recipe(content, "x.yaml", backbone)
     except RecipeError:
         return
     json.dumps(recipe.to_json(), ensure_ascii=False).encode()

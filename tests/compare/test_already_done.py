@@ -53,6 +53,8 @@ def test_json_and_the_api_say_so(tiny: Tiny, out: Path, run: Run) -> None:
     document = json.loads(again.stdout)
     assert document["run"].pop("already_done") is True
     assert document == json.loads((out / "qkpatch.json").read_bytes())
+    planned = run("plan", tiny.path, "-o", out, "--json")
+    assert json.loads(planned.stdout)["run"] == {"already_done": True}
     plan = qkpatch.plan(tiny.path, out=out)
     assert plan.is_done
     assert qkpatch.apply(plan, out).run.already_done is True

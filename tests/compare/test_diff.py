@@ -843,3 +843,99 @@ def test_the_figures_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> N
     }
     assert len(outputs) == 1
     assert b'"differing"' in outputs.pop()
+
+
+# -------- two spellings of one model
+
+V4 = {
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+    "vision_tower.": "model.vision_tower.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
+}
+
+
+def spelled(
+    path: Path, *, older: bool, change: Callable[[dict[str, Entry]], object] = lambda _: None
+) -> Path:
+    """A LLaVA as transformers 4 saves it, or as 5 does: towers whose layers have the same names."""
+    parts = {
+        "model.language_model.": (
+            "embed_tokens",
+            "norm",
+            *(f"layers.{i}.{p}" for i in range(3) for p in "qkvm"),
+        ),
+        "model.vision_tower.": ("embeddings", *(f"encoder.layers.{i}.{p}" for i in range(3) for p in "qkvf")),
+        "model.multi_modal_projector.": ("linear_1", "linear_2"),
+        "": ("lm_head",),
+    }
+    names = [f"{prefix}{part}.weight" for prefix, some in parts.items() for part in some]
+    tensors: dict[str, Entry] = {name: ("BF16", [4], bytes([i] * 8)) for i, name in enumerate(names)}
+    change(tensors)
+    if older:
+        olds = {new: old for old, new in V4.items()}
+        tensors = {
+            next(old + name[len(new) :] for new, old in olds.items() if name.startswith(new)): entry
+            for name, entry in tensors.items()
+        }
+    return write(path, tensors)
+
+
+def test_two_spellings_of_one_model_are_compared_under_one(
+    diff: Diff, tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    """It was once: 32 only in A, 32 only in B."""
+    a = spelled(tmp_path / "a.safetensors", older=True)
+    b = spelled(
+        tmp_path / "b.safetensors",
+        older=False,
+        change=lambda t: t.update({"model.language_model.layers.1.q.weight": ("BF16", [4], bytes(8))}),
+    )
+    for one, other, names in ((a, b, V4), (b, a, {new: old for old, new in V4.items()})):
+        found = diff(one, other)["tensors"]
+        assert {r["a"]: r["b"] for r in found["renamed"]} == names
+        assert sum(r["tensors"] for r in found["renamed"]) == found["equal"] + 1 == 30
+        assert (found["only_in_a"], found["only_in_b"]) == ([], [])
+        assert [d["name"].rpartition("layers.")[2] for d in found["changed"]] == ["1.q.weight"]
+    text = run("diff", a, b).stdout
+    assert "language_model.model. is model.language_model. in B: 14 tensor(s)" in text
+    assert (
+        run("diff", a, spelled(tmp_path / "c.safetensors", older=False)).exit_code == 1
+    )  # names are read, too
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (["model.a.weight"], ["model.b.weight"]),
+        (["x.a.weight"], ["y.b.weight"]),
+        (["layers.0.a.q.weight", "layers.1.a.q.weight"], ["layers.0.b.q.weight", "layers.1.b.q.weight"]),
+        (["a." * 90_000 + "weight"], ["b." + "a." * 90_000 + "weight"]),
+        (["t.0.weight", *(f"p.{i}.x.weight" for i in range(9))], ["r.t.0.weight"]),
+    ],
+    ids=["one module", "two modules", "within layers", "many dots", "hardly any"],
+)
+def test_other_names_are_no_spelling(diff: Diff, tmp_path: Path, ours: list[str], theirs: list[str]) -> None:
+    a, b = (
+        write(tmp_path / f"{i}.safetensors", {name: ("U8", [1], b"x") for name in names})
+        for i, names in enumerate((ours, theirs))
+    )
+    found = diff(a, b)["tensors"]
+    if ours[0] != "t.0.weight":
+        assert found["renamed"] == []
+    assert len(found["only_in_a"]) >= len(ours) - 1
+
+
+@pytest.mark.stress
+def test_a_prefix_alone_and_tensors_that_one_side_lacks(diff: Diff, tmp_path: Path) -> None:
+    names = ["embed_tokens.weight", *(f"layers.{i}.{p}.weight" for i in range(9) for p in "qkv")]
+    a = write(
+        tmp_path / "a.safetensors", {n: ("U8", [1], b"x") for n in [*names, "layers.0.rotary.inv_freq"]}
+    )
+    b = write(tmp_path / "b.safetensors", {f"model.{n}": ("U8", [1], b"x") for n in names})
+    found = diff(a, b)["tensors"]
+    assert {r["a"]: r["b"] for r in found["renamed"]} == {
+        "embed_tokens.": "model.embed_tokens.", "layers.": "model.layers.",
+    }  # fmt: skip
+    assert [t["name"] for t in found["only_in_a"]] == ["layers.0.rotary.inv_freq"]
+    assert found["only_in_b"] == []

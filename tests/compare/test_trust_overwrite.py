@@ -162,6 +162,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "a file more": lambda out: (out / "mine.txt").write_text("mine"),
     "a file in a folder": lambda out: ((out / "sub").mkdir(), (out / "sub" / "mine").write_text("mine")),
     "an empty file": lambda out: (out / "mine").touch(),
+    "an empty folder": lambda out: (out / "mine" / "sub").mkdir(parents=True),
     "a link": lambda out: (out / "mine").symlink_to("/"),
     "a link in place of a file": lambda out: (
         (out / "tokenizer.json").unlink(),
@@ -251,6 +252,15 @@ def test_outputs_of_other_kinds_are_replaced_and_their_tuned_copies_are_not(
     refused(run, tiny.path, out, "not as qkpatch left it")
 
 
+def test_a_folder_without_files_is_somebodys_as_well(tiny: Tiny, tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "out"
+    (tiny.path / "empty" / "er").mkdir(parents=True)
+    for _ in range(2):
+        assert run("apply", tiny.path, "-o", out, "--overwrite").exit_code == 0
+    (out / "mine").mkdir()
+    refused(run, tiny.path, out, "mine, which is not as qkpatch left it")
+
+
 def test_a_plan_refuses_what_apply_refuses(tiny: Tiny, out: Path, run: Run) -> None:
     assert run("plan", tiny.path, "-o", out, "--overwrite").exit_code == 0
     tune(out)
@@ -312,6 +322,7 @@ MEANWHILE: dict[str, Callable[[Path], object]] = {
         (out.parent / "x").rename(out / SHARD),
     ),
     "a link": lambda out: (out / "mine").symlink_to("nowhere"),
+    "an empty folder": lambda out: (out / "mine").mkdir(),
     "another directory": lambda out: (
         out.rename(out.with_name("old")),
         shutil.copytree(out.with_name("old"), out),
@@ -348,6 +359,28 @@ def test_whatever_changes_meanwhile_is_not_replaced(
     with pytest.raises(UsageError, match="changed while"):
         overwritten(tiny.path, out, lambda: MEANWHILE[change](out), force=force)
     assert alpha(out) == 0.8
+
+
+@pytest.mark.parametrize("has_renameat2", [True, False])
+def test_what_comes_between_the_last_look_and_the_exchange_is_not_lost(
+    tiny: Tiny, out: Path, monkeypatch: pytest.MonkeyPatch, has_renameat2: bool
+) -> None:
+    exchange, seen = staging._renameat2, list[int]()
+
+    def late(old_fd: int, old: str, new_fd: int, new: str, flags: int) -> None:
+        seen.append(flags)
+        if seen == [2]:
+            (out / "mine").write_text("mine")
+        if not has_renameat2:
+            raise OSError(38, "not implemented")
+        exchange(old_fd, old, new_fd, new, flags)
+
+    monkeypatch.setattr(staging, "_renameat2", late)
+    with pytest.raises(UsageError, match="mine, which is not as qkpatch left it: it changed while"):
+        overwritten(tiny.path, out, lambda: None)
+    assert (out / "mine").read_text() == "mine"
+    assert alpha(out) == 0.8
+    assert [path.name for path in out.parent.iterdir() if ".qkpatch-" in path.name] == []
 
 
 @stress

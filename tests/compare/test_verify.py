@@ -85,6 +85,7 @@ def test_json_says_how_much_was_compared(tiny: Tiny, out: Path, run: Callable[..
         "files": 3,
         "edited_tensors": 1,
         "notes": [],
+        "arithmetic": {"heads": 1, "stack": "same", "differing_values": 0, "not_reproducible": []},
         "edited_bytes": 8 * 24 * 2,
         "compared_bytes": sum(path.stat().st_size for path in tiny.path.iterdir()),
     }
@@ -397,7 +398,10 @@ def test_another_edit_of_the_same_source_is_found_out(
 
 def test_a_source_with_other_values_is_found_out(tiny: Tiny, tmp_path: Path, check: Check) -> None:
     other = build_tiny(tmp_path / "other", seed=1)
-    assert SHARD in check(other.path)
+    (said,) = check(other.path).items()
+    assert said[0] == "qkpatch.json"
+    assert "OUT was made from the directory 'tiny', and this is the directory 'other'" in said[1]
+    assert tiny.name(1, "q") in said[1]
 
 
 def test_a_source_that_differs_in_the_edited_rows_alone_is_found_out(
@@ -426,7 +430,20 @@ def test_a_source_divided_otherwise_is_found_out(tmp_path: Path, check: Check) -
 
 def test_a_source_in_another_dtype_is_found_out(tiny: Tiny, tmp_path: Path, check: Check) -> None:
     other = build_tiny(tmp_path / "other", dtype=torch.float16)
-    assert {SHARD, tiny.name(1, "q")} <= check(other.path).keys()
+    assert "of another dtype or shape there" in check(other.path)["qkpatch.json"]
+
+
+def test_a_source_that_is_another_model_is_found_out(
+    out: Path, tmp_path: Path, check: Check, run: Callable[..., Result]
+) -> None:
+    """It was once eleven mismatches, and the advice to choose another recipe."""
+    other = build_tiny(
+        tmp_path / "other", prefix="backbone.layers.{layer}.attn.", config={"model_type": "none"}
+    )
+    (said,) = check(other.path).values()
+    assert "and this is the directory 'other'" in said
+    assert "its edit cannot be made there" in said
+    assert "--recipe" not in run("verify", out, "--source", other.path).stdout
 
 
 def test_a_source_that_is_not_there_is_an_error(

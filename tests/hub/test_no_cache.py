@@ -141,14 +141,16 @@ def test_broken_connections_change_nothing(
     assert hub.sent_of(big) <= (model.path / f"model-{big}").stat().st_size + (64 << 10)  # no byte came twice
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_what_had_come_before_a_kill_is_taken_over(
-    hub: FakeHub, published: Repo, model: Tiny, environment: dict[str, str], tmp_path: Path,
+    number: signal.Signals, hub: FakeHub, published: Repo, model: Tiny, environment: dict[str, str], tmp_path: Path,
     from_disk: dict[str, bytes],
 ) -> None:  # fmt: skip
     last = "00003-of-00004.safetensors"
     hub.faults.append(Fault("status 503", last, 999, {"Retry-After": "50"}, host="cdn", skip=1))
     arguments = ("apply", "org/model", "--no-cache", "-o", tmp_path / "out", "--layers", "1")
-    process = subprocess.Popen(command(*arguments), env=environment, stderr=subprocess.DEVNULL)
+    first = command(*arguments, *(() if number == signal.SIGKILL else ("--resume",)))
+    process = subprocess.Popen(first, env=environment, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 60
         journal = ""
@@ -161,8 +163,9 @@ def test_what_had_come_before_a_kill_is_taken_over(
             notes = [path / "journal" for path in staged(tmp_path)]
             journal = "".join(path.read_text() for path in notes if path.exists())
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.send_signal(number)
+        said = process.communicate()[1]
+    assert ("are kept. Go on with: qkpatch apply org/model" in said) == (number == signal.SIGTERM), said
     assert "00001-of-00004" in journal
     hub.faults.clear()
     hub.sent.clear()

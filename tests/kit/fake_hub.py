@@ -140,6 +140,7 @@ class FakeHub:
     meddle: dict[str, Callable[[], object]] = field(
         default_factory=dict
     )  # done once a path like that is asked for
+    answers: dict[str, Callable[[Any], None]] = field(default_factory=dict)  # in place of the usual, by path
     signature: int = 0  # of addresses on the other host; raise it and the ones before are refused
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -255,7 +256,11 @@ class _Base(BaseHTTPRequestHandler):
         return path
 
     def _is_broken(self) -> bool:
-        """Whether a fault has answered."""
+        """Whether a fault, or what was ordered for this path, has answered."""
+        path = unquote(urlsplit(self.path).path)
+        if answer := next((a for match, a in self.state.answers.items() if re.search(match, path)), None):
+            answer(self)
+            return True
         if self.fault is None or not self.fault.kind.startswith("status "):
             return False
         self._send(int(self.fault.kind.split()[1]), b"{}", self.fault.headers)

@@ -300,6 +300,36 @@ def test_a_parent_without_permission_is_refused(tiny: Tiny, folder: Path, mode: 
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", ["apply", "plan"])
+def test_somebody_elses_out_in_a_sticky_directory_is_refused_before_the_edit(
+    tiny: Tiny, folder: Path, run: Callable[..., Result], command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "out").mkdir()
+    folder.chmod(0o1777)
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    result = run(command, tiny.path, "-o", folder / "out")
+    assert result.exit_code == 4, result.stderr
+    assert "somebody else's" in result.stderr
+    assert list(folder.iterdir()) == [folder / "out"]
+    folder.chmod(0o777)
+    assert run("plan", tiny.path, "-o", folder / "out").exit_code == 0
+
+
+def test_an_append_only_parent_is_refused_before_anything_is_left_there(
+    tiny: Tiny, folder: Path, run: Callable[..., Result]
+) -> None:
+    if subprocess.run(["chattr", "+a", folder], capture_output=True, check=False).returncode:
+        pytest.skip("this file system, or this user, cannot make directories append-only")
+    try:
+        result = run("apply", tiny.path, "-o", folder / "out")
+        assert result.exit_code == 4, result.stderr
+        assert "append-only" in result.stderr
+        assert list(folder.iterdir()) == []
+    finally:
+        subprocess.run(["chattr", "-a", folder], check=True)
+    assert run("apply", tiny.path, "-o", folder / "out").exit_code == 0
+
+
 @pytest.mark.parametrize("what", ["file", "folder", "parent"])
 def test_a_source_that_cannot_be_read_is_refused(tiny: Tiny, folder: Path, what: str) -> None:
     (tiny.path / "sub").mkdir()

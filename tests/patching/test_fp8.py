@@ -1,8 +1,9 @@
-"""Block FP8: rows are dequantised, edited and stored again, a block's scale grows only where it overflows."""
+"""FP8: rows are dequantised, edited and stored again, a scale grows only where its block or row overflows."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -243,13 +244,13 @@ def replace_tensors(source: Path, **changes: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     ("scale", "message"),
     [
-        (torch.tensor(0.5), "quantised with block FP8: stored as weight, weight_scale_inv"),
-        (torch.ones(512, 1), "quantised with block FP8"),
-        (torch.ones(8, 3), "quantised with block FP8"),
-        (torch.ones(4, 2, dtype=torch.int32), "quantised with block FP8"),
+        (torch.tensor(0.5), "quantised with FP8: stored as weight, weight_scale_inv"),
+        (torch.ones(512, 1), "quantised with FP8"),
+        (torch.ones(8, 3), "quantised with FP8"),
+        (torch.ones(4, 2, dtype=torch.int32), "quantised with FP8"),
     ],
 )
-def test_other_scales_than_those_of_blocks_are_refused(
+def test_other_scales_than_those_that_the_config_names_are_refused(
     scale: torch.Tensor, message: str, run: Callable[..., Any], tmp_path: Path
 ) -> None:
     source = tmp_path / "source"
@@ -349,3 +350,155 @@ def test_queries_alone_may_be_quantised(run: Callable[..., Any], tmp_path: Path)
     assert run("apply", source, "--layers", 1, "--modes", 2, "-o", out).exit_code == 0
     assert run("verify", out, "--source", source).exit_code == 0
     assert run("inspect", out, "--layers", 1).exit_code == 0
+
+
+# -------- one scale to a row, or to the tensor
+
+FP8 = {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "static"}
+COMPRESSED = {
+    "quant_method": "compressed-tensors", "format": "float-quantized",
+    "config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}},
+}  # fmt: skip
+# How it is published: the scale's name and shape, what config.json says, what else lies beside.
+FORMS = {
+    "Ministral": ("weight_scale_inv", (), FP8, "activation_scale"),
+    "compressed-tensors, tensor": ("weight_scale", (1,), COMPRESSED, None),
+    "ModelOpt": ("weight_scale", (), {"quant_method": "modelopt", "quant_algo": "FP8"}, "input_scale"),
+    "compressed-tensors, channel": ("weight_scale", (-1, 1), COMPRESSED, None),
+    "FBGEMM": ("weight_scale", (-1,), {"quant_method": "fbgemm_fp8"}, "input_scale"),
+}
+
+
+def build_in(
+    form: str, path: Path, scales: torch.dtype, made_of: Callable[..., torch.Tensor] = torch.Tensor.clone
+) -> None:
+    """:func:`build` with its layers 1 and 2 in another form."""
+    tensors = build(path)
+    name, shape, quantization, beside = FORMS[form]
+    for layer in (1, 2):
+        for which in "qk":
+            stem = STEM.format(layer, which)
+            W = made_of(tensors.pop(stem + "weight").float() * expand(tensors.pop(stem + "weight_scale_inv")))
+            by_row = W.abs().amax(1, keepdim=True)
+            scale = ((by_row if -1 in shape else by_row.max()) / 448).to(scales)
+            tensors[stem + "weight"] = (W / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
+            tensors[stem + name] = scale.reshape(shape)
+            if beside is not None:
+                tensors[stem + beside] = torch.tensor(0.5, dtype=torch.bfloat16)
+    for file in path.glob("*.safetensors*"):
+        file.unlink()
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+
+
+def against(W: torch.Tensor) -> torch.Tensor:
+    """Rows that all read the mean of the input; one in each head has one number against it, which grows without it."""
+    W = 1 + W / 100
+    W[5::D_HEAD, 7] = -1.2
+    return W
+
+
+def bits(t: torch.Tensor) -> torch.Tensor:
+    return t.reshape(-1).view(torch.uint8)
+
+
+def read_in(form: str, path: Path, which: str) -> tuple[np.ndarray, torch.Tensor, np.ndarray]:
+    """Values (heads, d_head, d_model), codes, and what one code is worth in each row."""
+    held, stem = load_file(path / "model.safetensors"), STEM.format(1, which)
+    codes = held[stem + "weight"]
+    unit = held[stem + FORMS[form][0]].double().reshape(-1, 1).expand(len(codes), 1).numpy()
+    values = codes.double().numpy() * unit
+    return values.reshape(-1, D_HEAD, D_MODEL), codes.view(torch.uint8), unit.reshape(-1, D_HEAD, 1)
+
+
+@pytest.mark.parametrize("scales", [torch.float32, torch.bfloat16], ids=["F32", "BF16"])
+@pytest.mark.parametrize("form", FORMS)
+def test_each_published_form_is_edited_on_its_values(
+    form: str, scales: torch.dtype, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    build_in(form, source, scales)
+    result = run(
+        "apply", source, "--layers", "0-1", "--heads", "0-1,3", "--modes", 2, "--alpha", 0, "-o", out
+    )
+    assert result.exit_code == 0, result.output
+    assert run("verify", out, "--source", source).exit_code == 0
+    Q, codes, unit = read_in(form, source, "q")
+    keys, key_codes, _ = read_in(form, source, "k")
+    Q_after, codes_after, unit_after = read_in(form, out, "q")
+    assert torch.equal(read_in(form, out, "k")[1], key_codes)
+    assert torch.equal(codes[256:384], codes_after[256:384])  # head 2 stays as it is
+    is_shared = -1 not in FORMS[form][1]
+    growth = unit_after / unit
+    assert set(np.unique(growth)) <= ({1.0} if is_shared else {1.0, 2.0})
+    for h in (0, 1, 3):
+        W_K = keys[h * K // H]
+        exact = oracle.edit(Q[h], W_K, "full", (0, 1), 0.0, oracle.decompose(Q[h], W_K, "full")).W_Q
+        # A value on the edge between two numbers may go either way: the oracle's last bits are its own.
+        wanted, margin = exact / unit_after[h], 1e-9
+        is_close = Q_after[h] / unit_after[h] == nearest(wanted)
+        is_edge = nearest(wanted * (1 + margin)) != nearest(wanted * (1 - margin))
+        assert (is_close | is_edge).all()
+        assert not np.array_equal(Q[h], Q_after[h])
+    plain, fp8 = json.loads((out / "qkpatch.json").read_text())["edits"]
+    assert plain["scale_tensor"] is None
+    assert fp8["scale_tensor"] == (None if is_shared else STEM.format(1, "q") + FORMS[form][0])
+    held, stored = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
+    changed = {n for n in held if not torch.equal(bits(held[n]), bits(stored[n]))}
+    edited = {STEM.format(layer, "q") + "weight" for layer in (0, 1)}
+    assert changed - edited <= ({fp8["scale_tensor"]} if (growth != 1).any() else set())
+
+
+def test_a_row_that_overflows_grows_and_a_tensor_that_would_is_refused(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    flags = ("--layers", 1, "--modes", 1, "--alpha", 0)
+    by_row, whole = "compressed-tensors, channel", "Ministral"
+    source, out = tmp_path / "source", tmp_path / "out"
+    build_in(by_row, source, torch.float32, against)
+    assert run("apply", source, *flags, "-o", out).exit_code == 0
+    growth = read_in(by_row, out, "q")[2] / read_in(by_row, source, "q")[2]
+    assert growth.max() == 2.0
+    assert run("verify", out, "--source", source).exit_code == 0
+    one = tmp_path / "one"
+    build_in(whole, one, torch.float32, against)
+    result = run("apply", one, *flags, "-o", tmp_path / "refused")
+    assert result.exit_code == 3
+    assert "too large to be stored with the whole tensor's one scale" in result.stderr
+    assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"weight_zero_point": torch.zeros(1)}, "quantised with compressed-tensors"),
+        ({"weight_scale_2": torch.tensor(1.0)}, "quantised with ModelOpt"),
+        ({"weight_scale": torch.ones(512, 6)}, "quantised with compressed-tensors or ModelOpt"),
+        ({"weight": torch.zeros(512, D_MODEL, dtype=torch.int8)}, "quantised with compressed-tensors"),
+    ],
+)
+def test_what_only_looks_like_it_is_refused(
+    changes: Tensors, said: str, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    build_in("compressed-tensors, channel", source, torch.float32)
+    held = load_file(source / "model.safetensors")
+    held |= {STEM.format(1, "q") + name: value for name, value in changes.items()}
+    save_file(held, source / "model.safetensors", {"format": "pt"})
+    result = run("plan", source, "--layers", 1)
+    assert result.exit_code == 3
+    assert said in result.stderr
+
+
+def test_heads_of_any_size_may_have_a_scale_to_each_row(run: Callable[..., Any], tmp_path: Path) -> None:
+    for form in ("compressed-tensors, channel", "Ministral"):
+        source = tmp_path / form
+        build_in(form, source, torch.bfloat16)
+        config = json.loads((source / "config.json").read_text())
+        sizes = {"head_dim": 64, "num_attention_heads": 8, "num_key_value_heads": 4}
+        (source / "config.json").write_text(json.dumps(config | sizes))
+        assert run("apply", source, "--layers", 1, "--modes", 2, "-o", source / "../out").exit_code == 0
+        assert run("verify", tmp_path / "out", "--source", source).exit_code == 0
+        assert run("inspect", tmp_path / "out", "--layers", 1).exit_code == 0
+        shutil.rmtree(tmp_path / "out")

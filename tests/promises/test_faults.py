@@ -687,7 +687,24 @@ def test_a_limit_of_file_sizes_is_told_and_nothing_is_left(
     for limit in limits:
         end = driver.apply(source, folder / "out", *chance.choice(WAYS[:2]), file_size=limit)
         assert assert_refused_or_right(end, folder, [], plain, os.strerror(errno.EFBIG))
+        assert f"{folder / 'out'}" in end.text or "journal" in end.text
+        assert str(source) not in end.text
+        assert "journal" in end.text or "FAT32" in end.text
     assert driver.apply(source, folder / "out", file_size=1 << 20).code == 0
+
+
+@pytest.mark.parametrize("call", ["pwrite", "copy_file_range,sendfile,pwrite", "mkdir", "fsync"])
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_runs_dry_is_told_with_the_file_of_out(
+    error: int, call: str, faulty: Driver, source: Path, folder: Path
+) -> None:
+    environment = faults(random.Random(SEED), str(folder), call, error=error, per_mille=1000)
+    end = faulty.apply(source, folder / "out", environment=environment)
+    assert end.code == 4, end
+    where = end.text.partition("where")[2].splitlines()[0]
+    assert where.strip().startswith(str(folder)), end.text
+    assert "-o" in end.text.partition("try")[2]
+    assert names(folder) == []
 
 
 # -------- bad sectors, interrupted calls, short counts

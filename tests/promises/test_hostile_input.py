@@ -169,7 +169,7 @@ class TestNames:
         (tiny.path / "twin\x1b[31m.bin").write_bytes(b"x")
         result = run("plan", tiny.path)
         assert "\x1b" not in result.output
-        assert "twin\\x1b" in result.stderr
+        assert "twin\\u001b" in result.stderr
 
     def test_control_characters_and_markup_in_shard_names_are_only_text(self, tmp_path: Path, run) -> None:
         tiny = build_tiny(tmp_path / "odd", shards=[("",)])

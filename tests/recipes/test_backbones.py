@@ -14,8 +14,8 @@ from test_recipe_keys import FAMILY, FULL
 from qkpatch.common.strict_yaml import load_yaml
 from qkpatch.common.typed_json import as_json
 from qkpatch.errors import RecipeError
-from qkpatch.recipes.backbones import Backbone, backbones_of
-from qkpatch.recipes.catalogue import get_recipe, load_recipe, recipe_text, shipped_backbones, shipped_recipes
+from qkpatch.recipes.backbones import Backbone, is_family
+from qkpatch.recipes.catalogue import backbone, get_recipe, load_recipe, recipe_text, shipped_recipes
 from qkpatch.recipes.reading import parse_recipe
 
 # A full recipe in the form of before there were backbones, as users have them in files of their own.
@@ -80,7 +80,7 @@ def known(**changes: dict[str, Any]) -> dict[str, Backbone]:
 
 def read(family: dict[str, Any], backbones: dict[str, Backbone]) -> dict[str, Any]:
     """All of the recipe but its digest."""
-    recipe = parse_recipe(json.dumps(family).encode(), "family.yaml", backbones).to_json()
+    recipe = parse_recipe(json.dumps(family).encode(), "family.yaml", backbones.get).to_json()
     del recipe["sha256"]
     return recipe
 
@@ -172,7 +172,7 @@ def test_class_defaults_are_the_backbones_in_their_order_and_an_entry_may_name_o
         ({"backbones": "m"}, "$.backbones: expected list, got str 'm'"),
         ({"backbones": None}, "$.backbones: expected list"),
         ({"backbones": ["m", 7, ["m"], {}]}, "$.backbones[1]: expected str"),
-        ({"backbones": ["m", "n"]}, "$.backbones[1]: no recipe without backbones describes a language model 'n'"),
+        ({"backbones": ["m", "n"]}, "$.backbones: no recipe without backbones describes a language model 'n'"),
         ({"config": {}}, "$.config.sections: missing"),
         ({"tensors": {}}, "$.tensors.prefixes: missing"),
         ({"tensors": None}, "$.tensors: expected a mapping"),
@@ -217,7 +217,7 @@ def test_a_recipe_of_ones_own_may_name_shipped_backbones_and_none_other(tmp_path
 def test_the_digest_of_a_family_changes_with_its_backbones() -> None:
     text = json.dumps(FAMILY).encode()
     first, same, other = (
-        parse_recipe(text, "x", known(m=change)).sha256
+        parse_recipe(text, "x", known(m=change).get).sha256
         for change in ({}, {}, {"tensors": {"every_layer": False}})
     )
     assert first == same != other
@@ -225,12 +225,17 @@ def test_the_digest_of_a_family_changes_with_its_backbones() -> None:
 
 
 def test_every_language_model_is_described_once() -> None:
-    described = [
-        backbone.model_type
-        for name in shipped_recipes()
-        for backbone in backbones_of(load_yaml(recipe_text(name).encode(), name), b"")
-    ]
-    assert sorted(described) == sorted(shipped_backbones())
+    described: list[str] = []
+    for name in shipped_recipes():
+        said = load_yaml(recipe_text(name).encode(), name)
+        assert is_family(recipe_text(name).encode()) == ("backbones" in said)
+        described += [] if "backbones" in said else said["config"]["class_defaults"]
+    assert len(described) == len(set(described))
+    for model_type in described:
+        found = backbone(model_type)
+        assert found is not None
+        assert model_type in found.said["config"]["class_defaults"]
+    assert backbone("no such type") is backbone("") is backbone("name") is None
 
 
 def test_no_family_repeats_what_its_backbones_say() -> None:
@@ -243,7 +248,7 @@ def test_no_family_repeats_what_its_backbones_say() -> None:
             for key in said[part].keys() - {"sections", "prefixes"}:
                 less = {**said, part: {k: v for k, v in said[part].items() if k != key}}
                 try:
-                    recipe = parse_recipe(json.dumps(less).encode(), name, shipped_backbones())
+                    recipe = parse_recipe(json.dumps(less).encode(), name, backbone)
                 except RecipeError:
                     continue
                 assert as_json(recipe.tensors) != as_json(get_recipe(name).tensors) or (

@@ -38,7 +38,7 @@ NO_ACTORS = {
 # What does not change an edit, with the modules that read it all the same.
 # Only one value is accepted; verify and readers must not have to assume it.
 RECORDED = {"orientation": {"planning.manifest"}}
-FOR_PEOPLE = {"title": {"recipes.descriptions"}, "tested": {"recipes.descriptions"}}
+FOR_PEOPLE = {key: {"recipes.descriptions"} for key in ("title", "tested", "gated")}
 # Read by a method of the recipe's own, which others call.
 THROUGH = {
     ("Recipe", "model_types"): "matches",
@@ -154,7 +154,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     for method in ("take", "take_optional", "take_list", "take_mapping"):
         monkeypatch.setattr(Fields, method, recording(method))
     recipe_file.parse_recipe(json.dumps(FULL).encode(), "full.yaml")
-    recipe_file.parse_recipe(json.dumps(FAMILY).encode(), "family.yaml", {"m": Backbone("m", FULL, b"")})
+    recipe_file.parse_recipe(json.dumps(FAMILY).encode(), "family.yaml", {"m": Backbone("m", FULL, b"")}.get)
     return paths - {""}
 
 

@@ -226,11 +226,59 @@ def test_query_heads_share_key_heads_as_repeat_kv_does(n_kv: int) -> None:
     assert [layout.kv_head(h) for h in range(4)] == repeat_kv(keys, 4 // n_kv).flatten().int().tolist()
 
 
+@pytest.mark.parametrize("recipe", ["llava-1.5", "qwen3-vl", "internlm2", "deepseek-vl"])
+def test_a_recipe_for_other_names_says_which_one_fits(recipe: str, tmp_path: Path, run) -> None:
+    tiny = build_tiny(tmp_path / "source")
+    result = run("plan", tiny.path, "--recipe", recipe)
+    assert result.exit_code == 3
+    assert f"recipe {recipe} matches no tensor" in result.stderr
+    assert "recipe llama fits: name that one, or none" in result.stderr
+    assert run("plan", tiny.path, "--recipe", "llama").exit_code == 0
+    config = json.loads((tiny.path / "config.json").read_text())
+    (tiny.path / "config.json").write_text(json.dumps({**config, "model_type": "newlm"}))
+    assert "choose another recipe with --recipe" in run("plan", tiny.path, "--recipe", recipe).stderr
+
+
 def test_recipes_command_lists_shows_and_speaks_json(run) -> None:
     assert all(name in run("recipes").stdout for name in shipped_recipes())
     assert run("recipes", "llava-1.5").stdout == (REPO / "configs" / "llava-1.5.yaml").read_text()
     assert '"default_repo": "llava-hf/llava-1.5-7b-hf"' in run("recipes", "llava-1.5", "--json").stdout
     assert run("recipes", "nope").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("word", "found", "others"),
+    [
+        (
+            "llava",
+            {"llava-1.5", "llava-next", "llava-original", "vipllava", "video-llava"},
+            {"llama", "qwen3"},
+        ),
+        ("LLaVA", {"llava-1.5", "vipllava"}, {"llama"}),
+        ("gemma2", {"gemma2-text", "paligemma", "ovis"}, {"gemma3"}),  # a language model
+        ("MllamaForCausalLM", {"mllama"}, {"llama"}),  # a class
+        ("Command", {"cohere", "cohere2-vision"}, {"aya-vision"}),  # a model's own name
+        ("[", set(), {"llama"}),
+    ],
+)
+def test_recipes_are_filtered_by_a_word(word: str, found: set[str], others: set[str], run) -> None:
+    result = run("recipes", word, "--json")
+    if not found:
+        assert result.exit_code == 2
+        assert f"no recipe is called {word!r}" in result.stderr
+        return
+    names = {recipe["name"] for recipe in json.loads(result.stdout)}
+    assert found <= names
+    assert not names & others
+    table = run("recipes", word).stdout
+    assert all(name in table for name in names)
+    assert "tested on" in table
+
+
+def test_a_word_that_is_near_a_name_is_told_what_may_be_meant(run) -> None:
+    assert "llava-next" in run("recipes", "lava-nexxt").stderr
+    assert "llava-1.5, llava-next" in str(run("plan", "x", "--recipe", "llava").stderr)
+    assert "lists the recipes" in run("recipes", "zzzzzzzz").stderr
 
 
 def test_a_recipe_in_a_file_is_shown_as_it_stands_there(run, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from qkpatch.cli.commands.publishing import push_out, push_wish, show_commit
 from qkpatch.cli.flags import EditFlags, PushFlags, RunFlags, ShowFlags, SourceArg, WriteFlags, expanded
 from qkpatch.errors import UsageError
 from qkpatch.output.options import Writing
-from qkpatch.planning.request import check_device_name
 
 if TYPE_CHECKING:
     from qkpatch.planning.plan import EditPlan
@@ -56,20 +55,12 @@ def apply(
     from qkpatch.common.text import size_text
     from qkpatch.model.locate import local_path
 
-    writing = Writing(
-        write.digest,
-        write.link or write.link_cache,
-        write.link_cache,
-        write.resume,
-        write.overwrite,
-        write.force,
-    )
+    writing = Writing(**vars(write))
     request, wish = edit.request, push_wish(publish)
     if no_cache and local_path(source) is not None:
         raise UsageError("SOURCE is on this machine already", where="--no-cache", fix="leave it out")
-    if no_cache and writing.link:
+    if no_cache and (writing.link or writing.link_cache):
         raise UsageError("nothing is there to link to", where="--link", fix="leave out --link or --no-cache")
-    check_device_name(run.device)
     # Of a run, OUT is looked at once, when it begins.
     plan = api.plan(source, request, out=out if dry_run else None, writing=writing, cache=not no_cache)
     if dry_run:

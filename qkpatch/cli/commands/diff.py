@@ -28,24 +28,22 @@ def diff(
     all other files are equal, 1 something differs, 2 usage, 3 not a checkpoint that can be read, 4 I/O.
     """
     from qkpatch.checkpoint.source import open_stored
-    from qkpatch.cli.console import bars, output_width, print_json, print_text
+    from qkpatch.cli.console import bars, output_width, print_json, print_text, verdict
     from qkpatch.cli.diff_text import text
-    from qkpatch.compare.diff import bytes_to_compare, difference
+    from qkpatch.compare.diff import compare
     from qkpatch.compare.diff_types import to_json
     from qkpatch.model.locate import locate
 
     sources = [locate(source) for source in (a, b)]
     stored_a, stored_b = (open_stored(source.place) for source in sources)
     with bars(quiet=quiet or as_json) as observer:
-        observer.begins("compare", bytes_to_compare(stored_a, stored_b), 0)
-        result = difference(stored_a, stored_b, observer.copied)
-    if as_json:
-        said = {
-            side: {"source": given, "kind": found.kind, "name": found.name, "commit": found.commit}
-            for side, given, found in zip("ab", (a, b), sources, strict=True)
-        }
-        print_json({**to_json(result), **said})
-    elif not quiet:
-        print_text(text(result, a, b, output_width()))
-    if not result.equal:
-        raise typer.Exit(1)
+        result = compare(stored_a, stored_b, observer)
+    said = {
+        side: {"source": given, "kind": found.kind, "name": found.name, "commit": found.commit}
+        for side, given, found in zip("ab", (a, b), sources, strict=True)
+    }
+    with verdict(0 if result.equal else 1):
+        if as_json:
+            print_json({**to_json(result), **said})
+        elif not quiet:
+            print_text(text(result, a, b, output_width()))

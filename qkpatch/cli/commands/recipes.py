@@ -13,7 +13,11 @@ from qkpatch.cli.flags import DebugOpt, JsonOpt
 @command
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(help="Show this one; or `check`, with a SOURCE.", show_default=False)
+        str | None,
+        typer.Argument(
+            help="Show this one, or list those about this word; or `check`, with a SOURCE.",
+            show_default=False,
+        ),
     ] = None,
     source: Annotated[
         str | None,
@@ -30,38 +34,42 @@ def recipes(
     from qkpatch.cli.console import output_width, print_json, print_text
     from qkpatch.errors import UsageError
     from qkpatch.recipes.catalogue import CHECK, get_recipe, is_recipe_file, recipe_text, shipped_recipes
-    from qkpatch.recipes.descriptions import near_names, recipe_table
+    from qkpatch.recipes.descriptions import is_about, near_names, recipe_table
 
     if name == CHECK and source is not None:
         _check(source, as_json=as_json)
     if source is not None or name == CHECK:
         raise UsageError("SOURCE goes with `check`", fix="qkpatch recipes check SOURCE")
-    known = shipped_recipes()
-    if name and name not in known and not is_recipe_file(name):
+    known, name = shipped_recipes(), name or ""
+    is_one = name in known or is_recipe_file(name)
+    chosen = [get_recipe(name)] if is_one else [r for r in known.values() if is_about(r, name)]
+    if not chosen:
         raise UsageError(
-            f"no recipe is called {name!r}", fix=f"./{name}.yaml if it is a file; {near_names(name, known)}"
+            f"no recipe is called {name!r}, or is for models of that name",
+            fix=f"./{name}.yaml if it is a file; {near_names(name, known)}",
         )
-    chosen = [get_recipe(name)] if name else list(known.values())
     if as_json:
         print_json([recipe.to_json() for recipe in chosen])
-    elif name:
+    elif is_one:
         print_text(recipe_text(name))
     else:
         print_text(recipe_table(chosen, output_width()))
 
 
 def _check(source: str, *, as_json: bool) -> NoReturn:
-    from qkpatch.cli.console import note, output_width, print_json, print_text
+    from qkpatch.cli.console import note, output_width, print_json, print_text, verdict
     from qkpatch.diagnosis.diagnose import diagnose
     from qkpatch.diagnosis.explain import explanation
 
     diagnosis = diagnose(source)
-    if as_json:
-        print_json(diagnosis.to_json())
-    elif diagnosis.draft is None:
-        print_text(explanation(diagnosis, output_width()))
-    else:
-        # So that `> draft.yaml` makes a file that can be used.
-        note(explanation(diagnosis, output_width(stderr=True)))
-        print_text(diagnosis.draft)
-    raise typer.Exit(diagnosis.exit_code)
+    with verdict(diagnosis.exit_code):
+        if as_json:
+            print_json(diagnosis.to_json())
+        elif diagnosis.draft is None:
+            print_text(explanation(diagnosis, output_width()))
+        else:
+            # So that `> draft.yaml` makes a file that can be used.
+            for line in explanation(diagnosis, output_width(stderr=True)).split("\n"):
+                note(line)
+            print_text(diagnosis.draft)
+    raise typer.Exit

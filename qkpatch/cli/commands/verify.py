@@ -9,7 +9,7 @@ import typer
 
 from qkpatch.cli.command import command
 from qkpatch.cli.flags import DebugOpt, JsonOpt, QuietOpt
-from qkpatch.errors import FileSystemError
+from qkpatch.errors import FileSystemError, MismatchError
 
 
 @command
@@ -19,22 +19,25 @@ def verify(
     recipe: Annotated[
         str | None, typer.Option(help="The YAML file, where it was made by one of yours.", metavar="FILE")
     ] = None,
+    recompute: Annotated[
+        bool,
+        typer.Option("--recompute/--no-recompute", help="Compute the edited heads anew, or bytes alone."),
+    ] = True,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
     debug: DebugOpt = False,
 ) -> None:
-    """Prove that OUT is SOURCE with only the planned rows changed, as its manifest says. Exit 1 if not."""
+    """Prove that OUT is SOURCE with the recorded edit and nothing else: bytes, and arithmetic. Exit 1 if not."""
     from qkpatch import api
-    from qkpatch.cli.console import bars, print_json
+    from qkpatch.cli.console import bars, print_json, verdict
     from qkpatch.cli.tables import show_verification
 
     if not out.is_dir():
         raise FileSystemError("no such directory", where=str(out), fix="check the path")
     with bars(quiet=quiet or as_json) as observer:
-        result = api.verify(out, source, recipe=recipe, observer=observer)
-    if as_json:
-        print_json(result.to_json())
-    elif not quiet:
-        show_verification(result, out)
-    if not result.ok:
-        raise typer.Exit(1)
+        result = api.verify(out, source, recipe=recipe, recompute=recompute, observer=observer)
+    with verdict(0 if result.ok else MismatchError.exit_code):
+        if as_json:
+            print_json(result.to_json())
+        elif not quiet:
+            show_verification(result, out)

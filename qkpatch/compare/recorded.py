@@ -1,0 +1,126 @@
+"""What a manifest records beside its edit: where SOURCE is from, and digests of both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from qkpatch.checkpoint.present_files import Present
+from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME, Checkpoint
+from qkpatch.checkpoint.tree import LocalFile
+from qkpatch.compare.byte_by_byte import Mismatch, tensor_digest
+from qkpatch.errors import QKPatchError
+from qkpatch.model.locate import Source
+from qkpatch.output.layout import Output
+from qkpatch.planning.manifest import Manifest
+from qkpatch.planning.plan import EditPlan
+from qkpatch.planning.sha256sums import sums_text
+from qkpatch.publishing.card import CARD_NAME
+
+
+def origin_mismatches(manifest: Manifest, found: Source) -> Iterator[Mismatch]:
+    """Where the manifest says that OUT was made of a repository, SOURCE is that one, where it is one at all."""
+    said = manifest.source
+    if said.kind != "hub" or found.kind != "hub":
+        return
+    here, there = (found.name.lower(), found.commit), (said.name.lower(), said.commit)
+    if here != there:
+        keys = [f"source.{key}" for key, a, b in zip(("name", "commit"), here, there, strict=True) if a != b]
+        yield Mismatch(MANIFEST_NAME, f"{_both(manifest, found)} ({' and '.join(keys)})")
+
+
+def another_source(
+    manifest: Manifest,
+    found: Source,
+    checkpoint: Checkpoint,
+    listed: Mapping[str, str],
+    fault: QKPatchError | None,
+) -> Mismatch | None:
+    """One mismatch for all, where SOURCE is not what OUT was made from; None where it may be.
+
+    Args:
+        manifest: of OUT.
+        found: SOURCE.
+        checkpoint: what it holds.
+        listed: SHA-256 of tensors of it that are known already.
+        fault: why the recorded edit cannot be made on it, where it cannot.
+    """
+    why = None
+    for edit in manifest.edits:
+        ref, query = checkpoint.tensors.get(edit.tensor), edit.written[0]
+        if ref is None or (ref.dtype, ref.shape) != (edit.dtype, edit.shape):
+            why = why or f"{edit.tensor} is {'not' if ref is None else 'of another dtype or shape'} there"
+            continue
+        file = checkpoint.files[ref.shard]
+        digest = tensor_digest(file, ref) if isinstance(file, LocalFile) else listed.get(ref.name)
+        if None in (query.sha256_before, digest) or query.sha256_before == digest:
+            return None
+        why = (
+            why
+            or f"{edit.tensor} has SHA-256 {str(digest)[:12]}… there, and had {str(query.sha256_before)[:12]}…"
+        )
+    if why is None:
+        return None
+    cannot = "" if fault is None else f"; its edit cannot be made there: {fault.what}"
+    return Mismatch(MANIFEST_NAME, f"{_both(manifest, found)}: {why}{cannot}")
+
+
+def _both(manifest: Manifest, found: Source) -> str:
+    said = manifest.source
+    here = f"{found.name}@{found.commit}" if found.kind == "hub" else f"the {found.kind} {found.name!r}"
+    return f"OUT was made from {said.address or f'the {said.kind} {said.name!r}'}, and this is {here}"
+
+
+def check_files(
+    manifest: Manifest, present: Present, output: Output, *, is_published: bool, is_other_card: bool
+) -> Iterator[Mismatch]:
+    """Digests of whole files, where the manifest has them: they, SHA256SUMS and the files must agree."""
+    wanted = {file.name: file.sha256 for file in manifest.files if file.sha256 is not None}
+    has_sums = SUMS_NAME in present.files and SUMS_NAME not in output.files
+    if not is_published or has_sums:
+        yield from sums_mismatches(manifest, present, has_sums=has_sums)
+    for name in sorted(wanted.keys() & present.files.keys()):
+        if not (is_other_card and name == CARD_NAME) and present.sha256(name) != wanted[name]:
+            yield Mismatch(name, "does not have the recorded digest (sha256)")
+
+
+def sums_mismatches(manifest: Manifest, present: Present, *, has_sums: bool) -> Iterator[Mismatch]:
+    """SHA256SUMS is there where every file has a digest, and says just that."""
+    n_wanted = sum(file.sha256 is not None for file in manifest.files)
+    if not n_wanted and not has_sums:
+        return
+    if not has_sums or n_wanted < len(manifest.files):
+        yield Mismatch(SUMS_NAME, "is there for some files only, or not at all")
+    elif present.read(SUMS_NAME) != sums_text(manifest, present.read(MANIFEST_NAME)).encode():
+        yield Mismatch(SUMS_NAME, "does not say what the manifest says")
+
+
+def check_edits(
+    manifest: Manifest, plan: EditPlan, present: Present, listed: Mapping[str, str], *, as_written: bool
+) -> Iterator[Mismatch]:
+    """The digests of edited tensors, on both sides, and that an edit is there at all.
+
+    ``listed`` has those of tensors of SOURCE that are known already.
+    """
+    sources, recorded = plan.model.checkpoint.files, {edit.tensor: edit for edit in manifest.edits}
+    files = {file.name: file for file in manifest.files}
+    for target in plan.edits:
+        record = recorded.get(target.query.name)
+        for ref, written in zip(target.written, record.written if record else (), strict=False):
+            place = plan.output.place(ref)
+            out = present.files.get(place.shard)
+            if out is None or out.size != plan.output.files[place.shard].size:
+                continue  # told already
+            source = sources[ref.shard]
+            before = tensor_digest(source, ref) if isinstance(source, LocalFile) else listed.get(ref.name)
+            with present.open(place.shard) as opened:
+                after = opened.sha256(place.begin, place.end)
+            if before is not None and written.sha256_before not in (None, before):
+                yield Mismatch(ref.name, "SOURCE does not hold the values that were edited (sha256_before)")
+            if written.sha256_after not in (None, after):
+                yield Mismatch(ref.name, "OUT does not hold the values that were written (sha256_after)")
+            if before == after and not written.may_stay:
+                yield Mismatch(ref.name, "is the same in SOURCE and OUT: the edit is not there")
+            if as_written and written.sha256_after is None and files[place.shard].sha256 is None:
+                yield Mismatch(
+                    ref.name, "no digest of it is recorded, so nothing shows that it is as written"
+                )

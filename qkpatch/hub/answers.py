@@ -1,0 +1,151 @@
+"""What an answer may be, whoever gives it: not compressed, of bounded size, in pages that end, and coming at all."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+from urllib.parse import urlsplit
+
+from qkpatch.common.interrupts import check_stop
+from qkpatch.common.json_text import MAX_VALUES, count_values
+from qkpatch.errors import HubError
+
+# Of all answers to one call that are no files. The Hub lists 1000 files on a page of some 300 kB.
+MOST_BYTES = 64 << 20
+MOST_PAGES = 1000
+LONGEST_WAIT = 60  # seconds; a server that asks for more is told of, not waited for
+SLOWEST, WINDOW = 100, 60.0  # bytes a second, over so many seconds of waiting
+# Seconds until something comes, where huggingface_hub sets no limit; a commit is long in the making.
+_TIMEOUT, _LONG_TIMEOUT = 60, 600
+
+
+class RefusedError(HubError):
+    """Of what a hook refuses; raised in the midst of huggingface_hub, which retries no such error."""
+
+
+def httpx() -> Any:
+    """The HTTP library that this version of huggingface_hub uses: httpx2 since 2.0, httpx before."""
+    try:
+        from huggingface_hub.utils import httpx as library  # type: ignore[attr-defined,unused-ignore]
+    except ImportError:
+        import httpx as library  # type: ignore[no-redef,import-not-found,unused-ignore]
+    return library
+
+
+class Call:
+    """One call of qkpatch's, and what came in answer to it."""
+
+    def __init__(self) -> None:
+        self._pages = self._bytes = self._values = 0
+
+    def page(self) -> None:
+        """Count a page that names a next one."""
+        self._pages += 1
+        if self._pages > MOST_PAGES:
+            raise _endless(f"lists more than {MOST_PAGES} pages")
+
+    def came(self, chunk: bytes) -> None:
+        """Count bytes of an answer that is no file."""
+        self._bytes += len(chunk)
+        self._values += count_values(chunk)
+        if self._bytes > MOST_BYTES or self._values > MAX_VALUES:
+            raise _endless(f"says more than any Hub: {self._bytes:,} bytes, {self._values:,} values")
+
+
+def limit_request(request: Any) -> None:
+    """Ask for no compression, under which a small answer may be a large one, and wait for no answer without end."""
+    request.headers["accept-encoding"] = "identity"
+    longest = _TIMEOUT if request.method in ("GET", "HEAD") else _LONG_TIMEOUT
+    given = request.extensions.get("timeout", {})
+    request.extensions["timeout"] = {
+        kind: longest if given.get(kind) is None else given[kind]
+        for kind in ("connect", "read", "write", "pool")
+    }
+
+
+def limit_answer(response: Any, call: Call | None) -> None:
+    """Refuse an answer by its headers, and bound how its body comes.
+
+    Args:
+        response: whose body is not read yet.
+        call: what it is counted for; None for an answer in one of huggingface_hub's own threads.
+
+    Raises:
+        RefusedError: it is compressed, asks to wait too long, or is one of too many pages; its body is when it is read.
+    """
+    wait = retry_after(response.headers)
+    if response.status_code >= 400 and wait is not None and wait > LONGEST_WAIT:
+        raise RefusedError(
+            f"the Hub's rate limit is reached, for {wait:,} seconds more",
+            fix="wait, or set HF_TOKEN: its limits are higher",
+        )
+    is_head = response.request.method == "HEAD"
+    if not is_head and response.headers.get("content-encoding", "identity") != "identity":
+        raise RefusedError("the answer is compressed, which was not asked for", fix="is there a proxy?")
+    if call is not None and "next" in response.links:
+        call.page()
+    counted = None if _is_file(response) else call or Call()
+    response.stream = _bounded()(response.stream, counted)
+
+
+def _is_file(response: Any) -> bool:
+    """Whether the body is a file, whose size is known and checked elsewhere."""
+    from huggingface_hub import constants
+
+    api = urlsplit(constants.ENDPOINT).path.rstrip("/") + "/api/"
+    request = response.request
+    return (
+        request.method == "GET"
+        and response.status_code in (200, 206)
+        and not request.url.path.startswith(api)
+    )
+
+
+@cache
+def _bounded() -> Any:
+    class Bounded(httpx().SyncByteStream):  # type: ignore[misc]
+        """A body that is given up where it comes too slowly, or is too long."""
+
+        def __init__(self, stream: Any, counted: Call | None) -> None:
+            self._stream, self._counted = stream, counted
+
+        def __iter__(self) -> Iterator[bytes]:
+            chunks = iter(self._stream)
+            waited, came, before = 0.0, 0, time.monotonic()
+            while (chunk := next(chunks, None)) is not None:
+                check_stop()
+                waited, came = waited + time.monotonic() - before, came + len(chunk)
+                if waited > WINDOW:
+                    if came < SLOWEST * WINDOW:
+                        raise RefusedError(
+                            f"it sends less than {SLOWEST} bytes a second",
+                            fix="try again later, or by another way",
+                        )
+                    waited, came = 0.0, 0
+                if self._counted is not None:
+                    self._counted.came(chunk)
+                yield chunk
+                before = time.monotonic()
+
+        def close(self) -> None:
+            self._stream.close()
+
+    return Bounded
+
+
+def retry_after(headers: Any) -> int | None:
+    """For how many seconds the server asks to be left alone; None where it does not."""
+    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
+
+    text = headers.get("retry-after", "").strip()
+    if re.fullmatch(r"\d{1,300}", text, re.ASCII):
+        return int(text)
+    info = parse_ratelimit_headers(headers)
+    return info.reset_in_seconds if info is not None and info.remaining == 0 else None
+
+
+def _endless(what: str) -> RefusedError:
+    return RefusedError(f"the Hub {what}", fix="check HF_ENDPOINT: is that a Hub, and the repository sound?")
