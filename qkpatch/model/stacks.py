@@ -10,6 +10,7 @@ from typing import Any
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.source import Checkpoint
 from qkpatch.errors import AmbiguousError, CheckpointError, QKPatchError, UnsupportedError
+from qkpatch.model.choice import ANOTHER
 from qkpatch.model.refusals import is_qk_norm, refuse_known, refuse_wrapped
 from qkpatch.model.targets import check_shapes
 from qkpatch.model.tower import LanguageTower, read_tower
@@ -20,7 +21,6 @@ _NUMBER = re.compile(r"(?:(?<=\.)|^)(?:0|[1-9][0-9]{0,5})(?=\.)")
 _EMBEDDING = re.compile(r"[^.]*(?:emb|wte)[^.]*(?:\.[^.0-9]+)?\.weight", re.IGNORECASE)
 _DEEPEST = 3  # keys down to a section of config.json
 _PLAIN = "llama"  # no norms of queries and keys, no order of rows: its names tell all
-_ANOTHER = "choose another recipe with --recipe"
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def place(recipe: Recipe, checkpoint: Checkpoint, prefix: str | None = None) -> 
     if not sure:
         what = f"no stack of layers is {'there' if prefix else 'surely'} a {recipe.name} language model's"
         told = [f"{p.prefix} {p.doubt}" for p in fitting] + [f"{p} {e.what}" for p, e in refused.items()]
-    fix = f"say which: --recipe {recipe.name} --prefix '{fitting[0].prefix}'" if fitting else _ANOTHER
+    fix = f"say which: --recipe {recipe.name} --prefix '{fitting[0].prefix}'" if fitting else ANOTHER
     where = f"--prefix {prefix!r}" if prefix else "tensor names"
     raise AmbiguousError(f"{what}: {'; '.join(told) or 'none has its names'}", where=where, fix=fix)
 
@@ -183,7 +183,7 @@ def _check_names(
     if other or found:
         why = f"have no {other}" if other else f"have {found}"
         raise AmbiguousError(
-            f"the layers {prefix} {why}, unlike {recipe.name}", where="tensor names", fix=_ANOTHER
+            f"the layers {prefix} {why}, unlike {recipe.name}", where="tensor names", fix=ANOTHER
         )
     is_renamed = recipe.matches(checkpoint.config) and prefix not in recipe.tensors.prefixes
     if is_renamed and names.norms is not None and names.norms.plus_one:

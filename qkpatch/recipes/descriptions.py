@@ -75,7 +75,8 @@ def recipe_table(recipes: Sequence[Recipe], width: int) -> str:
         return "".join(_block(recipe, width) for recipe in recipes)
     for recipe, row in zip(recipes, rows[1:], strict=True):
         row[1] += textwrap.wrap(attention(recipe), columns[1])
-    lines = [_line(line, columns) for row in rows for line in zip_longest(*row, fillvalue="")]
+    cells = (line for row in rows for line in zip_longest(*row, fillvalue=""))
+    lines = ["  ".join(map(str.ljust, line, columns)).rstrip() for line in cells]
     return "\n".join([lines[0], "─" * width, *lines[1:]]) + "\n"
 
 
@@ -83,10 +84,6 @@ def _cells(recipe: Recipe) -> list[list[str]]:
     """Lines by column, the facts that are wrapped left out."""
     title = textwrap.wrap(recipe.title, _TITLE, initial_indent="  ", subsequent_indent="  ")
     return [[recipe.name, *title], [layout(recipe)], [repository(recipe), defaults(recipe)], [recipe.tested]]
-
-
-def _line(cells: Sequence[str], columns: Sequence[int]) -> str:
-    return "  ".join(cell.ljust(column) for cell, column in zip(cells, columns, strict=True)).rstrip()
 
 
 def _block(recipe: Recipe, width: int) -> str:
