@@ -30,7 +30,7 @@ class Refusal:
     """Layers that cannot be edited, all for one reason."""
 
     layers: tuple[int, ...]
-    reason: QKPatchError  # of the first of them; of several, with {layer} in names in place of its number
+    reason: QKPatchError  # of the first of them
 
 
 @dataclass(frozen=True)
@@ -127,20 +127,7 @@ def _against(found: object, expected: tuple[str, ...], *, fits: bool) -> str:
 
 def _grouped(errors: Mapping[int, QKPatchError]) -> tuple[Refusal, ...]:
     """Layers whose errors are the same but for the layer's number."""
-    groups: dict[tuple[str, str], list[int]] = {}
+    groups: dict[str, list[int]] = {}
     for layer, error in errors.items():
-        what = _layered(error.what, layer).replace(f"layer {layer} ", "each layer ")
-        groups.setdefault((error.kind, what), []).append(layer)
-    refusals = []
-    for (_, what), layers in groups.items():
-        reason = first = errors[layers[0]]
-        if len(layers) > 1:
-            where = None if first.where is None else _layered(first.where, layers[0])
-            reason = type(first)(what, where=where, fix=first.fix)
-        refusals.append(Refusal(tuple(layers), reason))
-    return tuple(refusals)
-
-
-def _layered(name: str, layer: int) -> str:
-    """``name`` with {layer} in place of that number, to say the same of many layers."""
-    return re.sub(rf"(?<=[._/-]){layer}(?=[._/-])", "{layer}", name, count=1)
+        groups.setdefault(re.sub(rf"(?<![0-9]){layer}(?![0-9])", "#", str(error)), []).append(layer)
+    return tuple(Refusal(tuple(layers), errors[layers[0]]) for layers in groups.values())

@@ -215,7 +215,7 @@ def _placed(
             # What is wrong with the shapes says more than a number that is not there.
             cure = cure or (error.fix if error.fix and re.search("head_dim|ZeRO", error.fix) else "")
             continue
-        vocabulary = section.get("vocab_size")
+        vocabulary = section.get("vocab_size", checkpoint.config.get("vocab_size"))
         size = vocabulary if type(vocabulary) is int else None
         agreeing.append(Placed(moved, prefix, name, kind, tower, size, None))
     if not agreeing:

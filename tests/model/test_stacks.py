@@ -76,11 +76,21 @@ class TestFound:
             {"language": NUMBERS},
             {"llm_config": NUMBERS},
             {"phi_config": NUMBERS},
+            {"vocab_size": VOCABULARY, "lm": {k: v for k, v in NUMBERS.items() if k != "vocab_size"}},
             {"vlm_config": {"text_config": NUMBERS}},
             {"a": {"b": {"c": NUMBERS}}},
             {"vision_config": {**NUMBERS, "num_hidden_layers": 5}, "language": NUMBERS},
         ],
-        ids=["top", "language", "llm_config", "phi_config", "two deep", "three deep", "beside vision"],
+        ids=[
+            "top",
+            "language",
+            "llm_config",
+            "phi_config",
+            "tokens above",
+            "two deep",
+            "three deep",
+            "beside vision",
+        ],
     )
     def test_its_numbers_may_be_anywhere(self, config: dict[str, Any], tmp_path: Path) -> None:
         known = {key: value for key, value in config.items() if key != "model_type"}
