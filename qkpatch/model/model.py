@@ -118,7 +118,7 @@ def understood(
         )
     recipe = named or located.recipe or _chosen(located, checkpoint)
     notes: tuple[str, ...] = ()
-    is_unknown = named in language_models() and not named.matches(checkpoint.config)
+    is_unknown = named and not named.matches(checkpoint.config) and named in language_models()
     if named is not None and (is_unknown or prefix is not None):
         placed = place(named, checkpoint, prefix)
         recipe, notes = placed.recipe, (placed.told,)
