@@ -101,13 +101,10 @@ class QKProduct:
 
         ``‖(M + Mᵀ)/2‖² = (‖M‖² + tr(M M)) / 2`` and ``tr(M M) = tr(G G)`` with ``G = W_K W_Qᵀ``.
         """
-        traces = (self.cross * self.cross.mT).sum((-2, -1)).tolist()
-        norms = torch.linalg.matrix_norm(self.core).tolist()
-        # Rounding may step outside.
-        return [
-            min(1.0, max(0.0, 0.5 * (1.0 + trace / norm**2))) if norm else 0.0
-            for trace, norm in zip(traces, norms, strict=True)
-        ]
+        traces, norms = (self.cross * self.cross.mT).sum((-2, -1)), torch.linalg.matrix_norm(self.core)
+        shares = (0.5 * (1.0 + traces / norms.square())).clamp(0.0, 1.0)  # rounding may step outside
+        found: list[float] = torch.where(norms > 0, shares, 0.0).tolist()
+        return found
 
     def spectra(self, channel: Channel) -> tuple[Spectrum, ...]:
         """The spectra of :meth:`decompose`, at less cost since no vectors are computed."""
