@@ -38,14 +38,9 @@ class Spectrum:
         Under about 1e-3 the selection splits a near-degenerate block and is not well defined.
         None where the selection has no edge (nothing or everything selected).
         """
-        inside = set(selected)
-        size = self.S.abs().tolist()
-        gaps = [
-            (size[j] - size[j + 1]) / size[j]
-            for j in range(self.rank - 1)
-            if (j in inside) != (j + 1 in inside)
-        ]
-        return min(gaps, default=None)
+        inside, size = set(selected), self.S.abs().tolist()
+        edges = [j for j in range(self.rank - 1) if (j in inside) != (j + 1 in inside)]
+        return min(((size[j] - size[j + 1]) / size[j] for j in edges), default=None)
 
 
 @dataclass(frozen=True)
