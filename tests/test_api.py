@@ -256,6 +256,22 @@ def test_controls_and_channels_are_the_same_in_memory(edit: dict[str, Any], tmp_
     assert all(torch.equal(state[name], tensor) for name, tensor in files.items())
 
 
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_compiled_model_is_edited_as_the_model_that_it_is(inner: bool) -> None:
+    model, plain = build("llama"), build("llama")
+    ids = torch.arange(6)[None]
+    compiled: Any = torch.compile(model, backend="eager")
+    if inner:
+        model.model = torch.compile(model.model, backend="eager")
+        compiled = model
+    before = compiled(ids).logits
+    qkpatch.patch_model(plain, layers=1, modes=2)
+    with qkpatch.patched(compiled, layers=1, modes=2):
+        assert equal({name.replace("_orig_mod.", ""): t for name, t in bits(model).items()}, bits(plain))
+        assert torch.equal(compiled(ids).logits, plain(ids).logits)
+    assert torch.equal(compiled(ids).logits, before)
+
+
 def test_the_former_bits_come_back_after_an_error_and_of_any_layout() -> None:
     model = build("llama", torch.float32)
     layer = model.model.layers[1].self_attn.q_proj

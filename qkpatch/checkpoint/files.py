@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -78,14 +79,13 @@ def os_errors(doing: str, where: str | Path, to: str | Path | None = None) -> It
         ) from error
 
 
+# A library that cannot be mapped, a thread that cannot be started, and how torch says MemoryError.
+_STARVED = re.compile("failed to map segment|(cannot|can't) allocate memory|can't start new thread")
+
+
 @contextmanager
 def machine_errors() -> Iterator[None]:
-    """What the machine refuses at a place that does not expect it: memory, files, threads, libraries.
-
-    Raises:
-        FileSystemError: in place of it.
-    """
-    no_memory = FileSystemError("there is not enough memory", where="memory", fix=_ADVICE[errno.ENOMEM])
+    """What the machine refuses where nobody expects it, files, memory or threads, as a :class:`FileSystemError`."""
     try:
         yield
     except BrokenPipeError:
@@ -93,21 +93,10 @@ def machine_errors() -> Iterator[None]:
     except OSError as error:
         with os_errors("go on", str(error.filename or "")):
             raise
-    except MemoryError as error:
-        raise no_memory from error
-    except (ImportError, RuntimeError) as error:
-        # A library that cannot be mapped, a thread that cannot be started, and how torch says MemoryError.
-        if not any(sign in str(error) for sign in _STARVED):
+    except (MemoryError, ImportError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and _STARVED.search(str(error)) is None:
             raise
-        raise no_memory from error
-
-
-_STARVED = (
-    "failed to map segment",
-    "cannot allocate memory",
-    "can't allocate memory",
-    "can't start new thread",
-)
+        raise FileSystemError("there is not enough memory", fix=_ADVICE[errno.ENOMEM]) from error
 
 
 @dataclass(frozen=True)

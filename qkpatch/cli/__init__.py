@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 import traceback
 from collections.abc import Iterator
@@ -75,23 +74,19 @@ for _command in (apply, plan, inspect, verify, diff, recipes, card):
 def main() -> NoReturn:
     """Entry point of the ``qkpatch`` command: what no command expects ends here, with its traceback and a code."""
     prepare_streams()
-    code = 0
     try:
         app()
-    except QKPatchError as error:  # of --debug
-        traceback.print_exc()
-        code = error.exit_code
+    except OSError:  # of what the library prints itself, such as --help, to a device that is full
+        silence_stdout()
+        sys.exit(FileSystemError.exit_code)
     except Exception as error:
-        code = UNEXPECTED
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            # What the library prints itself, such as --help, to a device that is full.
-            silence_stdout()
-            code = FileSystemError.exit_code
-        else:
-            traceback.print_exc()
-            note(
-                f"This is a fault of qkpatch {qkpatch.__version__} itself, and says nothing of the checkpoint. Please "
-                "report it, with what is printed above and the command, in the issues of qkpatch's repository; where "
-                "somebody may have made the input so, as SECURITY.md says."
-            )
-    sys.exit(code)
+        traceback.print_exc()
+        if isinstance(error, QKPatchError):  # of --debug
+            sys.exit(error.exit_code)
+        note(
+            f"This is a fault of qkpatch {qkpatch.__version__} itself, and says nothing of the checkpoint. Please "
+            "report it, with what is printed above and the command, in the issues of qkpatch's repository; where "
+            "somebody may have made the input so, as SECURITY.md says."
+        )
+        sys.exit(UNEXPECTED)
+    sys.exit(0)

@@ -14,8 +14,7 @@ from qkpatch.common.json_text import MAX_VALUES, count_values
 from qkpatch.errors import HubError
 
 # Of all answers to one call that are no files. The Hub lists 1000 files on a page of some 300 kB.
-MOST_BYTES = 64 << 20
-MOST_PAGES = 1000
+MOST_BYTES, MOST_PAGES = 64 << 20, 1000
 LONGEST_WAIT = 60  # seconds; a server that asks for more is told of, not waited for
 SLOWEST, WINDOW = 100, 60.0  # bytes a second, over so many seconds of waiting
 # Seconds until something comes, where huggingface_hub sets no limit; a commit is long in the making.
@@ -36,72 +35,54 @@ def httpx() -> Any:
 
 
 class Call:
-    """One call of qkpatch's, and what came in answer to it."""
+    """How much came in answer to one call, but for files."""
 
     def __init__(self) -> None:
         self._pages = self._bytes = self._values = 0
 
-    def page(self) -> None:
-        """Count a page that names a next one."""
-        self._pages += 1
-        if self._pages > MOST_PAGES:
-            raise _endless(f"lists more than {MOST_PAGES} pages")
-
-    def came(self, chunk: bytes) -> None:
-        """Count bytes of an answer that is no file."""
-        self._bytes += len(chunk)
-        self._values += count_values(chunk)
-        if self._bytes > MOST_BYTES or self._values > MAX_VALUES:
-            raise _endless(f"says more than any Hub: {self._bytes:,} bytes, {self._values:,} values")
+    def count(self, body: bytes, pages: int = 0) -> None:
+        """Count what came; raises :class:`RefusedError` where it is too much."""
+        self._pages, self._bytes = self._pages + pages, self._bytes + len(body)
+        self._values += count_values(body)
+        if self._pages > MOST_PAGES or self._bytes > MOST_BYTES or self._values > MAX_VALUES:
+            raise RefusedError(
+                f"it says more than any Hub: {self._pages:,} pages, {self._bytes:,} bytes, {self._values:,} values",
+                fix="check HF_ENDPOINT: is that a Hub, and the repository sound?",
+            )
 
 
 def limit_request(request: Any) -> None:
     """Ask for no compression, under which a small answer may be a large one, and wait for no answer without end."""
     request.headers["accept-encoding"] = "identity"
     longest = _TIMEOUT if request.method in ("GET", "HEAD") else _LONG_TIMEOUT
-    given = request.extensions.get("timeout", {})
-    request.extensions["timeout"] = {
-        kind: longest if given.get(kind) is None else given[kind]
-        for kind in ("connect", "read", "write", "pool")
+    given = {
+        kind: limit for kind, limit in request.extensions.get("timeout", {}).items() if limit is not None
     }
+    request.extensions["timeout"] = {**dict.fromkeys(("connect", "read", "write", "pool"), longest), **given}
 
 
 def limit_answer(response: Any, call: Call | None) -> None:
-    """Refuse an answer by its headers, and bound how its body comes.
-
-    Args:
-        response: whose body is not read yet.
-        call: what it is counted for; None for an answer in one of huggingface_hub's own threads.
+    """Refuse an answer by its headers, or later, when its body comes; ``call`` is what it is counted for, where known.
 
     Raises:
-        RefusedError: it is compressed, asks to wait too long, or is one of too many pages; its body is when it is read.
+        RefusedError: it is compressed, asks to wait too long, or is one of too many pages.
     """
-    wait = retry_after(response.headers)
+    from huggingface_hub import constants
+
+    request, wait = response.request, retry_after(response.headers)
     if response.status_code >= 400 and wait is not None and wait > LONGEST_WAIT:
         raise RefusedError(
             f"the Hub's rate limit is reached, for {wait:,} seconds more",
             fix="wait, or set HF_TOKEN: its limits are higher",
         )
-    is_head = response.request.method == "HEAD"
-    if not is_head and response.headers.get("content-encoding", "identity") != "identity":
+    if request.method != "HEAD" and response.headers.get("content-encoding", "identity") != "identity":
         raise RefusedError("the answer is compressed, which was not asked for", fix="is there a proxy?")
-    if call is not None and "next" in response.links:
-        call.page()
-    counted = None if _is_file(response) else call or Call()
-    response.stream = _bounded()(response.stream, counted)
-
-
-def _is_file(response: Any) -> bool:
-    """Whether the body is a file, whose size is known and checked elsewhere."""
-    from huggingface_hub import constants
-
-    api = urlsplit(constants.ENDPOINT).path.rstrip("/") + "/api/"
-    request = response.request
-    return (
-        request.method == "GET"
-        and response.status_code in (200, 206)
-        and not request.url.path.startswith(api)
-    )
+    call = call or Call()
+    call.count(b"", pages="next" in response.links)
+    # The sizes of files are known, and checked elsewhere.
+    is_api = request.url.path.startswith(urlsplit(constants.ENDPOINT).path.rstrip("/") + "/api/")
+    is_file = request.method == "GET" and response.status_code in (200, 206) and not is_api
+    response.stream = _bounded()(response.stream, None if is_file else call)
 
 
 @cache
@@ -109,24 +90,22 @@ def _bounded() -> Any:
     class Bounded(httpx().SyncByteStream):  # type: ignore[misc]
         """A body that is given up where it comes too slowly, or is too long."""
 
-        def __init__(self, stream: Any, counted: Call | None) -> None:
-            self._stream, self._counted = stream, counted
+        def __init__(self, stream: Any, call: Call | None) -> None:
+            self._stream, self._call = stream, call
 
         def __iter__(self) -> Iterator[bytes]:
-            chunks = iter(self._stream)
             waited, came, before = 0.0, 0, time.monotonic()
-            while (chunk := next(chunks, None)) is not None:
+            for chunk in self._stream:
                 check_stop()
                 waited, came = waited + time.monotonic() - before, came + len(chunk)
                 if waited > WINDOW:
                     if came < SLOWEST * WINDOW:
                         raise RefusedError(
-                            f"it sends less than {SLOWEST} bytes a second",
-                            fix="try again later, or by another way",
+                            f"it sends less than {SLOWEST} bytes a second", fix="try again later"
                         )
                     waited, came = 0.0, 0
-                if self._counted is not None:
-                    self._counted.came(chunk)
+                if self._call is not None:
+                    self._call.count(chunk)
                 yield chunk
                 before = time.monotonic()
 
@@ -145,7 +124,3 @@ def retry_after(headers: Any) -> int | None:
         return int(text)
     info = parse_ratelimit_headers(headers)
     return info.reset_in_seconds if info is not None and info.remaining == 0 else None
-
-
-def _endless(what: str) -> RefusedError:
-    return RefusedError(f"the Hub {what}", fix="check HF_ENDPOINT: is that a Hub, and the repository sound?")

@@ -30,8 +30,6 @@ def hub_errors(where: str) -> Iterator[None]:
     if constants.HF_HUB_CACHE.startswith("~"):  # as it stays in a container whose user has no home
         fix = "set HOME, or HF_HOME to a directory of yours"
         raise HubError("no home directory is known, so the Hub cache is nowhere", where=where, fix=fix)
-    library = httpx()
-    known = (OSError, ValueError, KeyError, library.HTTPError, library.InvalidURL, *_others())
     try:
         with token_guarded():
             yield
@@ -41,9 +39,7 @@ def hub_errors(where: str) -> Iterator[None]:
             raise HubError(refusal.what, where=where, fix=refusal.fix) from error
         if isinstance(error, HFValidationError):
             raise HubError(f"not a name that the Hub allows: {error}", where=where, fix="check it") from error
-        if isinstance(error, QKPatchError | MemoryError) or not (
-            isinstance(error, known) or _is_theirs(error)
-        ):
+        if isinstance(error, QKPatchError | MemoryError) or not _is_theirs(error):
             raise
         raise _explained(error, where) from error
 
@@ -52,13 +48,6 @@ def _is_theirs(error: Exception) -> bool:
     """Whether a library raised it: of what a server says, it takes much for granted."""
     *_, (frame, _line) = walk_tb(error.__traceback__)
     return not str(frame.f_globals.get("__name__")).startswith("qkpatch.")
-
-
-def _others() -> tuple[type[Exception], ...]:
-    """Errors of the library that are none of the usual kinds."""
-    from huggingface_hub import errors
-
-    return (errors.RevisionResolutionError, errors.EntryNotFoundError, errors.FileDuplicationError)
 
 
 def _explained(error: Exception, where: str) -> HubError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from qkpatch.checkpoint.tree import is_plain_relative
 from qkpatch.errors import CheckpointError
@@ -12,8 +12,7 @@ from qkpatch.hub.errors import hub_errors
 from qkpatch.hub.token import hub_api
 
 _LONGEST_PART, _LONGEST = 255, 2048  # bytes: what file systems take, and half of what Linux does
-_MOST = 2**63  # bytes of a file, as offsets are
-_GIT, _SHA256 = re.compile("[0-9a-f]{40}"), re.compile("[0-9a-f]{64}")
+_DIGEST = re.compile("git:[0-9a-f]{40}|sha256:[0-9a-f]{64}")
 
 
 class Listed(NamedTuple):
@@ -23,7 +22,7 @@ class Listed(NamedTuple):
     size: int
     blob: str  # what Git calls its content
     sha256: str | None  # of large files
-    is_copyable: bool = False  # from one repository to another, on the Hub's side
+    is_copyable: bool  # from one repository to another, on the Hub's side
 
 
 def listing(repo: str, revision: str | None, where: str) -> list[Listed]:
@@ -36,28 +35,18 @@ def listing(repo: str, revision: str | None, where: str) -> list[Listed]:
     from huggingface_hub.hf_api import RepoFile
 
     with hub_errors(where):
-        entries = [
-            e
-            for e in hub_api().list_repo_tree(repo, recursive=True, revision=revision)
-            if isinstance(e, RepoFile)
-        ]
+        entries = list(hub_api().list_repo_tree(repo, recursive=True, revision=revision))
     found: dict[str, Listed] = {}
-    for entry in entries:
-        file = Listed(
-            entry.path,
-            entry.size,
-            entry.blob_id,
-            None if entry.lfs is None else entry.lfs.sha256,
-            entry.lfs is not None and bool(entry.xet_hash),
-        )
-        if (why := _fault(file)) is not None:
-            raise _unsound(where, file.name, why)
-        if file.name in found:
-            raise _unsound(where, file.name, "is there twice")
-        found[file.name] = file
+    for e in entries:
+        if isinstance(e, RepoFile):
+            sha256 = None if e.lfs is None else e.lfs.sha256
+            file = Listed(e.path, e.size, e.blob_id, sha256, e.lfs is not None and bool(e.xet_hash))
+            if (why := "is there twice" if file.name in found else _fault(file)) is not None:
+                raise _unsound(file.name, why, where)
+            found[file.name] = file
     folders = {str(folder) for name in found for folder in PurePosixPath(name).parents}
     if clash := sorted(folders & found.keys()):
-        raise _unsound(where, clash[0], "is a file, and a directory as well")
+        raise _unsound(clash[0], "is a file, and a directory as well", where)
     return sorted(found.values())
 
 
@@ -65,26 +54,21 @@ def _fault(file: Listed) -> str | None:
     """Why no file can be as it is listed; None where one can."""
     if not isinstance(file.name, str) or not is_plain_relative(file.name):
         return "is no plain path"
-    try:
-        parts = [len(part.encode()) for part in file.name.split("/")]
-    except UnicodeEncodeError:
-        return "is no UTF-8"
-    if max(parts) > _LONGEST_PART or sum(parts) + len(parts) > _LONGEST:
-        return "is longer than a file's name can be"
-    if type(file.size) is not int or not 0 <= file.size < _MOST:
+    parts = [len(part.encode(errors="surrogatepass")) for part in file.name.split("/")]
+    if (
+        max(parts) > _LONGEST_PART
+        or sum(parts) + len(parts) > _LONGEST
+        or re.search("[\ud800-\udfff]", file.name)
+    ):
+        return "no file can be called"
+    if type(file.size) is not int or not 0 <= file.size < 2**63:
         return f"has {file.size!r:.40} bytes"
-    if not _is(_GIT, file.blob) or not (file.sha256 is None or _is(_SHA256, file.sha256)):
-        return "has no digest"
-    return None
-
-
-def _is(pattern: re.Pattern[str], digest: Any) -> bool:
-    return isinstance(digest, str) and pattern.fullmatch(digest) is not None
-
-
-def _unsound(where: str, name: Any, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"it lists {name!r:.300}, which {why}",
-        where=where,
-        fix="do not use this repository: it is broken or hostile",
+    digests = f"git:{file.blob}", f"sha256:{file.sha256}"
+    return (
+        None if all(map(_DIGEST.fullmatch, digests[: 1 if file.sha256 is None else 2])) else "has no digest"
     )
+
+
+def _unsound(name: object, why: str, where: str) -> CheckpointError:
+    fix = "do not use this repository: it is broken or hostile"
+    return CheckpointError(f"it lists {name!r:.300}, which {why}", where=where, fix=fix)

@@ -76,25 +76,25 @@ class Transfer:
                         return
             except _BrokenError as broken:
                 failures += 1
-                if failures > _FAILURES:
-                    what = f"the connection broke {failures} times in a row: {broken}"
-                    raise self._error(file, what, "try again later") from broken
-                self._pause(broken, failures, is_given_up)
+                self._pause(file, broken, failures, is_given_up)
 
     def whole(self, file: Listed) -> bytes:
         """All of a small file."""
         failures = 0
         while True:
             try:
-                return b"".join(self._whole(file))
+                with self._answer(file, {}) as response:
+                    return b"".join(self._body(file, response, file.size))
             except _BrokenError as broken:
                 failures += 1
-                if failures > _FAILURES:
-                    what = f"the connection broke {failures} times: {broken}"
-                    raise self._error(file, what, "try again later") from broken
-                self._pause(broken, failures, lambda: False)
+                self._pause(file, broken, failures, lambda: False)
 
-    def _pause(self, broken: _BrokenError, failures: int, is_given_up: Callable[[], bool]) -> None:
+    def _pause(
+        self, file: Listed, broken: _BrokenError, failures: int, is_given_up: Callable[[], bool]
+    ) -> None:
+        if failures > _FAILURES:
+            what = f"the connection broke {failures} times in a row: {broken}"
+            raise self._error(file, what, "try again later") from broken
         usual = min(_FIRST_WAIT * 2 ** (failures - 1), _LONGEST_WAIT)
         until = time.monotonic() + (usual if broken.wait is None else broken.wait)
         while (left := until - time.monotonic()) > 0 and not is_given_up():
@@ -122,10 +122,6 @@ class Transfer:
                     "try again; if it stays, what HF_ENDPOINT or a proxy delivers is not the listed file",
                 )
             yield from self._body(file, response, end - begin)
-
-    def _whole(self, file: Listed) -> Iterator[bytes]:
-        with self._answer(file, {}) as response:
-            yield from self._body(file, response, file.size)
 
     def _body(self, file: Listed, response: Any, size: int) -> Iterator[bytes]:
         self._check_tag(file, response)

@@ -68,21 +68,17 @@ def _shares_blocks(place: Path, files: Collection[SourceFile]) -> bool:
         return False
 
 
-def is_memory_limited() -> bool:
-    """Whether this process may take only so much address space: libraries that are loaded later may not fit."""
-    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+def check_limits(files: int, memory: int) -> bool:
+    """Whether this process may take only so much address space, so that libraries that are loaded later may not fit.
 
-
-def check_limits(files: int, memory: int) -> None:
-    """Raise :class:`FileSystemError` where this process may not open so many more files, or take so many bytes."""
+    Raises:
+        FileSystemError: it may not open so many more files, or take so many bytes.
+    """
     files += len(os.listdir("/proc/self/fd"))
-    for kind, flag, needed, what in (
-        (resource.RLIMIT_NOFILE, "-n", files, "open files"),
-        (resource.RLIMIT_AS, "-v", memory, "bytes of memory"),
-    ):
-        limit = resource.getrlimit(kind)[0]
+    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_AS)]
+    needs = (files, "open files", "ulimit -n"), (memory, "bytes of memory", "ulimit -v")
+    for limit, (needed, what, command) in zip(limits, needs, strict=True):
         if limit != resource.RLIM_INFINITY and limit < needed:
-            raise FileSystemError(
-                f"{needed:,} {what} are needed, and {limit:,} are allowed",
-                fix=f"raise the limit: ulimit {flag}",
-            )
+            what = f"{needed:,} {what} are needed, and {limit:,} are allowed"
+            raise FileSystemError(what, fix=f"raise the limit: {command}")
+    return limits[1] != resource.RLIM_INFINITY

@@ -26,7 +26,7 @@ from qkpatch.model.targets import LayerTarget
 from qkpatch.output.destination import Replaced
 from qkpatch.output.journal import Journal
 from qkpatch.output.options import PLAIN, Digest, Writing
-from qkpatch.output.space import check_limits, is_memory_limited
+from qkpatch.output.space import check_limits
 from qkpatch.output.staged_files import StagedFiles
 from qkpatch.output.staging import Staging
 from qkpatch.patching.checked_sources import Sources
@@ -143,8 +143,8 @@ def check_run(plan: EditPlan, device: str, threads: int) -> None:
     if find_spec("torch") is None:
         raise no_torch()
     memory = peak_memory(threads, plan.head_memory, len(plan.model.checkpoint.tensors))
-    check_limits(_OPEN_FILES + 2 * threads + files_open(plan), memory)
-    if device not in ("auto", "cpu") or is_memory_limited():  # the usual ones are always there
+    is_limited = check_limits(_OPEN_FILES + 2 * threads + files_open(plan), memory)
+    if is_limited or device not in ("auto", "cpu"):  # which are always there
         _editor(device)
 
 

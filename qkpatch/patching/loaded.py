@@ -29,6 +29,7 @@ from qkpatch.planning.request import Request
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items() if dtype is not torch.uint8}
 _FILE = "memory"
+_COMPILED = "_orig_mod"  # where torch.compile keeps a module, whose tensors stay its own
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def edit_loaded(model: torch.nn.Module, request: Request, threads: int | None = 
     for what in ("max_shard_size", "exclude"):
         if getattr(request, what) is not None:
             raise UsageError("a loaded model has no files", where=what, fix="leave it out")
-    model = getattr(model, "_orig_mod", model)  # of torch.compile's, whose tensors are the model's own
+    model = getattr(model, _COMPILED, model)
     tensors = _tensors(model)
     where = type(model).__name__
     refs = _refs(tensors)
@@ -135,7 +136,8 @@ def _tensors(model: torch.nn.Module) -> dict[str, Tensor]:
             where=type(model).__name__,
             fix="load it without quantization_config, or edit the checkpoint with `qkpatch apply`",
         )
-    tensors = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
+    stored = model.state_dict(keep_vars=True).items()
+    tensors = {name.replace(f"{_COMPILED}.", ""): tensor.detach() for name, tensor in stored}
     places = sorted({str(tensor.device) for tensor in tensors.values()})
     if "meta" in places:
         raise UnsupportedError(

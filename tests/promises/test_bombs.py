@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from conftest import Tiny, build_tiny
 from fake_hub import TOKEN, FakeHub, Repo, command
 from typer.testing import Result
 
+from qkpatch.checkpoint.files import open_read
 from qkpatch.checkpoint.header import parse_header
+from qkpatch.common.interrupts import Terminated, unwinding_on_kill
 from qkpatch.common.json_text import MAX_VALUES, load_json
 from qkpatch.common.strict_yaml import load_yaml
 from qkpatch.errors import UNEXPECTED, CheckpointError, HeaderError, QKPatchError, plain, redact
@@ -195,7 +198,9 @@ def test_an_index_of_200_000_tensors_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("make", [lambda n: "." * n, lambda n: "a" * n, lambda n: "layers.0." * (n // 9)],
                          ids=["dots", "letters", "layers"])  # fmt: skip
-@pytest.mark.parametrize("name", [("plan",), pytest.param(("diff",), marks=pytest.mark.stress)])
+@pytest.mark.parametrize(
+    "name", [("plan",), ("recipes", "check"), pytest.param(("diff",), marks=pytest.mark.stress)]
+)
 def test_a_long_tensor_name_costs_no_more_than_its_length(
     name: tuple[str, ...], make: Callable[[int], str], tmp_path: Path, run: Callable[..., Result]
 ) -> None:
@@ -277,7 +282,7 @@ def entries(*changes: dict[str, object]) -> Callable[[Any], None]:
 
 HUB = {
     "a compressed listing": (TREE, says(BLANK, **{"Content-Encoding": "gzip"}), "compressed"),
-    "pages without end": (TREE, next_page, "pages"),
+    "pages without end": (TREE, next_page, "1,001 pages"),
     "a listing without end": (TREE, without_end(b"[]," * 10_000), "says more than any Hub"),
     "a revision without end": (REVISION, without_end(b" " * 100_000), "says more than any Hub"),
     "a listing that is blank": (TREE, says(b" " * (65 << 20)), "says more than any Hub"),
@@ -311,9 +316,9 @@ HUB = {
     # what no sound repository lists
     "a name that is a number": (TREE, entries({"path": 7}), "no plain path"),
     "a name that leads out": (TREE, entries({"path": "../a"}), "no plain path"),
-    "a name of half a pair": (TREE, says(HALF), "no UTF-8"),
-    "a long name": (TREE, entries({"path": "a" * 256}), "longer"),
-    "a long path": (TREE, entries({"path": "/".join(["a" * 200] * 12)}), "longer"),
+    "a name of half a pair": (TREE, says(HALF), "no file can be called"),
+    "a long name": (TREE, entries({"path": "a" * 256}), "no file can be called"),
+    "a long path": (TREE, entries({"path": "/".join(["a" * 200] * 12)}), "no file can be called"),
     "twice": (TREE, entries({}, {}), "there twice"),
     "a file that is a directory": (TREE, entries({}, {"path": "a/b"}), "a directory as well"),
     "a negative size": (TREE, entries({"size": -1}), "has -1 bytes"),
@@ -641,3 +646,28 @@ def test_errors_of_both_kinds_are_typed() -> None:
         load_json(b"[" * 10, "x")
     with pytest.raises(HeaderError):
         header(b"[")
+
+
+def test_a_signal_ends_what_other_threads_read(tmp_path: Path) -> None:
+    """Of a library's pool too, for whose threads the main one waits."""
+    hole = tmp_path / "hole"
+    with open(hole, "wb") as file:
+        file.truncate(100 << 30)
+
+    def read() -> None:
+        with open_read(hole) as opened:
+            opened.sha256(0, opened.size)
+
+    begun = time.monotonic()
+
+    def interrupted() -> None:
+        with ThreadPoolExecutor(2) as pool:
+            running = [pool.submit(read) for _ in range(2)]
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGTERM)
+            for one in running:
+                one.result()
+
+    with unwinding_on_kill(), pytest.raises(Terminated):
+        interrupted()
+    assert time.monotonic() - begun < 10
