@@ -51,13 +51,18 @@ def choose_recipe(
         expected = "; ".join(
             f"{r.name} expects {p}{r.tensors.query}" for r in claimed for p in r.tensors.prefixes
         )
-        found = ", ".join(query_like(names)) or "no q_proj at all"
+        found = f"the checkpoint holds, for example: {', '.join(query_like(names)) or 'no q_proj at all'}"
         if any(name.startswith(_OF_MLX) for name in names):
+            is_text = all(recipe.config.sections == (TOP_LEVEL,) for recipe in claimed)
             found += "; MLX saves such names, and other gains of norms: patch the original checkpoint"
+            if is_text and any(not name.startswith("language_model.") for name in names):
+                found = (
+                    "config.json is the text model's alone, and the weights are a whole model's: restore its"
+                )
         raise AmbiguousError(
             f"{identity} is known, but no query tensor has the expected name: {expected}",
             where="tensor names",
-            fix=f"the checkpoint holds, for example: {found}",
+            fix=found,
         )
     what, fix = (
         f"no recipe is made for {identity}",
