@@ -99,7 +99,7 @@ def _indexed(where: str, files: Mapping[str, SourceFile], name: str) -> Weights:
             fix="remove the stale one, or leave it out: --exclude NAME",
         )
     if missing:
-        raise CheckpointError(what, where=name, fix="download the missing shards; and do not --exclude any")
+        raise CheckpointError(what, where=name, fix="download the missing shards, and do not --exclude them")
     stem = _INDEX.sub(r"\1\2", name)
     return Weights(shards, stem, name, weight_map)
 

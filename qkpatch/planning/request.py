@@ -25,7 +25,7 @@ _SIZE = re.compile(r"(\d{1,18})\s*([KMGT]I?B)?", re.ASCII | re.IGNORECASE)
 
 _KINDS: dict[str, Any] = {
     "recipe": str, "prefix": str, "modes": int, "alpha": int | float, "seed": int, "fold_norm": bool,
-    "max_shard_size": int,
+    "max_shard_size": int
 }  # fmt: skip
 
 
