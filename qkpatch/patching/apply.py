@@ -112,7 +112,6 @@ def apply_plan(
             )
             hashed = {name: how.sha256 for name, how in carried.items()}
             hashed |= copier.edited_digests(crew, carried)
-            copier.sync_edited()
             manifest = replace(
                 planned,
                 tool=replace(planned.tool, torch=editor.torch_version, python=platform.python_version()),

@@ -268,8 +268,9 @@ class Copier:
         return self._edited[at.shard].sha256(at.begin, at.end)
 
     def seal(self) -> None:
-        """Say that nothing more will be written to the edited files."""
+        """Say that nothing more will be written to the edited files, and wait until they are on the disk."""
         for name, opened in self._edited.items():
+            synced(opened.fd, opened.where)
             self._staged.is_done(name, os.fstat(opened.fd))
 
     def edited_digests(self, crew: Crew, taken: dict[str, Carried]) -> dict[str, str]:
@@ -280,11 +281,6 @@ class Copier:
         sizes = self._plan.output.files
         digests = crew.map(lambda name: self._edited[name].sha256(0, sizes[name].size), names)
         return dict(zip(names, digests, strict=True))
-
-    def sync_edited(self) -> None:
-        """Wait until the edited files are on the disk."""
-        for opened in self._edited.values():
-            synced(opened.fd, opened.where)
 
 
 class _Rows:
