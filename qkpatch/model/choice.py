@@ -33,8 +33,9 @@ def choose_recipe(
         CheckpointError: training left its prefix in the names.
     """
     names = list(tensor_names)
-    claimed = _claimed(config)
-    fits = fitting(config, names)
+    kin = shipped_recipes(str(config.get("model_type") or ""))
+    claimed = [recipe for recipe in kin.values() if recipe.matches(config)]
+    fits = [recipe for recipe in claimed if recipe.tensors.matching_prefixes(names)]
     if len(fits) == 1:
         return fits[0]
     identity = f"model_type {config.get('model_type')!r}, architectures {config.get('architectures')!r}"
@@ -73,17 +74,6 @@ def choose_recipe(
     elif not known:
         fix = "`qkpatch recipes check SOURCE` tells what comes near, and drafts a recipe"
     raise AmbiguousError(what, where="config.json", fix=fix)
-
-
-def fitting(config: Mapping[str, Any], tensor_names: Iterable[str]) -> list[Recipe]:
-    """The shipped recipes whose model type, architectures and tensor names fit."""
-    names = list(tensor_names)
-    return [recipe for recipe in _claimed(config) if recipe.tensors.matching_prefixes(names)]
-
-
-def _claimed(config: Mapping[str, Any]) -> list[Recipe]:
-    kin = shipped_recipes(str(config.get("model_type") or ""))
-    return [recipe for recipe in kin.values() if recipe.matches(config)]
 
 
 def refuse_unknown(names: Iterable[str], config: Mapping[str, Any]) -> None:
