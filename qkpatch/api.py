@@ -56,7 +56,8 @@ def plan(
         source: a directory, a ``.safetensors`` file, ``org/name[@revision]``, or a recipe's name.
         request: the edit as a value; in its place, its fields by keyword: ``layers=range(10, 19)`` (or ``"10-18"``),
             ``heads``, ``modes=4``, ``alpha=0.8`` in [0, 1], ``channel="full"``, ``select="dominant"``, ``seed``,
-            ``recipe``, ``prefix``, ``attention``, ``fold_norm``, ``max_shard_size`` (bytes, or ``"5GB"``).
+            ``recipe``, ``prefix``, ``attention``, ``fold_norm``, ``max_shard_size`` (bytes, or ``"5GB"``),
+            ``exclude`` (globs of what is left out of OUT).
         out: where it is to be written, where :func:`apply` would refuse that: then it is refused now.
         writing: how, likewise.
         cache: read a snapshot in the Hub cache where there is a whole one.
@@ -286,7 +287,7 @@ def patch_model(model: torch.nn.Module, request: Request | None = None, **edit: 
 
     Args:
         model: with its ``config``, its weights in one place.
-        request: as of :func:`plan`, but for ``max_shard_size``.
+        request: as of :func:`plan`, but for ``max_shard_size`` and ``exclude``.
         **edit: the fields of ``request``.
 
     Returns:

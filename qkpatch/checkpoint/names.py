@@ -48,7 +48,9 @@ def matching(name: str, patterns: Collection[str]) -> str | None:
 
 @cache
 def _regex(patterns: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("|".join(rf"(?s:.*/)?{translate(pattern.rstrip('/'))}" for pattern in patterns))
+    return re.compile(
+        "|".join(rf"(?s:.*/)?{translate(pattern.removeprefix('./').rstrip('/'))}" for pattern in patterns)
+    )
 
 
 def came_by_itself(name: str, recorded: Collection[str]) -> bool:

@@ -39,7 +39,7 @@ class Present:
                 self._add(name, status)
 
     def _add(self, name: str, status: os.stat_result) -> None:
-        is_wish = not came_by_itself(name, ())
+        is_wish = not came_by_itself(name, ()) and not any(b.startswith(f"{name}/") for b in BOOKKEEPING)
         if is_wish:
             self.identities[name] = _identity(status)
         shown = name.encode("utf-8", "backslashreplace").decode()

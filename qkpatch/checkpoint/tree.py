@@ -155,7 +155,8 @@ def walk_files(root: Path, exclude: Collection[str] = ()) -> Folder:
             linked = (
                 os.path.relpath(os.path.realpath(path), os.path.realpath(root)) if path.is_symlink() else name
             )
-            if name in BOOKKEEPING or matching(name, exclude) or matching(linked, exclude):
+            is_inside = not linked.startswith("../")
+            if name in BOOKKEEPING or matching(name, exclude) or (is_inside and matching(linked, exclude)):
                 found.left_out[name] = 0 if name in BOOKKEEPING else _bytes_of(path)
                 continue
             if any("\ud800" <= c <= "\udfff" for c in name):  # how Python holds bytes that are not UTF-8

@@ -83,7 +83,7 @@ ExcludeOpt = Annotated[
     typer.Option(
         "--exclude",
         metavar="GLOB",
-        help="Leave these files and folders of SOURCE out of OUT: checkpoint-100, *.gguf; repeatable.",
+        help="Leave out these files and folders of SOURCE: checkpoint-100, *.gguf; repeatable.",
         show_default=False,
     ),
 ]

@@ -13,7 +13,7 @@ from collections.abc import Hashable
 from difflib import get_close_matches
 from enum import Enum
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
@@ -90,11 +90,8 @@ def load_yaml(text: bytes, where: str) -> Any:
         raise RecipeError(f"not valid YAML: {error}", where=where) from error
 
 
-class Entry(NamedTuple):
-    """A key's lines to the letter; and its text or texts, None for each null, None where it has another value."""
-
-    lines: str
-    texts: tuple[str | None, ...] | None
+# A key's lines to the letter; and its text or texts, None for each null, None where it has another value.
+Entry = tuple[str, tuple[str | None, ...] | None]
 
 
 def top_level(text: str, where: str) -> dict[str, Entry] | None:
@@ -120,7 +117,7 @@ def top_level(text: str, where: str) -> dict[str, Entry] | None:
             yaml.serialize(entry, None, yaml.SafeDumper, allow_unicode=True, width=1e9) for entry in alone
         ]
     return {
-        key.value: Entry(own, _texts(value))
+        key.value: (own, _texts(value))
         for (key, value), own in zip(root.value, lines, strict=False)
         if isinstance(key, yaml.ScalarNode)
     }

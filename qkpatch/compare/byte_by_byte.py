@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 
-from qkpatch.checkpoint.content import Held, Parts, feed_source, held_file
+from qkpatch.checkpoint.content import Held, Parts, damaged, feed_source, held_file
 from qkpatch.checkpoint.files import OpenFile, Progress
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.pairs import Reader, Span
 from qkpatch.checkpoint.present_files import Present
 from qkpatch.checkpoint.source import Stored
-from qkpatch.checkpoint.tree import LocalFile, SourceFile
+from qkpatch.checkpoint.tree import LocalFile
 from qkpatch.output.layout import Output, OutputFile
-
-Spans = Callable[[str], list[tuple[int, int]]]  # the planned rows of a file of OUT
+from qkpatch.planning.plan import EditPlan
 
 
 @dataclass(frozen=True)
@@ -75,11 +74,9 @@ class Listing:
     Of SOURCE nothing is read but those rows, and the headers that a resharded OUT does not have.
     """
 
-    def __init__(
-        self, files: Mapping[str, SourceFile], output: Output, present: Present, planned: Spans
-    ) -> None:
-        self._files, self._present = files, present
-        self._held = output.held(planned)
+    def __init__(self, source: Stored, plan: EditPlan | None, output: Output, present: Present) -> None:
+        self._files, self._present = source.files, present
+        self._held = output.held((lambda _: []) if plan is None else plan.written_ranges)
         # Files of SOURCE of which OUT has a part not at all, which is told elsewhere.
         self.lost = {
             extent.file.name
@@ -87,51 +84,61 @@ class Listing:
             if name not in present.files or present.files[name].size != wanted.size
             for extent in wanted.extents
         }
+        # What more is to be known of a file while it is read: its edited tensors, and planned rows, which come again.
+        self._parts: dict[str, list[tuple[int, int]]] = {}
+        self._digests: dict[tuple[str, int, int], str] = {}
+        edits, heads = ((), ()) if plan is None else (plan.edits, plan.settings.heads)
+        for edit in edits:
+            rows = (part for head in heads for part in edit.written_ranges(head))
+            for ref, begin, end in [*((ref, ref.begin, ref.end) for ref in edit.written), *rows]:
+                self._parts.setdefault(ref.shard, []).append((begin, end))
 
-    def check(
-        self, file: SourceFile, edited: Sequence[TensorRef], progress: Progress
-    ) -> tuple[list[Mismatch], dict[str, str]]:
-        """What is wrong with a file of SOURCE as OUT has it, and the SHA-256 in SOURCE of ``edited`` tensors of it."""
-        held = self._held.get(file.name, [])
-        if file.name in self.lost or not held or isinstance(file, LocalFile):
-            return [], {}
-        whole = [Held(0, file.size, held[0].name, 0)]
-        listed, digests = file.listed, list[str]()
-        if listed is not None and listed.sha256 is not None and held == whole:
-            is_same = self._present.sha256(held[0].name) == listed.sha256
-        elif listed is not None:
-            digest = listed.hasher(file.size)
-            parts = Parts(digest, [(ref.begin, ref.end) for ref in edited])
-            with file.open() as opened:
-                feed_source(parts, opened, held, self._present.open)
-            is_same, digests = digest.hexdigest() == listed.digest, parts.digests()
-        else:
-            is_same = False
-        progress(sum(piece.end - piece.begin for piece in held))
-        if is_same:
-            return [], {ref.name: digest for ref, digest in zip(edited, digests, strict=True)}
-        names = sorted({piece.name for piece in held})
-        more = "" if len(names) == 1 else f" (and {len(names) - 1} more)"
-        what = f"differs outside the planned rows: it is not {file.where} as the Hub lists it, by its digest"
-        return [Mismatch(names[0], f"{what}{more}")], {}
+    def check(self, progress: Progress) -> Iterator[Mismatch]:
+        """What is wrong with files of SOURCE as OUT has them."""
+        for file in self._files.values():
+            held = self._held.get(file.name, [])
+            if file.name in self.lost or not held or isinstance(file, LocalFile):
+                continue
+            whole, listed, is_same = [Held(0, file.size, held[0].name, 0)], file.listed, False
+            if listed is not None and listed.sha256 is not None and held == whole:
+                is_same = self._present.sha256(held[0].name) == listed.sha256
+            elif listed is not None:
+                wanted = self._parts.get(file.name, [])
+                digest = listed.hasher(file.size)
+                parts = Parts(digest, wanted)
+                with file.open() as opened:
+                    feed_source(parts, opened, held, self._present.open)
+                if is_same := digest.hexdigest() == listed.digest:
+                    met = zip(wanted, parts.digests(), strict=True)
+                    self._digests |= {(file.name, *part): sha256 for part, sha256 in met}
+            progress(sum(piece.end - piece.begin for piece in held))
+            if not is_same:
+                names = sorted({piece.name for piece in held})
+                more = "" if len(names) == 1 else f" (and {len(names) - 1} more)"
+                what = f"it is not {file.where} as the Hub lists it, by its digest"
+                yield Mismatch(names[0], f"differs outside the planned rows: {what}{more}")
 
     @contextmanager
     def open(self, name: str, ranges: Sequence[tuple[int, int]] = ()) -> Iterator[OpenFile]:
         """A file of SOURCE for reading; one that is elsewhere out of OUT, once that was found to have it."""
-        file = self._files[name]
-        held = self._held.get(name, [])
-        with (
-            file.open(ranges)
-            if isinstance(file, LocalFile)
-            else held_file(file, held, ranges, self._present.open)
-        ) as opened:
+        file, held = self._files[name], self._held.get(name, [])
+        if isinstance(file, LocalFile):
+            with file.open(ranges) as opened:
+                yield opened
+            return
+        with held_file(file, held, ranges, self._present.open) as opened:
+            for part in ranges:  # what is fetched again is what it was
+                if self._digests.get((name, *part), digest := opened.sha256(*part)) != digest:
+                    raise damaged(file.where)
             yield opened
 
-
-def tensor_digest(file: SourceFile, ref: TensorRef) -> str:
-    """SHA-256 of a tensor of SOURCE."""
-    with file.open() as opened:
-        return opened.sha256(ref.begin, ref.end)
+    def sha256(self, ref: TensorRef) -> str | None:
+        """Of an edited tensor in SOURCE; None where it was not met there."""
+        file = self._files[ref.shard]
+        if not isinstance(file, LocalFile):
+            return self._digests.get((ref.shard, ref.begin, ref.end))
+        with file.open() as opened:
+            return opened.sha256(ref.begin, ref.end)
 
 
 def _place(source: Stored, shard: str, offset: int) -> str:

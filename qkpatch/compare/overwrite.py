@@ -61,8 +61,8 @@ def check_fits(out: Path, plan: EditPlan, writing: Writing) -> None:
 def _present(out: Path, plan: EditPlan, writing: Writing, observer: Observer) -> Replaced | Manifest | None:
     with Rooted(out) as root:
         present = Present(root)
-        if not present.identities:
-            return None
+        if not present.identities:  # nothing, or what is nobody's wish
+            return Replaced(destination_path(out), {}) if root.names() else None
         observer.begins("look at OUT:", present.size, 0)
         replaced = Replaced(destination_path(out), present.identities)
         try:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from qkpatch.checkpoint.present_files import Present
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME, Checkpoint
-from qkpatch.checkpoint.tree import LocalFile
-from qkpatch.compare.byte_by_byte import Mismatch, tensor_digest
+from qkpatch.compare.byte_by_byte import Listing, Mismatch
 from qkpatch.errors import QKPatchError
 from qkpatch.model.locate import Source
 from qkpatch.output.layout import Output
@@ -32,7 +31,7 @@ def another_source(
     manifest: Manifest,
     found: Source,
     checkpoint: Checkpoint,
-    listed: Mapping[str, str],
+    listing: Listing,
     fault: QKPatchError | None,
 ) -> Mismatch | None:
     """One mismatch for all, where SOURCE is not what OUT was made from; None where it may be.
@@ -41,7 +40,7 @@ def another_source(
         manifest: of OUT.
         found: SOURCE.
         checkpoint: what it holds.
-        listed: SHA-256 of tensors of it that are known already.
+        listing: knows digests of it.
         fault: why the recorded edit cannot be made on it, where it cannot.
     """
     why = None
@@ -50,8 +49,7 @@ def another_source(
         if ref is None or (ref.dtype, ref.shape) != (edit.dtype, edit.shape):
             why = why or f"{edit.tensor} is {'not' if ref is None else 'of another dtype or shape'} there"
             continue
-        file = checkpoint.files[ref.shard]
-        digest = tensor_digest(file, ref) if isinstance(file, LocalFile) else listed.get(ref.name)
+        digest = listing.sha256(ref)
         if None in (query.sha256_before, digest) or query.sha256_before == digest:
             return None
         why = (
@@ -95,13 +93,10 @@ def sums_mismatches(manifest: Manifest, present: Present, *, has_sums: bool) -> 
 
 
 def check_edits(
-    manifest: Manifest, plan: EditPlan, present: Present, listed: Mapping[str, str], *, as_written: bool
+    manifest: Manifest, plan: EditPlan, present: Present, listing: Listing, *, as_written: bool
 ) -> Iterator[Mismatch]:
-    """The digests of edited tensors, on both sides, and that an edit is there at all.
-
-    ``listed`` has those of tensors of SOURCE that are known already.
-    """
-    sources, recorded = plan.model.checkpoint.files, {edit.tensor: edit for edit in manifest.edits}
+    """The digests of edited tensors, on both sides, and that an edit is there at all."""
+    recorded = {edit.tensor: edit for edit in manifest.edits}
     files = {file.name: file for file in manifest.files}
     for target in plan.edits:
         record = recorded.get(target.query.name)
@@ -110,8 +105,7 @@ def check_edits(
             out = present.files.get(place.shard)
             if out is None or out.size != plan.output.files[place.shard].size:
                 continue  # told already
-            source = sources[ref.shard]
-            before = tensor_digest(source, ref) if isinstance(source, LocalFile) else listed.get(ref.name)
+            before = listing.sha256(ref)
             with present.open(place.shard) as opened:
                 after = opened.sha256(place.begin, place.end)
             if before is not None and written.sha256_before not in (None, before):

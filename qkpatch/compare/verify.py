@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qkpatch.checkpoint.files import Progress
-from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.names import usual_beside
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import Present
-from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME, Checkpoint, open_checkpoint
+from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME, open_checkpoint
 from qkpatch.common.interrupts import signals_held
 from qkpatch.common.json_text import Json
 from qkpatch.common.number_ranges import abbreviate
@@ -186,14 +183,14 @@ def check(
     common = sorted(output.files.keys() & names)
     for name in common:
         found += side_by_side(output.files[name], present, _planned(plan, name), checkpoint, observer.copied)
-    listing = Listing(checkpoint.files, output, present, partial(_planned, plan))
-    before, wrong = _listed(plan, listing, checkpoint, observer.copied)
+    listing = Listing(checkpoint, plan, output, present)
+    wrong = [*listing.check(observer.copied)]
     found += wrong
     arithmetic = None
-    if found and (other := another_source(manifest, located, checkpoint, before, fault)) is not None:
+    if found and (other := another_source(manifest, located, checkpoint, listing, fault)) is not None:
         found = [other]
     elif plan is not None and planned is not None:
-        found += check_edits(manifest, plan, present, before, as_written=as_written)
+        found += check_edits(manifest, plan, present, listing, as_written=as_written)
         # A part of SOURCE is read out of OUT, where it is known to be that.
         if recomputed and plan.edits and not wrong and not listing.lost & checkpoint.headers.keys():
             with signals_held():  # torch's imports swallow what is raised in their midst
@@ -217,23 +214,6 @@ def check(
 
 def _planned(plan: EditPlan | None, name: str) -> list[tuple[int, int]]:
     return [] if plan is None else plan.written_ranges(name)
-
-
-def _listed(
-    plan: EditPlan | None, listing: Listing, checkpoint: Checkpoint, progress: Progress
-) -> tuple[dict[str, str], list[Mismatch]]:
-    """What of SOURCE is elsewhere, by the Hub's digests: those of its edited tensors, and what is wrong."""
-    edited: dict[str, list[TensorRef]] = {}
-    for target in () if plan is None else plan.edits:
-        for ref in target.written:
-            edited.setdefault(ref.shard, []).append(ref)
-    before: dict[str, str] = {}
-    found: list[Mismatch] = []
-    for file in checkpoint.files.values():
-        wrong, digests = listing.check(file, edited.get(file.name, []), progress)
-        found += wrong
-        before |= digests
-    return before, found
 
 
 def _notes(

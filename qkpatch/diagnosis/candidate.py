@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from qkpatch.checkpoint.source import Checkpoint
@@ -16,27 +16,13 @@ from qkpatch.recipes.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Reason:
-    """An error's three facts."""
-
-    what: str
-    where: str | None
-    fix: str | None
-
-    @classmethod
-    def of(cls, error: QKPatchError) -> Reason:
-        """The facts of ``error``."""
-        return cls(error.what, error.where, error.fix)
-
-
-@dataclass(frozen=True)
 class Finding:
     """Whether one thing that a recipe says is so."""
 
     about: str
     fits: bool
     found: str
-    reason: Reason | None = None  # why it does not fit
+    reason: QKPatchError | None = None  # why it does not fit
 
 
 @dataclass(frozen=True)
@@ -44,7 +30,7 @@ class Refusal:
     """Layers that cannot be edited, all for one reason."""
 
     layers: tuple[int, ...]
-    reason: Reason  # of the first of them; of several, with {layer} in names in place of its number
+    reason: QKPatchError  # of the first of them; of several, with {layer} in names in place of its number
 
 
 @dataclass(frozen=True)
@@ -72,10 +58,12 @@ class Candidate:
         return {
             "recipe": self.recipe.name,
             "fits": self.fits,
-            "findings": [asdict(finding) for finding in self.findings],
+            "findings": [
+                {**vars(f), "reason": None if f.reason is None else f.reason.to_json()} for f in self.findings
+            ],
             "editable_layers": self.editable,
             "skipped_layers": self.skipped,
-            "refused_layers": [asdict(refusal) for refusal in self.refused],
+            "refused_layers": [{"layers": r.layers, "reason": r.reason.to_json()} for r in self.refused],
         }
 
 
@@ -95,7 +83,7 @@ def examine(recipe: Recipe, checkpoint: Checkpoint) -> Candidate:
     try:
         opened = open_set(recipe, recipe.tensors, checkpoint, insist=False)
     except QKPatchError as error:
-        failed = Finding("numbers", False, "a contradiction", Reason.of(error))
+        failed = Finding("numbers", False, "a contradiction", error)
         names = Finding("tensor names", True, there)
         if len(prefixes) != 1:
             return Candidate(recipe, (*identity, Finding("tensor names", False, there, failed.reason)))
@@ -146,11 +134,10 @@ def _grouped(errors: Mapping[int, QKPatchError]) -> tuple[Refusal, ...]:
         groups.setdefault((error.kind, what), []).append(layer)
     refusals = []
     for (_, what), layers in groups.items():
-        first = errors[layers[0]]
-        reason = Reason.of(first)
+        reason = first = errors[layers[0]]
         if len(layers) > 1:
             where = None if first.where is None else _layered(first.where, layers[0])
-            reason = Reason(what, where, first.fix)
+            reason = type(first)(what, where=where, fix=first.fix)
         refusals.append(Refusal(tuple(layers), reason))
     return tuple(refusals)
 

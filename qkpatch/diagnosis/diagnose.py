@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from qkpatch.checkpoint.source import Checkpoint, open_checkpoint
-from qkpatch.diagnosis.candidate import Candidate, Reason, examine
+from qkpatch.diagnosis.candidate import Candidate, examine
 from qkpatch.diagnosis.draft import draft_text
-from qkpatch.errors import AmbiguousError, QKPatchError
+from qkpatch.errors import AmbiguousError, CheckpointError, QKPatchError
 from qkpatch.model.choice import query_like, refuse_unknown
 from qkpatch.model.locate import Access, locate
 from qkpatch.model.stacks import offers, placements, sections
@@ -31,9 +30,9 @@ class Diagnosis:
     candidates: tuple[Candidate, ...]  # recipes that config.json names, the best first
     query_like: tuple[str, ...]  # tensors that are named so, one per spelling
     offers: tuple[str, ...] = ()  # flags that would do
-    near: Mapping[Reason, list[str]] | None = None  # why layers in it are no language model of these recipes
+    near: tuple[tuple[QKPatchError, list[str]], ...] = ()  # why layers in it are no model of these recipes
     draft: str | None = None
-    no_draft: Reason | None = None  # why there is none, where one is due
+    no_draft: QKPatchError | None = None  # why there is none, where one is due
 
     @property
     def fitting(self) -> tuple[Candidate, ...]:
@@ -51,8 +50,8 @@ class Diagnosis:
             **vars(self),
             "recipe": self.fitting[0].recipe.name if len(self.fitting) == 1 else None,
             "candidates": [candidate.to_json() for candidate in self.candidates],
-            "near": [{"recipes": names, **asdict(why)} for why, names in (self.near or {}).items()],
-            "no_draft": None if self.no_draft is None else asdict(self.no_draft),
+            "near": [{"recipes": names, **error.to_json()} for error, names in self.near],
+            "no_draft": None if self.no_draft is None else self.no_draft.to_json(),
         }
 
 
@@ -81,10 +80,10 @@ def diagnose(source: str) -> Diagnosis:
     if not any(candidate.fits for candidate in candidates):
         try:
             _refuse(checkpoint, candidates)
-        except QKPatchError as error:
-            further = {"no_draft": Reason.of(error)}
-        else:
             further = {"offers": tuple(offers(checkpoint))}
+        except QKPatchError as error:
+            further = {"no_draft": error}
+        else:
             if not further["offers"]:
                 is_repo = located.kind == "hub" and located.name.count("/") == 1
                 numbers = [name for name, _ in sections(config)]
@@ -114,13 +113,12 @@ def _refuse(checkpoint: Checkpoint, candidates: tuple[Candidate, ...]) -> None:
         )
 
 
-def _near(checkpoint: Checkpoint) -> dict[Reason, list[str]]:
+def _near(checkpoint: Checkpoint) -> tuple[tuple[QKPatchError, list[str]], ...]:
     """Why layers with a language model's names and norms are not that language model, and whose they would be."""
-    found: dict[Reason, list[str]] = {}
+    found: dict[str, tuple[QKPatchError, list[str]]] = {}
     for recipe in language_models():
         fitting, refused = placements(recipe, checkpoint)
-        told = [Reason(f"{placed.prefix} {placed.doubt}", None, None) for placed in fitting]
-        told += [Reason.of(error) for error in refused.values() if not isinstance(error, AmbiguousError)]
-        for reason in told:
-            found.setdefault(reason, []).append(recipe.name)
-    return found
+        told = [CheckpointError(f"{placed.prefix} {placed.doubt}") for placed in fitting]
+        for error in (*told, *(e for e in refused.values() if not isinstance(e, AmbiguousError))):
+            found.setdefault(str(error), (error, []))[1].append(recipe.name)
+    return tuple(found.values())

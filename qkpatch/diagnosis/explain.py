@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from qkpatch.common.number_ranges import abbreviate, format_ranges
 from qkpatch.common.text import cut, wrapped
-from qkpatch.diagnosis.candidate import Candidate, Reason
+from qkpatch.diagnosis.candidate import Candidate
 from qkpatch.diagnosis.diagnose import Diagnosis
 from qkpatch.diagnosis.draft import NAME
+from qkpatch.errors import QKPatchError
 
 _MOST = 5  # reasons
 
@@ -23,11 +24,11 @@ def explanation(diagnosis: Diagnosis, width: int) -> str:
     if len(diagnosis.fitting) != 1:
         lines += ["", f"Tensors named like query projections:{'' if diagnosis.query_like else ' none'}"]
         lines += [f"  {name}" for name in diagnosis.query_like]
-    for reason, recipes in list((diagnosis.near or {}).items())[:_MOST]:
+    for error, recipes in diagnosis.near[:_MOST]:
         lines += [
             "",
             f"As a language model of recipe {abbreviate(recipes, 4)}, it does not fit:",
-            *_reason(reason),
+            *_reason(error),
         ]
     lines += ["", *_conclusion(diagnosis)]
     return "\n".join(wrapped(line, width) for line in lines) + "\n"
@@ -48,8 +49,8 @@ def _candidate(candidate: Candidate) -> list[str]:
     return lines
 
 
-def _reason(reason: Reason) -> list[str]:
-    facts = (("", reason.what), ("where: ", reason.where), ("try: ", reason.fix))
+def _reason(error: QKPatchError) -> list[str]:
+    facts = (("", error.what), ("where: ", error.where), ("try: ", error.fix))
     return [f"      {label}{fact}" for label, fact in facts if fact]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from math import prod
 
 from qkpatch.checkpoint.header import TensorRef
@@ -11,38 +11,24 @@ from qkpatch.errors import UnsupportedError
 BLOCK = (128, 128)  # rows, columns, as DeepSeek began it and all published checkpoints have it
 CODES = "F8_E4M3"
 SCALES = ("F32", "BF16", "F16", "F8_E8M0")
-# The two names of the same thing: a value is code × scale.
-_SCALE_NAMES = ("weight_scale_inv", "weight_scale")
-# What may stand beside: nothing of it is part of the weight.
-_BESIDE = {"weight", "bias", "input_scale", "activation_scale"}
+_SCALE_NAMES = {"weight_scale_inv", "weight_scale"}  # of the same thing: a value is code × scale
+# What may stand beside, and is no part of the weight: scales of activations and of the cache.
+_BESIDE = {"weight", "bias", "input_scale", "activation_scale", "output_scale", "q_scale", "k_scale"}
 
 
 def fp8_scale(
-    weight: TensorRef | None,
-    module: str,
-    stored: Collection[str],
-    tensors: Mapping[str, TensorRef],
-    declared: tuple[int, ...] | None,
-    d_head: int,
+    stored: Mapping[str, TensorRef], declared: tuple[int, ...] | None, d_head: int
 ) -> TensorRef | None:
-    """The scales of a weight in FP8 by blocks, rows or the tensor; None where it is stored in another way.
-
-    Args:
-        weight: the codes.
-        module: what it belongs to.
-        stored: what is stored of that module.
-        tensors: of the whole checkpoint.
-        declared: config.json's block.
-        d_head: rows of a head.
+    """The scales of a module in FP8 by blocks (as ``declared``), rows or the tensor; None where it is no such module.
 
     Raises:
         UnsupportedError: a block would hold rows of more than one head.
     """
-    names = [name for name in stored if name not in _BESIDE]
-    if weight is None or len(names) != 1 or names[0] not in _SCALE_NAMES:
+    weight, names = stored.get("weight"), stored.keys() - _BESIDE
+    if weight is None or weight.dtype != CODES or len(weight.shape) != 2 or len(names) != 1:
         return None
-    scale = tensors[f"{module}.{names[0]}"]
-    if weight.dtype != CODES or len(weight.shape) != 2 or scale.dtype not in SCALES:
+    scale = stored[names.pop()]
+    if scale.name.rpartition(".")[2] not in _SCALE_NAMES or scale.dtype not in SCALES:
         return None
     rows, columns = weight.shape
     blocks = (-(-rows // BLOCK[0]), -(-columns // BLOCK[1]))

@@ -11,7 +11,9 @@ from qkpatch.model.refusals import refuse_known, refuse_quantised, refuse_wrappe
 from qkpatch.recipes.catalogue import shipped_recipes
 from qkpatch.recipes.recipe import TOP_LEVEL, Recipe
 
+ANOTHER = "choose another recipe with --recipe"
 _MOST = 3  # commands
+_OF_MLX = "language_model.model.layers."
 _QUERY = re.compile(r"q_proj|qkv|query|c_attn|(?:^|[._])(?:w_?q|to_q|q)\.", re.IGNORECASE)
 
 
@@ -31,15 +33,14 @@ def choose_recipe(
         CheckpointError: training left its prefix in the names.
     """
     names = list(tensor_names)
-    kin = shipped_recipes(str(config.get("model_type") or ""))
-    claimed = [recipe for recipe in kin.values() if recipe.matches(config)]
-    fitting = [recipe for recipe in claimed if recipe.tensors.matching_prefixes(names)]
-    if len(fitting) == 1:
-        return fitting[0]
+    claimed = _claimed(config)
+    fits = fitting(config, names)
+    if len(fits) == 1:
+        return fits[0]
     identity = f"model_type {config.get('model_type')!r}, architectures {config.get('architectures')!r}"
-    if fitting:
+    if fits:
         raise AmbiguousError(
-            f"{len(fitting)} recipes fit {identity}: {', '.join(r.name for r in fitting)}",
+            f"{len(fits)} recipes fit {identity}: {', '.join(r.name for r in fits)}",
             where="config.json",
             fix="choose one with --recipe",
         )
@@ -49,10 +50,13 @@ def choose_recipe(
         expected = "; ".join(
             f"{r.name} expects {p}{r.tensors.query}" for r in claimed for p in r.tensors.prefixes
         )
+        found = ", ".join(query_like(names)) or "no q_proj at all"
+        if any(name.startswith(_OF_MLX) for name in names):
+            found += "; MLX saves such names, and other gains of norms: patch the original checkpoint"
         raise AmbiguousError(
             f"{identity} is known, but no query tensor has the expected name: {expected}",
             where="tensor names",
-            fix=f"the checkpoint holds, for example: {', '.join(query_like(names)) or 'no q_proj at all'}",
+            fix=f"the checkpoint holds, for example: {found}",
         )
     what, fix = (
         f"no recipe is made for {identity}",
@@ -64,6 +68,17 @@ def choose_recipe(
     elif not known:
         fix = "`qkpatch recipes check SOURCE` tells what comes near, and drafts a recipe"
     raise AmbiguousError(what, where="config.json", fix=fix)
+
+
+def fitting(config: Mapping[str, Any], tensor_names: Iterable[str]) -> list[Recipe]:
+    """The shipped recipes whose model type, architectures and tensor names fit."""
+    names = list(tensor_names)
+    return [recipe for recipe in _claimed(config) if recipe.tensors.matching_prefixes(names)]
+
+
+def _claimed(config: Mapping[str, Any]) -> list[Recipe]:
+    kin = shipped_recipes(str(config.get("model_type") or ""))
+    return [recipe for recipe in kin.values() if recipe.matches(config)]
 
 
 def refuse_unknown(names: Iterable[str], config: Mapping[str, Any]) -> None:

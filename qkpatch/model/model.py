@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from qkpatch.checkpoint.names import USUAL
 from qkpatch.checkpoint.source import Checkpoint, open_checkpoint
-from qkpatch.errors import AmbiguousError, CheckpointError, QKPatchError, UsageError
-from qkpatch.model.choice import choose_recipe, query_like
+from qkpatch.errors import AmbiguousError, CheckpointError, UsageError
+from qkpatch.model.choice import ANOTHER, choose_recipe, fitting, query_like
 from qkpatch.model.locate import Access, Source, locate
 from qkpatch.model.refusals import refuse_known, refuse_wrapped
 from qkpatch.model.stacks import offers, place
@@ -118,15 +118,23 @@ def understood(
         )
     recipe = named or located.recipe or _chosen(located, checkpoint)
     notes: tuple[str, ...] = ()
-    is_unknown = named in language_models() and not named.matches(checkpoint.config)
-    if named is not None and (is_unknown or prefix is not None):
-        placed = place(named, checkpoint, prefix)
-        recipe, notes = placed.recipe, (placed.told,)
-    wanted = [recipe.tensors.attention] if attention is None else attention
-    sets = tuple(
-        open_set(recipe, recipe.set_named(name), checkpoint, insist=named is not None)
-        for name in dict.fromkeys(wanted)
-    )
+    try:
+        if named is not None and (
+            prefix is not None or (not named.matches(checkpoint.config) and named in language_models())
+        ):
+            placed = place(named, checkpoint, prefix)
+            recipe, notes = placed.recipe, (placed.told,)
+        wanted = [recipe.tensors.attention] if attention is None else attention
+        sets = tuple(
+            open_set(recipe, recipe.set_named(name), checkpoint, insist=named is not None)
+            for name in dict.fromkeys(wanted)
+        )
+    except AmbiguousError as error:
+        fits = fitting(checkpoint.config, checkpoint.tensors) if error.fix == ANOTHER else []
+        if not fits or recipe.name in (each.name for each in fits):
+            raise
+        fix = f"recipe {fits[0].name} fits: name that one, or none"
+        raise AmbiguousError(error.what, where=error.where, fix=fix) from error
     _check_together(sets)
     recipe_file = recipe_name if recipe_name is not None and is_recipe_file(recipe_name) else None
     return Model(located, checkpoint, recipe, sets, recipe_file, notes)
@@ -217,14 +225,8 @@ def _prefix_error(
     refuse_wrapped(checkpoint.tensors)
     expected = ", ".join(p + names.query for p in names.prefixes)
     like = ", ".join(query_like(checkpoint.tensors)) or "nothing like a query projection"
-    try:
-        fix = (
-            f"recipe {choose_recipe(checkpoint.config, checkpoint.tensors).name} fits: name that one, or none"
-        )
-    except QKPatchError:
-        fix = "choose another recipe with --recipe"
     return AmbiguousError(
         f"recipe {recipe.name} matches no tensor: it expects {expected}; the checkpoint has {like}",
         where=checkpoint.where.rpartition("/")[2],
-        fix=fix,
+        fix=ANOTHER,
     )

@@ -10,6 +10,7 @@ from typing import Any
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.source import Checkpoint
 from qkpatch.errors import AmbiguousError, CheckpointError, QKPatchError, UnsupportedError
+from qkpatch.model.choice import ANOTHER
 from qkpatch.model.refusals import is_qk_norm, refuse_known, refuse_wrapped
 from qkpatch.model.targets import check_shapes
 from qkpatch.model.tower import LanguageTower, read_tower
@@ -20,7 +21,6 @@ _NUMBER = re.compile(r"(?:(?<=\.)|^)(?:0|[1-9][0-9]{0,5})(?=\.)")
 _EMBEDDING = re.compile(r"[^.]*(?:emb|wte)[^.]*(?:\.[^.0-9]+)?\.weight", re.IGNORECASE)
 _DEEPEST = 3  # keys down to a section of config.json
 _PLAIN = "llama"  # no norms of queries and keys, no order of rows: its names tell all
-_ANOTHER = "choose another recipe with --recipe"
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def place(recipe: Recipe, checkpoint: Checkpoint, prefix: str | None = None) -> 
     raise AmbiguousError(
         f"{what} a {recipe.name} language model's: {'; '.join(told) or 'none has its names'}",
         where=f"--prefix {prefix!r}" if prefix else "tensor names",
-        fix=f"say which: --recipe {recipe.name} --prefix '{fitting[0].prefix}'" if fitting else _ANOTHER,
+        fix=f"say which: --recipe {recipe.name} --prefix '{fitting[0].prefix}'" if fitting else ANOTHER,
     )
 
 
@@ -95,13 +95,20 @@ def placements(recipe: Recipe, checkpoint: Checkpoint) -> tuple[list[Placed], di
 
 
 def offers(checkpoint: Checkpoint) -> list[str]:
-    """The flags under which a checkpoint of an unknown class can be edited, the likeliest first."""
+    """The flags under which a checkpoint of an unknown class can be edited, the likeliest first.
+
+    Raises:
+        UnsupportedError: it is of a known class, whose norms another program may have stored otherwise.
+    """
     config = checkpoint.config
     named = f"{config.get('model_type')} {config.get('architectures')}".lower()
     found: list[tuple[int, int, str]] = []
     families = [r for r in shipped_recipes().values() if config.get("model_type") in r.model_types]
     for recipe in (*language_models(), *(r for r in families if r not in language_models())):
-        fitting, _ = placements(recipe, checkpoint)
+        fitting, refused = placements(recipe, checkpoint)
+        for error in refused.values():
+            if isinstance(error, UnsupportedError) and recipe.matches(config):
+                raise error
         sure, at = _sure(recipe, fitting), named.rfind(recipe.name)
         for placed in sure or fitting:
             is_said = recipe in families or placed.kind in recipe.config.class_defaults
@@ -181,7 +188,7 @@ def _check_names(
     if other or found:
         why = f"have no {other}" if other else f"have {found}"
         raise AmbiguousError(
-            f"the layers {prefix} {why}, unlike {recipe.name}", where="tensor names", fix=_ANOTHER
+            f"the layers {prefix} {why}, unlike {recipe.name}", where="tensor names", fix=ANOTHER
         )
     is_renamed = recipe.matches(checkpoint.config) and prefix not in recipe.tensors.prefixes
     if is_renamed and names.norms is not None and names.norms.plus_one:

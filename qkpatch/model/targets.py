@@ -117,8 +117,8 @@ class AttentionSet:
         scales = []
         for weight, name in ((query, names.query), (key, names.key)):
             module = (stem + name).removesuffix(".weight")
-            stored = self._stored_under.get(module, ())
-            scales.append(fp8_scale(weight, module, stored, tensors, self.tower.fp8_block, layout.d_head))
+            stored = {suffix: tensors[f"{module}.{suffix}"] for suffix in self._stored_under.get(module, ())}
+            scales.append(fp8_scale(stored, self.tower.fp8_block, layout.d_head))
             if scales[-1] is None:
                 refuse_quantised(module, weight, stored)
         if query is None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qkpatch.checkpoint.files import FileId, os_errors
+from qkpatch.checkpoint.names import came_by_itself
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import Present, first_change
 from qkpatch.checkpoint.source import MANIFEST_NAME, Checkpoint
@@ -85,7 +86,7 @@ def check_out(out: Path, checkpoint: Checkpoint, *, overwrite: bool, force: bool
     if out.is_symlink() or not out.is_dir():
         raise UsageError("exists and is not a directory", where=str(out), fix="choose another -o")
     with os_errors("look into OUT", out):
-        names = os.listdir(out)
+        names = [name for name in os.listdir(out) if not came_by_itself(name, ())]
     if names and not force and MANIFEST_NAME not in names:
         raise occupied(
             out, MANIFEST_NAME, "there is none, so qkpatch did not write this", overwrite=overwrite

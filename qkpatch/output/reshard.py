@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from qkpatch.checkpoint.header import DTYPE_BITS, MAX_HEADER_SIZE, TensorRef
 from qkpatch.checkpoint.source import Stored
+from qkpatch.checkpoint.weights import index_name
 from qkpatch.errors import CheckpointError, UsageError
 from qkpatch.output.layout import Extent, Output, OutputFile, index_file
 
@@ -59,7 +60,7 @@ def reshard(source: Stored, max_bytes: int) -> Output:
     kept = {
         name: file
         for name, file in source.files.items()
-        if name not in source.headers and name != source.index
+        if name not in source.headers and name not in (source.index, index_name(source.stem))
     }
     moved: dict[str, TensorRef] = {}
     made: dict[str, OutputFile] = {}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qkpatch.checkpoint.names import USUAL
 from qkpatch.common.interrupts import signals_held
 from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.model.locate import Access
@@ -34,7 +35,8 @@ class Inspection:
         Raises:
             QKPatchError: as :func:`open_model` and :func:`resolve`.
         """
-        model = open_model(source, request.recipe, request.attention, Access.ranges, prefix=request.prefix)
+        exclude = (*USUAL, *(request.exclude or ()))
+        model = open_model(source, request.recipe, request.attention, Access.ranges, exclude, request.prefix)
         settings = resolve(request.over(Request(layers=model.editable_layers)), model)
         return cls(model, settings, model.targets(settings.layers, fold_norm=settings.fold_norm))
 

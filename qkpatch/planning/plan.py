@@ -217,6 +217,9 @@ def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, 
             f"config.json says that weights are quantised ({method}), and none are: loaders refuse them, or quantise "
             "what was edited; take quantization_config out of it"
         )
+    asked = [pattern for pattern in checkpoint.exclude if pattern not in USUAL]
+    if idle := [p for p in asked if not any(matching(name, (p,)) for name in checkpoint.left_out)]:
+        warnings.append(f"nothing in SOURCE is called as --exclude says: {some(idle)}")
     if disputed := [f"{name}: {what}" for name, what in checkpoint.disputed.items()]:
         warnings.append(
             f"the index is wrong about {len(disputed)} tensor(s), none of them edited: {some(disputed, 1)}"

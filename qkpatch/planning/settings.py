@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from qkpatch.common.number_ranges import MIDDLE_THIRD, format_ranges, middle_third, parse_ranges
 from qkpatch.errors import UsageError
@@ -34,21 +35,9 @@ class EditSettings:
     def block(self) -> EditBlock:
         """The settings as the manifest records them."""
         rule = self.rule
-        return EditBlock(
-            attention=self.attention,
-            layers=self.layers,
-            skipped_layers=self.skipped_layers,
-            heads=self.heads,
-            modes=rule.modes,
-            modes_edited=0 if rule.select is Select.shrink else rule.paired_modes,
-            alpha=rule.alpha,
-            channel=rule.channel,
-            select=rule.select,
-            seed=self.seed,
-            fold_norm=self.fold_norm,
-            from_recipe=self.from_recipe,
-            prefix=self.prefix,
-        )
+        own: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rule"}
+        modes_edited = 0 if rule.select is Select.shrink else rule.paired_modes
+        return EditBlock(**own, **vars(rule), modes_edited=modes_edited)
 
 
 def resolve(request: Request, model: Model) -> EditSettings:

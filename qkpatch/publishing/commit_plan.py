@@ -91,7 +91,8 @@ def plan_publication(wish: Wish, manifest: Manifest, plan: EditPlan, present: Pr
     names = {name for some in withheld.values() for name in some}
     _refuse_lame(withheld, plan)
     kept = [file for file in manifest.files if file.name not in {*names, SUMS_NAME}]
-    if odd := [file.name for file in kept if not _may_be_on_hub(file.name)]:
+    folded = {file.name: set(file.name.casefold().split("/")) for file in kept}
+    if odd := [name for name in folded if not is_plain_relative(name) or folded[name] & _NOT_ON_HUB]:
         raise UsageError(
             "no name for a file on the Hub",
             where=repr(odd[0]),
@@ -110,12 +111,8 @@ def plan_publication(wish: Wish, manifest: Manifest, plan: EditPlan, present: Pr
     for name, content in ((MANIFEST_NAME, record), (CARD_NAME, card)):
         steps.append(Step(name, len(content), hashlib.sha256(content).hexdigest(), False, content))
     check_repository(repository, [step.name for step in steps])
-    return Publication(repository, base, tuple(steps), _summary(manifest), tuple(_warnings(withheld)))
-
-
-def _may_be_on_hub(name: str) -> bool:
-    # What else huggingface_hub refuses, when all is done.
-    return is_plain_relative(name) and not {".git", ".cache"} & set(name.casefold().split("/"))
+    summary = f"QK product steering of {manifest.source.name}: {told(manifest.edit)}"
+    return Publication(repository, base, tuple(steps), summary, tuple(_warnings(withheld)))
 
 
 def _refuse_lame(withheld: dict[str, list[str]], plan: EditPlan) -> None:
@@ -135,6 +132,7 @@ def _refuse_lame(withheld: dict[str, list[str]], plan: EditPlan) -> None:
             )
 
 
+_NOT_ON_HUB = {".git", ".cache"}  # folders that huggingface_hub refuses, when all is done
 _WHY = {
     "--include": "reached by links that lead out of SOURCE",
     "--include-hidden": "private by name",
@@ -170,7 +168,3 @@ def _card(wish: Wish, manifest: Manifest, plan: EditPlan, *, is_withheld: bool, 
 def _base(manifest: Manifest) -> Base | None:
     source = manifest.source
     return Base(source.name, source.commit) if source.kind == "hub" and source.commit else None
-
-
-def _summary(manifest: Manifest) -> str:
-    return f"QK product steering of {manifest.source.name}: {told(manifest.edit)}"

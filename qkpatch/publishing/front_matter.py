@@ -43,8 +43,7 @@ class FrontMatter:
 
     def listed(self, key: str) -> list[str]:
         """The texts of a list, or the one text that stands for it."""
-        entry = self.entries.get(key)
-        return [text for text in (entry and entry.texts) or () if text is not None]
+        return [text for text in self.entries.get(key, ("", None))[1] or () if text is not None]
 
     def changed(self, values: Mapping[str, str | list[str]], drop: Collection[str] = ()) -> str:
         """The lines of the block with keys set anew, at its end, without those of ``drop`` and what the Hub rejects."""
@@ -54,15 +53,18 @@ class FrontMatter:
     def _worth(self, key: str) -> str:
         lines, texts = self.entries[key]
         good = [t for t in self.listed(key) if key not in _OF_REPOSITORIES or _REPOSITORY.fullmatch(t)]
-        if texts is None or len(good) == len(texts):
+        if len(good) == len(texts or ()) and (texts is not None or key not in _OF_REPOSITORIES):
             return lines if lines.endswith("\n") else lines + "\n"
         return _lines(key, good) if good else ""
 
 
 def _lines(key: str, value: str | list[str]) -> str:
-    if isinstance(value, str):
-        return f"{_scalar(key)}: {_scalar(value)}\n"
-    return f"{_scalar(key)}:\n" + "".join(f"- {_scalar(item)}\n" for item in value)
+    items = (
+        f" {_scalar(value)}\n"
+        if isinstance(value, str)
+        else "".join(["\n", *(f"- {_scalar(v)}\n" for v in value)])
+    )
+    return f"{_scalar(key)}:{items}"
 
 
 def _scalar(text: str) -> str:

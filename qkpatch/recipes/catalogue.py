@@ -41,6 +41,7 @@ def backbone(model_type: str) -> Backbone | None:
     return None
 
 
+@cache
 def language_models() -> tuple[Recipe, ...]:
     """The shipped recipes that describe a language model, such as a family may wrap."""
     shipped = shipped_recipes().items()

@@ -27,25 +27,19 @@ def layout(recipe: Recipe) -> str:
 
 def attention(recipe: Recipe) -> str:
     """What is special about the family's attention, as far as the edit is concerned; empty where nothing is."""
-    names, facts = recipe.tensors, []
-    if names.norms is not None:
-        kind = " (LayerNorm)" if names.norms.kind is NormKind.layer else ""
-        facts.append(
-            f"{'some: ' if names.norms.optional else ''}query-key norm{kind}{_OVER[names.norms.over]}"
-        )
-    if not names.every_layer:
-        facts.append("some layers only")
-    if recipe.others:
-        facts.append(f"{names.attention} or {' or '.join(other.attention for other in recipe.others)}")
-    if recipe.config.shared_kv is not None:
-        facts.append("last layers share keys")
-    if recipe.config.layer_types:
-        facts.append("heads differ by layer")
-    if names.mtp_layers:
-        facts.append("prediction layers ignored")
-    if names.input_norm is None:
-        facts.append("no RMSNorm before attention")
-    return "; ".join(facts)
+    names, config, norms = recipe.tensors, recipe.config, recipe.tensors.norms
+    some = "some: " if norms is not None and norms.optional else ""
+    kind = " (LayerNorm)" if norms is not None and norms.kind is NormKind.layer else ""
+    facts = (
+        norms is not None and f"{some}query-key norm{kind}{_OVER[norms.over]}",
+        not names.every_layer and "some layers only",
+        bool(recipe.others) and " or ".join(each.attention for each in (names, *recipe.others)),
+        config.shared_kv is not None and "last layers share keys",
+        bool(config.layer_types) and "heads differ by layer",
+        names.mtp_layers and "prediction layers ignored",
+        names.input_norm is None and "no RMSNorm before attention",
+    )
+    return "; ".join(fact for fact in facts if fact)
 
 
 def is_about(recipe: Recipe, word: str) -> bool:
@@ -81,7 +75,8 @@ def recipe_table(recipes: Sequence[Recipe], width: int) -> str:
         return "".join(_block(recipe, width) for recipe in recipes)
     for recipe, row in zip(recipes, rows[1:], strict=True):
         row[1] += textwrap.wrap(attention(recipe), columns[1])
-    lines = [_line(line, columns) for row in rows for line in zip_longest(*row, fillvalue="")]
+    cells = (line for row in rows for line in zip_longest(*row, fillvalue=""))
+    lines = ["  ".join(map(str.ljust, line, columns)).rstrip() for line in cells]
     return "\n".join([lines[0], "─" * width, *lines[1:]]) + "\n"
 
 
@@ -89,10 +84,6 @@ def _cells(recipe: Recipe) -> list[list[str]]:
     """Lines by column, the facts that are wrapped left out."""
     title = textwrap.wrap(recipe.title, _TITLE, initial_indent="  ", subsequent_indent="  ")
     return [[recipe.name, *title], [layout(recipe)], [repository(recipe), defaults(recipe)], [recipe.tested]]
-
-
-def _line(cells: Sequence[str], columns: Sequence[int]) -> str:
-    return "  ".join(cell.ljust(column) for cell, column in zip(cells, columns, strict=True)).rstrip()
 
 
 def _block(recipe: Recipe, width: int) -> str:

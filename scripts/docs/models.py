@@ -45,7 +45,7 @@ def page(repo: Path) -> str:
         f"The default edit is *{edit}*, in every family: ours, not the paper's. A recipe's name, as SOURCE, stands "
         "for its default repository on the Hub; it is none where none is known that the recipe reads. **No recipe has "
         "been tested on its full released weights.**",
-        "Refused by name: pickled weights; queries or keys quantised otherwise than in block FP8; multi-head latent "
+        "Refused by name: pickled weights; queries or keys quantised otherwise than in FP8; multi-head latent "
         "attention, delta and lightning attention; queries normalised after RoPE; layers without keys of their own.",
         *families,
         "## Language models and attention",

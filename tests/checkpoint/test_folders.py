@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Tiny, build_tiny
+from fake_hub import FakeHub, Repo, hub_environment, run_qkpatch
 from safetensors.torch import load_file, save_file
 
 from qkpatch.checkpoint.names import BOOKKEEPING, LEFTOVERS, RUBBISH, matching
@@ -65,10 +68,10 @@ KEPT = {"config.json", "model.safetensors", "tokenizer.json", "qkpatch.json"}
 def test_what_systems_leave_is_left_out_and_does_not_matter_in_out(
     tiny: Tiny, tmp_path: Path, run: Run
 ) -> None:
-    put(tiny.path, *RUBBISH_FILES)
+    put(tiny.path, *RUBBISH_FILES, "sub/kept")
     said = apply(run, tiny.path, tmp_path / "out")
-    assert names(tmp_path / "out") == KEPT
-    assert [p.name for p in (tmp_path / "out").iterdir() if p.is_dir()] == []
+    assert names(tmp_path / "out") == {*KEPT, "sub/kept"}
+    assert [p.name for p in (tmp_path / "out").iterdir() if p.is_dir()] == ["sub"]
     assert "left out" not in said
     put(tmp_path / "out", *RUBBISH_FILES, ".gitattributes")
     proof = run("verify", tmp_path / "out", "--source", tiny.path)
@@ -76,7 +79,46 @@ def test_what_systems_leave_is_left_out_and_does_not_matter_in_out(
     assert ".DS_Store" in proof.output
     again = run("apply", tiny.path, "-o", tmp_path / "out", *EDIT, "--overwrite")
     assert again.exit_code == 0, again.output
-    assert names(tmp_path / "out") == {*KEPT, ".git/config"}  # the history in it is the user's
+    assert names(tmp_path / "out") == {*KEPT, "sub/kept", ".git/config"}  # the history in it is the user's
+
+
+def test_an_output_that_git_keeps_is_proved_and_replaced_with_its_history(
+    tiny: Tiny, tmp_path: Path, run: Run
+) -> None:
+    out = tmp_path / "out"
+    apply(run, tiny.path, out)
+
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=x", "-c", "user.email=x@y")
+        return subprocess.run(
+            ["git", "-C", out, *who, *arguments], check=True, capture_output=True, text=True
+        ).stdout
+
+    for command in (("init", "-q"), ("add", "-A"), ("commit", "-qm", "first")):
+        git(*command)
+    assert run("verify", out, "--source", tiny.path).exit_code == 0
+    result = run("apply", tiny.path, "-o", out, "--layers", "2", "--modes", "2", "--overwrite")
+    assert result.exit_code == 0, result.output
+    assert "first" in git("log", "--oneline")
+    assert set(git("status", "--short").split()) == {"M", "model.safetensors", "qkpatch.json"}
+
+
+def test_an_output_that_was_downloaded_is_proved_and_replaced(
+    tiny: Tiny, tmp_path: Path, run: Run, hub: FakeHub
+) -> None:
+    apply(run, tiny.path, tmp_path / "out")
+    put(tmp_path / "out", ".gitattributes")
+    hub.repos["me/new"] = Repo(tmp_path / "out")
+    fetch = "from huggingface_hub import snapshot_download; snapshot_download('me/new', local_dir='back')"
+    environment = hub_environment(hub.endpoint, tmp_path / "home")
+    subprocess.run(
+        [sys.executable, "-c", fetch], env=environment, cwd=tmp_path, check=True, capture_output=True
+    )
+    assert (tmp_path / "back" / ".cache" / "huggingface").is_dir()
+    assert run("verify", tmp_path / "back", "--source", tiny.path).exit_code == 0
+    again = run("apply", tiny.path, "-o", tmp_path / "back", "--layers", "2", "--modes", "2", "--overwrite")
+    assert again.exit_code == 0, again.output
+    assert names(tmp_path / "back") == KEPT
 
 
 def test_only_what_is_never_loaded_is_ignored_in_out(tiny: Tiny, tmp_path: Path, run: Run) -> None:
@@ -152,6 +194,40 @@ def test_exclude_leaves_out_records_and_proves(tiny: Tiny, tmp_path: Path, run: 
     card = run("card", tmp_path / "out")
     assert "--exclude '*.gguf' --exclude original/" in card.output
     assert run("apply", tiny.path, "-o", tmp_path / "out", *EDIT, "--overwrite").exit_code == 0
+
+
+def test_an_exclude_that_excludes_nothing_is_told(tiny: Tiny, tmp_path: Path, run: Run) -> None:
+    put(tiny.path, "a.gguf")
+    said = apply(run, tiny.path, tmp_path / "out", "--exclude", "*.ggfu", "--exclude", "./a.gguf")
+    assert "nothing in SOURCE is called as --exclude says: *.ggfu" in said
+    assert "a.gguf" not in names(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", [".git/config", ".DS_Store"])
+def test_an_out_that_holds_nothing_of_anyones_is_taken(
+    tiny: Tiny, tmp_path: Path, run: Run, name: str
+) -> None:
+    put(tmp_path / "out", name)
+    apply(run, tiny.path, tmp_path / "out")
+    assert names(tmp_path / "out") == {*KEPT, *([name] if name == ".git/config" else [])}
+
+
+def test_of_a_repository_a_trainers_leftovers_are_not_downloaded(
+    tiny: Tiny, tmp_path: Path, run: Run, hub: FakeHub
+) -> None:
+    put(tiny.path, "optimizer.pt", "checkpoint-1/model.safetensors", "keep/x", "a.gguf", "._x")
+    hub.repos["org/it"] = Repo(tiny.path)
+    environment = hub_environment(hub.endpoint, tmp_path / "home")
+    flags = ("-o", tmp_path / "out", "--no-cache", "--exclude", "*.gguf", *EDIT)
+    result = run_qkpatch(environment, "apply", "org/it", *flags)
+    assert result.returncode == 0, result.stderr
+    assert "3 file(s) or folder(s), 3.0 kB, are left out of OUT" in result.stderr
+    assert names(tmp_path / "out") == {*KEPT, "keep/x"}
+    proof = run_qkpatch(environment, "verify", tmp_path / "out", "--source", "org/it")
+    assert proof.returncode == 0, proof.stderr
+    assert not any(
+        "optimizer.pt" in line or "a.gguf" in line for line in map(str, hub.log) if "resolve" in line
+    )
 
 
 def test_exclude_in_a_file_and_in_the_library(tiny: Tiny, tmp_path: Path, run: Run) -> None:
@@ -286,6 +362,9 @@ def test_no_directory_is_entered_twice(tiny: Tiny, tmp_path: Path, run: Run) -> 
 def test_a_link_to_what_is_left_out_is_left_out(tiny: Tiny, tmp_path: Path, run: Run) -> None:
     put(tiny.path, "checkpoint-100/model.safetensors")
     (tiny.path / "best").symlink_to("checkpoint-100", target_is_directory=True)
+    put(tmp_path / "train", "checkpoint-100/tokenizer.json")  # but what lies elsewhere is what SOURCE means
+    (tiny.path / "tokenizer.json").unlink()
+    (tiny.path / "tokenizer.json").symlink_to(tmp_path / "train" / "checkpoint-100" / "tokenizer.json")
     said = apply(run, tiny.path, tmp_path / "out")
     assert "best (1.0 kB), checkpoint-100 (1.0 kB)" in said
     assert names(tmp_path / "out") == KEPT
@@ -334,6 +413,10 @@ def test_a_stale_index_beside_a_whole_file(tiny: Tiny, tmp_path: Path, run: Run)
         in said
     )
     assert loaded_query(tmp_path / "out", 1) != loaded_query(tiny.path, 1)
+    apply(run, tiny.path, tmp_path / "anew", "--max-shard-size", "4KB")
+    assert loaded_query(tmp_path / "out", 1) == loaded_query(tmp_path / "anew", 1)
+    apply(run, tiny.path, tmp_path / "one", "--max-shard-size", "1GB")
+    assert INDEX not in names(tmp_path / "one")
 
 
 @pytest.mark.parametrize("kind", ["too much", "too little", "elsewhere", "./", "NaN"])
@@ -541,6 +624,7 @@ def test_an_adapter_beside_the_model_is_refused_or_left_out(
         put(tiny.path, weights)
     assert "loads that adapter on top of them" in refused(run, tiny.path)
     apply(run, tiny.path, tmp_path / "out", "--exclude", "adapter_*")
+    assert run("inspect", tiny.path, "--exclude", "adapter_*").exit_code == 0
     assert not any("adapter" in name for name in names(tmp_path / "out"))
 
 

@@ -424,7 +424,7 @@ class TestCommand:
         )
 
     def test_errors_list_recipes_near_by_and_not_all(self, run: Run) -> None:
-        for arguments in (("lama",), ("check", "lama")):
+        for arguments in (("lamma",), ("check", "lama")):
             error = run("recipes", *arguments).stderr
             assert "near it: llama" in error
             assert len(error) < 400

@@ -10,6 +10,9 @@ import torch
 from conftest import Tiny, build_tiny
 from safetensors.torch import load_file, save_file
 
+from qkpatch.errors import AmbiguousError
+from qkpatch.model.choice import choose_recipe
+
 Q = "model.layers.1.self_attn.q_proj"
 
 
@@ -41,12 +44,12 @@ f32 = torch.zeros
         ("GPTQ", {"qweight": i32(3, 32), "qzeros": i32(1, 4), "scales": f32(1, 32), "g_idx": i32(24)}),
         ("bitsandbytes 4-bit", {"weight": u8(384, 1), "weight.absmax": f32(12), "weight.quant_map": f32(16)}),
         ("bitsandbytes 8-bit", {"weight": torch.zeros(32, 24, dtype=torch.int8), "SCB": f32(32)}),
-        ("block FP8", {"weight": f32(32, 24).to(torch.float8_e4m3fn), "weight_scale_inv": f32(1, 1)}),
+        ("FP8", {"weight": f32(32, 24).to(torch.float8_e4m3fn), "weight_scale_inv": f32(32, 3)}),
         ("compressed-tensors", {"weight_packed": i32(32, 3), "weight_scale": f32(32, 1)}),
         ("compressed-tensors NVFP4", {"weight_packed": u8(32, 12), "weight_global_scale": f32(1)}),
         (
-            "compressed-tensors or FP8",
-            {"weight": f32(32, 24).to(torch.float8_e4m3fn), "weight_scale": f32(1)},
+            "compressed-tensors or ModelOpt",
+            {"weight": f32(32, 24).to(torch.float8_e4m3fn), "weight_scale": f32(32, 3)},
         ),
         ("ModelOpt", {"weight": u8(32, 12), "weight_scale": f32(32, 2), "weight_scale_2": f32(1)}),
         (
@@ -253,3 +256,11 @@ def test_an_edit_too_large_for_the_dtype_is_an_error(tmp_path: Path, run) -> Non
     rewrite(tiny, add={tiny.name(1, "q"): q, tiny.name(1, "k"): k})
     message = refusal(run, tiny, tmp_path, "--layers", "1", "--channel", "symmetric", "--alpha", "0")
     assert "does not fit in the stored dtype" in message
+
+
+def test_the_names_of_mlx_are_named_before_a_recipe_is() -> None:
+    names = ["language_model.model.layers.3.self_attn.q_proj.weight"]
+    config = {"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"]}
+    with pytest.raises(AmbiguousError) as caught:
+        choose_recipe(config, names)
+    assert "MLX saves such names" in str(caught.value.fix)

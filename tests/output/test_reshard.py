@@ -196,7 +196,7 @@ def test_the_record_names_files_and_bytes_of_out(tmp_path: Path, run: Run) -> No
     source = build_tiny(tmp_path / "source", shards=QUERIES_APART).path
     out = apply(run, source, tmp_path / "out", "--max-shard-size", 2500)
     record = json.loads((out / "qkpatch.json").read_text())
-    assert record["output"] == {"max_shard_size": 2500}
+    assert record["output"] == {"max_shard_size": 2500, "digest": "edited"}
     found = headers(out)
     for edit in record["edits"]:
         ref = found[edit["shard"]].tensors[edit["tensor"]]

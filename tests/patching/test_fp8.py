@@ -59,6 +59,18 @@ class TestCodec:
         ours = dequantise(codes, scale, BLOCK)
         assert torch.equal(ours, _dequantize_fp8_weight(codes, scale, [128, 128], torch.float32))
 
+    @pytest.mark.parametrize("shape", [(), (256, 1)], ids=["tensor", "rows"])
+    def test_one_scale_to_a_tensor_or_a_row_is_what_transformers_multiplies_by(
+        self, shape: tuple[int, ...]
+    ) -> None:
+        codes, scale = self.W.to(torch.float8_e4m3fn), torch.rand(shape) + 0.5
+        block = (1, 192) if shape else (256, 192)
+        ours = dequantise(codes, scale.view(-1, 1), block)
+        assert torch.equal(ours, _dequantize_fp8_weight(codes, scale, None, torch.float32))
+        again, same = requantise(ours.double(), scale.view(-1, 1).double(), block)
+        assert torch.equal(again.view(torch.uint8), codes.view(torch.uint8))
+        assert torch.equal(same, scale.view(-1, 1).double())
+
     def test_what_is_stored_already_is_stored_as_it_was(self) -> None:
         codes, scale = quantise(self.W)
         again, same = requantise(dequantise(codes, scale.double(), BLOCK), scale.double(), BLOCK)

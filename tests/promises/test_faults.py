@@ -170,6 +170,7 @@ def whole(out: Path) -> Contents:
     manifest = json.loads((out / "qkpatch.json").read_bytes())
     for file in manifest["files"]:
         assert file.pop("sha256") in (None, files[file["name"]])
+    del manifest["output"]["digest"]
     for edit in manifest["edits"]:
         del edit["sha256_before"], edit["sha256_after"]
     files["qkpatch.json"] = {**manifest, "run": None}
@@ -860,9 +861,10 @@ def test_of_runs_for_one_out_one_wins_and_the_others_say_so(
             for _ in range(chance.choice((2, 2, 3)))
         ]
         ends = driver.together(*runs)
-        assert sorted(end.code for end in ends) == [0, *[2] * (len(ends) - 1)], ends
+        # Whoever begins when it is there finds it done already.
+        assert {end.code for end in ends} in ({0}, {0, 2}), ends
         for end in ends:
-            assert end.code == 0 or "came into being" in end.text or "not empty" in end.text, end
+            assert end.code == 0 or "came into being" in end.text, end
         assert names(folder) == ["out"]
         assert whole(out) == plain
 

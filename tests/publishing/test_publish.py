@@ -194,6 +194,8 @@ def test_the_bases_figures_are_inherited_in_no_spelling(
         ("datasets: [null]", {}),
         ("datasets:\n- null\n- org/data\n-", {"datasets": ["org/data"]}),
         ("license: null", {}),
+        ("datasets: [{name: x}]\nbase_model: {a: b}", {}),
+        ("a: &x [1, *x]\nmodel-index: &y [base]\nb: *y\nc: &z R&D", {"b": ["base"], "c": "R&D"}),
         ("language: [no, en, ~]", {"language": ["no", "en"]}),
         ("widget: [{text: null}]\ndate: 2024-05-01\nx: 010\n", {"widget": [{"text": None}], "x": 8}),
         ("language: no", {"language": False}),  # as it was written: the Hub reads another YAML
@@ -205,7 +207,8 @@ def test_what_the_hub_rejects_is_left_out_and_what_it_knows_nothing_of_stays(
     card = card_over(f"---\n{block}\n---\n# Base\n", base, tmp_path, run)
     data, _ = parts(card)
     assert data.pop("tags") == ["qkpatch"]
-    data.pop("date", None)
+    for key in ("date", "a"):  # which is a list in itself
+        data.pop(key, None)
     assert data == kept
     assert ("date: 2024-05-01\nx: 010\n" in card) == ("date" in block)
 
@@ -766,7 +769,7 @@ def test_a_card_that_cannot_be_written_leaves_the_one_there(
         patched.setattr(os, "fsync", fails)
         result = run("card", out, "--write")
     assert result.exit_code == 4
-    assert "cannot write: No space left on device" in result.stderr
+    assert "No space left on device" in result.stderr
     assert (out / "README.md").read_text() == BASE_CARD
     assert sorted(out.iterdir()) == names
     (out / "README.md").rename(out.parent / "elsewhere")

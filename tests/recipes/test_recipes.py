@@ -231,7 +231,6 @@ def test_a_recipe_for_other_names_says_which_one_fits(recipe: str, tmp_path: Pat
     tiny = build_tiny(tmp_path / "source")
     result = run("plan", tiny.path, "--recipe", recipe)
     assert result.exit_code == 3
-    assert f"recipe {recipe} matches no tensor" in result.stderr
     assert "recipe llama fits: name that one, or none" in result.stderr
     assert run("plan", tiny.path, "--recipe", "llama").exit_code == 0
     config = json.loads((tiny.path / "config.json").read_text())

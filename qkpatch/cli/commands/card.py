@@ -14,6 +14,7 @@ import typer
 from qkpatch.cli.command import command
 from qkpatch.cli.commands.publishing import push_out, push_wish
 from qkpatch.cli.flags import DebugOpt, PushFlags, QuietOpt, ShowFlags
+from qkpatch.common.text import as_word
 from qkpatch.errors import UsageError
 
 
@@ -77,9 +78,10 @@ def _refuse_to_print_into(card: Path) -> None:
     """Refuse where stdout is OUT's own card, by whichever name."""
     with suppress(OSError):  # no such file, or stdout is none
         if os.path.samestat(os.fstat(sys.stdout.fileno()), card.stat()):
-            raise UsageError(
-                "the card would be printed into the card that it is made of",
-                where=str(card),
-                fix=f"{shlex.join(['qkpatch', 'card', str(card.parent), '--write'])}; where the shell (>) has emptied "
-                "it, copy SOURCE's README.md there first",
+            cure = shlex.join(["qkpatch", "card", as_word(str(card.parent)), "--write"])
+            emptied = (
+                ""
+                if card.stat().st_size
+                else ", once SOURCE's README.md is there again: the shell emptied it"
             )
+            raise UsageError("it would be printed into itself", where=str(card), fix=cure + emptied)

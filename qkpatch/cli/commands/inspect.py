@@ -12,6 +12,7 @@ from qkpatch.cli.command import command
 from qkpatch.cli.flags import (
     AttentionOpt,
     DebugOpt,
+    ExcludeOpt,
     FoldOpt,
     HeadsOpt,
     JsonOpt,
@@ -44,6 +45,7 @@ def inspect(
     prefix: PrefixOpt = None,
     attention: AttentionOpt = None,
     fold_norm: FoldOpt = False,
+    exclude: ExcludeOpt = None,
     as_json: JsonOpt = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print one line per singular value.")] = False,
     quiet: QuietOpt = False,
@@ -59,7 +61,7 @@ def inspect(
         raise UsageError("one of --json and --csv", fix="drop the other")
     request = Request.of(
         recipe=recipe, prefix=prefix, attention=attention, layers=layers, heads=heads, modes=modes,
-        fold_norm=fold_norm,
+        fold_norm=fold_norm, exclude=exclude,
     )  # fmt: skip
     check_device_name(run.device)
     looked_at = Inspection.of(source, request)

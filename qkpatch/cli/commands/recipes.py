@@ -34,20 +34,16 @@ def recipes(
     from qkpatch.cli.console import output_width, print_json, print_text
     from qkpatch.errors import UsageError
     from qkpatch.recipes.catalogue import CHECK, get_recipe, is_recipe_file, recipe_text, shipped_recipes
-    from qkpatch.recipes.descriptions import is_about, near_names, recipe_table
+    from qkpatch.recipes.descriptions import is_about, recipe_table
 
     if name == CHECK and source is not None:
         _check(source, as_json=as_json)
     if source is not None or name == CHECK:
         raise UsageError("SOURCE goes with `check`", fix="qkpatch recipes check SOURCE")
-    known, name = shipped_recipes(), name or ""
-    is_one = name in known or is_recipe_file(name)
-    chosen = [get_recipe(name)] if is_one else [r for r in known.values() if is_about(r, name)]
-    if not chosen:
-        raise UsageError(
-            f"no recipe is called {name!r}, or is for models of that name",
-            fix=f"./{name}.yaml if it is a file; {near_names(name, known)}",
-        )
+    name = name or ""
+    about = [recipe for recipe in shipped_recipes().values() if is_about(recipe, name)]
+    is_one = name in shipped_recipes() or is_recipe_file(name) or not about
+    chosen = [get_recipe(name)] if is_one else about
     if as_json:
         print_json([recipe.to_json() for recipe in chosen])
     elif is_one:
