@@ -20,6 +20,7 @@ Refused here although safetensors 0.8 lets it pass:
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -101,7 +102,9 @@ def parse_header(raw: bytes, *, shard: str, file_size: int) -> Header:
     data_start = _PREFIX + len(raw)
     entries = _object(_load(raw, shard), shard, None)
     metadata = _metadata(entries.pop(_METADATA, None), shard)
-    tensors = {name: _tensor(name, entry, shard, data_start) for name, entry in entries.items()}
+    # An index has the same names, and a model of 10^5 tensors few dtypes.
+    names = map(sys.intern, entries)
+    tensors = {name: _tensor(name, entries[name], shard, data_start) for name in names}
     _check_coverage(tensors.values(), shard, data_start, file_size)
     return Header(shard, data_start, file_size, MappingProxyType(tensors), metadata)
 
@@ -194,8 +197,11 @@ def _tensor(name: str, entry: object, shard: str, data_start: int) -> TensorRef:
         raise _fault("shape is missing or not a list of whole numbers below 2^64", shard, name)
     if not _are_naturals(offsets) or len(offsets) != 2:
         raise _fault("data_offsets is missing or not two whole numbers below 2^64", shard, name)
-    _check_undefined(fields, shard, name, depth=1)
-    tensor = TensorRef(name, shard, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
+    if fields:
+        _check_undefined(fields, shard, name, depth=1)
+    tensor = TensorRef(
+        name, shard, sys.intern(dtype), tuple(shape), data_start + offsets[0], data_start + offsets[1]
+    )
     if tensor.nbytes < 0:
         raise _fault("data_offsets end before they begin", shard, name)
     if dtype in DTYPE_BITS:
@@ -205,7 +211,7 @@ def _tensor(name: str, entry: object, shard: str, data_start: int) -> TensorRef:
 
 def _are_naturals(value: object) -> TypeGuard[list[int]]:
     """Only such numbers does the format know; ``_integer`` has seen to their upper bound."""
-    return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)
+    return isinstance(value, list) and {*map(type, value)} <= {int} and min(value, default=0) >= 0
 
 
 def _check_size(ref: TensorRef) -> None:

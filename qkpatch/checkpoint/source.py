@@ -54,7 +54,7 @@ class Stored:
     mode: int = 0o777  # of the directory itself
     twins: tuple[str, ...] = ()  # other files that look like weights and will stay as they are
     previous_manifest: bytes | None = None  # SOURCE was itself written by qkpatch
-    stem: str = "model"  # what names of weights begin with
+    stem: str = ""  # what names of weights begin with
     exclude: Collection[str] = ()  # globs of what is left out
     left_out: Mapping[str, int] = field(default_factory=dict)  # that, with bytes
     disputed: Mapping[str, str] = field(default_factory=dict)  # what the index says wrongly, by tensor
@@ -67,8 +67,8 @@ class Stored:
 
     @property
     def lacks_index(self) -> bool:
-        """Whether there are several shards, and nothing says which tensor is where."""
-        return self.index is None and len(self.headers) > 1
+        """Whether names are those of shards, and nothing says which tensor is where."""
+        return bool(self.stem) and self.index is None and f"{self.stem}.safetensors" not in self.headers
 
     @property
     def size(self) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import PurePosixPath
 
 from qkpatch.checkpoint.recognised import no_weights, refuse_folder
@@ -97,7 +99,7 @@ def _indexed(where: str, files: Mapping[str, SourceFile], name: str) -> Weights:
             fix="remove the stale one, or leave it out: --exclude NAME",
         )
     if missing:
-        raise CheckpointError(what, where=name, fix="download the missing shards; and do not --exclude any")
+        raise CheckpointError(what, where=name, fix="download the missing shards, and do not --exclude them")
     stem = _INDEX.sub(r"\1\2", name)
     return Weights(shards, stem, name, weight_map)
 
@@ -133,10 +135,11 @@ def _read_index(file: SourceFile) -> dict[str, str]:
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError("no weight_map, or an empty one", where=file.name)
-    plain = {}
+    plain, name_of = {}, cache(lambda shard: str(PurePosixPath(shard)) if shard else "")  # without ./
+    is_plain = cache(is_plain_relative)
     for tensor, shard in weight_map.items():
-        plain[tensor] = str(PurePosixPath(shard)) if isinstance(shard, str) and shard else ""  # without ./
-        if not is_plain_relative(plain[tensor]):
+        plain[sys.intern(tensor)] = name_of(shard) if isinstance(shard, str) else ""
+        if not is_plain(plain[tensor]):
             raise CheckpointError(
                 f"tensor {tensor!r} is said to be in {shard!r}, not a plain path inside the checkpoint",
                 where=file.name,

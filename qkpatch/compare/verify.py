@@ -161,8 +161,10 @@ def check(
         located, checkpoint, output = plan.model.source, plan.model.checkpoint, plan.output
         planned = planned_manifest(plan, "")
     found += origin_mismatches(manifest, located)
-    card = None if as_written else _other_card(manifest, output, present)
-    is_published = card is not None and card.is_ours
+    card = _other_card(manifest, output, present)
+    if as_written and card is not None and card.note is not None:
+        card = None  # people's work, which is not as qkpatch left it
+    is_published = card is not None and card.is_ours and not as_written
     if card is not None and card.is_edited and not any_card:
         found.append(Mismatch(CARD_NAME, str(card.note)))
     # A commit on the Hub has a card of its own there, and not what is never published.

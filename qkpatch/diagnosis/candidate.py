@@ -30,7 +30,7 @@ class Refusal:
     """Layers that cannot be edited, all for one reason."""
 
     layers: tuple[int, ...]
-    reason: QKPatchError  # of the first of them; of several, with {layer} in names in place of its number
+    reason: QKPatchError  # of the first of them
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,10 @@ def examine(recipe: Recipe, checkpoint: Checkpoint) -> Candidate:
     try:
         opened = open_set(recipe, recipe.tensors, checkpoint, insist=False)
     except QKPatchError as error:
-        failed = Finding("numbers", False, "a contradiction", error)
-        names = Finding("tensor names", True, there)
         if len(prefixes) != 1:
-            return Candidate(recipe, (*identity, Finding("tensor names", False, there, failed.reason)))
-        return Candidate(recipe, (*identity, names, failed))
+            return Candidate(recipe, (*identity, Finding("tensor names", False, there, error)))
+        failed = Finding("numbers", False, "a contradiction", error)
+        return Candidate(recipe, (*identity, Finding("tensor names", True, there), failed))
     tower, layout = opened.tower, opened.tower.layout
     own = [n for n in range(tower.n_layers) if opened.has(n)]
     # One shard by itself holds any of the layers.
@@ -101,8 +100,8 @@ def examine(recipe: Recipe, checkpoint: Checkpoint) -> Candidate:
     refused = _grouped(errors)
     editable = tuple(n for n in present if n not in errors)
     # Quantised layers and the like leave the others as they are; a contradiction with config.json does not.
-    is_usable = all(isinstance(e, UnsupportedError) for e in errors.values()) and bool(
-        editable or not present
+    is_usable = all(isinstance(e, UnsupportedError) for e in errors.values()) and (
+        bool(editable) or not present
     )
     numbers = (
         f"{tower.n_layers} layers, {layout.n_heads} query / {layout.n_kv_heads} key heads "
@@ -128,20 +127,7 @@ def _against(found: object, expected: tuple[str, ...], *, fits: bool) -> str:
 
 def _grouped(errors: Mapping[int, QKPatchError]) -> tuple[Refusal, ...]:
     """Layers whose errors are the same but for the layer's number."""
-    groups: dict[tuple[str, str], list[int]] = {}
+    groups: dict[str, list[int]] = {}
     for layer, error in errors.items():
-        what = _layered(error.what, layer).replace(f"layer {layer} ", "each layer ")
-        groups.setdefault((error.kind, what), []).append(layer)
-    refusals = []
-    for (_, what), layers in groups.items():
-        reason = first = errors[layers[0]]
-        if len(layers) > 1:
-            where = None if first.where is None else _layered(first.where, layers[0])
-            reason = type(first)(what, where=where, fix=first.fix)
-        refusals.append(Refusal(tuple(layers), reason))
-    return tuple(refusals)
-
-
-def _layered(name: str, layer: int) -> str:
-    """``name`` with {layer} in place of that number, to say the same of many layers."""
-    return re.sub(rf"(?<=[._/-]){layer}(?=[._/-])", "{layer}", name, count=1)
+        groups.setdefault(re.sub(rf"(?<![0-9]){layer}(?![0-9])", "#", str(error)), []).append(layer)
+    return tuple(Refusal(tuple(layers), errors[layers[0]]) for layers in groups.values())

@@ -11,7 +11,7 @@ from qkpatch.diagnosis.draft import draft_text
 from qkpatch.errors import AmbiguousError, CheckpointError, QKPatchError
 from qkpatch.model.choice import query_like, refuse_unknown
 from qkpatch.model.locate import Access, locate
-from qkpatch.model.stacks import offers, placements, sections
+from qkpatch.model.stacks import offers, placements
 from qkpatch.recipes.catalogue import language_models, shipped_recipes
 
 EXIT_UNKNOWN = 3  # as for any unsupported or ambiguous checkpoint
@@ -86,8 +86,7 @@ def diagnose(source: str) -> Diagnosis:
         else:
             if not further["offers"]:
                 is_repo = located.kind == "hub" and located.name.count("/") == 1
-                numbers = [name for name, _ in sections(config)]
-                text = draft_text(config, numbers, names, located.name if is_repo else "org/name")
+                text = draft_text(config, names, located.name if is_repo else "org/name")
                 further = {"near": _near(checkpoint), "draft": text if names else None}
     return Diagnosis(
         located.name,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from qkpatch.model.stacks import sections
 from qkpatch.recipes.reading import UNTESTED
-from qkpatch.recipes.recipe import TOP_LEVEL
 
 NAME = "draft"
-_MOST = 12  # names of a kind
+_MOST = 12  # sections, classes
 _LIMIT = 200  # characters of a value out of config.json; more is no name of anything
 
 _TEXT = """\
@@ -45,15 +45,8 @@ defaults:   # ours for all families
 """
 
 
-def draft_text(config: Mapping[str, Any], sections: Iterable[str], names: Iterable[str], repo: str) -> str:
-    """The YAML of a draft.
-
-    Args:
-        config: config.json.
-        sections: those that hold counts.
-        names: some tensors that are named like query projections.
-        repo: where such a checkpoint is on the Hub.
-    """
+def draft_text(config: Mapping[str, Any], names: Iterable[str], repo: str) -> str:
+    """The YAML of a draft; ``names`` are tensors that look like query projections."""
     named = config.get("architectures")
     classes = _texts(named if isinstance(named, list) else [])
     model_type = (*_texts([config.get("model_type")]), "")[0]
@@ -64,14 +57,9 @@ def draft_text(config: Mapping[str, Any], sections: Iterable[str], names: Iterab
         title=_scalar((model_type, *classes, NAME)[0] or NAME),
         model_type=_scalar(model_type),
         architectures=", ".join(map(_scalar, classes)) or "Unknown",
-        sections=_listed(TOP_LEVEL if section == TOP_LEVEL else _scalar(section) for section in sections),
-        names=_listed(map(_scalar, names)),
+        sections="".join(f"\n    # {_scalar(section)}" for section, _ in list(sections(config))[:_MOST]),
+        names="".join(f"\n    # {_scalar(name)}" for name in names),
     )
-
-
-def _listed(names: Iterable[str]) -> str:
-    """Names as comments, one a line."""
-    return "".join(f"\n    # {name}" for name in list(names)[:_MOST])
 
 
 def _texts(values: Iterable[Any]) -> list[str]:

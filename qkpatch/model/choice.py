@@ -33,8 +33,9 @@ def choose_recipe(
         CheckpointError: training left its prefix in the names.
     """
     names = list(tensor_names)
-    claimed = _claimed(config)
-    fits = fitting(config, names)
+    kin = shipped_recipes(str(config.get("model_type") or ""))
+    claimed = [recipe for recipe in kin.values() if recipe.matches(config)]
+    fits = [recipe for recipe in claimed if recipe.tensors.matching_prefixes(names)]
     if len(fits) == 1:
         return fits[0]
     identity = f"model_type {config.get('model_type')!r}, architectures {config.get('architectures')!r}"
@@ -50,13 +51,18 @@ def choose_recipe(
         expected = "; ".join(
             f"{r.name} expects {p}{r.tensors.query}" for r in claimed for p in r.tensors.prefixes
         )
-        found = ", ".join(query_like(names)) or "no q_proj at all"
+        found = f"the checkpoint holds, for example: {', '.join(query_like(names)) or 'no q_proj at all'}"
         if any(name.startswith(_OF_MLX) for name in names):
+            is_text = all(recipe.config.sections == (TOP_LEVEL,) for recipe in claimed)
             found += "; MLX saves such names, and other gains of norms: patch the original checkpoint"
+            if is_text and any(not name.startswith("language_model.") for name in names):
+                found = (
+                    "config.json is the text model's alone, and the weights are a whole model's: restore its"
+                )
         raise AmbiguousError(
             f"{identity} is known, but no query tensor has the expected name: {expected}",
             where="tensor names",
-            fix=f"the checkpoint holds, for example: {found}",
+            fix=found,
         )
     what, fix = (
         f"no recipe is made for {identity}",
@@ -68,17 +74,6 @@ def choose_recipe(
     elif not known:
         fix = "`qkpatch recipes check SOURCE` tells what comes near, and drafts a recipe"
     raise AmbiguousError(what, where="config.json", fix=fix)
-
-
-def fitting(config: Mapping[str, Any], tensor_names: Iterable[str]) -> list[Recipe]:
-    """The shipped recipes whose model type, architectures and tensor names fit."""
-    names = list(tensor_names)
-    return [recipe for recipe in _claimed(config) if recipe.tensors.matching_prefixes(names)]
-
-
-def _claimed(config: Mapping[str, Any]) -> list[Recipe]:
-    kin = shipped_recipes(str(config.get("model_type") or ""))
-    return [recipe for recipe in kin.values() if recipe.matches(config)]
 
 
 def refuse_unknown(names: Iterable[str], config: Mapping[str, Any]) -> None:

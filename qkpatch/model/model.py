@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from qkpatch.checkpoint.names import USUAL
 from qkpatch.checkpoint.source import Checkpoint, open_checkpoint
 from qkpatch.errors import AmbiguousError, CheckpointError, UsageError
-from qkpatch.model.choice import ANOTHER, choose_recipe, fitting, query_like
+from qkpatch.model.choice import ANOTHER, choose_recipe, query_like
 from qkpatch.model.locate import Access, Source, locate
 from qkpatch.model.refusals import refuse_known, refuse_wrapped
 from qkpatch.model.stacks import offers, place
 from qkpatch.model.targets import AttentionSet, LayerTarget
 from qkpatch.model.tower import LanguageTower, read_tower
-from qkpatch.recipes.catalogue import get_recipe, is_recipe_file, language_models
+from qkpatch.recipes.catalogue import get_recipe, is_recipe_file, language_models, shipped_recipes
 from qkpatch.recipes.recipe import Recipe, TensorNames
 
 
@@ -130,10 +130,11 @@ def understood(
             for name in dict.fromkeys(wanted)
         )
     except AmbiguousError as error:
-        fits = fitting(checkpoint.config, checkpoint.tensors) if error.fix == ANOTHER else []
-        if not fits or recipe.name in (each.name for each in fits):
+        claimed = (r for r in shipped_recipes().values() if r.matches(checkpoint.config))
+        fits = [r.name for r in claimed if r.tensors.matching_prefixes([*checkpoint.tensors])]
+        if error.fix != ANOTHER or not fits or recipe.name in fits:
             raise
-        fix = f"recipe {fits[0].name} fits: name that one, or none"
+        fix = f"recipe {fits[0]} fits: name that one, or none"
         raise AmbiguousError(error.what, where=error.where, fix=fix) from error
     _check_together(sets)
     recipe_file = recipe_name if recipe_name is not None and is_recipe_file(recipe_name) else None

@@ -40,7 +40,7 @@ class Placed:
         """What was taken, and why."""
         tower, section = self.tower, "" if self.section == TOP_LEVEL else f"'s {self.section}"
         return (
-            f"no recipe knows this class; as a {self.recipe.name} model were taken the layers {self.prefix} "
+            f"as a {self.recipe.name} model were taken the layers {self.prefix} "
             f"({tower.n_layers} layers, {tower.layout.n_heads} query / {tower.layout.n_kv_heads} key heads of "
             f"{tower.layout.d_head}, hidden {tower.layout.d_model}), which agree with config.json{section}: "
             + (self.doubt or f"a token embedding of {self.vocabulary} rows stands beside them")
@@ -56,27 +56,23 @@ def place(recipe: Recipe, checkpoint: Checkpoint, prefix: str | None = None) -> 
     """
     fitting, refused = placements(recipe, checkpoint)
     sure = [p for p in fitting if p.prefix == prefix] if prefix else _sure(recipe, fitting)
+    others = [] if prefix else [*refused, *(p.prefix for p in fitting if p not in sure)]
+    refuse_wrapped(others if not sure else [] if prefix else [sure[0].prefix])
     if len(sure) == 1:
-        refuse_wrapped([] if prefix else [sure[0].prefix])
         return sure[0]
-    if prefix in refused:
-        raise refused[prefix]
     refuse_known(checkpoint.tensors, checkpoint.config)
-    refuse_wrapped([] if prefix else [*refused, *(p.prefix for p in fitting)])
-    if len(refused) == 1 and not fitting and not prefix:
-        raise next(iter(refused.values()))
-    told = [f"{p.prefix} {'' if sure else p.doubt}".rstrip() for p in sure or fitting]
-    told += [] if sure else [f"{p} {error.what}" for p, error in refused.items()]
-    what = (
-        f"{len(sure)} stacks of layers are"
-        if sure
-        else f"no stack of layers is {'there' if prefix else 'surely'}"
+    if prefix in refused or (len(refused) == 1 and not fitting and not prefix):
+        raise refused.get(prefix or "", next(iter(refused.values())))
+    what, told = (
+        f"{len(sure)} stacks of layers are a {recipe.name} language model's",
+        [p.prefix for p in sure],
     )
-    raise AmbiguousError(
-        f"{what} a {recipe.name} language model's: {'; '.join(told) or 'none has its names'}",
-        where=f"--prefix {prefix!r}" if prefix else "tensor names",
-        fix=f"say which: --recipe {recipe.name} --prefix '{fitting[0].prefix}'" if fitting else ANOTHER,
-    )
+    if not sure:
+        what = f"no stack of layers is {'there' if prefix else 'surely'} a {recipe.name} language model's"
+        told = [f"{p.prefix} {p.doubt}" for p in fitting] + [f"{p} {e.what}" for p, e in refused.items()]
+    fix = f"say which: --recipe {recipe.name} --prefix '{fitting[0].prefix}'" if fitting else ANOTHER
+    where = f"--prefix {prefix!r}" if prefix else "tensor names"
+    raise AmbiguousError(f"{what}: {'; '.join(told) or 'none has its names'}", where=where, fix=fix)
 
 
 def placements(recipe: Recipe, checkpoint: Checkpoint) -> tuple[list[Placed], dict[str, QKPatchError]]:
@@ -119,8 +115,7 @@ def offers(checkpoint: Checkpoint) -> list[str]:
                 flags = f"--recipe {recipe.name}" + ("" if len(sure) == 1 else f" --prefix '{placed.prefix}'")
                 found.append((rank, -at, flags))
     # Where config.json says which language model it is, others with the same names are of no use.
-    best = [each for each in sorted(found) if each[0] == min(found)[0]]
-    return [flags for _, _, flags in best]
+    return [flags for rank, _, flags in sorted(found) if rank == min(found)[0]]
 
 
 def sections(
@@ -220,7 +215,7 @@ def _placed(
             # What is wrong with the shapes says more than a number that is not there.
             cure = cure or (error.fix if error.fix and re.search("head_dim|ZeRO", error.fix) else "")
             continue
-        vocabulary = section.get("vocab_size")
+        vocabulary = section.get("vocab_size", checkpoint.config.get("vocab_size"))
         size = vocabulary if type(vocabulary) is int else None
         agreeing.append(Placed(moved, prefix, name, kind, tower, size, None))
     if not agreeing:
@@ -234,11 +229,14 @@ def _placed(
         key=lambda p: (p.kind not in known, p.section not in recipe.config.sections, not p.vocabulary)
     )
     best = agreeing[0]
-    others = [p for p in agreeing if p.tower.layout != best.tower.layout]
-    if others:
+    # A section without tokens is no language model's where another has some.
+    rivals = [
+        p for p in agreeing if p.tower.layout != best.tower.layout and (p.vocabulary or not best.vocabulary)
+    ]
+    if rivals:
         said = [
             f"{p.section}: {p.tower.layout.n_heads} heads × {p.tower.layout.d_head}"
-            for p in (best, others[0])
+            for p in (best, rivals[0])
         ]
         raise AmbiguousError(
             f"two sections agree with the layers {prefix} and contradict each other: {'; '.join(said)}",
@@ -282,18 +280,16 @@ def _check_stored(
 def _check_kind(recipe: Recipe, placed: Placed) -> None:
     """Refuse a section that names another language model, whose tensors of the same names mean something else."""
     ours, kind = recipe.tensors, placed.kind
-    others = [
+    named = [
         r for r in language_models() if kind in r.config.class_defaults and r.tensors.query == ours.query
     ]
-    is_same = any(
-        (r.tensors.rows, r.tensors.norms, r.tensors.input_norm) == (ours.rows, ours.norms, ours.input_norm)
-        for r in others
-    )
-    if others and not is_same and kind not in recipe.config.class_defaults:
+    meaning = {r.name: (r.tensors.rows, r.tensors.norms, r.tensors.input_norm) for r in (*named, recipe)}
+    if named and recipe not in named and meaning[recipe.name] not in [meaning[r.name] for r in named]:
+        other = named[0].name
         raise AmbiguousError(
-            f"{placed.section} names {kind!r}, recipe {others[0].name}'s, with other norms or rows than {recipe.name}",
+            f"{placed.section} names {kind!r}, which is recipe {other}'s, with other norms or rows than {recipe.name}",
             where="config.json",
-            fix=f"choose it: --recipe {others[0].name}",
+            fix=f"choose it: --recipe {other}",
         )
 
 

@@ -27,11 +27,9 @@ from qkpatch.spectral.edit import HeadError, HeadReport, edit_query, measure
 from qkpatch.spectral.rule import EditRule
 
 Write = Callable[[str, bytes | bytearray, int], None]
+_Chunk = tuple[LayerTarget, tuple[int, ...]]  # a few heads of one tensor, edited by one thread
 
 _HEADS_AT_A_TIME = 4  # of one tensor, by one thread: enough to share keys and open files
-
-
-_Chunk = tuple[LayerTarget, tuple[int, ...]]  # a few heads of one tensor, edited by one thread
 
 
 def _chunks(plan: EditPlan, at_least: int) -> Iterator[_Chunk]:

@@ -127,7 +127,7 @@ class LayerWeights:
 
     def _check(self, ref: TensorRef, factor: Factor, names: Sequence[str]) -> None:
         """Refuse weights, all gains in them, that hold what is no number or cannot be squared."""
-        for i, norm in enumerate(factor.norm.tolist()):
+        for i, norm in enumerate(torch.linalg.matrix_norm(factor.R).tolist()):
             if SMALLEST < norm < LARGEST:
                 continue
             size = float(factor.W[i].abs().max())

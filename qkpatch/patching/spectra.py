@@ -84,22 +84,17 @@ def layer_spectra(
 def _head_spectra(
     heads: Sequence[int], kv_heads: Sequence[int], product: QKProduct, modes: int
 ) -> Iterator[HeadSpectrum]:
-    shares = product.symmetric_shares()
-    for i, spectrum in enumerate(product.spectra(Channel.full)):
-        S = spectrum.S
-        values = tuple(S.tolist())
-        gap = (
-            (values[modes - 1] - values[modes]) / values[modes - 1]
-            if modes < len(values) and values[modes - 1]
-            else None
-        )
+    found = zip(product.spectra(Channel.full), product.symmetric_shares(), strict=True)
+    for i, (spectrum, share) in enumerate(found):
+        values = tuple(spectrum.S.tolist())
+        edge = values[modes - 1 : modes + 1]
         yield HeadSpectrum(
             head=heads[i],
             kv_head=kv_heads[i],
             singular_values=values,
             frobenius=spectrum.frobenius,
-            symmetric_share=shares[i],
-            energy_share=energy_share(S, modes),
-            effective_rank=effective_rank(S),
-            gap=gap,
+            symmetric_share=share,
+            energy_share=energy_share(spectrum.S, modes),
+            effective_rank=effective_rank(spectrum.S),
+            gap=(edge[0] - edge[1]) / edge[0] if len(edge) == 2 and edge[0] else None,
         )

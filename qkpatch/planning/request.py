@@ -20,7 +20,7 @@ E = TypeVar("E", bound=Enum)
 
 _KINDS: dict[str, Any] = {
     "recipe": str, "prefix": str, "modes": int, "alpha": int | float, "seed": int, "fold_norm": bool,
-    "max_shard_size": int,
+    "max_shard_size": int
 }  # fmt: skip
 
 

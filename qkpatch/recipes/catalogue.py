@@ -44,8 +44,8 @@ def backbone(model_type: str) -> Backbone | None:
 @cache
 def language_models() -> tuple[Recipe, ...]:
     """The shipped recipes that describe a language model, such as a family may wrap."""
-    shipped = shipped_recipes().items()
-    return tuple(recipe for name, recipe in shipped if not is_family(recipe_text(name).encode()))
+    paths = sorted(_config_dir().glob("*.yaml"))
+    return tuple(_shipped(path) for path in paths if not is_family(recipe_text(path.stem).encode()))
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -121,7 +121,7 @@ def edit_query(product: QKProduct, rule: EditRule, generators: Sequence[torch.Ge
     gaps = tuple(s.gap(chosen) for s, chosen in zip(spectra, indices, strict=True))
     nothing: tuple[None, ...] = (None,) * len(W_Q)
     if rule.select is Select.shrink:
-        whole = product.query.norm
+        whole = torch.linalg.matrix_norm(product.query.R)  # ‖R‖ = ‖W_Q‖
         kept = torch.tensor(_shrink_factors(size.tolist(), whole.tolist()), dtype=torch.float64)
         shrunk = W_Q * kept[:, None, None].to(W_Q)
         none = ((),) * len(W_Q)
@@ -139,7 +139,8 @@ def measure(product: QKProduct, edit: QueryEdit, W_Q_stored: Tensor) -> tuple[He
     """
     W_Q = product.query.W
     rounding, change = (_distance(W_Q_stored, W) for W in (edit.W_Q, W_Q))
-    norms = torch.stack([rounding, change, product.query.norm.to(change)], dim=-1).tolist()
+    whole = torch.linalg.matrix_norm(product.query.R).to(change)  # ‖R‖ = ‖W_Q‖
+    norms = torch.stack([rounding, change, whole], dim=-1).tolist()
     for i, (_, changed, _) in enumerate(norms):
         if not math.isfinite(changed) and not bool(W_Q_stored[i].isfinite().all()):
             raise HeadError(
@@ -182,9 +183,8 @@ def _delta(
     # u_j are orthonormal, so ‖ΔM‖² and its reached part are sums over modes.
     weight = modes.S.square()
     parts = torch.stack([(weight * reached.square()).sum(-1), weight.sum(-1)], dim=-1).tolist()
-    return -scale * (mapped * modes.S[:, None]), tuple(
-        part / whole if whole else None for part, whole in parts
-    )
+    shares = tuple(part / whole if whole else None for part, whole in parts)
+    return -scale * (mapped * modes.S[:, None]), shares
 
 
 def _edit_subspace(product: QKProduct, rule: EditRule, generators: Sequence[torch.Generator]) -> QueryEdit:
@@ -259,8 +259,7 @@ def _gains(edit: QueryEdit, W_Q: Tensor, W_Q_new: Tensor) -> list[list[float]]:
 def _distance(A: Tensor, B: Tensor) -> Tensor:
     """``‖A − B‖_F`` of each head; of a few rows at a time, whose difference stays in the processor's cache."""
     parts = [torch.linalg.matrix_norm(a - b) for a, b in zip(A.chunk(8, -2), B.chunk(8, -2), strict=True)]
-    whole: Tensor = torch.linalg.vector_norm(torch.stack(parts), dim=0)
-    return whole
+    return torch.stack(parts).square().sum(0).sqrt()
 
 
 def _ratio(part: float, whole: float) -> float:

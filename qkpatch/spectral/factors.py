@@ -34,10 +34,6 @@ class Basis:
         """``Qᵀ vectors`` on the CPU, for ``vectors`` (n, d_model, r)."""
         return self.mixing.mT @ to_host(self.rows @ vectors)
 
-    def take(self, at: Sequence[int]) -> Basis:
-        """The bases at ``at``, which may repeat."""
-        return Basis(self.rows[at], self.mixing[at])
-
 
 @dataclass(frozen=True)
 class Factor:
@@ -112,17 +108,11 @@ class Factor:
         """``R`` (n, k, d_head), on the CPU."""
         return self.known[1] if self.known else self._factors[0]
 
-    @cached_property
-    def norm(self) -> Tensor:
-        """``‖W‖_F = ‖R‖_F``, (n,), on the CPU."""
-        norm: Tensor = torch.linalg.matrix_norm(self.R)
-        return norm
-
     def take(self, at: Sequence[int]) -> Factor:
         """The factors at ``at``, which may repeat: heads that share keys share their factors."""
         if list(at) == list(range(len(self.W))):
             return self
-        known = (lambda: self.basis.take(at), self.R[at])
+        known = (lambda: Basis(self.basis.rows[at], self.basis.mixing[at]), self.R[at])
         return Factor(self.W[at], self.roundoff, known, lambda: self.gram[at])
 
     @property

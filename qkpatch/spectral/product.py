@@ -38,14 +38,9 @@ class Spectrum:
         Under about 1e-3 the selection splits a near-degenerate block and is not well defined.
         None where the selection has no edge (nothing or everything selected).
         """
-        inside = set(selected)
-        size = self.S.abs().tolist()
-        gaps = [
-            (size[j] - size[j + 1]) / size[j]
-            for j in range(self.rank - 1)
-            if (j in inside) != (j + 1 in inside)
-        ]
-        return min(gaps, default=None)
+        inside, size = set(selected), self.S.abs().tolist()
+        edges = [j for j in range(self.rank - 1) if (j in inside) != (j + 1 in inside)]
+        return min(((size[j] - size[j + 1]) / size[j] for j in edges), default=None)
 
 
 @dataclass(frozen=True)
@@ -101,13 +96,10 @@ class QKProduct:
 
         ``‖(M + Mᵀ)/2‖² = (‖M‖² + tr(M M)) / 2`` and ``tr(M M) = tr(G G)`` with ``G = W_K W_Qᵀ``.
         """
-        traces = (self.cross * self.cross.mT).sum((-2, -1)).tolist()
-        norms = torch.linalg.matrix_norm(self.core).tolist()
-        # Rounding may step outside.
-        return [
-            min(1.0, max(0.0, 0.5 * (1.0 + trace / norm**2))) if norm else 0.0
-            for trace, norm in zip(traces, norms, strict=True)
-        ]
+        traces, norms = (self.cross * self.cross.mT).sum((-2, -1)), torch.linalg.matrix_norm(self.core)
+        shares = (0.5 * (1.0 + traces / norms.square())).clamp(0.0, 1.0)  # rounding may step outside
+        found: list[float] = torch.where(norms > 0, shares, 0.0).tolist()
+        return found
 
     def spectra(self, channel: Channel) -> tuple[Spectrum, ...]:
         """The spectra of :meth:`decompose`, at less cost since no vectors are computed."""

@@ -1,10 +1,10 @@
 """Benchmark qkpatch against a copy, the load/edit/save loop and mergekit, on checkpoints of real size.
 
-python -m scripts.bench [--scale small|full] [--dir .cache/bench] [--rounds 3] [--write]
+python -m scripts.bench [--quick] [--scale small|full] [--dir .cache/bench] [--rounds 3] [--write]
 
 Builds what is missing in DIR (--dry-run says how much that is), lets all take turns, and prints medians, ratios and
-whether the targets are met. Exit code 1: an output does not verify, or something cannot run. Missed targets are
-figures, not failures.
+whether the targets are met. --quick takes about two minutes and 3 GB. Exit code 1: an output does not verify, or
+something cannot run. Missed targets are figures, not failures.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .chart import draw
 from .contest import (
     APPLY,
     COPY,
@@ -35,7 +36,7 @@ from .contest import (
 from .measure import BenchError, PageCache, Usage, measure
 from .places import check_free, free_memory, kind_of, reflink_place
 from .report import REFLINK, document, machine, markdown, rows, verdicts
-from .shapes import ALL, LLAMA_7B, ONE_5G, SCALES, TINY, Shape, build, is_built
+from .shapes import ALL, LLAMA_7B, ONE_5G, QUICK, SCALES, TINY, Shape, build, is_built
 
 REPO = Path(__file__).resolve().parent.parent.parent
 HERE = Path(__file__).resolve().parent
@@ -101,7 +102,7 @@ class Session:
                         f"{shape.name}: source and output do not fit in memory, so warm is partly cold"
                     )
                 place = Place(kind_of(self.folder), self.folder, self.caches)
-                inspect = [INSPECT] if "inspect" in self.parts and shape in (LLAMA_7B, TINY) else []
+                inspect = [INSPECT] if "inspect" in self.parts and shape in (LLAMA_7B, QUICK, TINY) else []
                 self.race(shape, source, place, COPY, APPLY, LOOP, *extra, *inspect)
 
     def in_memory(self) -> None:
@@ -159,6 +160,9 @@ def main() -> int:
     )
     parser.add_argument("--dir", type=Path, default=REPO / ".cache" / "bench", help="default: .cache/bench")
     parser.add_argument("--scale", choices=SCALES, default="small", help="default: %(default)s")
+    parser.add_argument(
+        "--quick", action="store_true", help="as --scale quick --parts disk,inspect --cache warm --clean"
+    )
     parser.add_argument("--shapes", metavar="A,B", help=f"of {', '.join(ALL)} instead of a scale's")
     parser.add_argument("--parts", metavar="A,B", default=",".join(PARTS), help="default: %(default)s")
     parser.add_argument("--cache", metavar="A,B", default="cold,warm", help="default: %(default)s")
@@ -171,6 +175,13 @@ def main() -> int:
     parser.add_argument("--clean", action="store_true", help="remove the checkpoints in the end")
     parser.add_argument("--dry-run", action="store_true", help="only say what is needed")
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.scale, arguments.parts, arguments.cache, arguments.clean = (
+            "quick",
+            "disk,inspect",
+            "warm",
+            True,
+        )
     signal.signal(
         signal.SIGTERM, lambda number, _: sys.exit(128 + number)
     )  # so that mounts and memory are given back
@@ -237,6 +248,7 @@ def _show(session: Session, target: Path, *, write: bool) -> None:
     if write:
         PAGE.parent.mkdir(exist_ok=True)
         PAGE.write_text(page)
+        PAGE.with_suffix(".svg").write_text(draw(table))
 
 
 if __name__ == "__main__":

@@ -176,6 +176,7 @@ def markdown(found: Sequence[Row], facts: dict[str, str], dense: float | None, n
         "largest of the rounds. Memory (RSS, and what of it is anonymous) is in MB. What was read and written, and "
         "what of it reached the disk, is in GB.",
         table(("machine", ""), facts.items()),
+        "![Wall time against bytes: a copy, qkpatch apply, the load/edit/save loop](bench.svg)",
     ]
     for shape in dict.fromkeys(row.shape for row in found):
         size = ALL[shape].n_bytes / 1e9

@@ -123,11 +123,13 @@ GEOMETRY_70B = Shape(
     (10, 18),
     is_sparse=True,
 )
+QUICK = Shape("quick", "eight layers of 7B attention, 1 shard", 8, 4096, 32, 32, 256, 8000, (2, 4))
 TINY = Shape("tiny", "for tests", 4, 64, 4, 2, 96, 128, (1, 2), d_head=16, shards=3)
 
 SCALES = {
     "full": (LLAMA_7B, GEOMETRY_70B, ONE_15G, ONE_5G),
     "small": (ONE_5G, GEOMETRY_70B),
+    "quick": (QUICK,),
     "tiny": (TINY,),
 }
 ALL = {shape.name: shape for shapes in SCALES.values() for shape in shapes}

@@ -485,6 +485,13 @@ def test_a_complete_set_of_shards_without_an_index(tmp_path: Path, run: Run, var
         loaded_query(tiny.path, 1, variant=variant)
 
 
+def test_a_set_of_one_shard_gets_an_index_too(tiny: Tiny, tmp_path: Path, run: Run) -> None:
+    (tiny.path / "model.safetensors").rename(tiny.path / "model-00001-of-00001.safetensors")
+    apply(run, tiny.path, tmp_path / "out")
+    assert INDEX in names(tmp_path / "out")
+    assert loaded_query(tmp_path / "out", 1)
+
+
 @pytest.mark.parametrize("indexed", [True, False])
 @pytest.mark.parametrize("lost", [1, 2, 3])
 def test_a_missing_shard_is_named(tmp_path: Path, run: Run, lost: int, indexed: bool) -> None:

@@ -264,3 +264,12 @@ def test_the_names_of_mlx_are_named_before_a_recipe_is() -> None:
     with pytest.raises(AmbiguousError) as caught:
         choose_recipe(config, names)
     assert "MLX saves such names" in str(caught.value.fix)
+
+
+@pytest.mark.parametrize(("beside", "cure"), [("vision_tower.x", "restore its"), ("language_model.x", "MLX")])
+def test_a_text_models_config_beside_the_weights_of_a_whole_model(beside: str, cure: str) -> None:
+    names = ["language_model.model.layers.3.self_attn.q_proj.weight", beside]
+    config = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+    with pytest.raises(AmbiguousError) as caught:
+        choose_recipe(config, names)
+    assert cure in str(caught.value.fix)

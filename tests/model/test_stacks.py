@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -75,11 +76,21 @@ class TestFound:
             {"language": NUMBERS},
             {"llm_config": NUMBERS},
             {"phi_config": NUMBERS},
+            {"vocab_size": VOCABULARY, "lm": {k: v for k, v in NUMBERS.items() if k != "vocab_size"}},
             {"vlm_config": {"text_config": NUMBERS}},
             {"a": {"b": {"c": NUMBERS}}},
             {"vision_config": {**NUMBERS, "num_hidden_layers": 5}, "language": NUMBERS},
         ],
-        ids=["top", "language", "llm_config", "phi_config", "two deep", "three deep", "beside vision"],
+        ids=[
+            "top",
+            "language",
+            "llm_config",
+            "phi_config",
+            "tokens above",
+            "two deep",
+            "three deep",
+            "beside vision",
+        ],
     )
     def test_its_numbers_may_be_anywhere(self, config: dict[str, Any], tmp_path: Path) -> None:
         known = {key: value for key, value in config.items() if key != "model_type"}
@@ -97,7 +108,7 @@ class TestFound:
         plan = api.plan(source, recipe="qwen3")
         assert plan.edits[0].query.name == f"{head}layers.1.{inner}self_attn.q_proj.weight"
         assert plan.warnings[0] == (
-            f"no recipe knows this class; as a qwen3 model were taken the layers {head}layers.{{layer}}.{inner} "
+            f"as a qwen3 model were taken the layers {head}layers.{{layer}}.{inner} "
             "(3 layers, 4 query / 2 key heads of 8, hidden 24), which agree with config.json's "
             "vlm_config.text_config: a token embedding of 11 rows stands beside them"
         )
@@ -112,17 +123,9 @@ class TestFound:
     def test_class_defaults_hold_for_the_section_that_names_the_model_and_no_other(
         self, tmp_path: Path
     ) -> None:
-        wide = {
-            name: (shape[0], 4096) if len(shape) > 1 else shape for name, shape in (LAYER | NORMS).items()
-        }
-        wide |= {
-            "self_attn.q_proj": (4096, 4096),
-            "self_attn.k_proj": (4096, 4096),
-            "input_layernorm": (4096,),
-        }
-        shapes = stack(layer={**wide, "self_attn.q_norm": (128,), "self_attn.k_norm": (128,)}, rows=None)
-        shapes["vlm.model.embed_tokens.weight"] = (VOCABULARY, 4096)
-        said = {"num_hidden_layers": 3, "hidden_size": 4096, "vocab_size": VOCABULARY}
+        wide = {"self_attn.q_proj": (4096, 24), "self_attn.k_proj": (4096, 24), "input_layernorm": (24,)}
+        shapes = stack(layer={**wide, "self_attn.q_norm": (128,), "self_attn.k_norm": (128,)})
+        said = {"num_hidden_layers": 3, "hidden_size": 24, "vocab_size": VOCABULARY}
         for kind, fits in (("qwen3", True), ("other", False), ("", False)):
             source = write(tmp_path / f"m{kind}", shapes, text_config={**said, "model_type": kind})
             if fits:
@@ -368,3 +371,35 @@ class TestPrefix:
             api.plan(tiny.path, recipe="llama", prefix=p) for p in (None, "model.layers.{layer}.")
         )
         assert plain.edits == chosen.edits
+
+
+def test_a_loaded_model_of_an_unknown_class_is_edited_as_its_checkpoint_would_be() -> None:
+    transformers = pytest.importorskip("transformers")
+    numbers = {key: value for key, value in NUMBERS.items() if key != "model_type"}
+    config = transformers.Qwen3Config(**numbers, intermediate_size=16)
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.llm = transformers.Qwen3Model(config)
+            self.draft = transformers.Qwen3Model(config)
+            self.config = transformers.PretrainedConfig(text_config=config.to_dict())
+
+    model = Wrapper()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(QKPatchError, match="2 stacks"):
+        api.patch_model(model, recipe="qwen3", modes=2)
+    with api.patched(model, recipe="qwen3", prefix="llm.layers.{layer}.", modes=2):
+        changed = [n for n, tensor in model.state_dict().items() if not torch.equal(tensor, before[n])]
+    assert changed == ["llm.layers.1.self_attn.q_proj.weight"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_mixture_of_a_hundred_thousand_tensors_takes_seconds(tmp_path: Path) -> None:
+    experts = {
+        f"vlm.model.layers.{n}.mlp.experts.{e}.up.weight": (1,) for n in range(3) for e in range(10_000)
+    }
+    source = write(tmp_path / "m", stack() | experts)
+    began = monotonic()
+    assert "--recipe qwen3" in (refused(source).fix or "")
+    assert monotonic() - began < 20

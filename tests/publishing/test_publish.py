@@ -712,6 +712,25 @@ def test_a_card_that_is_written_into_out_is_a_card_that_verify_knows(
     assert ("digests before and after" in card) == (digest != "none")
 
 
+def test_an_output_with_its_card_is_still_an_output(
+    base: Tiny, out: Path, tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    again = ("apply", base.path, "-o", out)
+    assert run("card", out, "--write").exit_code == 0
+    done = run(*again)
+    assert done.exit_code == 0, done.stderr
+    assert "# Base" in (out / "README.md").read_text().partition("qkpatch")[2]  # nothing was written
+    before, after = lmms(tmp_path / "b", [1.0, 0.0], [True]), lmms(tmp_path / "p", [1.0, 1.0], [True])
+    assert run("card", out, "--write", "--results", after, "--base-results", before).exit_code == 0
+    for flags in ((), ("--overwrite",)):  # results are somebody's work
+        refused = run(*again, *flags)
+        assert refused.exit_code == 2
+        assert "README.md" in refused.stderr
+    assert run("card", out, "--write").exit_code == 0
+    assert run(*again, "--overwrite").exit_code == 0
+    assert (out / "README.md").read_text() == BASE_CARD
+
+
 def test_the_card_of_an_edit_of_an_edit_replaces_the_one_before(
     base: Tiny, tmp_path: Path, run: Callable[..., Result]
 ) -> None:

@@ -104,6 +104,40 @@ def test_an_untested_recipe_is_a_warning(tiny: Tiny, run: Run, tmp_path: Path) -
     assert "untested" not in run("plan", tiny.path).stderr
 
 
+OWN = """\
+name: own
+title: A wrapper of one's own around Llama
+tested: untested
+match: {model_types: [own], architectures: [OwnModel]}
+backbones: [llama]
+config: {sections: [llm]}
+tensors:
+  prefixes:
+    - wrapped.layers.{layer}.
+"""
+
+
+def test_ten_lines_around_a_described_language_model_are_a_recipe(run: Run, tmp_path: Path) -> None:
+    counts = {"num_hidden_layers": 3, "hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = {"model_type": "own", "architectures": ["OwnModel"], "llm": {**counts, "head_dim": 8}}
+    tiny = build_tiny(tmp_path / "source", prefix="wrapped.layers.{layer}.self_attn.", config=config)
+    recipe, out = tmp_path / "own.yaml", tmp_path / "out"
+    recipe.write_text(OWN)
+    chosen = ("--recipe", recipe)
+    assert run("apply", tiny.path, *chosen, "--layers", 1, "--modes", 2, "-o", out).exit_code == 0
+    assert run("verify", out, "--source", tiny.path, *chosen).exit_code == 0
+    record = json.loads((out / "qkpatch.json").read_text())["recipe"]
+    assert record["default_repo"] is None
+    assert record["config"]["class_defaults"].keys() == {"llama"}
+    shown = json.loads(run("recipes", recipe, "--json").stdout)[0]
+    assert shown["tensors"]["query"] == "self_attn.q_proj.weight"
+    assert run("recipes", recipe).stdout == OWN
+    recipe.write_text(OWN.replace("[llama]", "[lama]"))
+    result = run("plan", tiny.path, *chosen)
+    assert result.exit_code == 2
+    assert "describes a language model 'lama'" in result.stderr
+
+
 class TestVerify:
     """An output made by a recipe of one's own is verified with it, and with no other."""
 

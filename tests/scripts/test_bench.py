@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import oracle
 import pytest
@@ -17,7 +19,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(REPO))
 
-from scripts.bench import contest, loop, report, shapes
+from scripts.bench import chart, contest, loop, report, shapes
 from scripts.bench.measure import BenchError, PageCache, Usage, measure
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
@@ -116,6 +118,10 @@ def test_ratios_are_taken_within_a_round_and_targets_are_told_met_or_missed() ->
     assert "**missed**" in page
     assert "**Extrapolated**, not measured: 96 minutes" in " ".join(page.split())
     assert "* xfs: not here" in page
+    picture = ElementTree.fromstring(chart.draw(table))
+    assert sum(element.tag.endswith("polyline") for element in picture.iter()) == 3
+    assert {"apply", "loop"} <= {word for text in picture.itertext() for word in re.findall(r"\w+", text)}
+    assert ElementTree.fromstring(chart.draw([])) is not None
 
 
 def test_who_fails_is_left_out_with_the_reason_and_qkpatch_may_not_fail(tmp_path: Path) -> None:
@@ -165,6 +171,39 @@ def test_a_process_is_measured_alone_however_large_its_parent() -> None:
     assert 64 << 20 < usage.peak_rss < 200 << 20 < len(ballast)
     assert 64 << 20 < usage.peak_anonymous <= usage.peak_rss
     assert usage.wall > 0.2
+
+
+def test_quick_is_small_enough_to_be_quick() -> None:
+    (quick,) = shapes.SCALES["quick"]
+    assert 2 * quick.n_bytes < 3e9
+    assert quick.n_bytes > report.LARGE  # so that the targets hold
+
+
+def test_a_head_is_held_against_its_matrix_calls() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.bench.bare",
+        "--heads",
+        "4",
+        "--kv-heads",
+        "2",
+        "--hidden",
+        "256",
+    ]
+    command += ["--d-head", "32", "--rounds", "1"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
+    found = re.findall(
+        r"(\S.*?) +([\d.]+) ms of CPU a head; its matrix calls +([\d.]+) ms; × ([\d.]+)", done.stdout
+    )
+    assert [name for name, *_ in found] == ["edit with report", "spectrum with share"]
+    assert all(float(figure) > 0 for _, *figures in found for figure in figures)
+
+
+def test_the_cost_of_a_plan_is_measured_as_a_model_grows() -> None:
+    command = [sys.executable, "-m", "scripts.bench.large", "--shards", "1,2"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
+    assert [row.split("|")[1].strip() for row in done.stdout.splitlines()[2:]] == ["1", "2"]
 
 
 def test_the_cost_of_a_head_is_measured_in_each_channel() -> None:
