@@ -79,15 +79,17 @@ def diagnose(source: str) -> Diagnosis:
     further: dict[str, Any] = {}
     if not any(candidate.fits for candidate in candidates):
         try:
-            _refuse(checkpoint, candidates)
-            further = {"offers": tuple(offers(checkpoint))}
+            refuse_unknown(tensors, config)
+            # What the recipe that is meant cannot use, no other can.
+            for error in (f.reason for c in candidates if c.is_meant for f in c.findings if f.reason):
+                raise error
+            flags = tuple(offers(checkpoint))
         except QKPatchError as error:
             further = {"no_draft": error}
         else:
-            if not further["offers"]:
-                is_repo = located.kind == "hub" and located.name.count("/") == 1
-                text = draft_text(config, names, located.name if is_repo else "org/name")
-                further = {"near": _near(checkpoint), "draft": text if names else None}
+            is_repo = located.kind == "hub" and located.name.count("/") == 1
+            text = draft_text(config, names, located.name if is_repo else "org/name") if names else None
+            further = {"offers": flags} if flags else {"near": _near(checkpoint), "draft": text}
     return Diagnosis(
         located.name,
         config.get("model_type"),
@@ -98,18 +100,6 @@ def diagnose(source: str) -> Diagnosis:
         names,
         **further,
     )
-
-
-def _refuse(checkpoint: Checkpoint, candidates: tuple[Candidate, ...]) -> None:
-    """Raise where no other recipe would help."""
-    refuse_unknown(checkpoint.tensors, checkpoint.config)
-    meant = next((candidate.recipe.name for candidate in candidates if candidate.is_meant), None)
-    if meant is not None:
-        raise AmbiguousError(
-            f"recipe {meant} is made for this model and finds its tensors; another would fail as it does",
-            where="config.json",
-            fix="repair the checkpoint, as told there",
-        )
 
 
 def _near(checkpoint: Checkpoint) -> tuple[tuple[QKPatchError, list[str]], ...]:

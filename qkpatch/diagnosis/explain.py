@@ -61,7 +61,9 @@ def _conclusion(diagnosis: Diagnosis) -> list[str]:
     if fitting:
         return [f"{len(fitting)} recipes fit: choose one with --recipe: {', '.join(fitting)}"]
     if diagnosis.no_draft is not None:
-        return ["No recipe fits, and no draft of one would help:", *_reason(diagnosis.no_draft)]
+        is_told = any(diagnosis.no_draft is f.reason for c in diagnosis.candidates for f in c.findings)
+        told = [", for the reason above."] if is_told else [":", *_reason(diagnosis.no_draft)]
+        return [f"No recipe fits, and no draft of one would help{told[0]}", *told[1:]]
     if diagnosis.offers:
         return [
             "No recipe is made for this class. Layers in it have a known language model's names, norms and shapes, and "

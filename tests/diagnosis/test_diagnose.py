@@ -105,7 +105,7 @@ class TestKnown:
         assert "no  numbers" in result.stdout
         assert "5 layers, but queries are stored for 3 (0-2)" in result.stdout
         assert "config.json: num_hidden_layers" in result.stdout
-        assert "recipe llama is made for this model" in result.stdout
+        assert "no draft of one would help" in result.stdout
         assert "gemma3n" not in result.stdout  # shares tensor names, and is of no use here
         assert checked(run, tiny.path)["draft"] is None
 
