@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 
+from safetensors import SafetensorError, safe_open
+
 from qkpatch.checkpoint.content import Held, Parts, damaged, feed_source, held_file
-from qkpatch.checkpoint.files import OpenFile, Progress
+from qkpatch.checkpoint.files import OpenFile, Progress, os_errors
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.pairs import Reader, Span
 from qkpatch.checkpoint.present_files import Present
@@ -151,3 +153,21 @@ def _place(source: Stored, shard: str, offset: int) -> str:
             if ref.begin <= offset < ref.end:
                 return f", in {ref.name}"
     return ""
+
+
+def library_verdict(wanted: OutputFile, present: Present) -> Iterator[Mismatch]:
+    """The safetensors library must open what it opened in SOURCE; it does not know every dtype we carry over."""
+    sources = [extent.file for extent in wanted.extents]
+    if not all(isinstance(file, LocalFile) and _library_accepts(str(file.path)) for file in sources):
+        return
+    with present.open(wanted.name) as opened:
+        if not _library_accepts(f"/proc/self/fd/{opened.fd}"):
+            yield Mismatch(wanted.name, "the safetensors library opens it in SOURCE and refuses it in OUT")
+
+
+def _library_accepts(path: str) -> bool:
+    try:
+        with os_errors("read", path), safe_open(path, framework="np"):
+            return True
+    except SafetensorError:
+        return False

@@ -15,7 +15,7 @@ from qkpatch.common.interrupts import signals_held
 from qkpatch.common.json_text import Json
 from qkpatch.common.number_ranges import abbreviate
 from qkpatch.common.observer import Observer
-from qkpatch.compare.byte_by_byte import Listing, Mismatch, side_by_side
+from qkpatch.compare.byte_by_byte import Listing, Mismatch, library_verdict, side_by_side
 from qkpatch.compare.manifest_against_plan import differences
 from qkpatch.compare.recorded import another_source, check_edits, check_files, origin_mismatches
 from qkpatch.errors import AmbiguousError, CheckpointError, FileSystemError, UnsupportedError, UsageError
@@ -120,9 +120,9 @@ def check(
     The recorded edit is planned anew on SOURCE, and the manifest must agree with that plan in all but its
     figures, and with where SOURCE is from. The same files, all of them regular; every byte equal but the rows of the
     planned heads, beside SOURCE's own or by the Hub's digests of it; each edited tensor's digest before and after as
-    recorded; the rows of the planned heads, and their figures, as the engine computes them anew. A model card that is
-    not SOURCE's is compared with the one that qkpatch would write, and what people made of it is named. Where OUT was
-    published, what is not published may be missing.
+    recorded; the rows of the planned heads, and their figures, as the engine computes them anew; every shard accepted
+    by the safetensors library too. A model card that is not SOURCE's is compared with the one that qkpatch would
+    write, and what people made of it is named. Where OUT was published, what is not published may be missing.
 
     Args:
         present: OUT.
@@ -183,8 +183,12 @@ def check(
     found += _file_sets(output, names, {*unpublished, *is_ours, *present.odd})
     found += check_files(manifest, present, output, is_published=is_published, is_other_card=card is not None)
     common = sorted(output.files.keys() & names)
+    shards = output.made_of(checkpoint.headers)
     for name in common:
-        found += side_by_side(output.files[name], present, _planned(plan, name), checkpoint, observer.copied)
+        wanted = output.files[name]
+        found += side_by_side(wanted, present, _planned(plan, name), checkpoint, observer.copied)
+        if wanted.size == present.files[name].size and name in shards:
+            found += library_verdict(wanted, present)
     listing = Listing(checkpoint, plan, output, present)
     wrong = [*listing.check(observer.copied)]
     found += wrong
