@@ -38,10 +38,6 @@ tensors:
   rows:   # separate, gated, qkv, grouped_qkv or per_head_qkv: no shape tells
   norms:   # of queries and keys before RoPE, {{query: ..., key: ...}}; after RoPE: the family cannot be edited
   input_norm:   # {{weight: ...}} where it is an RMSNorm, for --fold-norm; leave out a line that is not needed
-
-defaults:   # ours for all families
-  layers: middle-third
-  modes: 4
 """
 
 

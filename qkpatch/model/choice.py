@@ -20,12 +20,7 @@ _QUERY = re.compile(r"q_proj|qkv|query|c_attn|(?:^|[._])(?:w_?q|to_q|q)\.", re.I
 def choose_recipe(
     config: Mapping[str, Any], tensor_names: Iterable[str], commands: Callable[[], list[str]] = list
 ) -> Recipe:
-    """The one shipped recipe whose model type, architectures and tensor names fit.
-
-    Args:
-        config: config.json.
-        tensor_names: what is stored.
-        commands: what would do instead, to be told where none fits.
+    """The one shipped recipe whose model type, architectures and tensor names fit; else ``commands`` are what would do.
 
     Raises:
         AmbiguousError: none fits, or more than one; the candidates and what they lack are listed.
