@@ -94,7 +94,7 @@ hub-bytes: $(STAMP)  ## what plan and inspect fetch of a model of 7B; takes 0.8 
 SCALE ?= small
 BENCH ?=
 
-bench: $(STAMP)  ## time and memory beside a copy and other tools; SCALE=full takes 45 GB of disk and hours
+bench: $(STAMP)  ## time and memory beside a copy and other tools; BENCH=--quick: two minutes and 3 GB, SCALE=full: hours and 45 GB
 	$(BIN)/python -m scripts.bench --scale $(SCALE) $(BENCH)
 
 clean:

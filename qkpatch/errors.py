@@ -76,9 +76,9 @@ class QKPatchError(Exception):
     def __init__(
         self, what: str | Sequence[str], *, where: str | None = None, fix: str | None = None
     ) -> None:
-        self.what = _fact("\n".join(map(plain, [what] if isinstance(what, str) else what)))
-        self.where = None if where is None else _fact(plain(where))
-        self.fix = None if fix is None else _fact(plain(fix))
+        self.what = _fact(what)
+        self.where = None if where is None else _fact(where)
+        self.fix = None if fix is None else _fact(fix)
         super().__init__(self.what)
 
     def __str__(self) -> str:
@@ -101,9 +101,10 @@ class QKPatchError(Exception):
         }
 
 
-def _fact(text: str) -> str:
-    said = redact(text[: 2 * _LONGEST])
-    return said if len(text) <= _LONGEST else f"{said[:_LONGEST]}… ({len(text):,} characters)"
+def _fact(text: str | Sequence[str]) -> str:
+    lines = [text] if isinstance(text, str) else text
+    said = "\n".join(plain(redact(line[: 2 * _LONGEST])) for line in lines)
+    return said if len(said) <= _LONGEST else f"{said[:_LONGEST]}…"
 
 
 class UsageError(QKPatchError):

@@ -316,8 +316,10 @@ def test_models_that_cannot_be_edited_in_place_are_refused_with_a_reason() -> No
         qkpatch.patch_model(quantised, layers=[1])
     with pytest.raises(QKPatchError, match="no config"):
         qkpatch.patch_model(torch.nn.Linear(2, 2), layers=[1])
-    with pytest.raises(UsageError, match="no shards"):
+    with pytest.raises(UsageError, match="no files"):
         qkpatch.patch_model(build("llama"), layers=[1], max_shard_size="1GB")
+    with pytest.raises(UsageError, match="no files"):
+        qkpatch.patch_model(build("llama"), layers=[1], exclude="*.bin")
     with pytest.raises(UsageError, match="out of range"):
         qkpatch.patch_model(build("llama"), layers=[99])
 

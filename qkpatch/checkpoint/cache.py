@@ -49,18 +49,13 @@ def blobs_of(repo: str) -> frozenset[str]:
         return frozenset()
 
 
-def is_commit(text: object) -> bool:
-    """Whether a text is the full name of a commit."""
-    return isinstance(text, str) and _COMMIT.fullmatch(text) is not None
-
-
 def snapshot_at(path: Path) -> Snapshot | None:
     """Which snapshot a directory is; None for one outside the cache of this machine, whatever it is called."""
     real = Path(os.path.realpath(path))
     folder = real.parent.parent
     if real.parent.name != "snapshots" or not folder.name.startswith("models--"):
         return None
-    if not is_commit(real.name) or not is_in_cache(real):
+    if not _COMMIT.fullmatch(real.name) or not is_in_cache(real):
         return None
     return Snapshot(folder.name.removeprefix("models--").replace("--", "/"), real.name)
 

@@ -229,13 +229,19 @@ def open_read(path: Path, expected: FileId | None = None) -> Iterator[LocalOpenF
     """
     with os_errors("read", path):
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would be waited for
-    opened = LocalOpenFile(fd, str(path))
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise FileSystemError("not a regular file", where=str(path))
+    with regular(fd, path) as opened:
         _check_unchanged(opened, expected)
         yield opened
         _check_unchanged(opened, expected)
+
+
+@contextmanager
+def regular(fd: int, where: str | Path) -> Iterator[LocalOpenFile]:
+    """An open file that is a regular one, or an error; closed at the end."""
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise FileSystemError("not a regular file", where=str(where))
+        yield LocalOpenFile(fd, str(where))
     finally:
         os.close(fd)
 

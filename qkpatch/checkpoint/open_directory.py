@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
-from qkpatch.checkpoint.files import LocalOpenFile, os_errors, synced
+from qkpatch.checkpoint.files import LocalOpenFile, os_errors, regular, synced
 from qkpatch.common.text import cut
 from qkpatch.errors import FileSystemError
 
@@ -102,12 +102,8 @@ class Rooted:
         with os_errors("read", where):
             # Without O_NONBLOCK a pipe without a writer would be waited for.
             fd = self.open(name, os.O_RDONLY | os.O_NONBLOCK)
-        try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise FileSystemError("not a regular file", where=str(where))
-            yield LocalOpenFile(fd, str(where))
-        finally:
-            os.close(fd)
+        with regular(fd, where) as opened:
+            yield opened
 
     def mkdir(self, name: str, mode: int = 0o700) -> None:
         """Make a directory; its parent is there."""

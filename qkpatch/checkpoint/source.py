@@ -39,29 +39,26 @@ _OPEN_AT_A_TIME = 16
 _MOST_HEADERS = 64 << 10  # bytes: most headers are shorter, and the rest of a longer one is read after
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Stored:
     """Tensors and other files of a directory, a repository, or one ``.safetensors`` file; of what model is not said."""
 
     where: str  # what messages call it
     root: Path | None  # the directory; None where it is on the Hub
-    single_file: bool
-    index: str | None  # the file that says which shard holds which tensor
     headers: Mapping[str, Header]  # weight shards, by file name
     files: Mapping[str, SourceFile]  # all files to carry over, shards included, sorted by name
-    directories: Mapping[str, int]  # all sub-directories and their modes, each after the one that it lies in
-    mode: int  # of the directory itself
-    twins: tuple[str, ...]  # other files that look like weights and will stay as they are
-    previous_manifest: bytes | None  # SOURCE was itself written by qkpatch
-    stem: str = field(default="", kw_only=True)  # what names of weights begin with
-    exclude: Collection[str] = field(default=(), kw_only=True)  # globs of what is left out
-    left_out: Mapping[str, int] = field(default_factory=dict, kw_only=True)  # that, with bytes
-    disputed: Mapping[str, str] = field(
-        default_factory=dict, kw_only=True
-    )  # what the index says wrongly, by tensor
-    notes: tuple[str, ...] = field(
-        default=(), kw_only=True
-    )  # what people should know of the choice of weights
+    single_file: bool = False
+    index: str | None = None  # the file that says which shard holds which tensor
+    # All sub-directories and their modes, each after the one that it lies in.
+    directories: Mapping[str, int] = field(default_factory=dict)
+    mode: int = 0o777  # of the directory itself
+    twins: tuple[str, ...] = ()  # other files that look like weights and will stay as they are
+    previous_manifest: bytes | None = None  # SOURCE was itself written by qkpatch
+    stem: str = ""  # what names of weights begin with
+    exclude: Collection[str] = ()  # globs of what is left out
+    left_out: Mapping[str, int] = field(default_factory=dict)  # that, with bytes
+    disputed: Mapping[str, str] = field(default_factory=dict)  # what the index says wrongly, by tensor
+    notes: tuple[str, ...] = ()  # what people should know of the choice of weights
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorRef]:
@@ -106,7 +103,7 @@ class Stored:
                     pass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint(Stored):
     """A checkpoint with what ``config.json`` says of its model; beside a single file, too."""
 
@@ -178,7 +175,6 @@ def open_stored(place: Path | Repository, exclude: Collection[str] = tuple(RUBBI
     return Stored(
         where=where,
         root=root,
-        single_file=False,
         index=weights.index,
         headers=headers,
         files=files,
@@ -202,13 +198,8 @@ def _open_single(path: Path) -> Stored:
         where=str(path),
         root=path.parent,
         single_file=True,
-        index=None,
         headers=_headers([file]),
         files={file.name: file},
-        directories={},
-        mode=0o777,
-        twins=(),
-        previous_manifest=None,
         stem=path.name.removesuffix(".safetensors"),
     )
 

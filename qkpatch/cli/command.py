@@ -16,7 +16,6 @@ from qkpatch.checkpoint.files import machine_errors
 from qkpatch.cli.flags import spread
 from qkpatch.common.interrupts import Terminated, unwinding_on_kill
 from qkpatch.errors import QKPatchError, no_torch
-from qkpatch.patching.threads import share_free_memory
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -31,6 +30,7 @@ def command(function: Command) -> Command:
     @functools.wraps(function)
     def wrapper(**kwargs: Any) -> None:
         from qkpatch.cli.console import note, print_json, show_error, silence_stdout
+        from qkpatch.patching.threads import share_free_memory
 
         if kwargs.get("quiet") or kwargs.get("as_json") or not sys.stderr.isatty():
             # huggingface_hub reads it when it is first imported, which is later.

@@ -111,29 +111,26 @@ def print_json(value: Any) -> None:
 
 def show_error(error: QKPatchError) -> None:
     """Print an error on stderr: what happened, where, and what to do."""
-    with suppress(OSError):
-        _show_error(_console(stderr=True), error)
-
-
-def _show_error(console: Console, error: QKPatchError) -> None:
-    console.print(f"[bold red]Error:[/] {escape(error.what)}", soft_wrap=True)
-    if error.where:
-        console.print(f"  [dim]where[/]  {escape(error.where)}", soft_wrap=True)
-    if error.fix:
-        console.print(f"  [dim]try[/]    {escape(error.fix)}", soft_wrap=True)
+    _say(f"[bold red]Error:[/] {escape(error.what)}")
+    for label, fact in (("where[/]  ", error.where), ("try[/]    ", error.fix)):
+        if fact:
+            _say(f"  [dim]{label}{escape(fact)}")
 
 
 def show_warnings(warnings: Sequence[str]) -> None:
     """Each warning on a line of its own, on stderr."""
-    with suppress(OSError):
-        for warning in warnings:
-            _console(stderr=True).print(f"[yellow]Warning:[/] {safe(warning)}", soft_wrap=True)
+    for warning in warnings:
+        _say(f"[yellow]Warning:[/] {safe(warning)}")
 
 
 def note(text: str) -> None:
     """Print a remark on stderr."""
+    _say(safe(text))
+
+
+def _say(line: str) -> None:
     with suppress(OSError):
-        _console(stderr=True).print(safe(text), soft_wrap=True)
+        _console(stderr=True).print(line, soft_wrap=True)
 
 
 class Bars:

@@ -10,25 +10,19 @@ class Observer(Protocol):
 
     def begins(self, what: str, n_bytes: int, n_heads: int) -> None:
         """A part of the work begins: ``n_bytes`` will be copied or compared and ``n_heads`` edited."""
+        return
 
     def copied(self, n_bytes: int) -> None:
         """``n_bytes`` more were copied or compared."""
+        return
 
     def edited(self, n_heads: int) -> None:
         """``n_heads`` more were edited."""
+        return
 
 
-class Unseen:
+class Unseen(Observer):
     """An observer that shows nothing."""
-
-    def begins(self, what: str, n_bytes: int, n_heads: int) -> None:
-        """Nothing is shown."""
-
-    def copied(self, n_bytes: int) -> None:
-        """Nothing is shown."""
-
-    def edited(self, n_heads: int) -> None:
-        """Nothing is shown."""
 
 
 UNSEEN = Unseen()

@@ -35,33 +35,23 @@ class _StrictLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.constructor.ConstructorError(
-                None, None, "aliases (*name) are not allowed", parent.start_mark if parent else None
-            )
+            raise _refused("aliases (*name) are not allowed", parent)
         # A tag may ask for a type that the value is not, and PyYAML's constructors trust it: `!!map [a]`, `!!bool x`.
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         if getattr(event, "tag", None) is not None:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"a value is tagged as {event.tag}; leave the tag out", event.start_mark
-            )
+            raise _refused(f"a value is tagged as {event.tag}; leave the tag out", event)
         node = super().compose_node(parent, index)
         if isinstance(node, yaml.ScalarNode):
             if node.tag.rpartition(":")[2] not in _PLAIN_TYPES:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{node.value!r} is tagged as {node.tag}; quote it", node.start_mark
-                )
+                raise _refused(f"{node.value!r} is tagged as {node.tag}; quote it", node)
             if found := _NO_TEXT.search(node.value):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"a text holds the character {found[0]!r}", node.start_mark
-                )
+                raise _refused(f"a text holds the character {found[0]!r}", node)
             # YAML 1.1 reads 010 as eight, 1:30 and 1:30.0 as ninety, and 1_0.5 as ten and a half.
             if (
                 node.tag.endswith(":int")
                 and not re.fullmatch(r"-?(0|[1-9][0-9]{0,299})", node.value, re.ASCII)
             ) or (node.tag.endswith(":float") and set(node.value) & set(":_")):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{node.value!r} is not a plain decimal number", node.start_mark
-                )
+                raise _refused(f"{node.value!r} is not a plain decimal number", node)
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -71,11 +61,14 @@ class _StrictLoader(yaml.SafeLoader):
             if not isinstance(key, Hashable):
                 continue  # refused by the superclass
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"duplicate key {key!r}", key_node.start_mark
-                )
+                raise _refused(f"duplicate key {key!r}", key_node)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _refused(what: str, at: Any) -> yaml.MarkedYAMLError:
+    """The error for something that YAML knows and settings do not need; ``at`` is a node or an event."""
+    return yaml.constructor.ConstructorError(None, None, what, getattr(at, "start_mark", None))
 
 
 def load_yaml(text: bytes, where: str) -> Any:

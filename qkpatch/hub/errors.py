@@ -53,16 +53,15 @@ def _is_theirs(error: Exception) -> bool:
 def _explained(error: Exception, where: str) -> HubError:
     from huggingface_hub import constants, errors
 
+    said = " ".join(str(error).split())
     if is_tls_failure(error):
         what = f"no secure connection to the Hub: {_root(error)}"
         fix = "if a proxy signs with its own, name its CA in SSL_CERT_FILE; check the machine's clock too"
     elif isinstance(error, errors.GatedRepoError):  # a kind of RepositoryNotFoundError: must come first
         what, fix = "the repository is gated", "accept its terms on the Hub, then set HF_TOKEN"
     elif _status(error) == 401 and _is_token_refused(error):
-        what, fix = (
-            "the Hub does not accept the token",
-            "is it expired? Make a new one: hf auth login, or HF_TOKEN",
-        )
+        what = "the Hub does not accept the token"
+        fix = "is it expired? Make a new one: hf auth login, or HF_TOKEN"
     elif isinstance(error, errors.RepositoryNotFoundError):
         what = "no such model repository, or it is private or gated"
         fix = "check the name, or set HF_TOKEN; of a gated one accept the terms on the Hub first"
@@ -78,24 +77,22 @@ def _explained(error: Exception, where: str) -> HubError:
     elif isinstance(error, errors.EntryNotFoundError):
         what, fix = "the repository has no such file any more", "try again"
     elif _status(error) == 429:
-        what, fix = (
-            "the Hub's rate limit is reached",
-            "wait some minutes, or set HF_TOKEN: its limits are higher",
-        )
+        what = "the Hub's rate limit is reached"
+        fix = "wait some minutes, or set HF_TOKEN: its limits are higher"
     elif _status(error) == 403:
-        what, fix = f"the Hub forbids it: {error}", "does the token have the right to do this?"
+        what, fix = f"the Hub forbids it: {said}", "does the token have the right to do this?"
     elif isinstance(error, errors.FileDuplicationError):
-        what = f"the Hub cannot copy the base repository's files: {error}"
+        what = f"the Hub cannot copy the base repository's files: {said}"
         fix = "are both repositories in one storage region? If not, send everything: hf upload"
     elif isinstance(error, errors.HfHubHTTPError):
-        what, fix = f"the Hub answered: {error}", "try again later"
+        what, fix = f"the Hub answered: {said}", "try again later"
     elif isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
         return _explained(error.__cause__, where)  # how the library says that one of its threads failed
     elif isinstance(error, TypeError | AttributeError | LookupError | RuntimeError | AssertionError):
-        what = f"the answer is none that a Hub gives: {type(error).__name__}: {error}"
+        what = f"the answer is none that a Hub gives: {type(error).__name__}: {said}"
         fix = "check HF_ENDPOINT: is that a Hub?"
     else:  # a broken connection, a full disk, or an answer that is no Hub's
-        what, fix = f"the transfer failed: {error}", "check connection, HF_ENDPOINT and disk space"
+        what, fix = f"the transfer failed: {said}", "check connection, HF_ENDPOINT and disk space"
     return HubError(what, where=where, fix=fix)
 
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from qkpatch.checkpoint.cache import blob_of, blobs_of, is_commit, listing_at
+from qkpatch.checkpoint.cache import blob_of, blobs_of, listing_at
 from qkpatch.checkpoint.content import Content, damaged
 from qkpatch.checkpoint.files import open_read
 from qkpatch.errors import HubError
@@ -127,7 +127,7 @@ def open_repository(hub_id: HubId, *, use_cache: bool = True) -> Found:
     with hub_errors(str(hub_id)):
         found = api.resolve_revision(hub_id.repo, revision=hub_id.revision, local_files_only=is_offline)
     commit = found.resolved
-    if not is_commit(commit):
+    if Content.of_name(commit) is None:
         raise HubError(f"the Hub names no commit: {commit!r:.80}", where=str(hub_id), fix="check HF_ENDPOINT")
     cached = _cached(hub_id, commit) if use_cache else None
     if cached is None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from enum import Enum
-from typing import TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 from qkpatch.checkpoint.cache import blob_of
 from qkpatch.checkpoint.tree import LocalFile, SourceFile
 from qkpatch.errors import UsageError
-from qkpatch.output.layout import OutputFile
+
+if TYPE_CHECKING:
+    from qkpatch.output.layout import OutputFile
 
 
 class Digest(str, Enum):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -13,26 +12,8 @@ from qkpatch.checkpoint.weights import index_name
 from qkpatch.errors import CheckpointError, UsageError
 from qkpatch.output.layout import Extent, Output, OutputFile, index_file
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-          "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}  # fmt: skip
-_SIZE = re.compile(r"(\d{1,18})\s*([KMGT]I?B)?", re.ASCII | re.IGNORECASE)
 _FORMAT_ALIGNMENT = 8  # of the data, as the safetensors library pads its headers
 MOST_SHARDS = 99_999  # five digits, as huggingface_hub names them
-
-
-def parse_size(text: str) -> int:
-    """Bytes of ``5GB`` (decimal, as in transformers), ``512MiB`` or ``1000``.
-
-    Raises:
-        UsageError: it is no such text, or nothing at all.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    size = int(match[1]) * _UNITS[(match[2] or "").upper()] if match else 0
-    if size == 0:
-        raise UsageError(
-            f"{text!r} is no size", where="--max-shard-size", fix="write it like 5GB, 512MiB or 5000000000"
-        )
-    return size
 
 
 def reshard(source: Stored, max_bytes: int) -> Output:

@@ -59,7 +59,7 @@ class Staging:
         self._is_held = self.is_kept = False
         self.lacks: dict[str, None] = {}  # which promises are weaker, since the file system cannot keep them
         # Of OUT's parents, those that are made here.
-        self._made = [path for path in self.out.parents if not path.exists()]
+        self._made = [path for path in self.out.parents if not os.path.lexists(path)]
 
     def __enter__(self) -> Staging:
         try:

@@ -30,7 +30,7 @@ from qkpatch.output.space import check_limits
 from qkpatch.output.staged_files import StagedFiles
 from qkpatch.output.staging import Staging
 from qkpatch.patching.checked_sources import Sources
-from qkpatch.patching.copier import Copier, files_open
+from qkpatch.patching.copier import COPIES_AHEAD, Copier
 from qkpatch.patching.threads import Crew
 from qkpatch.planning.blocks import RunBlock
 from qkpatch.planning.manifest import EditRecord, HeadRecord, Manifest, planned_manifest
@@ -112,7 +112,6 @@ def apply_plan(
             )
             hashed = {name: how.sha256 for name, how in carried.items()}
             hashed |= copier.edited_digests(crew, carried)
-            copier.sync_edited()
             manifest = replace(
                 planned,
                 tool=replace(planned.tool, torch=editor.torch_version, python=platform.python_version()),
@@ -143,7 +142,8 @@ def check_run(plan: EditPlan, device: str, threads: int) -> None:
     if find_spec("torch") is None:
         raise no_torch()
     memory = peak_memory(threads, plan.head_memory, len(plan.model.checkpoint.tensors))
-    is_limited = check_limits(_OPEN_FILES + 2 * threads + files_open(plan), memory)
+    n_files = len(plan.edits_by_file) + min(COPIES_AHEAD, len(plan.output.files)) + 2 * threads
+    is_limited = check_limits(_OPEN_FILES + n_files, memory)
     if is_limited or device not in ("auto", "cpu"):  # which are always there
         _editor(device)
 

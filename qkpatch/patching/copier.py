@@ -30,7 +30,7 @@ from qkpatch.patching.resume import is_as_noted
 from qkpatch.patching.threads import Crew, Stopped
 from qkpatch.planning.plan import EditPlan
 
-_COPIES_AHEAD = 64  # open files: far below the usual limit of 1024
+COPIES_AHEAD = 64  # open files: far below the usual limit of 1024
 _HASHING_LANES = 4  # SHA-256 is slower than a disk: several files at a time
 
 
@@ -67,7 +67,7 @@ class Copier:
         self._rows = _Rows()
         self._open = ExitStack()
         self._copies: set[int] = set()  # open copies, of which the disk is still to be waited for
-        self._slots = BoundedSemaphore(_COPIES_AHEAD)
+        self._slots = BoundedSemaphore(COPIES_AHEAD)
 
     @property
     def lanes(self) -> int:
@@ -268,8 +268,9 @@ class Copier:
         return self._edited[at.shard].sha256(at.begin, at.end)
 
     def seal(self) -> None:
-        """Say that nothing more will be written to the edited files."""
+        """Say that nothing more will be written to the edited files, and wait until they are on the disk."""
         for name, opened in self._edited.items():
+            synced(opened.fd, opened.where)
             self._staged.is_done(name, os.fstat(opened.fd))
 
     def edited_digests(self, crew: Crew, taken: dict[str, Carried]) -> dict[str, str]:
@@ -280,11 +281,6 @@ class Copier:
         sizes = self._plan.output.files
         digests = crew.map(lambda name: self._edited[name].sha256(0, sizes[name].size), names)
         return dict(zip(names, digests, strict=True))
-
-    def sync_edited(self) -> None:
-        """Wait until the edited files are on the disk."""
-        for opened in self._edited.values():
-            synced(opened.fd, opened.where)
 
 
 class _Rows:
@@ -313,9 +309,3 @@ def _cloned(file: OutputFile, fd: int) -> bool:
         return False
     with original.open() as source:
         return clone(source.fd, fd)
-
-
-def files_open(plan: EditPlan) -> int:
-    """How many files of OUT are open at a time: all that are edited, and some of the others."""
-    n_edited = len(plan.edits_by_file)
-    return n_edited + min(_COPIES_AHEAD, len(plan.output.files) - n_edited)

@@ -58,14 +58,8 @@ def edit_loaded(model: torch.nn.Module, request: Request, threads: int | None = 
     checkpoint = Checkpoint(
         where=where,
         root=None,
-        single_file=False,
-        index=None,
         headers={_FILE: Header(_FILE, 0, _end(refs), refs, None)},
         files={_FILE: _Memory(_FILE, _end(refs), 0o600, where)},
-        directories={},
-        mode=0o700,
-        twins=(),
-        previous_manifest=None,
         config=_config(model),
     )
     source = Source(_Loaded(), "memory", where)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -11,10 +11,10 @@ import torch
 from qkpatch.model.model import Model
 from qkpatch.model.targets import LayerTarget
 from qkpatch.patching.device import computing, heads_together
-from qkpatch.patching.head_products import LayerWeights, open_layer
+from qkpatch.patching.head_products import HeadWeights, LayerWeights, open_layer
 from qkpatch.patching.threads import Crew
 from qkpatch.planning.memory import head_memory
-from qkpatch.spectral.product import QKProduct, effective_rank, energy_share
+from qkpatch.spectral.product import effective_rank, energy_share
 from qkpatch.spectral.rule import Channel
 
 
@@ -71,8 +71,7 @@ def layer_spectra(
         with computing(device), item[1]:
             for batch in weights.batches(heads, together):
                 crew.check()
-                kv_heads = [target.layout.kv_head(head) for head in batch.heads]
-                found += _head_spectra(batch.heads, kv_heads, batch.product, modes)
+                found += _head_spectra(target, batch, modes)
         return LayerSpectra(target.layer, target.attention, tuple(found))
 
     together = heads_together(device, head_memory(target.layout for target in targets), threads)
@@ -81,16 +80,14 @@ def layer_spectra(
         yield from crew.map(of_layer, opened())
 
 
-def _head_spectra(
-    heads: Sequence[int], kv_heads: Sequence[int], product: QKProduct, modes: int
-) -> Iterator[HeadSpectrum]:
-    found = zip(product.spectra(Channel.full), product.symmetric_shares(), strict=True)
-    for i, (spectrum, share) in enumerate(found):
+def _head_spectra(target: LayerTarget, batch: HeadWeights, modes: int) -> Iterator[HeadSpectrum]:
+    found = zip(batch.product.spectra(Channel.full), batch.product.symmetric_shares(), strict=True)
+    for head, (spectrum, share) in zip(batch.heads, found, strict=True):
         values = tuple(spectrum.S.tolist())
         edge = values[modes - 1 : modes + 1]
         yield HeadSpectrum(
-            head=heads[i],
-            kv_head=kv_heads[i],
+            head=head,
+            kv_head=target.layout.kv_head(head),
             singular_values=values,
             frobenius=spectrum.frobenius,
             symmetric_share=share,

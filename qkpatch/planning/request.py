@@ -6,16 +6,21 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from enum import Enum
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qkpatch.common.number_ranges import as_numbers
-from qkpatch.common.strict_yaml import Fields, load_yaml
 from qkpatch.errors import UsageError
-from qkpatch.output.reshard import parse_size
 from qkpatch.recipes.recipe import is_prefix
 from qkpatch.spectral.rule import Channel, Select
 
+if TYPE_CHECKING:
+    from qkpatch.common.strict_yaml import Fields
+
 E = TypeVar("E", bound=Enum)
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+          "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}  # fmt: skip
+_SIZE = re.compile(r"(\d{1,18})\s*([KMGT]I?B)?", re.ASCII | re.IGNORECASE)
 
 
 _KINDS: dict[str, Any] = {
@@ -117,6 +122,8 @@ class Request:
 
 def parse_request(text: bytes, where: str) -> Request:
     """Read ``EDIT.yaml``, the flags of ``apply`` as keys; all faults in one :class:`RecipeError`."""
+    from qkpatch.common.strict_yaml import Fields, load_yaml
+
     root = Fields(load_yaml(text, where), where)
     said: dict[str, Any] = {key: _range_text(root, key) for key in ("layers", "heads", "max_shard_size")}
     kinds = {**_KINDS, "attention": str, "alpha": float}
@@ -125,6 +132,21 @@ def parse_request(text: bytes, where: str) -> Request:
     said["exclude"] = root.take_list("exclude", str)
     root.finish()
     return Request.of(**said)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``5GB`` (decimal, as in transformers), ``512MiB`` or ``1000``.
+
+    Raises:
+        UsageError: it is no such text, or nothing at all.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    size = int(match[1]) * _UNITS[(match[2] or "").upper()] if match else 0
+    if size == 0:
+        raise UsageError(
+            f"{text!r} is no size", where="--max-shard-size", fix="write it like 5GB, 512MiB or 5000000000"
+        )
+    return size
 
 
 def check_device_name(name: str) -> None:

@@ -74,25 +74,20 @@ class Comparison:
 
 
 def compare_both(results: str | Path | None, base_results: str | Path | None) -> Comparison | None:
-    """:func:`compare`, where there are results.
-
-    Raises:
-        UsageError: there are of one model only; or as :func:`compare`.
-    """
-    if (results is None) != (base_results is None):
-        raise UsageError(
-            "an effect is a difference: --results and --base-results go together", fix="run both models"
-        )
-    return None if results is None or base_results is None else compare(Path(base_results), Path(results))
-
-
-def compare(base: Path, patched: Path) -> Comparison:
-    """Read two ``*_results.json``, and the ``*_samples_<task>.jsonl`` beside them where they are.
+    """Two ``*_results.json``, and the ``*_samples_<task>.jsonl`` beside them where they are; None without results.
 
     Raises:
         CheckpointError: not results of lmms-eval.
-        UsageError: one run twice; or the runs differ in tasks, their versions, numbers of questions or prompts.
+        UsageError: of one model only; one run twice; or runs that differ in tasks, their versions, numbers of
+            questions or prompts.
     """
+    if results is None and base_results is None:
+        return None
+    if results is None or base_results is None:
+        raise UsageError(
+            "an effect is a difference: --results and --base-results go together", fix="run both models"
+        )
+    base, patched = Path(base_results), Path(results)
     a, b = _read(base), _read(patched)
     _check_alike(a, b, base, patched)
     metrics = tuple(

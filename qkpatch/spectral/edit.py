@@ -242,7 +242,6 @@ def _probes(modes: Decomposition, channel: Channel) -> tuple[Probe, ...]:
     R_K = modes.product.key.R.mT
     if channel is not Channel.antisymmetric:  # in the symmetric one the two are the same
         return (Probe(modes.U, R_K @ modes.V_core / S),)
-    # Both sides have one basis here.
     return Probe(modes.U, R_K @ modes.V_core / (2 * S)), Probe(modes.V, R_K @ modes.U_core / (-2 * S))
 
 

@@ -214,7 +214,7 @@ class TestManifest:
         for name in ("a", "b"):
             run("apply", tiny.path, "--select", "random", "--modes", 2, "-o", tmp_path / name)
             document = manifest_of(tmp_path / name)
-            assert set(document.pop("run")) == {"started", "finished", "copied_by"}
+            assert set(document.pop("run")) == {"started", "finished", "copied_by", "stack"}
             texts.append(canonical_json(document))
         assert texts[0] == texts[1]
         assert (tmp_path / "a" / "model.safetensors").read_bytes() == (

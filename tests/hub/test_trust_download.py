@@ -170,6 +170,25 @@ def test_what_a_run_before_left_is_hashed_before_it_is_taken_over(
         assert record(out)["run"]["copied_by"] == {"resumed": len(record(out)["files"])}
 
 
+def test_a_new_shard_that_somebody_changed_in_staging_is_not_the_hubs_fault(
+    hub: FakeHub, published: Repo, environment: dict[str, str], tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    out, flags = tmp_path / "out", ("--no-cache", *LAYER, "--max-shard-size", "4KB")
+    script = BROKEN_OFF.replace('layers="1"', 'layers="1", max_shard_size=4000')
+    script = script.replace("Digest.files", "Digest.edited, resume=True")
+    broken = subprocess.run([sys.executable, "-c", script, out], env=environment, check=False, timeout=120)
+    assert broken.returncode == 4
+    (staging,) = tmp_path.glob(".out.qkpatch-*")
+    for path in (staging / "files").glob("*.safetensors"):
+        flip(path, path.stat().st_size - 1)
+    again = run_qkpatch(environment, "apply", "org/model", *flags, "-o", out, "--resume")
+    assert again.returncode == 4
+    assert "what an earlier run had left in staging" in again.stderr
+    again = run_qkpatch(environment, "apply", "org/model", *flags, "-o", out, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert run("verify", out, "--source", published.path).exit_code == 0
+
+
 def flip(path: Path, at: int) -> None:
     with open(path, "r+b") as file:
         file.seek(at)

@@ -157,7 +157,7 @@ def test_overwrite_refuses_a_directory_with_foreign_files(
     else:
         (out / foreign).write_text("mine")
     before = state(folder)
-    assert_refused(run("apply", tiny.path, "-o", out, "--overwrite"), 2, foreign)
+    assert_refused(run("apply", tiny.path, "-o", out, "--overwrite"), 2, foreign.partition("/")[0])
     assert state(folder) == before
 
 

@@ -19,7 +19,7 @@ from qkpatch.checkpoint.header import Header, read_header
 from qkpatch.checkpoint.source import open_stored
 from qkpatch.errors import UsageError
 from qkpatch.output.layout import Extent, OutputFile
-from qkpatch.output.reshard import parse_size
+from qkpatch.planning.request import parse_size
 
 Run = Callable[..., Any]
 INDEX = "model.safetensors.index.json"

@@ -799,3 +799,15 @@ def test_a_card_that_cannot_be_written_leaves_the_one_there(
     assert (out.parent / "elsewhere").read_text() == BASE_CARD
     both = run("card", out, "--write", "--push", "me/new")
     assert both.exit_code == 2
+
+
+def test_uploads_that_fail_are_told_as_what_failed(
+    hub: FakeHub, base: Tiny, out: Path, environment: dict[str, str]
+) -> None:
+    """Several at a time, in threads of the library's."""
+    hub.broken_uploads = True
+    result = run_qkpatch(environment, "card", out, "--push", "me/new", "--source", base.path)
+    assert result.returncode == 4, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "the Hub answered: Bad request: no" in result.stderr
+    assert hub.commits == []
