@@ -59,10 +59,8 @@ def choose_recipe(
             where="tensor names",
             fix=found,
         )
-    what, fix = (
-        f"no recipe is made for {identity}",
-        f"if its language model is what its tensors look like: {known}",
-    )
+    what = f"no recipe is made for {identity}"
+    fix = f"if its language model is what its tensors look like: {known}"
     if claimed:
         what = f"{identity} names a language model, whose layers lie here as in a larger model"
         fix = f"config.json is the text model's alone, as it seems: restore the whole model's; or: {known}"

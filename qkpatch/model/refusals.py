@@ -101,9 +101,9 @@ def refuse_known(names: Iterable[str], config: Mapping[str, Any] = MappingProxyT
 
 def refuse_wrapped(names: Iterable[str]) -> None:
     """Raise where training left its own prefix in the names: transformers would find none of them."""
-    wrappers = [(re.compile(pattern), *told) for pattern, *told in _WRAPPERS]
+    wrappers = [(re.compile(pattern), told) for pattern, *told in _WRAPPERS]
     for name in names:
-        for pattern, prefix, who, cure in wrappers:
+        for pattern, (prefix, who, cure) in wrappers:
             if pattern.search(name):
                 raise CheckpointError(
                     f"names hold {prefix!r}, which {who} left there",

@@ -63,10 +63,8 @@ def place(recipe: Recipe, checkpoint: Checkpoint, prefix: str | None = None) -> 
     refuse_known(checkpoint.tensors, checkpoint.config)
     if prefix in refused or (len(refused) == 1 and not fitting and not prefix):
         raise refused.get(prefix or "", next(iter(refused.values())))
-    what, told = (
-        f"{len(sure)} stacks of layers are a {recipe.name} language model's",
-        [p.prefix for p in sure],
-    )
+    told = [p.prefix for p in sure]
+    what = f"{len(sure)} stacks of layers are a {recipe.name} language model's"
     if not sure:
         what = f"no stack of layers is {'there' if prefix else 'surely'} a {recipe.name} language model's"
         told = [f"{p.prefix} {p.doubt}" for p in fitting] + [f"{p} {e.what}" for p, e in refused.items()]
