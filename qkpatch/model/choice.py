@@ -80,9 +80,8 @@ def refuse_unknown(names: Iterable[str], config: Mapping[str, Any]) -> None:
     refuse_known(names, config)
     refuse_wrapped(names)
     parents = {name.rpartition(".")[0] for name in query_like(names, len(names))}
-    for module, suffixes in suffixes_by_module(
-        names, {*parents, *(p.rpartition(".")[0] for p in parents)}
-    ).items():
+    modules = {*parents, *(parent.rpartition(".")[0] for parent in parents)}
+    for module, suffixes in suffixes_by_module(names, modules).items():
         refuse_quantised(module, None, suffixes)
 
 

@@ -142,11 +142,10 @@ def understood(
 
 
 def _chosen(located: Source, checkpoint: Checkpoint) -> Recipe:
-    def commands() -> list[str]:
-        source = shlex.quote(located.text or located.name)
-        return [f"qkpatch plan {source} {flags}" for flags in offers(checkpoint)]
-
-    return choose_recipe(checkpoint.config, checkpoint.tensors, commands)
+    command = f"qkpatch plan {shlex.quote(located.text or located.name)} "
+    return choose_recipe(
+        checkpoint.config, checkpoint.tensors, lambda: [command + flags for flags in offers(checkpoint)]
+    )
 
 
 def open_set(recipe: Recipe, names: TensorNames, checkpoint: Checkpoint, *, insist: bool) -> AttentionSet:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -91,7 +91,8 @@ _WRAPPERS = (
 
 def refuse_known(names: Iterable[str], config: Mapping[str, Any] = MappingProxyType({})) -> None:
     """Raise for attention kinds that have no per-head query-key product of stored weights."""
-    words = " ".join(_identities(config)).lower()
+    kin = [section.get("model_type") for section in config.values() if isinstance(section, dict)]
+    words = str([config.get("model_type"), config.get("architectures"), *kin]).lower()
     kinds = [(re.compile(pattern), reason) for pattern, word, reason in _UNEDITABLE if word in words]
     for name in names:
         for pattern, reason in kinds:
@@ -110,14 +111,6 @@ def refuse_wrapped(names: Iterable[str]) -> None:
                     where=name,
                     fix=f"{cure}, or rename the tensors without it: no loader knows them so",
                 )
-
-
-def _identities(config: Mapping[str, Any]) -> Iterator[str]:
-    """What config.json and its sections say that the model is."""
-    yield f"{config.get('model_type')} {config.get('architectures')}"
-    for section in config.values():
-        if isinstance(section, dict):
-            yield str(section.get("model_type"))
 
 
 def is_qk_norm(name: str) -> bool:
