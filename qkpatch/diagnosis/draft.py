@@ -43,8 +43,7 @@ tensors:
 
 def draft_text(config: Mapping[str, Any], names: Iterable[str], repo: str) -> str:
     """The YAML of a draft; ``names`` are tensors that look like query projections."""
-    named = config.get("architectures")
-    classes = _texts(named if isinstance(named, list) else [])
+    classes = _texts(named if isinstance(named := config.get("architectures"), list) else [])
     model_type = (*_texts([config.get("model_type")]), "")[0]
     return _TEXT.format(
         name=NAME,

@@ -219,7 +219,7 @@ def _prefix_error(
         return AmbiguousError(
             f"query tensors under {len(prefixes)} prefixes: {', '.join(prefixes)}",
             where=f"recipe {recipe.name}",
-            fix="the checkpoint holds two language models; split it first",
+            fix=f"choose one: --recipe {recipe.name} --prefix '{prefixes[0]}'",
         )
     refuse_known(checkpoint.tensors, checkpoint.config)
     refuse_wrapped(checkpoint.tensors)
