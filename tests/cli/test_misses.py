@@ -215,6 +215,7 @@ def test_without_torch_one_is_told_how_to_get_it_before_anything_is_written(
     assert json.loads(result.stdout)["error"]["kind"] == "usage"
     for more in ((), ("--json",), ("-o", tmp_path / "new" / "out")):
         assert in_process(without_torch, "plan", tiny.path, *more).returncode == 0
+    assert in_process(without_torch, "verify", out, "--source", tiny.path, "--no-recompute").returncode == 0
 
 
 def test_where_no_home_is_known_the_cure_is_told(tmp_path: Path) -> None:

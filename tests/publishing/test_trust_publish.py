@@ -152,7 +152,21 @@ def test_an_output_that_is_not_what_its_manifest_says_is_not_published(world: Wo
     assert world.hub.created == {}
 
 
+def forge(out: Path) -> None:
+    """One bit of a planned row, and the digest that says so."""
+    begin, end = json.loads((out / "qkpatch.json").read_bytes())["edits"][0]["byte_range"]
+    flip(out / PATCHED, begin)
+    digest = hashlib.sha256((out / PATCHED).read_bytes()[begin:end]).hexdigest()
+    rewrite(out, lambda m: m["edits"][0].update(sha256_after=digest))
+
+
+def test_an_edit_that_was_not_made_as_recorded_is_not_published(world: World) -> None:
+    forge(world.out)
+    refused(world, world.card(), 1, "OUT does not have the edit as it is computed anew")
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
+    "a planned row and its digest": forge,
     "a byte of an unplanned row": lambda out: flip(out / PATCHED, 3000),
     "the last byte of the patched shard": lambda out: flip(out / PATCHED),
     "a small file": lambda out: flip(out / "tokenizer.json"),
