@@ -282,7 +282,8 @@ def _check_kind(recipe: Recipe, placed: Placed) -> None:
         r for r in language_models() if kind in r.config.class_defaults and r.tensors.query == ours.query
     ]
     meaning = {r.name: (r.tensors.rows, r.tensors.norms, r.tensors.input_norm) for r in (*named, recipe)}
-    if named and recipe not in named and meaning[recipe.name] not in [meaning[r.name] for r in named]:
+    is_known = kind in recipe.config.class_defaults
+    if named and not is_known and meaning[recipe.name] not in [meaning[r.name] for r in named]:
         other = named[0].name
         raise AmbiguousError(
             f"{placed.section} names {kind!r}, which is recipe {other}'s, with other norms or rows than {recipe.name}",
