@@ -38,17 +38,12 @@ tensors:
   rows:   # separate, gated, qkv, grouped_qkv or per_head_qkv: no shape tells
   norms:   # of queries and keys before RoPE, {{query: ..., key: ...}}; after RoPE: the family cannot be edited
   input_norm:   # {{weight: ...}} where it is an RMSNorm, for --fold-norm; leave out a line that is not needed
-
-defaults:   # ours for all families
-  layers: middle-third
-  modes: 4
 """
 
 
 def draft_text(config: Mapping[str, Any], names: Iterable[str], repo: str) -> str:
     """The YAML of a draft; ``names`` are tensors that look like query projections."""
-    named = config.get("architectures")
-    classes = _texts(named if isinstance(named, list) else [])
+    classes = _texts(named if isinstance(named := config.get("architectures"), list) else [])
     model_type = (*_texts([config.get("model_type")]), "")[0]
     return _TEXT.format(
         name=NAME,

@@ -20,12 +20,7 @@ _QUERY = re.compile(r"q_proj|qkv|query|c_attn|(?:^|[._])(?:w_?q|to_q|q)\.", re.I
 def choose_recipe(
     config: Mapping[str, Any], tensor_names: Iterable[str], commands: Callable[[], list[str]] = list
 ) -> Recipe:
-    """The one shipped recipe whose model type, architectures and tensor names fit.
-
-    Args:
-        config: config.json.
-        tensor_names: what is stored.
-        commands: what would do instead, to be told where none fits.
+    """The one shipped recipe whose model type, architectures and tensor names fit; else ``commands`` are what would do.
 
     Raises:
         AmbiguousError: none fits, or more than one; the candidates and what they lack are listed.
@@ -64,10 +59,8 @@ def choose_recipe(
             where="tensor names",
             fix=found,
         )
-    what, fix = (
-        f"no recipe is made for {identity}",
-        f"if its language model is what its tensors look like: {known}",
-    )
+    what = f"no recipe is made for {identity}"
+    fix = f"if its language model is what its tensors look like: {known}"
     if claimed:
         what = f"{identity} names a language model, whose layers lie here as in a larger model"
         fix = f"config.json is the text model's alone, as it seems: restore the whole model's; or: {known}"
@@ -87,9 +80,8 @@ def refuse_unknown(names: Iterable[str], config: Mapping[str, Any]) -> None:
     refuse_known(names, config)
     refuse_wrapped(names)
     parents = {name.rpartition(".")[0] for name in query_like(names, len(names))}
-    for module, suffixes in suffixes_by_module(
-        names, {*parents, *(p.rpartition(".")[0] for p in parents)}
-    ).items():
+    modules = {*parents, *(parent.rpartition(".")[0] for parent in parents)}
+    for module, suffixes in suffixes_by_module(names, modules).items():
         refuse_quantised(module, None, suffixes)
 
 

@@ -142,11 +142,10 @@ def understood(
 
 
 def _chosen(located: Source, checkpoint: Checkpoint) -> Recipe:
-    def commands() -> list[str]:
-        source = shlex.quote(located.text or located.name)
-        return [f"qkpatch plan {source} {flags}" for flags in offers(checkpoint)]
-
-    return choose_recipe(checkpoint.config, checkpoint.tensors, commands)
+    command = f"qkpatch plan {shlex.quote(located.text or located.name)} "
+    return choose_recipe(
+        checkpoint.config, checkpoint.tensors, lambda: [command + flags for flags in offers(checkpoint)]
+    )
 
 
 def open_set(recipe: Recipe, names: TensorNames, checkpoint: Checkpoint, *, insist: bool) -> AttentionSet:
@@ -220,7 +219,7 @@ def _prefix_error(
         return AmbiguousError(
             f"query tensors under {len(prefixes)} prefixes: {', '.join(prefixes)}",
             where=f"recipe {recipe.name}",
-            fix="the checkpoint holds two language models; split it first",
+            fix=f"choose one: --recipe {recipe.name} --prefix '{prefixes[0]}'",
         )
     refuse_known(checkpoint.tensors, checkpoint.config)
     refuse_wrapped(checkpoint.tensors)

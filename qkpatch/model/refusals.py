@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -69,52 +69,31 @@ def quantised_by_name(config: Mapping[str, Any], tensors: Iterable[TensorRef]) -
 # Names that tell of attention without a per-head query-key product of stored weights; where a word is given, only in
 # models whose config.json has it.
 _UNEDITABLE = (
-    (
-        re.compile(r"\.kv_a_proj_with_mqa\.|\.kv_b_proj\."),
-        "",
-        "multi-head latent attention (MLA): keys are expanded from a shared latent, "
-        "so there is no stored key weight per head",
-    ),
-    (
-        re.compile(r"\.q_conv1d\."),
-        "",
-        "delta attention (KDA): queries and keys pass a convolution and a recurrence, no product",
-    ),
-    (
-        re.compile(r"\.tau\.wq$"),
-        "",
-        "queries and values are scaled by a temperature computed from the queries themselves (Moondream 3)",
-    ),
-    (
-        re.compile(r"\.query_layernorm\."),
-        "hunyuan",
-        "queries and keys are normalised after RoPE (HunYuan), so no product of stored weights is what attention uses",
-    ),
-    (
-        re.compile(r"\.self_attn\.output_gate\."),
-        "minimax",
-        "linear (lightning) attention: most layers have no query-key product that a softmax sees",
-    ),
-)
+    (r"\.kv_a_proj_with_mqa\.|\.kv_b_proj\.", "", "multi-head latent attention (MLA): keys are expanded from a shared "
+     "latent, so there is no stored key weight per head"),
+    (r"\.q_conv1d\.", "", "delta attention (KDA): queries and keys pass a convolution and a recurrence, no product"),
+    (r"\.tau\.wq$", "", "queries and values are scaled by a temperature computed from the queries themselves "
+     "(Moondream 3)"),
+    (r"\.query_layernorm\.", "hunyuan", "queries and keys are normalised after RoPE (HunYuan), so no product of stored "
+     "weights is what attention uses"),
+    (r"\.self_attn\.output_gate\.", "minimax", "linear (lightning) attention: most layers have no query-key product "
+     "that a softmax sees"),
+)  # fmt: skip
 # What training leaves in names, and how to save without it.
 _WRAPPERS = (
-    (re.compile(r"(?:^|\.)_orig_mod\."), "_orig_mod.", "torch.compile", "save model._orig_mod"),
-    (re.compile(r"(?:^|\.)_orig_module\."), "_orig_module.", "an optimiser's wrapper", "save what it wraps"),
-    (
-        re.compile(r"(?:^|\.)_fsdp_wrapped_module\."),
-        "_fsdp_wrapped_module.",
-        "FSDP",
-        "save a full state dict",
-    ),
-    (re.compile(r"^base_model\.model\."), "base_model.model.", "PEFT", "save model.merge_and_unload()"),
-    (re.compile(r"^module\."), "module.", "DataParallel", "save model.module"),
+    (r"(?:^|\.)_orig_mod\.", "_orig_mod.", "torch.compile", "save model._orig_mod"),
+    (r"(?:^|\.)_orig_module\.", "_orig_module.", "an optimiser's wrapper", "save what it wraps"),
+    (r"(?:^|\.)_fsdp_wrapped_module\.", "_fsdp_wrapped_module.", "FSDP", "save a full state dict"),
+    (r"^base_model\.model\.", "base_model.model.", "PEFT", "save model.merge_and_unload()"),
+    (r"^module\.", "module.", "DataParallel", "save model.module"),
 )
 
 
 def refuse_known(names: Iterable[str], config: Mapping[str, Any] = MappingProxyType({})) -> None:
     """Raise for attention kinds that have no per-head query-key product of stored weights."""
-    words = " ".join(_identities(config)).lower()
-    kinds = [(pattern, reason) for pattern, word, reason in _UNEDITABLE if word in words]
+    kin = [section.get("model_type") for section in config.values() if isinstance(section, dict)]
+    words = str([config.get("model_type"), config.get("architectures"), *kin]).lower()
+    kinds = [(re.compile(pattern), reason) for pattern, word, reason in _UNEDITABLE if word in words]
     for name in names:
         for pattern, reason in kinds:
             if pattern.search(name):
@@ -123,22 +102,15 @@ def refuse_known(names: Iterable[str], config: Mapping[str, Any] = MappingProxyT
 
 def refuse_wrapped(names: Iterable[str]) -> None:
     """Raise where training left its own prefix in the names: transformers would find none of them."""
+    wrappers = [(re.compile(pattern), told) for pattern, *told in _WRAPPERS]
     for name in names:
-        for pattern, prefix, who, cure in _WRAPPERS:
+        for pattern, (prefix, who, cure) in wrappers:
             if pattern.search(name):
                 raise CheckpointError(
                     f"names hold {prefix!r}, which {who} left there",
                     where=name,
                     fix=f"{cure}, or rename the tensors without it: no loader knows them so",
                 )
-
-
-def _identities(config: Mapping[str, Any]) -> Iterator[str]:
-    """What config.json and its sections say that the model is."""
-    yield f"{config.get('model_type')} {config.get('architectures')}"
-    for section in config.values():
-        if isinstance(section, dict):
-            yield str(section.get("model_type"))
 
 
 def is_qk_norm(name: str) -> bool:

@@ -63,10 +63,8 @@ def place(recipe: Recipe, checkpoint: Checkpoint, prefix: str | None = None) -> 
     refuse_known(checkpoint.tensors, checkpoint.config)
     if prefix in refused or (len(refused) == 1 and not fitting and not prefix):
         raise refused.get(prefix or "", next(iter(refused.values())))
-    what, told = (
-        f"{len(sure)} stacks of layers are a {recipe.name} language model's",
-        [p.prefix for p in sure],
-    )
+    told = [p.prefix for p in sure]
+    what = f"{len(sure)} stacks of layers are a {recipe.name} language model's"
     if not sure:
         what = f"no stack of layers is {'there' if prefix else 'surely'} a {recipe.name} language model's"
         told = [f"{p.prefix} {p.doubt}" for p in fitting] + [f"{p} {e.what}" for p, e in refused.items()]
@@ -284,7 +282,8 @@ def _check_kind(recipe: Recipe, placed: Placed) -> None:
         r for r in language_models() if kind in r.config.class_defaults and r.tensors.query == ours.query
     ]
     meaning = {r.name: (r.tensors.rows, r.tensors.norms, r.tensors.input_norm) for r in (*named, recipe)}
-    if named and recipe not in named and meaning[recipe.name] not in [meaning[r.name] for r in named]:
+    is_known = kind in recipe.config.class_defaults
+    if named and not is_known and meaning[recipe.name] not in [meaning[r.name] for r in named]:
         other = named[0].name
         raise AmbiguousError(
             f"{placed.section} names {kind!r}, which is recipe {other}'s, with other norms or rows than {recipe.name}",

@@ -60,13 +60,12 @@ class Request:
     def __post_init__(self) -> None:
         for what, kinds in _KINDS.items():
             given = getattr(self, what)
-            if (given is not None and (type(given) is bool) != (kinds is bool)) or not isinstance(
-                given, kinds | None
+            # A bool is an int in Python, and no number here.
+            if given is not None and not (
+                isinstance(given, kinds) and (type(given) is bool) == (kinds is bool)
             ):
-                name = what.replace("_", "-")
-                raise UsageError(
-                    f"{given!r:.80} is no {getattr(kinds, '__name__', 'number')}", where=f"--{name}"
-                )
+                name, kind = what.replace("_", "-"), getattr(kinds, "__name__", "number")
+                raise UsageError(f"{given!r:.80} is no {kind}", where=f"--{name}")
         for what in ("attention", "exclude"):
             if not all(isinstance(name, str) for name in getattr(self, what) or ()):
                 raise UsageError("what it names is named by a text", where=f"--{what}")

@@ -359,6 +359,15 @@ class TestPrefix:
         error = refused(write(tmp_path / "m", stack()), recipe="qwen3", prefix="model.layers.{layer}.")
         assert PREFIX in f"{error.what} {error.fix}"
 
+    def test_two_of_a_recipe_s_own_prefixes_are_told_apart_by_it(self, tmp_path: Path) -> None:
+        kind = {"model_type": "internvl", "architectures": ["InternVLForConditionalGeneration"]}
+        heads = ("language_model.model.", "model.language_model.")
+        source = write(tmp_path / "m", stack(heads[0]) | stack(heads[1]), **kind, text_config=NUMBERS)
+        fix = refused(source).fix or ""
+        assert fix == f"choose one: --recipe internvl --prefix '{heads[0]}layers.{{layer}}.'"
+        plan = api.plan(source, recipe="internvl", prefix=f"{heads[1]}layers.{{layer}}.")
+        assert plan.edits[0].query.name.startswith(heads[1])
+
     def test_it_goes_with_a_recipe(self, tmp_path: Path) -> None:
         error = refused(write(tmp_path / "m", stack()), prefix=PREFIX)
         assert error.where == "--prefix"
