@@ -747,7 +747,7 @@ def test_the_table_fits_a_terminal_of_80_columns(length: int, tmp_path: Path) ->
     assert any("moved by ULPs" in line for line in lines)
 
 
-def test_a_reader_who_leaves_early_is_no_difference(tmp_path: Path) -> None:
+def test_a_reader_who_leaves_early_hides_no_difference(tmp_path: Path) -> None:
     tensors: dict[str, Entry] = {f"layers.{i}.w": ("F32", [2], bytes(8)) for i in range(3000)}
     a = write(tmp_path / "a.safetensors", tensors)
     b = write(tmp_path / "b.safetensors", {n: (d, s, bytes([1] * 8)) for n, (d, s, _) in tensors.items()})
@@ -755,7 +755,7 @@ def test_a_reader_who_leaves_early_is_no_difference(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     command = f"{sys.executable} -m qkpatch diff {a} {b} --json | head -c 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=REPO, env=environment)
-    assert done.returncode == 141
+    assert done.returncode == 1
     assert done.stderr == ""
 
 
