@@ -16,6 +16,7 @@ from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.errors import HubError, UsageError
 from qkpatch.model.locate import Access
 from qkpatch.model.model import open_model
+from qkpatch.output.destination import check_out
 from qkpatch.output.options import Writing
 from qkpatch.planning.manifest import Manifest
 from qkpatch.planning.memory import choose_threads
@@ -74,6 +75,8 @@ def plan(
 
     request = _request(request, edit)
     how = Writing() if writing is None else writing
+    if out is not None:
+        check_out(Path(out), overwrite=how.overwrite, force=how.force)
     made = make_plan(str(source), request, Access.ranges if cache else Access.no_cache)
     # Refuses what the record of the edit could not say, such as a broken record in SOURCE.
     planned_manifest(made, "")

@@ -21,7 +21,7 @@ from qkpatch.compare.manifest_against_plan import differences
 from qkpatch.compare.recorded import origin_mismatches, sums_mismatches
 from qkpatch.compare.verify import check, recorded
 from qkpatch.errors import CheckpointError, FileSystemError
-from qkpatch.output.destination import Replaced, check_out, destination_path, occupied
+from qkpatch.output.destination import Replaced, check_apart, check_out, destination_path, occupied
 from qkpatch.output.options import Digest, Writing
 from qkpatch.output.space import check_space
 from qkpatch.planning.manifest import Manifest, planned_manifest
@@ -42,7 +42,8 @@ def standing(
         UsageError: OUT is no place to write to, or holds something else.
         FileSystemError: it does not fit.
     """
-    check_out(out, plan.model.checkpoint, overwrite=writing.overwrite, force=writing.force)
+    check_apart(out, plan.model.checkpoint)
+    check_out(out, overwrite=writing.overwrite, force=writing.force)
     if writing.digest is Digest.files:
         refuse_own_sums(plan.model.checkpoint)
     found = _present(out, plan, writing, observer) if out.is_dir() else None

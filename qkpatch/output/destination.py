@@ -42,25 +42,33 @@ def present_parent(out: Path) -> Path:
     return next(path for path in out.absolute().parents if os.path.lexists(path))
 
 
-def check_out(out: Path, checkpoint: Checkpoint, *, overwrite: bool, force: bool) -> None:
-    """Refuse an OUT that is known to be wrong before anything is read or downloaded.
+def check_apart(out: Path, checkpoint: Checkpoint) -> None:
+    """Refuse an OUT that overlaps any part of SOURCE, wherever its links lead.
+
+    Raises:
+        UsageError: they overlap.
+    """
+    if checkpoint.root is None:
+        return
+    directories = [checkpoint.root / name for name in checkpoint.directories]
+    files = [file.path for file in checkpoint.files.values() if isinstance(file, LocalFile)]
+    if not checkpoint.single_file:
+        directories.append(checkpoint.root)
+    _refuse_overlap(out, inside=directories, holding=[*directories, *files])
+
+
+def check_out(out: Path, *, overwrite: bool, force: bool) -> None:
+    """Refuse an OUT that is known to be wrong before anything is read, downloaded or asked of the Hub.
 
     Args:
         out: OUT.
-        checkpoint: SOURCE, of which OUT may overlap no part, wherever its links lead.
         overwrite: an earlier output may be replaced.
         force: whatever is there may be.
 
     Raises:
-        UsageError: OUT has no name of its own (``.``), overlaps SOURCE, is a file, or holds what qkpatch did not write.
+        UsageError: OUT has no name of its own (``.``), is a file, or holds what qkpatch did not write.
         FileSystemError: what is there of OUT's parents is no directory or not writable.
     """
-    if checkpoint.root is not None:
-        directories = [checkpoint.root / name for name in checkpoint.directories]
-        files = [file.path for file in checkpoint.files.values() if isinstance(file, LocalFile)]
-        if not checkpoint.single_file:
-            directories.append(checkpoint.root)
-        _refuse_overlap(out, inside=directories, holding=[*directories, *files])
     if out.name in ("", ".."):
         raise UsageError(
             "OUT needs a name of its own", where=str(out), fix="name a new directory: -o patched"

@@ -53,9 +53,9 @@ Tensors = dict[str, torch.Tensor]
 
 
 def separate(tensors: Tensors, stem: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries (H, d_head, d_model) and keys (K, ...) of separate projections."""
+    """Queries (H, d_head, d_model) and keys (n_kv, ...) of separate projections."""
     W_Q, W_K = tensors[f"{stem}.q_proj.weight"], tensors[f"{stem}.k_proj.weight"]
-    return W_Q.view(H, -1, W_Q.shape[1]), W_K.view(K, -1, W_K.shape[1])
+    return W_Q.view(H, -1, W_Q.shape[1]), W_K.view(-1, len(W_Q) // H, W_K.shape[1])
 
 
 def normed(plus_one: bool) -> Callable[[Tensors, str], tuple[torch.Tensor, torch.Tensor]]:

@@ -57,10 +57,10 @@ def granite_docling() -> Any:
     return nested("GraniteDocling", {**SIZE, **IDS}, vision)
 
 
-def ocr(name: str, encoder: dict[str, object]) -> Any:
+def ocr(name: str, encoder: dict[str, object], n_kv_heads: int = SIZE["num_key_value_heads"]) -> Any:
     """A mixture of experts beside two vision encoders, of which DeepSeek-OCR 2's second is a Qwen2 stack."""
     text = {
-        **SIZE, **IDS, "head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 1,
+        **SIZE, **IDS, "num_key_value_heads": n_kv_heads, "head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 1,
         "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_layer_types": ["dense", "sparse", "sparse"],
     }  # fmt: skip
     return nested(name, text, {"sam_config": SAM, "encoder_config": encoder})
@@ -113,6 +113,9 @@ CASES: dict[str, Case] = {
     "granite-docling": case("GraniteDocling", granite_docling),
     "deepseek-ocr2": case("DeepseekOcr2", lambda: ocr("DeepseekOcr2", {**SIZE, **IDS}), decoy="sam_"),
     "deepseek-ocr2:unlimited": case(
-        "UnlimitedOcr", lambda: ocr("UnlimitedOcr", {**VISION, "patch_size": 14}), decoy="sam_"
+        # Its attention knows no groups.
+        "UnlimitedOcr",
+        lambda: ocr("UnlimitedOcr", {**VISION, "patch_size": 14}, 4),
+        decoy="sam_",
     ),
 }

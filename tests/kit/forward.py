@@ -40,6 +40,7 @@ class Seen:
     scaling: float
     softcap: float | None
     gainless: bool  # queries and keys are normed without gains, after RoPE
+    sinks: Matrix | None  # (H, 1, 1), logits of no token, which take their share of each softmax
 
     def attention(self, logits: Matrix) -> Matrix:
         """The weights that the model should give to each token."""
@@ -47,7 +48,8 @@ class Seen:
         if self.softcap is not None:
             scaled = np.tanh(scaled / self.softcap) * self.softcap
         exponentials = np.exp(scaled + self.mask)
-        return exponentials / exponentials.sum(axis=-1, keepdims=True)
+        taken = 0 if self.sinks is None else np.exp(self.sinks)
+        return exponentials / (exponentials.sum(axis=-1, keepdims=True) + taken)
 
 
 def record(
@@ -62,7 +64,8 @@ def record(
     x, queries, keys, added, given = (t[0].double().numpy() for t in (module.x, query, key, mask, weights))
     queries = queries * (options["scaling"] / module.scaling)  # OPT scales them first, and then by 1
     softcap, gainless = options.get("softcap"), hasattr(module, "qk_norm")
-    module.seen = Seen(x, queries, keys, added, given, module.scaling, softcap, gainless)
+    sinks = module.sinks.detach().double().numpy()[:, None, None] if hasattr(module, "sinks") else None
+    module.seen = Seen(x, queries, keys, added, given, module.scaling, softcap, gainless, sinks)
     return output, weights
 
 

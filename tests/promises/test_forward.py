@@ -22,7 +22,7 @@ from oracle import Matrix
 
 CLOSE = 1e-5  # of the largest element: the forward pass runs in float32
 FAR = 1e-2  # a wrong mapping misses by more
-MOVED = 1e-3  # by more than this the edit moves the logits
+MOVED = 5e-5  # by more than this, which is more than float32's noise, the edit moves the logits
 
 
 def miss(actual: Matrix, expected: Matrix) -> Matrix:

@@ -97,7 +97,7 @@ class TestConfig:
         )
         result = run("plan", tiny.path)
         assert result.exit_code == 3
-        assert "name it with --recipe" in result.stderr
+        assert "--recipe llama" in result.stderr
         assert run("plan", tiny.path, "--recipe", "llama").exit_code == 0
 
     @pytest.mark.parametrize("value", [["llama"], {"a": 1}, 7, True])
@@ -153,8 +153,8 @@ class TestConfig:
         (tmp_path / "edit.yaml").write_text("out: x\n")
         result = run("plan", tiny.path, "--config", tmp_path / "edit.yaml")
         known = (
-            "alpha, attention, channel, exclude, fold_norm, heads, layers, max_shard_size, modes, recipe, seed, "
-            "select"
+            "alpha, attention, channel, exclude, fold_norm, heads, layers, max_shard_size, modes, prefix, recipe, "
+            "seed, select"
         )
         assert f"known here: {known}" in result.stderr
 

@@ -54,6 +54,7 @@ def apply(
     from qkpatch.cli.tables import show_applied
     from qkpatch.common.text import size_text
     from qkpatch.model.locate import local_path
+    from qkpatch.output.destination import check_out
 
     writing = Writing(**vars(write))
     request, wish = edit.request, push_wish(publish)
@@ -61,7 +62,9 @@ def apply(
         raise UsageError("SOURCE is on this machine already", where="--no-cache", fix="leave it out")
     if no_cache and (writing.link or writing.link_cache):
         raise UsageError("nothing is there to link to", where="--link", fix="leave out --link or --no-cache")
-    # Of a run, OUT is looked at once, when it begins.
+    if out is not None:
+        check_out(out, overwrite=writing.overwrite, force=writing.force)
+    # What is in OUT is read once, when a run begins.
     plan = api.plan(source, request, out=out if dry_run else None, writing=writing, cache=not no_cache)
     if dry_run:
         publication = _foreseen(plan, wish, run)
