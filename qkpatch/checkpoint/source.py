@@ -119,6 +119,8 @@ def open_checkpoint(place: Path | Repository, exclude: Collection[str] = USUAL) 
         QKPatchError: as :func:`open_stored`.
     """
     stored = open_stored(place, exclude)
+    if stored.single_file and stored.root is not None:
+        _refuse_part(stored.root, stored.files)
     config = _read_config(_config_file(stored))
     named, chosen = config.get("transformers_weights"), stored.index or next(iter(stored.headers))
     if not stored.single_file and named not in (None, chosen):
@@ -240,6 +242,14 @@ def _headers(files: Sequence[SourceFile]) -> dict[str, Header]:
             for file, one in zip(some, opened, strict=True):
                 headers[file.name] = read_header(one, file.name)
     return headers
+
+
+def _refuse_part(folder: Path, files: Mapping[str, SourceFile]) -> None:
+    """As of the folder that one file lies in, where that file is what makes it no model's."""
+    (name,) = files
+    beside = [ADAPTER] if name.startswith("adapter_model") else ["params.json"]
+    there = {n: source_file(folder / n, n) for n in beside if (folder / n).is_file()}
+    refuse_folder(str(folder / name), {**files, **there})
 
 
 def _config_file(stored: Stored) -> SourceFile:

@@ -166,7 +166,8 @@ def walk_files(root: Path, exclude: Collection[str] = ()) -> Folder:
             with os_errors("read", path):
                 if path.is_symlink() and not path.exists():
                     what = f"a dangling link, to {path.readlink()}"
-                    raise FileSystemError(what, where=str(path), fix=_without(name))
+                    fix = f"restore what it leads to, or download it again; if nothing needs it, {_without(name)}"
+                    raise FileSystemError(what, where=str(path), fix=fix)
                 mode = path.stat().st_mode
             if stat.S_ISDIR(mode):
                 found.directories[name] = mode & 0o777

@@ -115,7 +115,7 @@ def _unindexed(where: str, files: Mapping[str, SourceFile], singles: list[str]) 
             raise CheckpointError(
                 f"{len(missing)} shard(s) are not there: {some(missing)}",
                 where=where,
-                fix=f"download them and {index_name(stem)}, or point qkpatch at one file",
+                fix=f"download them and {index_name(stem)}",
             )
         if len(parts) == len(singles):
             note = f"there is no index: it is derived from the shards' headers, and OUT gets it: {index_name(stem)}"

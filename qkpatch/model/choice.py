@@ -42,6 +42,12 @@ def choose_recipe(
         )
     refuse_unknown(names, config)
     known = " or ".join(commands()[:_MOST])
+    if not config.get("model_type") and not config.get("architectures"):
+        what = "config.json says neither model_type nor architectures: is it the model's?"
+        fix = "restore the model's own" + (
+            f"; if its language model is what its tensors look like: {known}" if known else ""
+        )
+        raise AmbiguousError(what, where="config.json", fix=fix)
     if claimed and not (known and all(recipe.config.sections == (TOP_LEVEL,) for recipe in claimed)):
         expected = "; ".join(
             f"{r.name} expects {p}{r.tensors.query}" for r in claimed for p in r.tensors.prefixes

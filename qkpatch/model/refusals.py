@@ -57,13 +57,15 @@ def refuse_quantised(module: str, weight: TensorRef | None, suffixes: Collection
 
 def quantised_by_name(config: Mapping[str, Any], tensors: Iterable[TensorRef]) -> str | None:
     """By what method config.json says that the model is quantised, where nothing that is stored is; None otherwise."""
-    said = config.get("quantization_config")
+    sections = (config, *(section for section in config.values() if isinstance(section, dict)))
+    told = (section.get("quantization_config") for section in sections)
+    said = next((said for said in told if isinstance(said, dict)), None)
     marks = {suffix for companions, _ in _COMPANIONS for suffix in companions}
     is_plain = all(
         ref.dtype in (*EDITABLE_DTYPES, "I64", "BOOL") and not marks & {ref.name.rpartition(".")[2]}
         for ref in tensors
     )
-    return str(said.get("quant_method", "some method")) if isinstance(said, dict) and is_plain else None
+    return str(said.get("quant_method", "some method")) if said is not None and is_plain else None
 
 
 # Names that tell of attention without a per-head query-key product of stored weights; where a word is given, only in

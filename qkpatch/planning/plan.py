@@ -217,6 +217,10 @@ def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, 
             f"config.json says that weights are quantised ({method}), and none are: loaders refuse them, or quantise "
             "what was edited; take quantization_config out of it"
         )
+    if empty := [name for name, ref in checkpoint.tensors.items() if ref.shape == (0,)]:
+        warnings.append(
+            f"{len(empty)} tensor(s) are empty, as a ZeRO-3 save without gathering leaves them: {abbreviate(empty, 3)}"
+        )
     asked = [pattern for pattern in checkpoint.exclude if pattern not in USUAL]
     if idle := [p for p in asked if not any(matching(name, (p,)) for name in checkpoint.left_out)]:
         warnings.append(f"nothing in SOURCE is called as --exclude says: {some(idle)}")

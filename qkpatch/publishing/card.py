@@ -196,8 +196,10 @@ def _claims(comparison: Comparison | None) -> Iterator[str]:
             "beside the controls `--select shrink` and `--select random`.\n"
         )
         return
+    below = "; what else may be behind a difference is told below"
+    how = below if comparison.doubts else " with the same call"
     yield (
-        f"{_MEASURED}, both models with the same call. Base: "
+        f"{_MEASURED}, both models{how}. Base: "
         f"`{_cell(comparison.base)}`; patched: `{_cell(comparison.patched)}`.\n\n"
         "| task | metric | questions | base | patched | difference | paired, 95 % interval | questions that differ |\n"
         "|---|---|---|---|---|---|---|---|\n"

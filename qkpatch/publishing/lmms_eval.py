@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -22,7 +23,10 @@ _MEANINGLESS = {"pope_yes_ratio"}
 _MUST_AGREE = ("versions", "n-shot", "n-samples")
 # What may move a figure, and need not.
 _SHOULD_AGREE = ("config.limit", "config.model", "config.gen_kwargs", "config.batch_size", "config.random_seed",
+                 "config.numpy_seed", "config.torch_seed", "config.fewshot_seed", "config.model_dtype",
                  "transformers_version", "git_hash")  # fmt: skip
+# Of a model's arguments: which model it is; all others are how it is run.
+_IDENTITY = ("pretrained", "model", "model_version", "model_name", "model_path", "revision")
 # One question's part in a metric that is a mean over questions, which F1 for one is not.
 _OF_A_QUESTION: dict[str, Callable[[Any], Any]] = {
     "pope_accuracy": lambda said: said["score"],
@@ -100,8 +104,13 @@ def compare_both(results: str | Path | None, base_results: str | Path | None) ->
     if all(metric.difference is None for metric in metrics):
         raise UsageError("they have no figure in common", where=f"{base.name}, {patched.name}")
     differing = [key for key in _SHOULD_AGREE if _of(a, *key.split(".")) != _of(b, *key.split("."))]
+    left, right = _arguments(a), _arguments(b)
+    others = [k for k in sorted({*left, *right} - {*_IDENTITY}) if left.get(k) != right.get(k)]
+    # What is no name may be a path, or a token.
+    differing += dict.fromkeys(f"{k} of model_args" if k.isidentifier() else "model_args" for k in others)
     doubts = [f"the runs differ in {', '.join(differing)}"] if differing else []
-    if (arguments := _of(a, "config", "model_args")) and arguments == _of(b, "config", "model_args"):
+    models = [[said.get(key) for key in _IDENTITY] for said in (left, right)]
+    if models[0] == models[1] and left and (any(models[0]) or left == right):
         doubts.append("both name the same model")
     return Comparison(_what_ran(a), _what_ran(b), metrics, tuple(doubts))
 
@@ -163,6 +172,19 @@ def _what_ran(document: Mapping[str, Any]) -> str:
     # The arguments may have had a token among them; and where models lie on a machine is nobody's business.
     told = (_PART.sub(_without_folder, part) for part in parts)
     return redact(", ".join(dict.fromkeys(told))) or "not said"
+
+
+def _arguments(document: Mapping[str, Any]) -> dict[str, str]:
+    """The arguments of the model by name, in each of the forms that lmms-eval writes."""
+    said = _of(document, "config", "model_args")
+    if isinstance(said, str) and said.lstrip().startswith("{"):
+        with suppress(ValueError, RecursionError):
+            said = json.loads(said)
+    if isinstance(said, str):
+        parts = (part.partition("=") for part in said.split(",") if part.strip())
+        said = {key.strip() if equals else f"{key},": value for key, equals, value in parts}
+    named = said.items() if isinstance(said, dict) else ()
+    return {key: os.path.normpath(str(value).strip()) for key, value in named}
 
 
 def _without_folder(found: re.Match[str]) -> str:

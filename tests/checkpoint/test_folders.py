@@ -385,6 +385,7 @@ def test_what_is_no_file_is_refused_unless_it_is_left_out(
     said = refused(run, tiny.path, 4)
     assert "leave it out: --exclude odd" in said
     assert ("a dangling link, to gone" in said) == (kind == "dangling link")
+    assert ("restore what it leads to, or download it again; if nothing" in said) == (kind == "dangling link")
     apply(run, tiny.path, tmp_path / "out", "--exclude", "odd")
 
 
@@ -507,9 +508,9 @@ def test_the_last_of_many_shards_alone_is_no_model(tmp_path: Path, run: Run) -> 
     (tiny.path / INDEX).unlink()
     for i in (1, 3):
         (tiny.path / f"model-0000{i}-of-00003.safetensors").unlink()
-    assert "2 shard(s) are not there: model-00001-of-00003.safetensors, model-00003" in refused(
-        run, tiny.path
-    )
+    said = refused(run, tiny.path)
+    assert "2 shard(s) are not there: model-00001-of-00003.safetensors, model-00003" in said
+    assert "at one file" not in said
 
 
 def test_what_config_makes_transformers_load_is_what_is_edited(tiny: Tiny, run: Run) -> None:
@@ -551,6 +552,11 @@ def adapter(folder: Path) -> None:
         {"base_model.model.layers.0.q_proj.lora_A.weight": torch.zeros(1)},
         folder / "adapter_model.safetensors",
     )
+
+
+def lone_adapter(folder: Path) -> None:
+    adapter(folder)
+    (folder / "adapter_config.json").unlink()
 
 
 def cache_root(folder: Path) -> None:
@@ -595,6 +601,11 @@ NONE_OF_IT: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "a training run": (
         lambda f: (a_model(f / "checkpoint-10"), put(f, "runs/x"))[0], ("a training run", "checkpoint-10"),
     ),
+    "an adapter without its config": (lone_adapter, ("an adapter (LoRA) of another model", "merge it first")),
+    "shards called as a trainer's states": (
+        lambda f: put(f, "config.json", *(f"checkpoint-{i}-of-3.safetensors" for i in (1, 2, 3))),
+        ("called as a trainer's states", "checkpoint-1-of-3.safetensors", "rename them"),
+    ),
     "nothing": (lambda f: f.mkdir(), ("only an empty folder",)),
 }  # fmt: skip
 
@@ -606,6 +617,29 @@ def test_what_is_no_model_is_told_by_what_it_is(tmp_path: Path, run: Run, kind: 
     said = refused(run, tmp_path / "it")
     for text in wanted:
         assert text in said
+
+
+@pytest.mark.parametrize("config", [True, False])
+@pytest.mark.parametrize(
+    ("make", "file"),
+    [(adapter, "adapter_model.safetensors"), (mistral, "consolidated.safetensors")],
+)
+def test_a_file_is_told_in_the_words_of_its_folder(
+    tmp_path: Path, run: Run, make: Callable[[Path], None], file: str, config: bool
+) -> None:
+    make(tmp_path / "it")
+    if config:
+        put(tmp_path / "it", "config.json", data=b'{"model_type": "llama"}')
+    said, whole = refused(run, tmp_path / "it" / file), refused(run, tmp_path / "it")
+    assert said == whole.replace(str(tmp_path / "it"), str(tmp_path / "it" / file))
+
+
+def test_the_models_own_file_beside_an_adapter_and_the_vendors_is_read(
+    tiny: Tiny, tmp_path: Path, run: Run
+) -> None:
+    adapter(tiny.path)
+    mistral(tiny.path)
+    apply(run, tiny.path / "model.safetensors", tmp_path / "out")
 
 
 def test_a_gguf_file(tmp_path: Path, run: Run) -> None:
@@ -640,12 +674,30 @@ def test_an_adapter_in_a_folder_below_is_part_of_the_model(tiny: Tiny, tmp_path:
     apply(run, tiny.path, tmp_path / "out")
 
 
+def test_empty_tensors_elsewhere_are_those_of_zero_3(tmp_path: Path, run: Run) -> None:
+    empty = {f"vision.{i}.weight": torch.zeros(0) for i in range(5)}
+    told = apply(run, build_tiny(tmp_path / "tiny", extra=empty).path, tmp_path / "out")
+    assert "5 tensor(s) are empty, as a ZeRO-3 save without gathering leaves them: vision.0.weight, " in told
+    assert "ZeRO-3" not in apply(run, build_tiny(tmp_path / "whole").path, tmp_path / "out2")
+
+
+@pytest.mark.parametrize("data", [b"{}", b'{"error": "Entry not found"}', b'{"architectures": []}'])
+def test_a_config_that_names_nothing_may_be_another_files(tiny: Tiny, run: Run, data: bytes) -> None:
+    put(tiny.path, "config.json", data=data)
+    said = refused(run, tiny.path)
+    assert "config.json says neither model_type nor architectures: is it the model's?" in said
+    assert "None" not in said
+
+
+@pytest.mark.parametrize("part", [None, "text_config"])
 @pytest.mark.parametrize("section", [{}, {"scale": torch.zeros(1, dtype=torch.uint8)}])
-def test_a_quantisation_that_is_only_said(tmp_path: Path, run: Run, section: dict[str, torch.Tensor]) -> None:
+def test_a_quantisation_that_is_only_said(
+    tmp_path: Path, run: Run, section: dict[str, torch.Tensor], part: str | None
+) -> None:
     tiny = build_tiny(tmp_path / "tiny", extra=section)
     config = json.loads((tiny.path / "config.json").read_text())
     said = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
-    (tiny.path / "config.json").write_text(json.dumps(config | said))
+    (tiny.path / "config.json").write_text(json.dumps(config | ({part: said} if part else said)))
     told = apply(run, tiny.path, tmp_path / "out")
     assert ("quantised (bitsandbytes), and none are" in told) == (not section)
 

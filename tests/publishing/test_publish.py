@@ -134,7 +134,14 @@ def test_lists_are_read_in_each_of_their_forms(block: str, expected: list[str]) 
 
 @pytest.mark.parametrize(
     "card",
-    ["# no front matter\n", "", "--- no\n---\n", "---\nunclosed: 1\n", "---\nbetween two rules\n---\n"],
+    [
+        "# no front matter\n",
+        "",
+        "--- no\n---\n",
+        "---\nunclosed\n",
+        "---\n\nTwo words: three\n",
+        "---\nbetween two rules\n---\n",
+    ],
 )
 def test_a_card_without_front_matter_is_all_text(card: str) -> None:
     assert FrontMatter.of(card) == FrontMatter(card)
@@ -194,6 +201,15 @@ def test_the_bases_figures_are_inherited_in_no_spelling(
         ("datasets: [null]", {}),
         ("datasets:\n- null\n- org/data\n-", {"datasets": ["org/data"]}),
         ("license: null", {}),
+        ("license_link: /home/me/LICENSE\nthumbnail: file:///home/me/x.png", {}),
+        (
+            "license_link: ~/LICENSE\nthumbnail: 'C:\\me\\x.png'\nlanguage: [en, /home/me/x]",
+            {"language": ["en"]},
+        ),
+        (
+            "license_link: LICENSE\nthumbnail: https://h/x.png",
+            {"license_link": "LICENSE", "thumbnail": "https://h/x.png"},
+        ),
         ("datasets: [{name: x}]\nbase_model: {a: b}", {}),
         ("a: &x [1, *x]\nmodel-index: &y [base]\nb: *y\nc: &z R&D", {"b": ["base"], "c": "R&D"}),
         ("language: [no, en, ~]", {"language": ["no", "en"]}),
@@ -220,6 +236,20 @@ def test_a_head_that_cannot_be_read_is_told_and_kept(
     assert parts(card)[0] == {"tags": ["qkpatch"]}
     assert "The head of the base model's card is not YAML: mapping values are not allowed here" in card
     assert card.endswith("as it was. -->\n\n---\nlicense: mit: x\n---\n# Base\n")
+
+
+@pytest.mark.parametrize(
+    "readme",
+    ["---\nlicense: mit\ntags: [x]\n# Base\n", "---\n# head\n\nlicense: mit\n", "---\r\nlicense: mit"],
+)
+def test_a_head_without_an_end_is_told_and_verify_knows_the_card(
+    base: Tiny, tmp_path: Path, run: Callable[..., Result], readme: str
+) -> None:
+    card = card_over(readme, base, tmp_path, run)
+    assert parts(card)[0] == {"tags": ["qkpatch"]}
+    assert "card is not closed by a second ---: no license is inherited.\n" in card
+    assert run("card", tmp_path / "out", "--write").exit_code == 0
+    verified(run, tmp_path / "out", tmp_path / "source")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
@@ -341,6 +371,7 @@ def test_results_are_shown_side_by_side_with_the_paired_difference(
         f"| -25.0000 ± {100 * half:.4f} | 1 of 4 |"
     )
     assert "llava_hf, pretrained=b" in result.stdout
+    assert ", both models with the same call. Base: " in result.stdout
 
 
 def test_without_samples_there_is_no_interval(out: Path, tmp_path: Path, run: Callable[..., Result]) -> None:
@@ -428,6 +459,35 @@ def test_what_else_differs_is_told(out: Path, tmp_path: Path, run: Callable[...,
     assert result.exit_code == 0, result.stderr
     said = "**Not the model alone:** the runs differ in config.limit, transformers_version; both name the same model."
     assert said in result.stdout
+    assert "same call" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "said"),
+    [
+        ("pretrained=a,load_in_4bit=True", "pretrained=b", "the runs differ in load_in_4bit of model_args."),
+        ({"pretrained": "a", "x": True}, '{"pretrained": "b", "x": false}', "the runs differ in x of model_args."),
+        ("pretrained=a,/home/me/x", "pretrained=b,y", "the runs differ in model_args."),
+        ("pretrained=o,dtype=float16", "pretrained=o,dtype=float32", "dtype of model_args; both name the same model."),
+        ("pretrained=./o/", "dtype=a, pretrained=o", "dtype of model_args; both name the same model."),
+        ("pretrained=o,revision=x", "pretrained=o,revision=y", None),
+        ({"pretrained": "a", "x": 1}, "x=1,pretrained=b", None),
+        ("", "", None),
+    ],
+)  # fmt: skip
+def test_arguments_that_differ_and_models_that_do_not(
+    out: Path, tmp_path: Path, run: Callable[..., Result], left: object, right: object, said: str | None
+) -> None:
+    before = lmms(tmp_path / "b", [1.0], [True], config={"model": "m", "model_args": left})
+    after = lmms(tmp_path / "p", [0.0], [True], config={"model": "m", "model_args": right})
+    result = run("card", out, "--results", after, "--base-results", before)
+    assert result.exit_code == 0, result.stderr
+    assert ("both models with the same call." in result.stdout) == (said is None)
+    assert ("Not the model alone" in result.stdout) == (said is not None)
+    assert (said or "") in result.stdout
+    assert "/me" not in result.stdout
+    manifest = Manifest.loads((out / "qkpatch.json").read_bytes(), "")
+    assert is_card_of(result.stdout, manifest, BASE_CARD)
 
 
 @pytest.mark.parametrize(
