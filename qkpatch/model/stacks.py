@@ -208,7 +208,7 @@ def _check_names(
     # With a bias, the norm before attention is a LayerNorm.
     odd = (
         n
-        for n in stored.under(stems[0])
+        for n in reversed(stored.under(stems[0]))
         if n == stems[0] + bias or (is_qk_norm(n) and not n.startswith(modules))
     )
     found = next(odd, "").removeprefix(stems[0])
