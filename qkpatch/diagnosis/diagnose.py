@@ -11,6 +11,7 @@ from qkpatch.diagnosis.draft import draft_text
 from qkpatch.errors import AmbiguousError, CheckpointError, QKPatchError
 from qkpatch.model.choice import query_like, refuse_unknown
 from qkpatch.model.locate import Access, locate
+from qkpatch.model.neighbours import Names
 from qkpatch.model.stacks import offers, placements
 from qkpatch.recipes.catalogue import language_models, shipped_recipes
 
@@ -105,9 +106,10 @@ def diagnose(source: str) -> Diagnosis:
 def _near(checkpoint: Checkpoint) -> tuple[tuple[QKPatchError, list[str]], ...]:
     """Why layers with a language model's names and norms are not that language model, and whose they would be."""
     found: dict[str, tuple[QKPatchError, list[str]]] = {}
+    names = Names(checkpoint.tensors)
     for recipe in language_models():
-        fitting, refused = placements(recipe, checkpoint)
-        told = [CheckpointError(f"{placed.prefix} {placed.doubt}") for placed in fitting]
+        fitting, refused = placements(recipe, checkpoint, names)
+        told = [CheckpointError(f"{placed.prefix} {placed.reason}") for placed in fitting]
         for error in (*told, *(e for e in refused.values() if not isinstance(e, AmbiguousError))):
             found.setdefault(str(error), (error, []))[1].append(recipe.name)
     return tuple(found.values())

@@ -7,18 +7,16 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.source import Checkpoint
 from qkpatch.errors import AmbiguousError, CheckpointError, QKPatchError, UnsupportedError
 from qkpatch.model.choice import ANOTHER
+from qkpatch.model.neighbours import Names, parent, says_other
 from qkpatch.model.refusals import is_qk_norm, refuse_known, refuse_wrapped
 from qkpatch.model.targets import check_shapes
 from qkpatch.model.tower import LanguageTower, read_tower
 from qkpatch.recipes.catalogue import language_models, shipped_recipes
 from qkpatch.recipes.recipe import COUNT_KEYS, TOP_LEVEL, Recipe, TensorNames
 
-_NUMBER = re.compile(r"(?:(?<=\.)|^)(?:0|[1-9][0-9]{0,5})(?=\.)")
-_EMBEDDING = re.compile(r"[^.]*(?:emb|wte)[^.]*(?:\.[^.0-9]+)?\.weight", re.IGNORECASE)
 _DEEPEST = 3  # keys down to a section of config.json
 _PLAIN = "llama"  # no norms of queries and keys, no order of rows: its names tell all
 
@@ -34,6 +32,7 @@ class Placed:
     tower: LanguageTower
     vocabulary: int | None
     doubt: str | None  # why these layers need not be the language model's
+    rival: str | None = None  # what else may be
 
     @property
     def told(self) -> str:
@@ -43,8 +42,26 @@ class Placed:
             f"as a {self.recipe.name} model were taken the layers {self.prefix} "
             f"({tower.n_layers} layers, {tower.layout.n_heads} query / {tower.layout.n_kv_heads} key heads of "
             f"{tower.layout.d_head}, hidden {tower.layout.d_model}), which agree with config.json{section}: "
-            + (self.doubt or f"a token embedding of {self.vocabulary} rows stands beside them")
+            + self.reason
         )
+
+    @property
+    def reason(self) -> str:
+        """Why these layers need not be the language model's, or need."""
+        return self.doubt or f"a token embedding of {self.vocabulary} rows stands beside them"
+
+    @property
+    def is_likely(self) -> bool:
+        """Whether they may be offered to be chosen: only what says that it is another part may be in doubt beside."""
+        return not self.says_other and (self.rival is None or says_other(self.rival) is not None)
+
+    @property
+    def says_other(self) -> str | None:
+        """By what word these layers, or the section of config.json that agrees with them, are another part's."""
+        word = says_other(self.prefix)
+        if word is None and (word := says_other(self.section)):
+            return f"{word!r} in config.json's {self.section}"
+        return word and f"{word!r} in {self.prefix}"
 
 
 def place(recipe: Recipe, checkpoint: Checkpoint, prefix: str | None = None) -> Placed:
@@ -67,25 +84,43 @@ def place(recipe: Recipe, checkpoint: Checkpoint, prefix: str | None = None) -> 
     what = f"{len(sure)} stacks of layers are a {recipe.name} language model's"
     if not sure:
         what = f"no stack of layers is {'there' if prefix else 'surely'} a {recipe.name} language model's"
-        told = [f"{p.prefix} {p.doubt}" for p in fitting] + [f"{p} {e.what}" for p, e in refused.items()]
-    fix = f"say which: --recipe {recipe.name} --prefix '{fitting[0].prefix}'" if fitting else ANOTHER
+        told = [f"{p.prefix} {p.reason}" for p in fitting] + [f"{p} {e.what}" for p, e in refused.items()]
+    likely = sorted(fitting, key=lambda p: not p.is_likely)
+    fix = f"say which: --recipe {recipe.name} --prefix '{likely[0].prefix}'" if likely else ANOTHER
+    if likely and not likely[0].is_likely:
+        fix = f"{fix}, if these are the language model's all the same"
     where = f"--prefix {prefix!r}" if prefix else "tensor names"
     raise AmbiguousError(f"{what}: {'; '.join(told) or 'none has its names'}", where=where, fix=fix)
 
 
-def placements(recipe: Recipe, checkpoint: Checkpoint) -> tuple[list[Placed], dict[str, QKPatchError]]:
+def placements(
+    recipe: Recipe, checkpoint: Checkpoint, names: Names | None = None
+) -> tuple[list[Placed], dict[str, QKPatchError]]:
     """Every stack of layers with the recipe's query modules: those that agree in all, and why others do not."""
     fitting, refused = [], {}
-    stacks = _stacks(checkpoint.tensors, recipe.tensors.query_module)
+    names = names or Names(checkpoint.tensors)
+    stacks = names.stacks(recipe.tensors.query_module)
     own = [prefix for prefix in stacks if prefix in recipe.tensors.prefixes]
     for prefix, layers in stacks.items():
         try:
             is_own = own == [prefix]  # the recipe finds it by itself
-            _check_names(recipe, prefix, layers, checkpoint, is_own=is_own)
+            _check_names(recipe, prefix, layers, checkpoint, names, is_own=is_own)
             fitting.append(_placed(recipe, prefix, layers, checkpoint, is_own=is_own))
         except QKPatchError as error:
             refused[prefix] = error
-    return fitting, refused
+    whole = frozenset(placed.prefix.partition("{layer}")[0] for placed in fitting)
+    # One shard by itself may hold any of the layers.
+    gaps = (
+        [] if checkpoint.single_file else [p for p, n in stacks.items() if p in refused and len(n) <= n[-1]]
+    )
+    cut = next((p for p in gaps if not says_other(p)), None)
+    placed = []
+    for p in fitting:
+        told, rival = names.rival(p.prefix.partition("{layer}")[0], p.vocabulary or 0, whole)
+        if not rival and cut:
+            told, rival = f"{cut} lacks layers, and may be the language model", cut
+        placed.append(replace(p, doubt=_doubt(p, checkpoint, names) or told or None, rival=rival or None))
+    return placed, refused
 
 
 def offers(checkpoint: Checkpoint) -> list[str]:
@@ -97,9 +132,11 @@ def offers(checkpoint: Checkpoint) -> list[str]:
     config = checkpoint.config
     named = f"{config.get('model_type')} {config.get('architectures')}".lower()
     found: list[tuple[int, int, str]] = []
+    names = Names(checkpoint.tensors)
     families = [r for r in shipped_recipes().values() if config.get("model_type") in r.model_types]
     for recipe in (*language_models(), *(r for r in families if r not in language_models())):
-        fitting, refused = placements(recipe, checkpoint)
+        fitting, refused = placements(recipe, checkpoint, names)
+        fitting = [p for p in fitting if p.recipe is recipe or p.is_likely]
         for error in refused.values():
             if isinstance(error, UnsupportedError) and recipe.matches(config):
                 raise error
@@ -136,20 +173,14 @@ def _sure(recipe: Recipe, fitting: list[Placed]) -> list[Placed]:
     return [p for p in fitting if p.doubt is None] or [p for p in fitting if p.recipe is recipe]
 
 
-def _stacks(tensors: Mapping[str, TensorRef], module: str) -> dict[str, tuple[int, ...]]:
-    """Layers that hold ``module``, by what their names begin with."""
-    found: dict[str, set[int]] = {}
-    for name in (name for name in tensors if f".{module}." in name):
-        stem = name.rpartition(f".{module}.")[0]
-        numbers = list(_NUMBER.finditer(f"{stem}."))
-        if numbers and not set(stem) & set("{}"):
-            begin, end = numbers[-1].span()
-            found.setdefault(f"{stem[:begin]}{{layer}}{stem[end:]}.", set()).add(int(stem[begin:end]))
-    return {prefix: tuple(sorted(layers)) for prefix, layers in found.items()}
-
-
 def _check_names(
-    recipe: Recipe, prefix: str, layers: tuple[int, ...], checkpoint: Checkpoint, *, is_own: bool
+    recipe: Recipe,
+    prefix: str,
+    layers: tuple[int, ...],
+    checkpoint: Checkpoint,
+    stored: Names,
+    *,
+    is_own: bool,
 ) -> None:
     """Each layer has the recipe's norms, in the class's own form, and no other norms of queries and keys.
 
@@ -174,9 +205,12 @@ def _check_names(
         other = other or (part if missing and not is_optional else "")
     modules = tuple(f"{stems[0]}{part.removesuffix('.weight')}" for part in norms)
     bias = "" if names.input_norm is None else names.input_norm.weight.removesuffix("weight") + "bias"
-    within = (name for name in tensors if name.startswith(stems[0]))
     # With a bias, the norm before attention is a LayerNorm.
-    odd = (n for n in within if n == stems[0] + bias or (is_qk_norm(n) and not n.startswith(modules)))
+    odd = (
+        n
+        for n in reversed(stored.under(stems[0]))
+        if n == stems[0] + bias or (is_qk_norm(n) and not n.startswith(modules))
+    )
     found = next(odd, "").removeprefix(stems[0])
     if other or found:
         why = f"have no {other}" if other else f"have {found}"
@@ -242,7 +276,7 @@ def _placed(
             fix="remove the section that is not the language model's",
         )
     _check_kind(recipe, best)
-    return replace(best, doubt=_doubt(best, checkpoint))
+    return best
 
 
 def _moved(recipe: Recipe, prefix: str, section: str, kind: str) -> Recipe:
@@ -292,23 +326,19 @@ def _check_kind(recipe: Recipe, placed: Placed) -> None:
         )
 
 
-def _doubt(placed: Placed, checkpoint: Checkpoint) -> str | None:
+def _doubt(placed: Placed, checkpoint: Checkpoint, names: Names) -> str | None:
     """Why layers need not be the language model's: it has its token embedding beside it, and the most tokens."""
     size, wanted = placed.vocabulary, (placed.vocabulary, placed.tower.layout.d_model)
     if size is None:
         return "it has no vocab_size, so that no token embedding can be told"
-    head, dot, _ = placed.prefix.partition("{layer}")[0].rstrip(".").rpartition(".")
-    above = head + dot
-    near = [
-        ref
-        for name, ref in checkpoint.tensors.items()
-        if name.startswith(above) and _EMBEDDING.fullmatch(name[len(above) :])
-    ]
-    if all(ref.shape != wanted for ref in near):
-        seen = ", ".join(f"{ref.name} is {list(ref.shape)}" for ref in near) or "there is none"
-        return f"no token embedding of vocab_size {size} rows stands beside them ({seen})"
+    above = parent(placed.prefix.partition("{layer}")[0])
+    if all(ref.shape != wanted for ref in names.homes.get(above, ([], set()))[0]):
+        seen = ", ".join(f"{ref.name} is {list(ref.shape)}" for ref in names.embeddings(above))
+        return f"no token embedding of vocab_size {size} rows stands beside them ({seen or 'there is none'})"
     for name, section in sections(checkpoint.config, ("vocab_size",)):
         larger = section["vocab_size"]
         if type(larger) is int and larger > size:
             return f"they know {size} tokens, and config.json's {name} says {larger}"
+    if placed.says_other:
+        return f"{placed.says_other} is no language model's name"
     return None

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -213,6 +213,104 @@ class TestNotSure:
         assert plan.edits[0].query.name.startswith("llm.layers.")
 
 
+class TestAnotherPart:
+    """Layers of vision, audio or a resampler, whole and with a language model's names, are never taken unasked."""
+
+    FUSED: ClassVar[Shapes] = {f"model.layers.{i}.self_attn.qkv_fused.weight": (72, 24) for i in range(3)} | {
+        "model.embed_tokens.weight": (VOCABULARY, 24)
+    }
+    SECTION: ClassVar[dict[str, Any]] = {
+        k: v for k, v in NUMBERS.items() if k not in ("vocab_size", "model_type")
+    }
+
+    @staticmethod
+    def other(blocks: str) -> Shapes:
+        return {n.replace("layers.", blocks, 1): s for n, s in stack("", rows=None, layer=LAYER).items()}
+
+    @pytest.mark.parametrize(
+        ("blocks", "section", "more", "told"),
+        [
+            ("model.vision_layers.", "vision_config", {}, "'vision' in model.vision_layers."),
+            ("model.resampler.", "qformer_config", {}, "'resampler' in model.resampler."),
+            ("model.parts.", "vision_config", {}, "'vision' in config.json's vision_config"),
+            ("model.parts.", "a.visual.x", {}, "'visual' in config.json's a.visual.x"),
+            ("model.parts.", "text_config", {}, "model.embed_tokens.weight stands beside model.layers., too"),
+            ("vit.layers.", "text_config", {"vit.embed_tokens.weight": (11, 24)}, "'vit' in vit.layers."),
+            (
+                "vision_tower.layers.",
+                "vision_config",
+                {"vision_tower.position_embedding.weight": (11, 24)},
+                "vision_tower.position_embedding.weight is [11, 24]",
+            ),
+            (
+                "tower.layers.",
+                "part",
+                {"tower.patch_embedding.weight": (11, 24)},
+                "tower.patch_embedding.weight is [11, 24]",
+            ),
+            (
+                "part.layers.",
+                "part",
+                {"part.wte.weight": (11, 24), "model.embed_tokens.weight": (12, 24)},
+                "they know 11 tokens, and model.embed_tokens.weight has 12 rows",
+            ),
+            (
+                "part.layers.",
+                "part",
+                {"part.wte.weight": (11, 24)},
+                "model.embed_tokens.weight stands beside model.layers., which may be",
+            ),
+        ],
+    )  # fmt: skip
+    def test_is_refused_and_offered_by_no_command(
+        self, blocks: str, section: str, more: Shapes, told: str, run: Run, tmp_path: Path
+    ) -> None:
+        config: dict[str, Any] = self.SECTION
+        for key in reversed(section.split(".")):
+            config = {key: config}
+        source = write(
+            tmp_path / "m", self.FUSED | self.other(blocks) | more, vocab_size=VOCABULARY, **config
+        )
+        prefix = f"{blocks}{{layer}}."
+        error = refused(source, recipe="llama")
+        assert told in error.what
+        assert f"--recipe llama --prefix '{prefix}'" in (error.fix or "")
+        offered = refused(source).fix or ""
+        assert offered.startswith("`qkpatch recipes check SOURCE`")
+        assert told in api.plan(source, recipe="llama", prefix=prefix).warnings[0]
+        assert "}. None" not in run("recipes", "check", source).output
+
+    @pytest.mark.parametrize("missing", [0, 1, 2])
+    @pytest.mark.parametrize("blocks", ["model.vision_layers.", "model.parts.", "part.layers."])
+    def test_a_language_model_that_lacks_a_layer_does_not_leave_the_field_to_another(
+        self, blocks: str, missing: int, tmp_path: Path
+    ) -> None:
+        whole = self.other(blocks) | {"part.embed_tokens.weight": (VOCABULARY, 24)}
+        cut = {n: s for n, s in stack("model.", layer=LAYER).items() if f".{missing}." not in n}
+        config = {"text_config": self.SECTION, "vision_config": self.SECTION, "vocab_size": VOCABULARY}
+        error = refused(write(tmp_path / "m", cut | whole, **config), recipe="llama")
+        assert "model.layers." in error.what
+        assert blocks in error.what
+
+    def test_a_gap_without_an_embedding_is_a_doubt_too(self, tmp_path: Path) -> None:
+        cut = {n: s for n, s in stack("model.", rows=None).items() if ".1." not in n}
+        error = refused(write(tmp_path / "m", stack() | cut), recipe="qwen3")
+        assert "model.layers.{layer}. lacks layers, and may be the language model" in error.what
+
+    def test_beside_layers_of_vision_the_language_model_is_offered_by_its_prefix(
+        self, tmp_path: Path
+    ) -> None:
+        shapes = stack("model.", layer=LAYER) | self.other("model.vision_layers.")
+        config = {"text_config": self.SECTION, "vision_config": self.SECTION, "vocab_size": VOCABULARY}
+        source = write(tmp_path / "m", shapes, **config)
+        for error in (refused(source), refused(source, recipe="llama")):
+            assert (error.fix or "").endswith("--recipe llama --prefix 'model.layers.{layer}.'")
+
+    def test_an_encoder_of_language_is_none_of_them(self, tmp_path: Path) -> None:
+        shapes = stack("model.lang_encoder.model.", inner="decoder_layer.")
+        assert api.plan(write(tmp_path / "m", shapes), recipe="qwen3").edits
+
+
 class TestContradictions:
     """Each with both numbers, or both names, and the cure."""
 
@@ -356,8 +454,10 @@ class TestPrefix:
             api.plan(tmp_path / "nothing", recipe="qwen3", prefix=prefix)
 
     def test_one_without_such_layers_is_told_where_they_are(self, tmp_path: Path) -> None:
-        error = refused(write(tmp_path / "m", stack()), recipe="qwen3", prefix="model.layers.{layer}.")
-        assert PREFIX in f"{error.what} {error.fix}"
+        source = write(tmp_path / "m", stack())
+        error = refused(source, recipe="qwen3", prefix="model.layers.{layer}.")
+        assert f"{PREFIX} a token embedding of 11 rows stands beside them" in error.what
+        assert "None" not in str(error)
 
     def test_two_of_a_recipe_s_own_prefixes_are_told_apart_by_it(self, tmp_path: Path) -> None:
         kind = {"model_type": "internvl", "architectures": ["InternVLForConditionalGeneration"]}
@@ -412,3 +512,19 @@ def test_a_mixture_of_a_hundred_thousand_tensors_takes_seconds(tmp_path: Path) -
     began = monotonic()
     assert "--recipe qwen3" in (refused(source).fix or "")
     assert monotonic() - began < 20
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"1." * 500_000 + "self_attn.q_proj.weight": (1, 1)},
+        {name: shape for n in range(200) for name, shape in stack(f"m{n}.", 3, layer=LAYER).items()},
+    ],
+    ids=["a name without end", "two hundred stacks"],
+)
+def test_what_no_checkpoint_has_takes_no_time(shapes: Shapes, tmp_path: Path) -> None:
+    source = write(tmp_path / "m", shapes)
+    for edit in ({}, {"recipe": "llama"}):
+        began = monotonic()
+        refused(source, **edit)
+        assert monotonic() - began < 5
