@@ -221,10 +221,16 @@ def verify(
     """
     from qkpatch.compare.verify import check, n_heads, recorded
 
-    with Rooted(Path(out)) as root:
+    with Rooted(_named(out)) as root:
         present = Present(root)
         observer.begins("compare", present.size, n_heads(recorded(present)) if recompute else 0)
         return check(present, str(source), observer, recipe, recomputed=recompute)
+
+
+def _named(out: PathLike) -> Path:
+    if out == "":
+        raise UsageError("OUT is empty", fix="name the directory; is a variable unset?")
+    return Path(out)
 
 
 def diff(a: PathLike, b: PathLike, *, observer: Observer = UNSEEN) -> Difference:
@@ -275,7 +281,7 @@ def card(
     from qkpatch.publishing.lmms_eval import compare_both
 
     comparison = compare_both(results, base_results)
-    manifest, base_card = read_out(Path(out))
+    manifest, base_card = read_out(_named(out))
     text = model_card(manifest, Path(out).resolve().name, base_card, comparison)
     if write:
         with Rooted(Path(out)) as root:
