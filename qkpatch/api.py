@@ -109,7 +109,7 @@ def apply(
     """Write the edited checkpoint and return its manifest, ``OUT/qkpatch.json``.
 
     SOURCE is only read. OUT appears whole, by one rename, or not at all; the bytes do not depend on ``threads``.
-    Where OUT is what would be written, and intact, nothing is: ``run.already_done`` of the manifest says so.
+    Where OUT is what would be written, as its manifest records, nothing is: ``run.already_done`` of that says so.
 
     Args:
         plan: of :func:`plan`.

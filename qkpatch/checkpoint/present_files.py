@@ -37,6 +37,7 @@ class Present:
         with os_errors("list", root.path):
             for name, status in root.walk(BOOKKEEPING):
                 self._add(name, status)
+        self.aside += [name for name in BOOKKEEPING if root.status(name) is not None]
 
     def _add(self, name: str, status: os.stat_result) -> None:
         is_wish = not came_by_itself(name, ()) and not any(b.startswith(f"{name}/") for b in BOOKKEEPING)

@@ -56,7 +56,7 @@ def show_plan(plan: EditPlan, free_disk: int | None, memory: int, threads: int) 
             f"expected peak memory {size_text(memory)} ({threads} thread(s))"
         )
         if plan.is_done:
-            console.print("OUT is that already, and intact: nothing would be written")
+            console.print("OUT is that already, as its manifest records: nothing would be written")
 
 
 def show_applied(plan: EditPlan, manifest: Manifest, source: str, out: Path) -> None:
@@ -97,7 +97,9 @@ def show_applied(plan: EditPlan, manifest: Manifest, source: str, out: Path) -> 
         n_of = Counter(file.action for file in manifest.files)
         anew = f", {n_of['resharded']} written anew" if n_of["resharded"] else ""
         run = manifest.run
-        what = "Already done, and intact; nothing was written to" if run.already_done else "Wrote"
+        what = (
+            "Already done, as its manifest records; nothing was written to" if run.already_done else "Wrote"
+        )
         resumed = (run.copied_by or {}).get("resumed")
         taken_over = f"; {resumed} of these files taken over from the run before" if resumed else ""
         console.print(

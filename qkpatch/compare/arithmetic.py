@@ -12,7 +12,7 @@ from qkpatch.checkpoint.source import MANIFEST_NAME
 from qkpatch.common.number_ranges import some
 from qkpatch.common.observer import Observer
 from qkpatch.compare.byte_by_byte import Mismatch
-from qkpatch.compare.values import apart
+from qkpatch.compare.values import FLOATS, apart
 from qkpatch.errors import NumericalError
 from qkpatch.model.targets import LayerTarget
 from qkpatch.patching.apply import numerical_warnings
@@ -28,6 +28,7 @@ ARBITRARY_GAP = 1e-9  # relative, at the cut: below it another stack takes other
 # What float64 leaves open of a row, relative; where the cut is narrow, more.
 _OPEN, _OPEN_AT_GAP = 1e-12, 1e-14
 _FIGURES = 1e-6  # of figures that another stack measured, relative to the largest
+_FEW, _MARGIN = 8, 100  # numbers of a head that may be rounded otherwise, beside the share that is expected
 _SHOWN = 4
 
 
@@ -102,7 +103,7 @@ def recompute(
                 for head in heads:
                     near = 0.0 if stack == "same" else _FIGURES
                     n, off = differing.get((target.query.name, head.head), (0, 0.0))
-                    what = _judge(n, off, head.gap, stack)
+                    what = _judge(n, off, head.gap, stack, target)
                     if is_arbitrary := head.gap is not None and head.gap < ARBITRARY_GAP:
                         arbitrary.append(f"{target.layer}.{head.head}")
                     if is_arbitrary and stack != "same":
@@ -126,14 +127,21 @@ def recompute(
     return Arithmetic(sum(len(r.heads) for r in made), stack, n_values, tuple(arbitrary)), found
 
 
-def _judge(n: int, off: float, gap: float | None, stack: str) -> str | None:
+def _judge(n: int, off: float, gap: float | None, stack: str, target: LayerTarget) -> str | None:
     """What is wrong with the rows of a head in which ``n`` numbers are others."""
     if not math.isfinite(off):
         return "has NaN, Inf or another scale"
     if n and stack == "same":
         return f"has {n} other number(s), on the stack that made it"
-    if off > max(_OPEN, _OPEN_AT_GAP / gap if gap else 0.0):
+    left_open = max(_OPEN, _OPEN_AT_GAP / gap if gap else 0.0)
+    if off > left_open:
         return f"has {n} other number(s), up to {off:.2g} of a row's norm away"
+    # Only what lies that near the middle between two numbers of the format is rounded otherwise elsewhere.
+    size, roundoff = target.layout.d_head * target.layout.d_model, FLOATS[target.query.dtype].roundoff
+    if target.query.dtype != "F64" and n > _FEW + size * min(1.0, _MARGIN * left_open / roundoff):
+        return (
+            f"has {n} other number(s), each the next one, which is more than another stack rounds otherwise"
+        )
     return None
 
 

@@ -23,7 +23,7 @@ from qkpatch.model.locate import Access, Source, locate
 from qkpatch.output.layout import Output
 from qkpatch.planning.manifest import Manifest, planned_manifest
 from qkpatch.planning.plan import EditPlan, make_plan
-from qkpatch.publishing.card import CARD_NAME, card_text, has_results, is_card_of, is_card_over
+from qkpatch.publishing.card import CARD_NAME, CHECKED, card_text, has_results, is_card_of, is_card_over
 from qkpatch.publishing.private_files import is_private
 from qkpatch.recipes.catalogue import shipped_recipes
 
@@ -237,7 +237,7 @@ def _notes(
             f"--source {said.address} does"
         )
     if manifest.output.exclude:
-        yield f"left out of OUT on demand: {abbreviate(manifest.output.exclude, 5)}"
+        yield f"left out of OUT on demand: {abbreviate(manifest.output.exclude, 50)}"
     if aside:
         yield f"not looked at, since systems leave such things anywhere: {abbreviate(aside, 5)}"
     if unpublished:
@@ -271,7 +271,12 @@ def _other_card(manifest: Manifest, output: Output, present: Present) -> _Card |
     if not is_card_over(card, None):
         return _Card(False, True, "is neither SOURCE's nor a card of qkpatch's: somebody wrote it")
     if any(is_card_of(card, manifest, base_card) for base_card in (text, None)):
-        return _Card(True, False, "reports results, which are its author's" if has_results(card) else None)
+        notes = (
+            "reports results, which are its author's" if has_results(card) else None,
+            "says that it was checked, which its author says" if CHECKED in card else None,
+            None if is_card_of(card, manifest, text) else "lacks SOURCE's card, its license among it",
+        )
+        return _Card(True, False, "; it ".join(note for note in notes if note) or None)
     return _Card(True, True, "is not the card that qkpatch writes of this edit: somebody has edited it")
 
 

@@ -10,7 +10,7 @@ from statistics import mean
 
 from qkpatch.common.json_text import exact
 from qkpatch.common.number_ranges import format_ranges
-from qkpatch.common.text import as_word, verify_command
+from qkpatch.common.text import as_word, cut, verify_command
 from qkpatch.errors import plain
 from qkpatch.planning.blocks import EditBlock
 from qkpatch.planning.manifest import Manifest
@@ -25,6 +25,7 @@ FOLLOWS = "<!-- The card of the base model follows, as it was. -->"
 # Figures, addresses, successors and relations of the base model, which are not this one's; YAML's merge of mappings.
 _NOT_INHERITED = ("model-index", "new_version", "eval_results", "base_model_relation", "<<")
 _EDITED = "with the query weights of its language model edited by qkpatch"
+CHECKED = "Made, and checked byte for byte, by"
 _MEASURED = "\nMeasured for this model with lmms-eval, by whoever made it"
 _RESULTS = re.compile(
     _MEASURED + r", both .*\n\n(?:\|.*\n)+(?:\n(?:Paired: |The samples |\*\*Not the model alone).*\n)+"
@@ -54,7 +55,7 @@ def model_card(
         is_checked: this very OUT was just verified.
     """
     own = [*_edit(manifest, is_checked=is_checked), *_claims(comparison)]
-    return "".join([_head(manifest, base_card), f"\n# {plain(title)}\n", *own, _tail(base_card)])
+    return "".join([_head(manifest, base_card), f"\n# {_heading(title)}\n", *own, _tail(base_card)])
 
 
 def is_card_of(card: str, manifest: Manifest, base_card: str | None) -> bool:
@@ -63,7 +64,7 @@ def is_card_of(card: str, manifest: Manifest, base_card: str | None) -> bool:
     title, _, own = card[len(head) : len(card) - len(tail)].partition("\n")
     paper, nothing = _claims(None)
     said = ("".join(_edit(manifest, is_checked=is_checked)) + paper for is_checked in (False, True))
-    return card == f"{head}{title}\n{own}{tail}" and any(
+    return card == f"{head}{_heading(title)}\n{own}{tail}" and any(
         own == edit + nothing or (own.startswith(edit) and _RESULTS.fullmatch(own, len(edit)))
         for edit in said
     )
@@ -107,9 +108,9 @@ def _edit(manifest: Manifest, *, is_checked: bool) -> Iterator[str]:
     source, edit = manifest.source, manifest.edit
     name = _cell(source.name)
     what = f"[{name}](https://huggingface.co/{name})" if source.kind == "hub" else f"`{name}`"
-    commit = f" at commit `{source.commit}`" if source.commit else ""
+    commit = f" at commit `{_cell(source.commit)}`" if source.commit else ""
     yield (
-        f"\nThis is {what}{commit}, {_EDITED} {manifest.tool.version}: *QK Product Steering* "
+        f"\nThis is {what}{commit}, {_EDITED} {_cell(manifest.tool.version)}: *QK Product Steering* "
         f"([arXiv 2606.20419]({PAPER})), a weight edit alone, without training and without data. Keys, all other "
         "tensors and all other files are the base model's; only this card is new.\n"
     )
@@ -126,19 +127,15 @@ def _edit(manifest: Manifest, *, is_checked: bool) -> Iterator[str]:
         + (", gain before attention folded in" if edit.fold_norm else ""),
         "edited tensors": f"{len(manifest.edits)} in {' and '.join(sorted({e.dtype for e in manifest.edits})) or '-'}",
     }
-    yield "".join(f"| {key} | {value} |\n" for key, value in rows.items())
+    yield "".join(f"| {key} | {_cell(value)} |\n" for key, value in rows.items())
     if any(record.heads for record in manifest.edits):
         yield "\n| layer | tensor | ‖ΔW_Q‖/‖W_Q‖, mean over heads | largest |\n|---|---|---|---|\n"
         for record in manifest.edits:
             changes = [head.relative_change for head in record.heads]
-            yield f"| {record.layer} | `{record.tensor}` | {mean(changes):.4f} | {max(changes):.4f} |\n"
+            yield f"| {record.layer} | `{_cell(record.tensor)}` | {mean(changes):.4f} | {max(changes):.4f} |\n"
     own = None if manifest.recipe.name in shipped_recipes() else _recipe(manifest)
     proof = verify_command("OUT", manifest.source.address or manifest.source.name, own)
-    made = (
-        "Made, and checked byte for byte, by"
-        if is_checked
-        else "Made by the first of these; the second checks it"
-    )
+    made = CHECKED if is_checked else "Made by the first of these; the second checks it"
     has_digests = any(written.sha256_after for record in manifest.edits for written in record.written)
     digests = ", with digests before and after" if has_digests else ""
     yield (
@@ -226,4 +223,9 @@ def _row(metric: Metric) -> str:
 
 def _cell(text: str) -> str:
     """Text out of a file, in a table or as code."""
-    return plain(text).replace("|", "\\|").replace("`", "'")
+    return plain(text).replace("|", "\\|").replace("`", "'").replace("<", "‹")
+
+
+def _heading(title: str) -> str:
+    """What a directory is called, or a repository, as one line that is no markup; once more changes nothing."""
+    return cut(plain(title).replace("`", "'").replace("<", "‹"), 255).strip()

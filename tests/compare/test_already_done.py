@@ -39,7 +39,7 @@ def test_the_same_again_is_done_already_and_nothing_is_written(
     before = state(tmp_path)
     again = run("apply", tiny.path, "-o", out, *way)
     assert again.exit_code == 0, again.output
-    assert "Already done, and intact; nothing was written to" in again.stdout
+    assert "Already done, as its manifest records; nothing was written to" in again.stdout
     assert run("apply", tiny.path, "-o", out, "--quiet", *way).output == ""
     planned = run("apply", tiny.path, "-o", out, "--dry-run", *way)
     assert planned.exit_code == 0

@@ -355,14 +355,14 @@ def foreign(request: pytest.FixtureRequest, tmp_path: Path, run: Run) -> Made:
     return made
 
 
-def nudge(tensor: torch.Tensor, ulps: int) -> None:
+def nudge(tensor: torch.Tensor, ulps: int, every: int = 3) -> None:
     """Move some numbers of a planned row by ULPs; of float64 by so many times 2e-13 of the row's norm."""
     row = tensor[0]
     if tensor.dtype == torch.float64:
         row[:] += ulps * 2e-13 * row.norm() * torch.ones_like(row) / len(row) ** 0.5
         return
     bits = row.view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
-    bits[::3] += ulps
+    bits[::every] += ulps
 
 
 def test_elsewhere_numbers_may_be_one_ulp_apart(foreign: Made, run: Run) -> None:
@@ -374,6 +374,14 @@ def test_elsewhere_numbers_may_be_one_ulp_apart(foreign: Made, run: Run) -> None
     result = run("verify", foreign.out, "--source", foreign.source.path)
     assert result.exit_code == 1
     assert "of a row's norm away" in result.stdout
+
+
+def test_elsewhere_no_more_numbers_differ_than_lie_near_the_middle(foreign: Made, run: Run) -> None:
+    dtype = load_file(foreign.source.path / "model.safetensors")[foreign.q(1)].dtype
+    foreign.store(lambda t: nudge(t[foreign.q(1)], 1, 1))
+    result = run("verify", foreign.out, "--source", foreign.source.path)
+    assert result.exit_code == (0 if dtype == torch.float64 else 1)
+    assert ("more than another stack rounds otherwise" in result.stdout) == (dtype != torch.float64)
 
 
 @pytest.mark.stress

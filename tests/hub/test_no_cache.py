@@ -258,7 +258,7 @@ def test_out_is_named_after_source_and_the_edit(
         "apply", model.path, "--layers", "1", "--modes", "4"
     )  # the defaults, said aloud: the same edit
     assert again.exit_code == 0, again.stderr
-    assert f"Already done, and intact; nothing was written to {out.name}" in again.stdout
+    assert f"Already done, as its manifest records; nothing was written to {out.name}" in again.stdout
     other = run("apply", model.path, "--alpha", "0.25", "--quiet")
     assert other.exit_code == 0
     assert other.stderr == other.stdout == ""

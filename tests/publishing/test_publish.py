@@ -22,7 +22,7 @@ from fake_hub import TOKEN, FakeHub, Repo, command, hub_environment, run_qkpatch
 from typer.testing import Result
 
 from qkpatch.planning.manifest import Manifest
-from qkpatch.publishing.card import is_card_of
+from qkpatch.publishing.card import CHECKED, FOLLOWS, is_card_of, model_card
 from qkpatch.publishing.front_matter import FrontMatter
 
 SHARDS = [["layers.0."], ["layers.1."], [""]]
@@ -670,6 +670,48 @@ def test_an_output_that_was_cut_is_not_published(
 def verified(run: Callable[..., Result], out: Path, source: Path) -> None:
     result = run("verify", out, "--source", source)
     assert result.exit_code == 0, result.stdout
+
+
+def test_no_text_of_a_manifest_or_a_title_is_markup_in_a_card(
+    base: Tiny, tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    out, lie = tmp_path / "out", "x`\n\n# Certified\r\r| a | b |\n<script>\x1b[31m"
+    assert run("apply", base.path, "-o", out, "--quiet").exit_code == 0
+    document = json.loads((out / "qkpatch.json").read_text())
+    document["tool"]["version"] = document["recipe"]["name"] = lie
+    document["edits"][0] |= {"tensor": lie, "dtype": lie}
+    manifest = Manifest.loads(json.dumps(document).encode(), "")
+    card = model_card(manifest, f"a {lie}", None, None)
+    assert not any(c in card for c in "\r\x1b")
+    assert "<script>" not in card.partition("```")[0]
+    (heading,) = (line for line in card.splitlines() if line.startswith("# "))
+    assert heading.startswith("# a x'")
+    assert is_card_of(card, manifest, None)
+    assert not is_card_of(card.replace("# a x", "# a <b>x"), manifest, None)
+    assert not is_card_of(card.replace("# a x", "# a\rx"), manifest, None)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "note"),
+    [
+        ("Made by the first of these; the second checks it", CHECKED, "says that it was checked"),
+        (f"\n{FOLLOWS}\n\n# Base\n", "", "lacks SOURCE's card"),
+    ],
+)
+def test_what_a_card_claims_or_leaves_out_is_named(
+    base: Tiny, tmp_path: Path, run: Callable[..., Result], old: str, new: str, note: str
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(base.path, source)
+    (source / "README.md").write_text("# Base\n")
+    assert run("apply", source, "-o", out, "--quiet").exit_code == 0
+    assert run("card", out, "--write").exit_code == 0
+    card = (out / "README.md").read_text()
+    assert old in card
+    (out / "README.md").write_text(card.replace(old, new))
+    result = run("verify", out, "--source", source)
+    assert result.exit_code == 0, result.stdout
+    assert note in result.stdout
 
 
 @pytest.mark.parametrize("readme", [BASE_CARD, "\ufeff# Base\n", "", None])
