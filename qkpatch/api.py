@@ -14,7 +14,7 @@ from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import Present
 from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.errors import HubError, UsageError
-from qkpatch.model.locate import Access
+from qkpatch.model.locate import Access, local_path
 from qkpatch.model.model import open_model
 from qkpatch.output.destination import check_out
 from qkpatch.output.options import Writing
@@ -75,7 +75,7 @@ def plan(
 
     request = _request(request, edit)
     how = Writing() if writing is None else writing
-    if out is not None:
+    if out is not None and local_path(str(source)) is None:  # else in `standing`, after whether it is SOURCE
         check_out(Path(out), overwrite=how.overwrite, force=how.force)
     made = make_plan(str(source), request, Access.ranges if cache else Access.no_cache)
     # Refuses what the record of the edit could not say, such as a broken record in SOURCE.
