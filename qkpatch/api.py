@@ -14,7 +14,7 @@ from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import Present
 from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.errors import HubError, UsageError
-from qkpatch.model.locate import Access
+from qkpatch.model.locate import Access, local_path
 from qkpatch.model.model import open_model
 from qkpatch.output.destination import check_out
 from qkpatch.output.options import Writing
@@ -75,7 +75,7 @@ def plan(
 
     request = _request(request, edit)
     how = Writing() if writing is None else writing
-    if out is not None:
+    if out is not None and local_path(str(source)) is None:  # else in `standing`, after whether it is SOURCE
         check_out(Path(out), overwrite=how.overwrite, force=how.force)
     made = make_plan(str(source), request, Access.ranges if cache else Access.no_cache)
     # Refuses what the record of the edit could not say, such as a broken record in SOURCE.
@@ -221,10 +221,16 @@ def verify(
     """
     from qkpatch.compare.verify import check, n_heads, recorded
 
-    with Rooted(Path(out)) as root:
+    with Rooted(_named(out)) as root:
         present = Present(root)
         observer.begins("compare", present.size, n_heads(recorded(present)) if recompute else 0)
         return check(present, str(source), observer, recipe, recomputed=recompute)
+
+
+def _named(out: PathLike) -> Path:
+    if out == "":
+        raise UsageError("OUT is empty", fix="name the directory; is a variable unset?")
+    return Path(out)
 
 
 def diff(a: PathLike, b: PathLike, *, observer: Observer = UNSEEN) -> Difference:
@@ -275,7 +281,7 @@ def card(
     from qkpatch.publishing.lmms_eval import compare_both
 
     comparison = compare_both(results, base_results)
-    manifest, base_card = read_out(Path(out))
+    manifest, base_card = read_out(_named(out))
     text = model_card(manifest, Path(out).resolve().name, base_card, comparison)
     if write:
         with Rooted(Path(out)) as root:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
+import traceback
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -27,6 +29,13 @@ _QUERY = re.compile(rf"({_SCHEME}[^?{_SPACE}]{{0,4096}})\?[^{_SPACE}]*|[?&#][\w.
 # A short one is taken for a token where it is a word by itself: hf_models may be a directory, hf_api.py is a module.
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}|(?<![\w/.\\-])hf_[A-Za-z0-9]{6,}(?![\w/\\-]|\.\w)")
 _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+# What is imported late, and how its build is chosen.
+_LIBRARIES = {
+    "torch": " (a CPU build, where there is no GPU)",
+    "huggingface_hub": "",
+    "safetensors": "",
+    "numpy": "",
+}
 _LEAST_TOKEN = 8  # characters; shorter ones are words
 
 
@@ -115,12 +124,30 @@ class UsageError(QKPatchError):
 
 
 def no_torch() -> UsageError:
-    """The error for what computes where torch cannot be imported."""
+    """The error for what computes where torch is not installed."""
     return UsageError(
         "torch is not installed here, and this takes it",
         where="torch",
         fix="pip install torch (a CPU build, where there is no GPU)",
     )
+
+
+def broken_library(error: Exception) -> UsageError | None:
+    """The error for a library that is missing or installed badly; None where ``error`` says something else."""
+    missing = getattr(error, "name", None) if isinstance(error, ImportError) else None
+    if missing == "torch":
+        return no_torch()
+    frames = traceback.walk_tb(error.__traceback__)
+    modules = [missing or "", *(str(frame.f_globals.get("__name__")) for frame, _ in frames)]
+    for library in (name.partition(".")[0] for name in modules):
+        # An OSError of one that was imported is of its work: a file, a connection.
+        if library in _LIBRARIES and (isinstance(error, ImportError) or library not in sys.modules):
+            return UsageError(
+                f"{library} cannot be imported: {error}",
+                where=library,
+                fix=f"install it anew: pip install --force-reinstall {library}{_LIBRARIES[library]}",
+            )
+    return None
 
 
 class RecipeError(QKPatchError):

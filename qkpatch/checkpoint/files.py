@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from qkpatch.common.interrupts import check_stop
-from qkpatch.errors import FileSystemError
+from qkpatch.errors import FileSystemError, broken_library
 
 READ_CHUNK = 1 << 20
 
@@ -85,16 +85,23 @@ _STARVED = re.compile("failed to map segment|(cannot|can't) allocate memory|can'
 
 @contextmanager
 def machine_errors() -> Iterator[None]:
-    """What the machine refuses where nobody expects it, files, memory or threads, as a :class:`FileSystemError`."""
+    """What the machine refuses where nobody expects it, files, memory or threads, as a :class:`FileSystemError`.
+
+    A library that cannot be imported is a :class:`UsageError`.
+    """
     try:
         yield
     except BrokenPipeError:
         raise
     except OSError as error:
+        if (broken := broken_library(error)) is not None and _STARVED.search(str(error)) is None:
+            raise broken from error
         with os_errors("go on", str(error.filename or "")):
             raise
     except (MemoryError, ImportError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and _STARVED.search(str(error)) is None:
+            if isinstance(error, ImportError) and (broken := broken_library(error)) is not None:
+                raise broken from error
             raise
         raise FileSystemError("there is not enough memory", fix=_ADVICE[errno.ENOMEM]) from error
 

@@ -263,7 +263,9 @@ def _config_file(stored: Stored) -> SourceFile:
         raise CheckpointError(
             "there is no config.json, which says how many heads the model has",
             where=where,
-            fix="put the model's config.json beside the weights",
+            fix="leave it in: what --exclude says means it"
+            if name in stored.left_out
+            else "put the model's config.json beside the weights",
         )
     return file
 
@@ -271,7 +273,7 @@ def _config_file(stored: Stored) -> SourceFile:
 def _read_config(file: SourceFile) -> Mapping[str, Any]:
     config = load_json(file.read(MAX_CONFIG_BYTES), file.name)
     if not isinstance(config, dict):
-        raise CheckpointError("not a JSON object", where=file.name)
+        raise CheckpointError("not a JSON object", where=file.name, fix="download it again")
     if not isinstance(config.get("model_type"), str | None):
         raise CheckpointError("not a text", where=f"{file.name}: model_type")
     return config

@@ -134,7 +134,7 @@ def _read_index(file: SourceFile) -> dict[str, str]:
     document = load_json(file.read(), file.name, unique=True)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError("no weight_map, or an empty one", where=file.name)
+        raise CheckpointError("no weight_map, or an empty one", where=file.name, fix="download it again")
     plain, name_of = {}, cache(lambda shard: str(PurePosixPath(shard)) if shard else "")  # without ./
     is_plain = cache(is_plain_relative)
     for tensor, shard in weight_map.items():

@@ -15,7 +15,7 @@ import typer
 from qkpatch.checkpoint.files import machine_errors
 from qkpatch.cli.flags import spread
 from qkpatch.common.interrupts import Terminated, unwinding_on_kill
-from qkpatch.errors import QKPatchError, no_torch
+from qkpatch.errors import QKPatchError
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -41,9 +41,8 @@ def command(function: Command) -> Command:
             try:
                 with machine_errors():
                     function(**gathered(kwargs))
-            except (QKPatchError, ModuleNotFoundError) as raised:
-                error = no_torch() if getattr(raised, "name", None) == "torch" else raised
-                if kwargs.get("debug") or not isinstance(error, QKPatchError):
+            except QKPatchError as error:
+                if kwargs.get("debug"):
                     raise
                 if kwargs.get("as_json"):
                     print_json({"error": error.to_json()})

@@ -12,6 +12,8 @@ from typing import Annotated, Any, cast, get_type_hints
 import typer
 
 from qkpatch.checkpoint.tree import source_file
+from qkpatch.errors import FileSystemError
+from qkpatch.model.locate import near_paths
 from qkpatch.output.options import Digest
 from qkpatch.planning.request import Request, parse_request
 from qkpatch.spectral.rule import Channel, Select
@@ -126,6 +128,25 @@ DebugOpt = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", envv
 def expanded(path: Path | None) -> Path | None:
     """``~`` as the shell would have it, had it seen it."""
     return None if path is None else Path(os.path.expanduser(path))  # noqa: PTH111 - Path's raises for ~nobody
+
+
+def _named(text: str) -> Path:
+    if not text:
+        raise typer.BadParameter("it is empty; is a variable of the shell unset?")
+    return Path(text)
+
+
+OutArg = Annotated[
+    Path, typer.Argument(metavar="OUT", help="What `apply` wrote.", show_default=False, parser=_named)
+]
+
+
+def check_present(out: Path) -> None:
+    """Raise :class:`FileSystemError` where OUT is no directory."""
+    if not out.is_dir():
+        near = near_paths(str(out))
+        fix = f"near: {', '.join(near)}" if near else "check the path"
+        raise FileSystemError("no such directory", where=str(out), fix=fix)
 
 
 @dataclass(frozen=True)

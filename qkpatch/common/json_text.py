@@ -97,7 +97,10 @@ def load_json(raw: bytes, where: str, *, unique: bool = False) -> Any:
             raise ValueError(f"half a surrogate pair (char {half})")
         return value
     except (ValueError, RecursionError) as error:
-        fix = "save it as UTF-8 without a byte-order mark" if raw.startswith(_MARKS) else None
+        is_page = raw.lstrip()[:1] == b"<"
+        fix = f"mend it, or download it again{', since it is an HTML page' if is_page else ''}"
+        if raw.startswith(_MARKS):
+            fix = "save it as UTF-8 without a byte-order mark"
         raise CheckpointError(f"not valid JSON: {error}", where=where, fix=fix) from error
 
 

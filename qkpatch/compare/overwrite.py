@@ -30,6 +30,14 @@ from qkpatch.planning.sha256sums import refuse_own_sums
 from qkpatch.recipes.catalogue import shipped_recipes
 
 
+class _ByEdit(Mismatch):
+    """What another edit, or another way to write, explains."""
+
+
+class _OrBySource(Mismatch):
+    """What a SOURCE that was changed since explains as well."""
+
+
 def standing(
     out: Path, plan: EditPlan, writing: Writing, observer: Observer = UNSEEN
 ) -> Replaced | Manifest | None:
@@ -75,7 +83,14 @@ def _present(out: Path, plan: EditPlan, writing: Writing, observer: Observer) ->
             replaced.check()  # which says so, where another run has replaced OUT meanwhile
             raise
     if first is not None:
-        raise occupied(out, first.where, first.what, overwrite=writing.overwrite)
+        raise occupied(
+            out,
+            first.where,
+            first.what,
+            overwrite=writing.overwrite,
+            by_edit=isinstance(first, _ByEdit),
+            or_source=isinstance(first, _OrBySource),
+        )
     return replaced
 
 
@@ -92,9 +107,10 @@ def _foreign(present: Present, plan: EditPlan, writing: Writing, observer: Obser
             yield Mismatch(name, "is a directory that qkpatch did not make")
     if not writing.overwrite:
         yield from origin_mismatches(manifest, plan.model.source)
-        yield from differences(manifest, planned_manifest(plan, ""), plan, ())
+        for other in differences(manifest, planned_manifest(plan, ""), plan, ()):
+            yield _ByEdit(other.where, other.what)
         if writing.digest is Digest.files and any(file.sha256 is None for file in manifest.files):
-            yield Mismatch(SUMS_NAME, "is not there")
+            yield _ByEdit(SUMS_NAME, "is not there")
     raw = present.read(MANIFEST_NAME)
     # Not `manifest.dumps()`, which gives an older manifest the keys that it did not have.
     if canonical_json(load_json(raw, MANIFEST_NAME)).encode() != raw:
@@ -108,7 +124,8 @@ def _foreign(present: Present, plan: EditPlan, writing: Writing, observer: Obser
         try:
             # Bytes alone: whether qkpatch left them so is the question, not whether it computed well.
             result = check(present, where, observer, own, as_written=True, recomputed=False)
-            yield from result.mismatches
+            for found in result.mismatches:
+                yield _OrBySource(found.where, found.what)
         except CheckpointError as error:
             yield Mismatch(MANIFEST_NAME, str(error))
 

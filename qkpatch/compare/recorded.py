@@ -43,6 +43,8 @@ def another_source(
         listing: knows digests of it.
         fault: why the recorded edit cannot be made on it, where it cannot.
     """
+    if "file" in (kinds := {manifest.source.kind, found.kind}) and len(kinds) > 1:
+        return Mismatch(MANIFEST_NAME, f"{_both(manifest, found)}: verify it against what it was made from")
     why = None
     for edit in manifest.edits:
         ref, query = checkpoint.tensors.get(edit.tensor), edit.written[0]

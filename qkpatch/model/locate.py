@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from enum import Enum
@@ -15,6 +16,13 @@ from qkpatch.hub.repository import HubId, check_snapshot, download, open_reposit
 from qkpatch.recipes.catalogue import get_recipe, shipped_recipes
 from qkpatch.recipes.descriptions import near_names
 from qkpatch.recipes.recipe import Recipe
+
+# A repository as browsers and other tools name it.
+_PAGE = re.compile(
+    r"(?P<scheme>https?://[^/]+/|hf://(?:models/)?)?(?P<id>\w[\w.-]*/[\w.-]+)"
+    r"(?:@(?P<at>[^/?#]+)|/(?:tree|blob|resolve)/(?P<tree>[^/?#]+)[^?#]*)?/?(?:[?#].*)?",
+    re.ASCII,
+)
 
 
 class Access(Enum):
@@ -54,6 +62,8 @@ def locate(text: str, access: Access = Access.download) -> Source:
         UsageError: it is none of these.
         HubError: the Hub cannot deliver it.
     """
+    if not text:
+        raise UsageError("SOURCE is empty", fix="name it; is a variable of the shell unset?")
     path = local_path(text)
     recipe: Recipe | None = None
     if path is not None:
@@ -72,10 +82,15 @@ def locate(text: str, access: Access = Access.download) -> Source:
         hub_id = HubId.parse(recipe.default_repo)
     else:
         hub_id = HubId.parse(text)
-    near = _near(text) if path is None and text not in shipped_recipes() else []
+    near = near_paths(text) if path is None and text not in shipped_recipes() else []
     if near:
         is_id = "" if hub_id is None else f"; if it is meant to be on the Hub: {text}@main"
         raise UsageError("no such file or directory", where=text, fix=f"near: {', '.join(near)}{is_id}")
+    page = _PAGE.fullmatch(text) if hub_id is None else None
+    if page is not None and (page["scheme"] or page["tree"]):
+        revision = page["at"] or page["tree"]
+        meant = f"{page['id']}@{revision}" if revision else page["id"]
+        raise UsageError("an address, not a Hub id", where=text, fix=f"write org/name[@revision]: {meant}")
     if hub_id is None or (path is None and text.startswith((".", "/", "~"))):
         raise UsageError(
             "no such file or directory, recipe, or Hub id (org/name)",
@@ -91,7 +106,7 @@ def locate(text: str, access: Access = Access.download) -> Source:
     )
 
 
-def _near(text: str) -> list[str]:
+def near_paths(text: str) -> list[str]:
     """What lies in the directory of a path that does not exist, and has nearly its name."""
     folder, slash, name = text.rstrip("/").rpartition("/")
     try:

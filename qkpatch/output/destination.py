@@ -147,11 +147,24 @@ class Replaced:
             )
 
 
-def occupied(out: Path, name: str, why: str, *, overwrite: bool) -> UsageError:
-    """The error for an OUT of which a file is not as qkpatch left it or, to be kept, not what it would write."""
+def occupied(
+    out: Path, name: str, why: str, *, overwrite: bool, by_edit: bool = False, or_source: bool = False
+) -> UsageError:
+    """The error for an OUT that is not to be replaced.
+
+    Args:
+        out: OUT.
+        name: a file of it that is not as qkpatch left it or, to be kept, not what it would write.
+        why: in what.
+        overwrite: an earlier output may be replaced.
+        by_edit: the file may be just what qkpatch left, of another edit.
+        or_source: SOURCE may have been changed instead.
+    """
     if overwrite:
-        what = f"holds {name}, which is not as qkpatch left it: {why}"
+        either = ", or SOURCE was changed since" if or_source else ""
+        what = f"holds {name}, which is not as qkpatch left it{either}: {why}"
         fix = "--overwrite replaces only what qkpatch wrote; remove OUT yourself, choose another -o, or insist: "
         return UsageError(what, where=str(out), fix=f"{fix}--overwrite --force")
     what = f"exists and is not empty, nor what this edit would make of it: {name}: {why}"
-    return UsageError(what, where=str(out), fix="choose another -o, or add --overwrite")
+    more = "add --overwrite" if by_edit else "replace it, whatever it holds: --overwrite --force"
+    return UsageError(what, where=str(out), fix=f"choose another -o, or {more}")

@@ -144,7 +144,8 @@ def check_run(plan: EditPlan, device: str, threads: int) -> None:
     memory = peak_memory(threads, plan.head_memory, len(plan.model.checkpoint.tensors))
     n_files = len(plan.edits_by_file) + min(COPIES_AHEAD, len(plan.output.files)) + 2 * threads
     is_limited = check_limits(_OPEN_FILES + n_files, memory)
-    if is_limited or device not in ("auto", "cpu"):  # which are always there
+    is_remote = plan.model.source.path is None  # nor is anything downloaded for a torch that does not work
+    if is_limited or is_remote or device not in ("auto", "cpu"):  # which are always there
         _editor(device)
 
 

@@ -104,10 +104,16 @@ class EditPlan:
 
     @property
     def default_out(self) -> Path:
-        """OUT where nobody names it: in the current directory; where that lies in SOURCE, beside SOURCE."""
+        """OUT where nobody names it: in the current directory; where that lies in SOURCE, beside SOURCE.
+
+        A single file with a ``config.json`` beside it stands for its folder.
+        """
         source, here, name = self.model.source, Path.cwd(), self.default_name
-        root = here if source.path is None else Path(os.path.realpath(source.path))
-        is_inside = source.kind == "directory" and root in (here, *here.parents)
+        place = here if source.path is None else source.path
+        folder = place.absolute().parent if source.kind == "file" else place
+        root = Path(os.path.realpath(folder))
+        is_model = source.kind == "directory" or (source.kind == "file" and (root / "config.json").exists())
+        is_inside = is_model and root in (here, *here.parents)
         return Path(os.path.relpath(root.parent / name)) if is_inside else Path(name)
 
     @property

@@ -234,3 +234,169 @@ def test_where_no_home_is_known_the_cure_is_told(tmp_path: Path) -> None:
     assert "HF_HOME" in result.stderr
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+# -------- libraries that are there and do not work
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "raise ImportError('libcudart.so.12: cannot open shared object file')",
+        "raise OSError('/x/libtorch.so: undefined symbol: abc')",
+        "import ctypes; ctypes.CDLL('libnowhere.so.12')",
+        "import not_there_either",
+    ],
+)
+@pytest.mark.parametrize("command", ["apply", "inspect"])
+def test_a_torch_that_cannot_be_imported_is_told_with_its_words(
+    command: str, fault: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    (tmp_path / "broken" / "torch").mkdir(parents=True)
+    (tmp_path / "broken" / "torch" / "__init__.py").write_text(fault)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "qkpatch",
+            command,
+            str(tiny.path),
+            *(("-o", "out") if command == "apply" else ()),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path / 'broken'}:{REPO}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "torch cannot be imported: " in done.stderr
+    assert "install it anew: pip install --force-reinstall torch" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_library_that_cannot_be_imported_is_told_and_its_work_is_not_that(tmp_path: Path) -> None:
+    (tmp_path / "huggingface_hub").mkdir()
+    (tmp_path / "huggingface_hub" / "__init__.py").write_text("import not_there_either")
+    done = subprocess.run(
+        [sys.executable, "-m", "qkpatch", "plan", "org/name"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{REPO}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "huggingface_hub cannot be imported: No module named 'not_there_either'" in done.stderr
+
+
+# -------- what is not named, or named as elsewhere
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("apply", ""), ("plan", ""), ("inspect", ""), ("recipes", "check", ""), ("diff", "", "."), ("diff", ".", ""),
+        ("verify", "", "--source", "."), ("verify", ".", "--source", ""), ("card", ""), ("apply", ".", "-o", ""),
+    ],
+)  # fmt: skip
+def test_an_empty_name_is_not_the_current_directory(
+    command: tuple[str, ...], tiny: Tiny, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("apply", tiny.path, "-o", tmp_path / "out").exit_code == 0
+    monkeypatch.chdir(tmp_path / "out")
+    said(run(*command), 2)
+
+
+def test_an_empty_name_is_none_for_the_library_either(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny.path)
+    calls: list[Callable[[], object]] = [
+        lambda: qkpatch.plan(""), lambda: qkpatch.verify("", tiny.path), lambda: qkpatch.card(""),
+        lambda: qkpatch.diff("", tiny.path), lambda: qkpatch.recipe_for(""),
+        lambda: qkpatch.apply(qkpatch.plan(tiny.path), ""),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(UsageError):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("address", "meant"),
+    [
+        ("https://huggingface.co/org/name", "org/name"),
+        ("https://huggingface.co/org/name/", "org/name"),
+        ("https://huggingface.co/org/name/tree/v1", "org/name@v1"),
+        ("https://huggingface.co/org/name/blob/main/config.json", "org/name@main"),
+        ("hf://org/name", "org/name"),
+        ("hf://models/org/name@v1", "org/name@v1"),
+        ("org/name/tree/main", "org/name@main"),
+    ],
+)
+def test_an_address_is_told_how_it_is_written_here(address: str, meant: str, run: Run) -> None:
+    text = said(run("plan", address), 2)
+    assert f"write org/name[@revision]: {meant}\n" in text
+
+
+@pytest.mark.parametrize(
+    "name", ["./a/tree/main", "a/b/c", "a/b/", "https://huggingface.co/datasets/org/name"]
+)
+def test_another_name_is_no_address_of_a_model(name: str, run: Run) -> None:
+    assert "write org/name" not in said(run("plan", name), 2)
+
+
+@pytest.mark.parametrize("command", [("card",), ("verify", "--source", ".")])
+def test_an_output_that_is_nearly_right_is_told(
+    command: tuple[str, ...], tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_tiny(tmp_path / "demo" / "toy-0")
+    monkeypatch.chdir(tmp_path)
+    assert "near: demo/toy-0" in said(run(*command, "demo/toy0"), 4)
+
+
+# -------- JSON that is none
+
+
+@pytest.mark.parametrize(
+    ("text", "cure"),
+    [
+        ("", "download it again"), ("[]", "download it again"), ('{"a": 1,}', "mend it, or download it again"),
+        ("<!doctype html><html>", "it is an HTML page"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_broken_json_has_a_cure(name: str, text: str, cure: str, tmp_path: Path, run: Run) -> None:
+    tiny = build_tiny(tmp_path / "split", shards=[("q_proj",), ("",)])
+    (tiny.path / name).write_text(text)
+    shown = said(run("plan", tiny.path), 3)
+    assert name in shown
+    assert cure in shown
+
+
+@pytest.mark.parametrize("pattern", ["config.json", "*.json"])
+def test_a_config_that_is_excluded_is_not_said_to_be_missing(pattern: str, tiny: Tiny, run: Run) -> None:
+    assert "what --exclude says means it" in said(run("plan", tiny.path, "--exclude", pattern), 3)
+
+
+# -------- where OUT is put
+
+
+def test_a_file_of_a_model_has_its_output_beside_the_model(
+    tiny: Tiny, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny.path)
+    before = sorted(tiny.path.iterdir())
+    assert run("apply", "model.safetensors").exit_code == 0
+    assert sorted(tiny.path.iterdir()) == before
+    assert [path.name for path in tmp_path.glob("*/qkpatch.json")] == ["qkpatch.json"]
+
+
+def test_a_plan_warns_where_the_current_disk_is_too_small(
+    tiny: Tiny, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qkpatch.output.space.free_bytes", lambda out: 1000)
+    result = run("plan", tiny.path)
+    assert "1,000 are free here" in said(result, 0)
+    document = json.loads(run("plan", tiny.path, "--json").stdout)
+    assert any("1,000 are free here" in warning for warning in document["warnings"])

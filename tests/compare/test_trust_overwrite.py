@@ -389,3 +389,32 @@ def test_links_made_to_shared_files_meanwhile_are_no_change(tiny: Tiny, tmp_path
     assert run("apply", tiny.path, "-o", out, "--link").exit_code == 0
     overwritten(tiny.path, out, lambda: os.link(tiny.path / "tokenizer.json", tmp_path / "one more"))
     assert alpha(out) == 0
+
+
+# -------- the words are true
+
+
+def test_a_source_that_changed_is_not_laid_to_the_output(tiny: Tiny, out: Path, run: Run) -> None:
+    (tiny.path / "README.md").write_text("# Bass\n")
+    text = again(run, tiny.path, out).stderr
+    assert "holds README.md, which is not as qkpatch left it, or SOURCE was changed since" in text
+    result = run("apply", tiny.path, "-o", out, "--heads", "0")
+    assert result.exit_code == 2
+    assert "--overwrite --force" in result.stderr
+
+
+def test_the_cure_is_not_what_is_refused_next(tiny: Tiny, out: Path, run: Run, tmp_path: Path) -> None:
+    other = run("apply", tiny.path, "-o", out, "--alpha", "0")
+    assert other.stderr.rstrip().endswith("or add --overwrite")
+    assert again(run, tiny.path, out).exit_code == 0
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    assert "--overwrite --force" in run("apply", tiny.path, "-o", tmp_path / "mine").stderr
+
+
+def test_an_output_of_another_source_says_of_which(tiny: Tiny, out: Path, run: Run, tmp_path: Path) -> None:
+    other = build_tiny(tmp_path / "second", seed=1).path
+    shutil.copy(tiny.path / "README.md", other)
+    result = run("apply", other, "-o", out, "--heads", "0")
+    assert result.exit_code == 2
+    assert "OUT was made from the directory 'tiny'" in " ".join(result.stderr.split())

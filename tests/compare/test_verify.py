@@ -450,3 +450,18 @@ def test_a_source_that_is_not_there_is_an_error(
     out: Path, tmp_path: Path, run: Callable[..., Result]
 ) -> None:
     assert run("verify", out, "--source", tmp_path / "nowhere").exit_code == 2
+
+
+@pytest.mark.parametrize("made_from", ["directory", "file"])
+def test_a_file_for_its_folder_is_one_sentence(made_from: str, tiny: Tiny, tmp_path: Path, run) -> None:
+    sides = {"directory": tiny.path, "file": tiny.path / "model.safetensors"}
+    other = next(kind for kind in sides if kind != made_from)
+    assert run("apply", sides[made_from], "-o", tmp_path / "out").exit_code == 0
+    assert run("verify", tmp_path / "out", "--source", sides[made_from]).exit_code == 0
+    result = run("verify", tmp_path / "out", "--source", sides[other], "--json")
+    assert result.exit_code == 1
+    (found,) = json.loads(result.stdout)["mismatches"]
+    assert (
+        f"OUT was made from the {made_from} {sides[made_from].name!r}, and this is the {other}"
+        in found["what"]
+    )

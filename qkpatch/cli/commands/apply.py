@@ -62,7 +62,7 @@ def apply(
         raise UsageError("SOURCE is on this machine already", where="--no-cache", fix="leave it out")
     if no_cache and (writing.link or writing.link_cache):
         raise UsageError("nothing is there to link to", where="--link", fix="leave out --link or --no-cache")
-    if out is not None:
+    if out is not None and local_path(source) is None:  # else once it is known to lie apart from SOURCE
         check_out(out, overwrite=writing.overwrite, force=writing.force)
     # What is in OUT is read once, when a run begins.
     plan = api.plan(source, request, out=out if dry_run else None, writing=writing, cache=not no_cache)

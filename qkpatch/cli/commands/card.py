@@ -13,14 +13,14 @@ import typer
 
 from qkpatch.cli.command import command
 from qkpatch.cli.commands.publishing import push_out, push_wish
-from qkpatch.cli.flags import DebugOpt, PushFlags, QuietOpt, ShowFlags
+from qkpatch.cli.flags import DebugOpt, OutArg, PushFlags, QuietOpt, ShowFlags, check_present
 from qkpatch.common.text import as_word
 from qkpatch.errors import UsageError
 
 
 @command
 def card(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="What `apply` wrote.", show_default=False)],
+    out: OutArg,
     publish: PushFlags,
     results: Annotated[
         Path | None,
@@ -56,6 +56,7 @@ def card(
     from qkpatch.publishing.card import CARD_NAME
     from qkpatch.publishing.lmms_eval import compare_both
 
+    check_present(out)
     wish = push_wish(publish, compare_both(results, base_results))
     if write and wish is not None:
         raise UsageError("--push publishes a card of its own", where="--write", fix="leave one of them out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -56,6 +57,11 @@ def preview(plan: EditPlan, out: Path | None, run: RunFlags, show: ShowFlags) ->
     n_threads = choose_threads(run.threads, plan.head_memory, n_tensors)
     memory = peak_memory(n_threads, plan.head_memory, n_tensors)
     free_disk = free_bytes(plan.default_out if out is None else out)
+    if out is None and free_disk is not None and free_disk < plan.output_bytes:
+        what = (
+            f"OUT takes {plan.output_bytes:,} bytes, and {free_disk:,} are free here: choose a place with -o"
+        )
+        plan = replace(plan, warnings=(*plan.warnings, what))
     if not show.quiet:
         show_warnings(plan.warnings)
     if show.as_json:

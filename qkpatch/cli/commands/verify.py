@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from qkpatch.cli.command import command
-from qkpatch.cli.flags import DebugOpt, JsonOpt, QuietOpt
-from qkpatch.errors import FileSystemError, MismatchError
+from qkpatch.cli.flags import DebugOpt, JsonOpt, OutArg, QuietOpt, check_present
+from qkpatch.errors import MismatchError
 
 
 @command
 def verify(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="What `apply` wrote.", show_default=False)],
+    out: OutArg,
     source: Annotated[str, typer.Option("--source", help="What it was made from.", show_default=False)],
     recipe: Annotated[
         str | None, typer.Option(help="The YAML file, where it was made by one of yours.", metavar="FILE")
@@ -32,8 +31,7 @@ def verify(
     from qkpatch.cli.console import bars, print_json, verdict
     from qkpatch.cli.tables import show_verification
 
-    if not out.is_dir():
-        raise FileSystemError("no such directory", where=str(out), fix="check the path")
+    check_present(out)
     with bars(quiet=quiet or as_json) as observer:
         result = api.verify(out, source, recipe=recipe, recompute=recompute, observer=observer)
     with verdict(0 if result.ok else MismatchError.exit_code):
