@@ -55,7 +55,8 @@ Tensors = dict[str, torch.Tensor]
 def separate(tensors: Tensors, stem: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries (H, d_head, d_model) and keys (n_kv, ...) of separate projections."""
     W_Q, W_K = tensors[f"{stem}.q_proj.weight"], tensors[f"{stem}.k_proj.weight"]
-    return W_Q.view(H, -1, W_Q.shape[1]), W_K.view(-1, len(W_Q) // H, W_K.shape[1])
+    n_kv = H if len(W_K) == len(W_Q) else K
+    return W_Q.view(H, -1, W_Q.shape[1]), W_K.view(n_kv, -1, W_K.shape[1])
 
 
 def normed(plus_one: bool) -> Callable[[Tensors, str], tuple[torch.Tensor, torch.Tensor]]:
