@@ -18,7 +18,7 @@ from qkpatch.model.locate import Access, local_path
 from qkpatch.model.model import open_model
 from qkpatch.output.destination import check_out
 from qkpatch.output.options import Writing
-from qkpatch.planning.manifest import Manifest
+from qkpatch.planning.manifest import Manifest, planned_manifest
 from qkpatch.planning.memory import choose_threads
 from qkpatch.planning.plan import EditPlan, make_plan
 from qkpatch.planning.request import Request, check_device_name
@@ -71,8 +71,6 @@ def plan(
         UnsupportedError: a checkpoint that qkpatch recognises and does not edit.
         QKPatchError: SOURCE cannot be found or read.
     """
-    from qkpatch.planning.manifest import planned_manifest
-
     request = _request(request, edit)
     how = Writing() if writing is None else writing
     if out is not None and local_path(str(source)) is None:  # else in `standing`, after whether it is SOURCE

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,6 +97,24 @@ def build_tiny(
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     return tiny
+
+
+def build_tiny_folder(path: Path, **options: Any) -> Path:
+    """:func:`build_tiny`, with files beside and below."""
+    build_tiny(path, **options)
+    (path / "side.bin").write_bytes(b"side" * 1000)
+    (path / "sub").mkdir()
+    (path / "sub" / "notes.txt").write_text("notes")
+    return path
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small matrices only lose time to a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

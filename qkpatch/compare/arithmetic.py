@@ -12,12 +12,12 @@ from qkpatch.checkpoint.source import MANIFEST_NAME
 from qkpatch.common.number_ranges import some
 from qkpatch.common.observer import Observer
 from qkpatch.compare.byte_by_byte import Mismatch
-from qkpatch.compare.values import FLOATS, apart
+from qkpatch.compare.values import apart
 from qkpatch.errors import NumericalError
 from qkpatch.model.targets import LayerTarget
 from qkpatch.patching.apply import numerical_warnings
 from qkpatch.patching.edit_heads import Editor, edit_batch
-from qkpatch.patching.head_bytes import StoredHeads
+from qkpatch.patching.head_bytes import StoredHeads, roundoff
 from qkpatch.patching.head_products import Opened, open_layer
 from qkpatch.patching.threads import Crew
 from qkpatch.planning.manifest import EditRecord, HeadRecord, Manifest
@@ -137,8 +137,8 @@ def _judge(n: int, off: float, gap: float | None, stack: str, target: LayerTarge
     if off > left_open:
         return f"has {n} other number(s), up to {off:.2g} of a row's norm away"
     # Only what lies that near the middle between two numbers of the format is rounded otherwise elsewhere.
-    size, roundoff = target.layout.d_head * target.layout.d_model, FLOATS[target.query.dtype].roundoff
-    if target.query.dtype != "F64" and n > _FEW + size * min(1.0, _MARGIN * left_open / roundoff):
+    size, dtype = target.layout.d_head * target.layout.d_model, target.query.dtype
+    if dtype != "F64" and n > _FEW + size * min(1.0, _MARGIN * left_open / roundoff(dtype)):
         return (
             f"has {n} other number(s), each the next one, which is more than another stack rounds otherwise"
         )

@@ -24,11 +24,6 @@ class _Float(NamedTuple):
     bits: torch.dtype  # the signed integer of the same size
     fraction: int  # explicit bits of the significand: 2^fraction ULPs are a factor of two
 
-    @property
-    def roundoff(self) -> float:
-        """The most by which rounding moves a number, relative."""
-        return 2.0 ** -(self.fraction + 1)
-
 
 FLOATS = {
     "F64": _Float(torch.float64, torch.int64, 52),

@@ -29,6 +29,11 @@ DTYPES = {
 _E8M0_BIAS = 127  # a scale stored as an exponent: 2^(byte − 127)
 
 
+def roundoff(dtype: str) -> float:
+    """The most by which rounding to a stored dtype moves a number, relative."""
+    return torch.finfo(DTYPES[dtype]).eps / 2
+
+
 @dataclass(frozen=True)
 class StoredHeads:
     """Edited heads, rounded, and the bytes that hold them."""

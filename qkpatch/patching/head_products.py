@@ -15,7 +15,7 @@ from qkpatch.checkpoint.files import OpenFile
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.errors import NumericalError
 from qkpatch.model.targets import LayerTarget
-from qkpatch.patching.head_bytes import COMPUTE_DTYPE, DTYPES, HeadBytes
+from qkpatch.patching.head_bytes import COMPUTE_DTYPE, HeadBytes, roundoff
 from qkpatch.recipes.recipe import NormKind
 from qkpatch.spectral.factors import Factor
 from qkpatch.spectral.product import QKProduct
@@ -104,7 +104,7 @@ class LayerWeights:
         return W if self.input_gain is None else W * self.input_gain
 
     def _factor(self, W: Tensor) -> Factor:
-        return Factor(self.folded(W), torch.finfo(DTYPES[self.target.query.dtype]).eps / 2)
+        return Factor(self.folded(W), roundoff(self.target.query.dtype))
 
     def unfolded(self, batch: HeadWeights, W_Q: Tensor) -> Tensor:
         """Edited query weights of the product as they are stored: the change is mapped back by ``diag(1/γ)``.

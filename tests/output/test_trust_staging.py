@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import build_tiny
+from conftest import build_tiny_folder
 from typer.testing import Result
 
 from qkpatch.errors import FileSystemError, HubError
@@ -73,11 +73,7 @@ def contents(root: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    tiny = build_tiny(tmp_path / "source")
-    (tiny.path / "side.bin").write_bytes(b"side" * 1000)
-    (tiny.path / "sub").mkdir()
-    (tiny.path / "sub" / "notes.txt").write_text("notes")
-    return tiny.path
+    return build_tiny_folder(tmp_path / "source")
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPO, build_tiny
+from conftest import REPO, build_tiny_folder
 
 from qkpatch.errors import FileSystemError, HubError, NumericalError, QKPatchError
 from qkpatch.output.options import Writing
@@ -42,11 +42,7 @@ cli.main()
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    tiny = build_tiny(tmp_path / "source", n_layers=4)
-    (tiny.path / "side.bin").write_bytes(b"side" * 1000)
-    (tiny.path / "sub").mkdir()
-    (tiny.path / "sub" / "notes.txt").write_text("notes")
-    return tiny.path
+    return build_tiny_folder(tmp_path / "source", n_layers=4)
 
 
 @pytest.fixture
@@ -115,7 +111,7 @@ def test_what_is_done_stays_after_a_signal_and_the_command_that_is_told_goes_on(
         [sys.executable, "-m", *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
     )
     assert again.returncode == 0, again.stderr
-    assert f"; {len(kept)} of these files taken over from the run before" in again.stdout.replace("\n", " ")
+    assert f"; {len(kept)} of these files taken over from the run before" in " ".join(again.stdout.split())
     assert run("apply", source, "-o", tmp_path / "plain", "--layers", "0-3").exit_code == 0
     assert contents(folder / "out") == contents(tmp_path / "plain")
     assert left(folder) == []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -45,6 +45,7 @@ shapes = st.tuples(st.integers(1, 6), st.integers(2, 13))  # d_head, d_model, ei
 seeds = st.integers(0, 2**32)
 alphas = st.floats(0, 1)
 Head = tuple[Tensor, Tensor]
+pytestmark = pytest.mark.usefixtures("one_thread")
 roundoff = 0.0
 
 
@@ -52,15 +53,6 @@ roundoff = 0.0
 def _factored(request: pytest.FixtureRequest) -> None:
     global roundoff
     roundoff = 0.0 if request.param == "QR" else 2.0**-11
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Matrices of this size only lose time to a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
