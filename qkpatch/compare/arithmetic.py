@@ -159,7 +159,7 @@ def _other_product(
         open_layer(lambda name, _: present.open(name), replace(target, **moved), device, at) as theirs,
     ):
         (batch,), known = ours.batches(at, 1), StoredHeads(theirs.stored.queries(at), ())
-        _, (found,) = edit_batch(ours, batch, plan.settings.rule, plan.settings.seed, known)
+        _, (found,) = edit_batch(ours, batch, plan.settings.rule_of(target.layer), plan.settings.seed, known)
     size = head.frobenius_before
     wanted = {"values_after": near * size, "frobenius_after": near * size, "relative_change": near}
     return [n for n, most in wanted.items() if not _is_near(getattr(found, n), getattr(head, n), most)]

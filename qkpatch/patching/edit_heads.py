@@ -115,7 +115,8 @@ def _edit_heads(
     """Edit and write a few heads; each one's record, and whether any value changed."""
     target = weights.target
     for batch in weights.batches(heads, together):
-        stored, reports = edit_batch(weights, batch, plan.settings.rule, plan.settings.seed)
+        rule = plan.settings.rule_of(target.layer)
+        stored, reports = edit_batch(weights, batch, rule, plan.settings.seed)
         for i, head in enumerate(batch.heads):
             # By value: a −0.0 that became 0.0 is no edit, and stays.
             is_changed = not torch.equal(stored.values[i], batch.W_Q[i])

@@ -31,6 +31,10 @@ class EditSettings:
     attention: tuple[str, ...] = ()  # the recipe's sets of tensors
     prefix: str | None = None  # of the layers, where it was asked for
 
+    def rule_of(self, layer: int) -> EditRule:
+        """What is done to every head of a layer."""
+        return self.rule
+
     @property
     def block(self) -> EditBlock:
         """The settings as the manifest records them."""

@@ -60,6 +60,7 @@ class QueryEdit:
     size: Tensor  # ‖ΔW_Q‖_F, (n,)
     spectra: tuple[Spectrum, ...]  # of the unedited products, in the rule's channel
     indices: tuple[tuple[int, ...], ...]  # the selected modes; empty for subspace and shrink
+    A: Tensor | None  # ΔW_Q = A directionsᵀ, (n, d_head, r); None for shrink
     directions: Tensor | None  # U_r, or a subspace's basis, (n, d_model, r), padded by zeros; None for shrink
     counts: tuple[int, ...]  # how many directions there are
     probes: tuple[Probe, ...]  # what their coefficients are measured by; empty for shrink
@@ -125,10 +126,12 @@ def edit_query(product: QKProduct, rule: EditRule, generators: Sequence[torch.Ge
         kept = torch.tensor(_shrink_factors(size.tolist(), whole.tolist()), dtype=torch.float64)
         shrunk = W_Q * kept[:, None, None].to(W_Q)
         none = ((),) * len(W_Q)
-        return QueryEdit(shrunk, whole * (1 - kept), spectra, none, None, (1,) * len(W_Q), (), gaps, nothing)
+        return QueryEdit(
+            shrunk, whole * (1 - kept), spectra, none, None, None, (1,) * len(W_Q), (), gaps, nothing
+        )
     probes, counts = _probes(modes, rule.channel), tuple(map(len, indices))
     edited = torch.baddbmm(W_Q, A.to(W_Q), modes.U.mT)
-    return QueryEdit(edited, size, spectra, indices, modes.U, counts, probes, gaps, shares or nothing)
+    return QueryEdit(edited, size, spectra, indices, A, modes.U, counts, probes, gaps, shares or nothing)
 
 
 def measure(product: QKProduct, edit: QueryEdit, W_Q_stored: Tensor) -> tuple[HeadReport, ...]:
@@ -201,7 +204,7 @@ def _edit_subspace(product: QKProduct, rule: EditRule, generators: Sequence[torc
     edited = torch.baddbmm(query.W, A.to(query.W), G.mT)
     none, nothing = ((),) * len(counts), (None,) * len(counts)
     spectra, moved = product.spectra(rule.channel), torch.linalg.matrix_norm(A)
-    return QueryEdit(edited, moved, spectra, none, G, counts, (probe,), nothing, nothing)
+    return QueryEdit(edited, moved, spectra, none, A, G, counts, (probe,), nothing, nothing)
 
 
 def _haar_subspaces(
