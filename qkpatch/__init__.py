@@ -1,14 +1,16 @@
 """qkpatch: edit the query-key product of a safetensors checkpoint, tensor by tensor.
 
 What is called from outside is in :mod:`qkpatch.api`, and here by the same names: ``qkpatch.plan``, ``apply``,
-``spectra``, ``verify``, ``diff``, ``recipe_for``, ``card``, ``patched``, ``patch_model``. The rooms, from the surface
-down; imports only run downwards, as ``tests/test_architecture.py`` draws them:
+``apply_in_place``, ``make_patch``, ``revert``, ``spectra``, ``verify``, ``diff``, ``recipe_for``, ``card``,
+``patched``, ``patch_model``. The rooms, from the surface down; imports only run downwards, as
+``tests/test_architecture.py`` draws them:
 
 * ``cli``         parses, calls the api, shows;
 * ``api``         the library: one function for what each command does;
 * ``compare``     proof and difference: ``verify``, ``diff``, what may be replaced, what may be published;
 * ``diagnosis``   which recipe fits a checkpoint, and a draft where none does;
 * ``publishing``  the model card, and the commit that carries it;
+* ``patches``     patch files, edits in place, and the way back;
 * ``patching``    the engine: files are carried while heads are edited;
 * ``planning``    the request, the plan, the manifest;
 * ``model``       from SOURCE to the tensors of its language model;
@@ -28,16 +30,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
     from qkpatch.api import apply as apply
+    from qkpatch.api import apply_in_place as apply_in_place
     from qkpatch.api import card as card
     from qkpatch.api import diff as diff
+    from qkpatch.api import make_patch as make_patch
     from qkpatch.api import patch_model as patch_model
     from qkpatch.api import patched as patched
     from qkpatch.api import plan as plan
     from qkpatch.api import recipe_for as recipe_for
+    from qkpatch.api import revert as revert
     from qkpatch.api import spectra as spectra
     from qkpatch.api import verify as verify
 
-_CALLS = ("apply", "card", "diff", "patch_model", "patched", "plan", "recipe_for", "spectra", "verify")
+_CALLS = (
+    "apply", "apply_in_place", "card", "diff", "make_patch", "patch_model", "patched", "plan", "recipe_for", "revert",
+    "spectra", "verify",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

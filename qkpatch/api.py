@@ -14,12 +14,15 @@ from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import Present
 from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.errors import HubError, UsageError
-from qkpatch.model.locate import Access, local_path
+from qkpatch.model.locate import Access, local_path, locate
 from qkpatch.model.model import open_model
 from qkpatch.output.destination import check_out
 from qkpatch.output.options import Writing
+from qkpatch.patches.in_place import apply_in_place, make_patch
+from qkpatch.patches.undo import revert
 from qkpatch.planning.manifest import Manifest, planned_manifest
 from qkpatch.planning.memory import choose_threads
+from qkpatch.planning.patch_file import read_patch
 from qkpatch.planning.plan import EditPlan, make_plan
 from qkpatch.planning.request import Request, check_device_name
 
@@ -45,6 +48,7 @@ def plan(
     out: PathLike | None = None,
     writing: Writing | None = None,
     cache: bool = True,
+    patch: PathLike | None = None,
     **edit: Any,
 ) -> EditPlan:
     """Decide an edit from headers alone: which rows of which tensors are written, and which files are carried over.
@@ -62,6 +66,8 @@ def plan(
         out: where it is to be written, where :func:`apply` would refuse that: then it is refused now.
         writing: how, likewise.
         cache: read a snapshot in the Hub cache where there is a whole one.
+        patch: a file of :func:`make_patch`, whose rows are written in place of computed ones; of the edit, only
+            ``max_shard_size``, ``exclude``, and ``recipe`` where that is a file of the user's own, may be said besides.
         **edit: the fields of ``request``.
 
     Raises:
@@ -75,7 +81,9 @@ def plan(
     how = Writing() if writing is None else writing
     if out is not None and local_path(str(source)) is None:  # else in `standing`, after whether it is SOURCE
         check_out(Path(out), overwrite=how.overwrite, force=how.force)
-    made = make_plan(str(source), request, Access.ranges if cache else Access.no_cache)
+    access = Access.ranges if cache else Access.no_cache
+    plan_it = make_plan if patch is None else read_patch(Path(patch)).plan
+    made = plan_it(str(source), request, access)
     # Refuses what the record of the edit could not say, such as a broken record in SOURCE.
     planned_manifest(made, "")
     if out is None:
@@ -131,9 +139,9 @@ def apply(
 
     writing = Writing(**how) if writing is None else writing
     check_device_name(device)
-    place = plan.default_out if out is None else Path(out)
     # What is refused is refused before a download.
     n_threads = choose_threads(threads, plan.head_memory, len(plan.model.checkpoint.tensors))
+    place = plan.default_out if out is None else Path(out)
     found = standing(place, plan, writing, observer)
     if isinstance(found, Manifest):
         return found
@@ -142,6 +150,8 @@ def apply(
     if is_remote and cache:
         plan = _downloaded(plan, observer)
         check_fits(place, plan, writing)
+    if plan.patch is not None:
+        plan.patch.check_source(plan)
     n_heads = len(plan.edits) * len(plan.settings.heads)
     observer.begins("download" if is_remote and not cache else "copy", plan.output_bytes, n_heads)
     return apply_plan(
@@ -154,6 +164,9 @@ def _downloaded(plan: EditPlan, observer: Observer) -> EditPlan:
     observer.begins("fetch", 0, 0)
     source = plan.model.source
     anew = make_plan(source.text, plan.request)
+    if plan.patch is not None:
+        of_patch = replace(anew.settings, from_recipe=plan.settings.from_recipe)
+        anew = replace(anew, patch=plan.patch, settings=of_patch)
     if (anew.settings, anew.model.recipe) != (plan.settings, plan.model.recipe):
         raise UsageError(
             "the recipe changed after the edit was planned", where=plan.request.recipe, fix="plan again"
@@ -239,7 +252,6 @@ def diff(a: PathLike, b: PathLike, *, observer: Observer = UNSEEN) -> Difference
     """
     from qkpatch.checkpoint.source import open_stored
     from qkpatch.compare.diff import compare
-    from qkpatch.model.locate import locate
 
     stored_a, stored_b = (open_stored(locate(str(side)).place) for side in (a, b))
     return compare(stored_a, stored_b, observer)
@@ -327,5 +339,6 @@ def patched(
 
 
 __all__ = (
-    "apply", "card", "diff", "patch_model", "patched", "plan", "recipe_for", "spectra", "verify",
+    "apply", "apply_in_place", "card", "diff", "make_patch", "patch_model", "patched", "plan", "recipe_for", "revert",
+    "spectra", "verify",
 )  # fmt: skip

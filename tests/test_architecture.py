@@ -20,12 +20,15 @@ ARROWS = {
         "api", "compare", "diagnosis", "publishing", "patching", "planning", "model", "recipes", "output",
         "checkpoint", "spectral", "common", "errors",
     },
-    "api": {"compare", "publishing", "patching", "planning", "model", "output", "checkpoint", "common", "errors"},
+    "api": {
+        "compare", "publishing", "patches", "patching", "planning", "model", "output", "checkpoint", "common", "errors",
+    },
     "compare": {
         "publishing", "patching", "planning", "model", "recipes", "output", "checkpoint", "common", "errors",
     },
     "diagnosis": {"model", "recipes", "checkpoint", "common", "errors"},
     "publishing": {"planning", "recipes", "hub", "checkpoint", "common", "errors"},
+    "patches": {"patching", "planning", "output", "checkpoint", "common", "errors"},
     "patching": {"planning", "model", "recipes", "output", "checkpoint", "spectral", "common", "errors"},
     "planning": {"model", "recipes", "output", "checkpoint", "spectral", "common", "errors"},
     "model": {"recipes", "hub", "checkpoint", "common", "errors"},

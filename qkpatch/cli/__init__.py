@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import qkpatch
-from qkpatch.cli.commands.apply import apply
+from qkpatch.cli.commands.apply import apply, revert
 from qkpatch.cli.commands.card import card
 from qkpatch.cli.commands.diff import diff
 from qkpatch.cli.commands.inspect import inspect
@@ -67,7 +67,7 @@ def root(
         raise typer.Exit()
 
 
-for _command in (apply, plan, inspect, verify, diff, recipes, card):
+for _command in (apply, revert, plan, inspect, verify, diff, recipes, card):
     app.command()(_command)
 
 

@@ -100,6 +100,16 @@ LinkCacheOpt = Annotated[bool, typer.Option("--link-cache", help="The same, even
 ResumeOpt = Annotated[
     bool, typer.Option("--resume", help="Keep what is done where the run ends early, and take it over.")
 ]
+PatchOpt = Annotated[
+    Path | None,
+    typer.Option("--patch", metavar="FILE", help="Take the edit, and its rows, from this patch file."),
+]
+PatchOnlyOpt = Annotated[
+    bool, typer.Option("--patch-only", help="Write no OUT but a patch file, -o: the edited rows alone.")
+]
+InPlaceOpt = Annotated[
+    bool, typer.Option("--in-place", help="Rewrite the rows of SOURCE itself; `qkpatch revert` leads back.")
+]
 PushOpt = Annotated[
     str | None,
     typer.Option("--push", metavar="ORG/NAME", help="Publish OUT there, in one commit.", show_default=False),
@@ -198,6 +208,15 @@ class WriteFlags:
     link: LinkOpt = False
     link_cache: LinkCacheOpt = False
     resume: ResumeOpt = False
+
+
+@dataclass(frozen=True)
+class PatchFlags:
+    """An edit that needs no second copy."""
+
+    patch: PatchOpt = None
+    patch_only: PatchOnlyOpt = False
+    in_place: InPlaceOpt = False
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,23 @@ def show_applied(plan: EditPlan, manifest: Manifest, source: str, out: Path) -> 
         source: SOURCE, as the user wrote it.
         out: OUT.
     """
+    n_of = Counter(file.action for file in manifest.files)
+    anew = f", {n_of['resharded']} written anew" if n_of["resharded"] else ""
+    run = manifest.run
+    what = "Already done, as its manifest records; nothing was written to" if run.already_done else "Wrote"
+    resumed = (run.copied_by or {}).get("resumed")
+    taken_over = f"; {resumed} of these files taken over from the run before" if resumed else ""
+    show_edits(
+        plan,
+        manifest,
+        f"{what} {out}: {len(manifest.edits)} tensor(s) edited in {n_of['patched']} file(s), "
+        f"{n_of['copied']} file(s) copied{anew}, {size_text(plan.output_bytes)}{taken_over}",
+        f"Prove it with: {verify_command(str(out), source, plan.model.recipe_file)}",
+    )
+
+
+def show_edits(plan: EditPlan, manifest: Manifest, *said: str) -> None:
+    """Print figures layer by layer, and what there is to say."""
     with results() as console:
         _heading(console, plan)
         table = _table("layer", "heads", "‖ΔW_Q‖/‖W_Q‖ mean", "max", "‖M‖ after/before", "gap min")
@@ -94,20 +111,8 @@ def show_applied(plan: EditPlan, manifest: Manifest, source: str, out: Path) -> 
             )
         if manifest.edits:
             console.print(table)
-        n_of = Counter(file.action for file in manifest.files)
-        anew = f", {n_of['resharded']} written anew" if n_of["resharded"] else ""
-        run = manifest.run
-        what = (
-            "Already done, as its manifest records; nothing was written to" if run.already_done else "Wrote"
-        )
-        resumed = (run.copied_by or {}).get("resumed")
-        taken_over = f"; {resumed} of these files taken over from the run before" if resumed else ""
-        console.print(
-            f"{what} {safe(str(out))}: {len(manifest.edits)} tensor(s) edited in {n_of['patched']} file(s), "
-            f"{n_of['copied']} file(s) copied{anew}, {size_text(plan.output_bytes)}{taken_over}"
-        )
-        command = verify_command(str(out), source, plan.model.recipe_file)
-        console.print(f"Prove it with: {safe(command)}", soft_wrap=True)
+        for line in said:
+            console.print(safe(line), soft_wrap=line == said[-1])
 
 
 def _heading(console: Console, plan: EditPlan) -> None:

@@ -54,7 +54,7 @@ def check_apart(out: Path, checkpoint: Checkpoint) -> None:
     files = [file.path for file in checkpoint.files.values() if isinstance(file, LocalFile)]
     if not checkpoint.single_file:
         directories.append(checkpoint.root)
-    _refuse_overlap(out, inside=directories, holding=[*directories, *files])
+    refuse_overlap(out, inside=directories, holding=[*directories, *files])
 
 
 def check_out(out: Path, *, overwrite: bool, force: bool) -> None:
@@ -114,7 +114,8 @@ def _check_renames(parent: Path, out: Path) -> None:
         raise FileSystemError(why, where=str(out), fix="choose another -o")
 
 
-def _refuse_overlap(out: Path, *, inside: Iterable[Path], holding: Iterable[Path]) -> None:
+def refuse_overlap(out: Path, *, inside: Iterable[Path], holding: Iterable[Path]) -> None:
+    """Raise :class:`UsageError` where OUT is or lies in one of ``inside``, or holds one of ``holding``."""
     real_out = Path(os.path.realpath(out))
     relation = None
     for place in inside:

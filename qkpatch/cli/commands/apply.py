@@ -1,21 +1,35 @@
-"""``qkpatch apply``: an edited copy of SOURCE."""
+"""``qkpatch apply``: an edited copy of SOURCE, or an edit without one; ``qkpatch revert``."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qkpatch.checkpoint.names import UNFINISHED
 from qkpatch.cli.command import command
 from qkpatch.cli.commands.plan import preview
 from qkpatch.cli.commands.publishing import push_out, push_wish, show_commit
-from qkpatch.cli.flags import EditFlags, PushFlags, RunFlags, ShowFlags, SourceArg, WriteFlags, expanded
+from qkpatch.cli.flags import (
+    DebugOpt,
+    EditFlags,
+    PatchFlags,
+    PushFlags,
+    QuietOpt,
+    RunFlags,
+    ShowFlags,
+    SourceArg,
+    WriteFlags,
+    expanded,
+)
 from qkpatch.errors import UsageError
-from qkpatch.output.options import Writing
+from qkpatch.output.options import Digest, Writing
 
 if TYPE_CHECKING:
     from qkpatch.planning.plan import EditPlan
+    from qkpatch.planning.request import Request
     from qkpatch.publishing.commit_plan import Publication, Wish
 
 
@@ -28,7 +42,7 @@ def apply(
         typer.Option(
             "--out",
             "-o",
-            help="Directory to write.",
+            help="Directory to write; a file with --patch-only.",
             show_default="SOURCE's name, qkpatch, a hash of the edit",
             callback=expanded,
         ),
@@ -36,6 +50,7 @@ def apply(
     edit: EditFlags,
     run: RunFlags,
     write: WriteFlags,
+    patches: PatchFlags,
     publish: PushFlags,
     show: ShowFlags,
     no_cache: Annotated[
@@ -48,7 +63,7 @@ def apply(
         bool, typer.Option("--dry-run", help="Plan only; the same as `qkpatch plan`.")
     ] = False,
 ) -> None:
-    """Write an edited copy of SOURCE to OUT, with a manifest of what was changed."""
+    """Write an edited copy of SOURCE to OUT, with a manifest of what was changed; or edit without a copy."""
     from qkpatch import api
     from qkpatch.cli.console import bars, note, print_text, show_warnings
     from qkpatch.cli.tables import show_applied
@@ -58,6 +73,19 @@ def apply(
 
     writing = Writing(**vars(write))
     request, wish = edit.request, push_wish(publish)
+    if patches.patch_only or patches.in_place:
+        of_copies = {**vars(write), "dry-run": dry_run, "no-cache": no_cache, "push": wish}
+        of_copies |= {
+            "digest": write.digest is Digest.files or (patches.patch_only and write.digest is Digest.none)
+        }
+        both = (
+            {"out": out, "patch-only": patches.patch_only} if patches.in_place else {"patch": patches.patch}
+        )
+        if wrong := [flag.replace("_", "-") for flag, given in {**of_copies, **both}.items() if given]:
+            own = "--in-place" if patches.in_place else "--patch-only"
+            raise UsageError(f"--{wrong[0]} and {own} do not go together", where=own, fix="leave one out")
+        _without_copy(source, out, request, run, writing, patches, show)
+        return
     if no_cache and local_path(source) is not None:
         raise UsageError("SOURCE is on this machine already", where="--no-cache", fix="leave it out")
     if no_cache and (writing.link or writing.link_cache):
@@ -65,7 +93,14 @@ def apply(
     if out is not None and local_path(source) is None:  # else once it is known to lie apart from SOURCE
         check_out(out, overwrite=writing.overwrite, force=writing.force)
     # What is in OUT is read once, when a run begins.
-    plan = api.plan(source, request, out=out if dry_run else None, writing=writing, cache=not no_cache)
+    plan = api.plan(
+        source,
+        request,
+        out=out if dry_run else None,
+        writing=writing,
+        cache=not no_cache,
+        patch=patches.patch,
+    )
     if dry_run:
         publication = _foreseen(plan, wish, run)
         preview(plan, out, run, show)
@@ -102,6 +137,67 @@ def apply(
     # Last, so that stdout is one document: this, or an error.
     if show.as_json:
         print_text(manifest.dumps())
+
+
+def _without_copy(
+    source: str,
+    out: Path | None,
+    request: Request,
+    run: RunFlags,
+    writing: Writing,
+    patches: PatchFlags,
+    show: ShowFlags,
+) -> None:
+    """Write a patch file, or rewrite SOURCE's rows."""
+    from qkpatch import api
+    from qkpatch.cli.console import bars, note, print_text, show_warnings
+    from qkpatch.cli.tables import show_edits
+    from qkpatch.common.text import as_word, size_text
+    from qkpatch.planning.patch_file import read_patch
+
+    if patches.in_place and (Path(source) / UNFINISHED).exists():
+        note("An edit in place had been cut short: it is undone first")
+        api.revert(source)
+    plan, how = api.plan(source, request, patch=patches.patch), dict[str, Any](vars(run))
+    with bars(quiet=show.is_bare) as observer:
+        if patches.in_place:
+            manifest = api.apply_in_place(plan, digest=writing.digest, **how, observer=observer)
+            words, said = ["qkpatch", "revert", as_word(source)], f"Edited {source} in place"
+        else:
+            file = api.make_patch(plan, out, **how, observer=observer)
+            manifest, said = read_patch(file).manifest, f"Wrote {file}"
+            words = ["qkpatch", "apply", as_word(source), "--patch", as_word(str(file)), "-o", "OUT"]
+    if not show.quiet:
+        show_warnings(manifest.warnings)
+    if show.as_json:
+        print_text(manifest.dumps())
+    elif not show.quiet:
+        done = "Already done: " if manifest.run.already_done else ""
+        what = f"{done}{said}: {len(manifest.edits)} tensor(s), {size_text(plan.edited_bytes)} of rows"
+        show_edits(
+            plan, manifest, what, f"{'Undo' if patches.in_place else 'Apply'} it with: {shlex.join(words)}"
+        )
+
+
+@command
+def revert(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="What was edited in place.", show_default=False)
+    ],
+    *,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write a restored copy instead.", callback=expanded)
+    ] = None,
+    quiet: QuietOpt = False,
+    debug: DebugOpt = False,
+) -> None:
+    """Make SOURCE what it was before `apply --in-place`, byte for byte, also where that was cut short."""
+    from qkpatch import api
+    from qkpatch.cli.console import note
+
+    api.revert(source, out)
+    if not quiet:
+        note(f"{source} is as it was before its edit in place" if out is None else f"Wrote {out}")
 
 
 def _foreseen(plan: EditPlan, wish: Wish | None, run: RunFlags) -> Publication | None:
