@@ -11,13 +11,13 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import qkpatch
-from qkpatch.cli.commands.apply import apply, revert
+from qkpatch.cli.commands.apply import apply
 from qkpatch.cli.commands.card import card
 from qkpatch.cli.commands.diff import diff
 from qkpatch.cli.commands.inspect import inspect
 from qkpatch.cli.commands.plan import plan
 from qkpatch.cli.commands.recipes import recipes
-from qkpatch.cli.commands.verify import verify
+from qkpatch.cli.commands.verify import revert, verify
 from qkpatch.cli.console import note, prepare_streams, silence_stdout
 from qkpatch.errors import UNEXPECTED, FileSystemError, QKPatchError, redact
 

@@ -15,7 +15,6 @@ from typing import Any
 
 from qkpatch.checkpoint.cache import is_in_cache
 from qkpatch.checkpoint.files import LocalOpenFile, os_errors, write_exact
-from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.names import PART, UNDO, UNFINISHED
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.source import MANIFEST_NAME
@@ -35,11 +34,11 @@ from qkpatch.patches.undo import (
     writable,
     write_rows,
 )
-from qkpatch.patching.apply import Recorded, check_run, done_manifest, editor_of, now
+from qkpatch.patching.apply import check_run, done_manifest, editor_of, now
 from qkpatch.patching.threads import Crew
 from qkpatch.planning.manifest import Manifest, planned_manifest
 from qkpatch.planning.memory import choose_threads
-from qkpatch.planning.patch_file import Patch, Record, planned_rows, read_digest, read_patch, write_patch
+from qkpatch.planning.patch_file import Record, planned_rows, read_digest, read_patch, write_patch
 from qkpatch.planning.plan import EditPlan
 from qkpatch.planning.request import check_device_name
 
@@ -71,7 +70,7 @@ def make_patch(
         QKPatchError: as :func:`qkpatch.apply`.
     """
     path = Path(f"{plan.default_name}.qkpatch" if file is None else file)
-    checkpoint, started, rows, heads = plan.model.checkpoint, now(), planned_rows(plan), plan.settings.heads
+    checkpoint, rows, heads = plan.model.checkpoint, planned_rows(plan), plan.settings.heads
     check_absent(path)
     if not path.name.startswith(PART):  # of an edit in place
         check_apart(path, checkpoint)
@@ -102,7 +101,7 @@ def make_patch(
             editor = editor_of(plan, device)
             edited = dict(editor.edited(plan, checkpoint.opened, crew, write, observer))
         done = {t: (2 * [None], 2 * [None], edited[t]) for t in plan.edits}
-        manifest = done_manifest(plan, editor, done, Digest.none, started)
+        manifest = done_manifest(plan, editor, done)
         digests = {}
         for name, ref in rows.items():
             with checkpoint.opened(ref.shard, [(ref.begin, ref.end)]) as source:
@@ -127,13 +126,8 @@ def apply_in_place(plan: EditPlan, *, digest: Digest = Digest.edited, **how: Any
         UsageError: SOURCE cannot be edited in place, or was already, by another edit.
         QKPatchError: as :func:`qkpatch.apply`.
     """
-    root, kind, started, checkpoint = (
-        check_in_place(plan),
-        Writing(digest).digest,
-        now(),
-        plan.model.checkpoint,
-    )
-    if kind is Digest.files:
+    root, checkpoint, started = check_in_place(plan), plan.model.checkpoint, now()
+    if Writing(digest).digest is Digest.files:
         raise UsageError("digests of all files are those of a copy", where="--digest", fix="use -o OUT")
     with signals_held(), locked(root) as folder, ExitStack() as stack:
         if folder.status(UNDO) is not None:
@@ -144,20 +138,22 @@ def apply_in_place(plan: EditPlan, *, digest: Digest = Digest.edited, **how: Any
             with signals_let_through():
                 patch = plan.patch or read_patch(make_patch(plan, new, **how))
                 patch.check_source(plan)
-                before = _digests(plan, shards, kind)
+                before = _digests(plan, shards, digest)
                 checkpoint.check_still()
-                _write_undo(folder, patch, planned_rows(plan), shards)
+                _write_undo(folder, plan, patch.record, shards)
             folder.sync()
             write_rows(shards, planned_rows(plan), patch)
-            if (
-                checkpoint.previous_manifest is not None
-            ):  # whose SHA256SUMS becomes untrue; SOURCE's own is a file
-                for name, kept in SMALL.items():
-                    move(folder, name, kept)
-            after = _digests(plan, shards, kind)
-            figures = [patch.heads[target.query.name] for target in plan.edits]
+            # SHA256SUMS of an edit before becomes untrue; SOURCE's own is one of its files.
+            for name, kept in SMALL.items() if checkpoint.previous_manifest is not None else ():
+                move(folder, name, kept)
+            after, figures = _digests(plan, shards, digest), [patch.heads[t.query.name] for t in plan.edits]
             done = dict(zip(plan.edits, zip(before, after, figures, strict=True), strict=True))
-            manifest = done_manifest(plan, Recorded.of(patch), done, kind, started)
+            manifest = done_manifest(plan, editor_of(replace(plan, patch=patch), ""), done)
+            output, run = (
+                replace(manifest.output, digest=digest),
+                replace(manifest.run, started=started, finished=now()),
+            )
+            manifest = replace(manifest, output=output, run=run)
             folder.replace(MANIFEST_NAME, manifest.dumps().encode(), PART)
             move(folder, UNFINISHED, UNDO)
         except BaseException:
@@ -199,25 +195,24 @@ def _done(folder: Rooted, plan: EditPlan) -> Manifest:
     return replace(made, run=replace(made.run, already_done=True))
 
 
-def _digests(plan: EditPlan, shards: Mapping[str, LocalOpenFile], kind: Digest) -> list[list[str | None]]:
+def _digests(plan: EditPlan, shards: Mapping[str, LocalOpenFile], digest: Digest) -> list[list[str | None]]:
     """SHA-256 of each written tensor as it is now, by edit."""
-    if kind is Digest.none:
-        return [[None] * len(target.written) for target in plan.edits]
-    return [[shards[ref.shard].sha256(ref.begin, ref.end) for ref in t.written] for t in plan.edits]
+    is_wanted = digest is not Digest.none
+    return [
+        [shards[r.shard].sha256(r.begin, r.end) if is_wanted else None for r in t.written] for t in plan.edits
+    ]
 
 
-def _write_undo(
-    folder: Rooted, patch: Patch, rows: Mapping[str, TensorRef], shards: Mapping[str, LocalOpenFile]
-) -> None:
+def _write_undo(folder: Rooted, plan: EditPlan, record: Record, shards: Mapping[str, LocalOpenFile]) -> None:
     """Put what leads back into the folder, and on the disk; for whoever may read the rows where they come from."""
-    digests = {name: (after, before) for name, (before, after) in patch.record.digests.items()}
+    digests = {name: (after, before) for name, (before, after) in record.digests.items()}
     statuses = {name: os.fstat(file.fd) for name, file in shards.items()}
     former = {name: status.st_mtime_ns for name, status in statuses.items()}
     former[MANIFEST_NAME] = int(folder.status(MANIFEST_NAME) is not None)
+    rows = [(ref, shards[ref.shard]) for ref in planned_rows(plan).values()]
 
     def write(out: LocalOpenFile) -> None:
         os.fchmod(out.fd, min((s.st_mode & 0o777 for s in statuses.values()), default=0o600) | 0o200)
-        tensors = [(ref, shards[ref.shard]) for ref in rows.values()]
-        write_patch(out, tensors, patch.manifest, Record(digests, former=former))
+        write_patch(out, rows, planned_manifest(plan, ""), Record(digests, former=former))
 
     folder.replace(UNFINISHED, write, PART)

@@ -106,14 +106,15 @@ def apply_plan(
                 if target not in digests:
                     digests[target] = crew.start(partial(_digests, sources, copier, writing, target))
             edited = {t: (*digests[t].result(), heads[t]) for t in plan.edits}
-            done = done_manifest(plan, editor, edited, writing.digest, started)
+            done = done_manifest(plan, editor, edited)
             hashed = {name: how.sha256 for name, how in carried.items()}
             hashed |= copier.edited_digests(crew, carried)
             manifest = replace(
                 done,
                 source=replace(done.source, checked=sources.is_checked),
                 files=tuple(replace(file, sha256=hashed[file.name]) for file in done.files),
-                run=replace(done.run, copied_by=Counter(how.means for how in carried.values())),
+                output=replace(done.output, digest=writing.digest),
+                run=RunBlock(started, now(), Counter(how.means for how in carried.values()), editor.stack),
             )
             record = manifest.dumps().encode()
             if writing.digest is Digest.files:
@@ -174,11 +175,6 @@ class Recorded(NamedTuple):
     tool: ToolBlock
     stack: Mapping[str, str] | None
 
-    @classmethod
-    def of(cls, patch: Patch) -> Recorded:
-        """As they were computed."""
-        return cls(patch, patch.manifest.compute.device, patch.manifest.tool, patch.manifest.run.stack)
-
     def edited(
         self, plan: EditPlan, _: object, crew: Crew, write: Write, observer: Observer
     ) -> Iterator[tuple[LayerTarget, tuple[HeadRecord, ...]]]:
@@ -196,7 +192,10 @@ class Recorded(NamedTuple):
 
 def editor_of(plan: EditPlan, device: str) -> Editor | Recorded:
     """Where new rows come from: the plan's patch file, or what computes them."""
-    return _editor(device) if plan.patch is None else Recorded.of(plan.patch)
+    if plan.patch is None:
+        return _editor(device)
+    made = plan.patch.manifest
+    return Recorded(plan.patch, made.compute.device, made.tool, made.run.stack)
 
 
 def _editor(device: str) -> Editor:
@@ -222,23 +221,13 @@ _Digests = tuple[Sequence[str | None], Sequence[str | None]]
 Done = tuple[Sequence[str | None], Sequence[str | None], tuple[HeadRecord, ...]]
 
 
-def done_manifest(
-    plan: EditPlan, editor: Editor | Recorded, done: Mapping[LayerTarget, Done], digest: Digest, started: str
-) -> Manifest:
-    """The manifest of a plan that is carried out, but for digests of files.
-
-    Args:
-        plan: what was planned.
-        editor: where the rows came from.
-        done: of each edit, digests of what it wrote, before and after, and its heads' figures.
-        digest: of what there are digests.
-        started: when the run began.
-    """
+def done_manifest(plan: EditPlan, editor: Editor | Recorded, done: Mapping[LayerTarget, Done]) -> Manifest:
+    """The manifest of a plan that is carried out, but for files and times; ``done``: before, after, and figures."""
     planned = planned_manifest(plan, str(editor.device))
     edits = tuple(record.done(*done[t]) for record, t in zip(planned.edits, plan.edits, strict=True))
     warnings = (*planned.warnings, *numerical_warnings(edits, plan))
-    output, run = replace(planned.output, digest=digest), RunBlock(started, now(), stack=editor.stack)
-    return replace(planned, tool=editor.tool, edits=edits, warnings=warnings, output=output, run=run)
+    run = RunBlock(stack=editor.stack)
+    return replace(planned, tool=editor.tool, edits=edits, warnings=warnings, run=run)
 
 
 def _digests(sources: Sources, copier: Copier, writing: Writing, target: LayerTarget) -> _Digests:

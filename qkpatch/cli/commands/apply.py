@@ -13,11 +13,9 @@ from qkpatch.cli.command import command
 from qkpatch.cli.commands.plan import preview
 from qkpatch.cli.commands.publishing import push_out, push_wish, show_commit
 from qkpatch.cli.flags import (
-    DebugOpt,
     EditFlags,
     PatchFlags,
     PushFlags,
-    QuietOpt,
     RunFlags,
     ShowFlags,
     SourceArg,
@@ -75,13 +73,12 @@ def apply(
     request, wish = edit.request, push_wish(publish)
     if patches.patch_only or patches.in_place:
         of_copies = {**vars(write), "dry-run": dry_run, "no-cache": no_cache, "push": wish}
-        of_copies |= {
-            "digest": write.digest is Digest.files or (patches.patch_only and write.digest is Digest.none)
-        }
-        both = (
-            {"out": out, "patch-only": patches.patch_only} if patches.in_place else {"patch": patches.patch}
+        of_copies["digest"] = write.digest in (
+            {Digest.files} if patches.in_place else {Digest.files, Digest.none}
         )
-        if wrong := [flag.replace("_", "-") for flag, given in {**of_copies, **both}.items() if given]:
+        of_copies |= {"patch": patches.patch_only and patches.patch, "out": patches.in_place and out}
+        of_copies["patch-only"] = patches.in_place and patches.patch_only
+        if wrong := [flag.replace("_", "-") for flag, given in of_copies.items() if given]:
             own = "--in-place" if patches.in_place else "--patch-only"
             raise UsageError(f"--{wrong[0]} and {own} do not go together", where=own, fix="leave one out")
         _without_copy(source, out, request, run, writing, patches, show)
@@ -93,14 +90,8 @@ def apply(
     if out is not None and local_path(source) is None:  # else once it is known to lie apart from SOURCE
         check_out(out, overwrite=writing.overwrite, force=writing.force)
     # What is in OUT is read once, when a run begins.
-    plan = api.plan(
-        source,
-        request,
-        out=out if dry_run else None,
-        writing=writing,
-        cache=not no_cache,
-        patch=patches.patch,
-    )
+    seen, cache = out if dry_run else None, not no_cache
+    plan = api.plan(source, request, out=seen, writing=writing, cache=cache, patch=patches.patch)
     if dry_run:
         publication = _foreseen(plan, wish, run)
         preview(plan, out, run, show)
@@ -177,27 +168,6 @@ def _without_copy(
         show_edits(
             plan, manifest, what, f"{'Undo' if patches.in_place else 'Apply'} it with: {shlex.join(words)}"
         )
-
-
-@command
-def revert(
-    source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="What was edited in place.", show_default=False)
-    ],
-    *,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write a restored copy instead.", callback=expanded)
-    ] = None,
-    quiet: QuietOpt = False,
-    debug: DebugOpt = False,
-) -> None:
-    """Make SOURCE what it was before `apply --in-place`, byte for byte, also where that was cut short."""
-    from qkpatch import api
-    from qkpatch.cli.console import note
-
-    api.revert(source, out)
-    if not quiet:
-        note(f"{source} is as it was before its edit in place" if out is None else f"Wrote {out}")
 
 
 def _foreseen(plan: EditPlan, wish: Wish | None, run: RunFlags) -> Publication | None:
