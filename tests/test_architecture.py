@@ -17,7 +17,7 @@ PACKAGE = ROOT / "qkpatch"
 ARROWS = {
     "__main__": {"cli"},
     "cli": {
-        "api", "compare", "diagnosis", "publishing", "patching", "planning", "model", "recipes", "output",
+        "api", "compare", "diagnosis", "reports", "publishing", "patching", "planning", "model", "recipes", "output",
         "checkpoint", "spectral", "common", "errors",
     },
     "api": {"compare", "publishing", "patching", "planning", "model", "output", "checkpoint", "common", "errors"},
@@ -25,6 +25,7 @@ ARROWS = {
         "publishing", "patching", "planning", "model", "recipes", "output", "checkpoint", "common", "errors",
     },
     "diagnosis": {"model", "recipes", "checkpoint", "common", "errors"},
+    "reports": {"patching", "errors"},
     "publishing": {"planning", "recipes", "hub", "checkpoint", "common", "errors"},
     "patching": {"planning", "model", "recipes", "output", "checkpoint", "spectral", "common", "errors"},
     "planning": {"model", "recipes", "output", "checkpoint", "spectral", "common", "errors"},

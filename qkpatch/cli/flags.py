@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, cast, get_type_hints
+from typing import Annotated, Any, cast, get_args, get_type_hints
 
 import typer
 
@@ -225,6 +226,18 @@ class ShowFlags:
         return self.as_json or self.quiet
 
 
+def _drawn(hint: Any, panel: str | None) -> Any:
+    """An option as ``--help`` shows it: below the heading of its group; of a flag, no type."""
+    kind, *said = get_args(hint) or (hint,)
+    said = [copy(one) for one in said]
+    for one in said:
+        if isinstance(one, typer.models.OptionInfo):
+            one.rich_help_panel = panel
+            if kind is bool:
+                one.metavar = ""
+    return Annotated[(kind, *said)] if said else hint
+
+
 def spread(
     function: Callable[..., Any],
 ) -> tuple[inspect.Signature, Callable[[dict[str, Any]], dict[str, Any]]]:
@@ -235,16 +248,18 @@ def spread(
     for parameter in inspect.signature(function).parameters.values():
         hint = hints[parameter.name]
         if not is_dataclass(hint):
-            shown.append(parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY))
+            kind = inspect.Parameter.KEYWORD_ONLY
+            shown.append(parameter.replace(annotation=_drawn(hint, None), kind=kind))
             continue
         groups[parameter.name] = cast("type[Any]", hint)
+        panel = groups[parameter.name].__name__.removesuffix("Flags")
         inner = get_type_hints(hint, include_extras=True)
         shown += [
             inspect.Parameter(
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=field.default,
-                annotation=inner[field.name],
+                annotation=_drawn(inner[field.name], panel),
             )
             for field in fields(hint)
         ]

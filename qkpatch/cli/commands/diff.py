@@ -28,7 +28,8 @@ def diff(
     all other files are equal, 1 something differs, 2 usage, 3 not a checkpoint that can be read, 4 I/O.
     """
     from qkpatch.checkpoint.source import open_stored
-    from qkpatch.cli.console import bars, output_width, print_json, print_text, verdict
+    from qkpatch.cli.console import output_width, print_json, print_text, verdict
+    from qkpatch.cli.progress import bars
     from qkpatch.cli.diff_text import text
     from qkpatch.compare.diff import compare
     from qkpatch.compare.diff_types import to_json
