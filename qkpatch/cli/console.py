@@ -12,17 +12,19 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from qkpatch.cli.redaction import Redacted
 from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.common.text import size_text
 from qkpatch.errors import FileSystemError, QKPatchError, plain, shown
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 _PIPED_WIDTH = 140  # rich assumes 80 where there is no terminal, which cuts tensor names
 
@@ -138,7 +140,8 @@ class Bars:
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._bytes, self._heads = TaskID(0), TaskID(0)
+        self._bytes: TaskID | None = None
+        self._heads: TaskID | None = None
 
     def begins(self, what: str, n_bytes: int, n_heads: int) -> None:
         """Bars of another part of the work, in place of those of the one before; none for what has bars of its own."""
@@ -155,11 +158,13 @@ class Bars:
 
     def copied(self, n_bytes: int) -> None:
         """Advance the bar of bytes."""
-        self._progress.advance(self._bytes, n_bytes)
+        if self._bytes is not None:
+            self._progress.advance(self._bytes, n_bytes)
 
     def edited(self, n_heads: int) -> None:
         """Advance the bar of heads."""
-        self._progress.advance(self._heads, n_heads)
+        if self._heads is not None:
+            self._progress.advance(self._heads, n_heads)
 
 
 @contextmanager
@@ -168,6 +173,9 @@ def bars(*, quiet: bool) -> Iterator[Observer]:
     if quiet or not sys.stderr.isatty():
         yield UNSEEN
         return
+    # --help does not need it.
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
