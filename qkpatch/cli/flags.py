@@ -14,7 +14,6 @@ import typer
 
 from qkpatch.checkpoint.tree import source_file
 from qkpatch.errors import FileSystemError
-from qkpatch.model.locate import near_paths
 from qkpatch.output.options import Digest
 from qkpatch.planning.request import Request, parse_request
 from qkpatch.spectral.rule import Channel, Select
@@ -145,6 +144,9 @@ OutArg = Annotated[
 def check_present(out: Path) -> None:
     """Raise :class:`FileSystemError` where OUT is no directory."""
     if not out.is_dir():
+        # --help needs nothing of the Hub.
+        from qkpatch.model.locate import near_paths
+
         near = near_paths(str(out))
         fix = f"near: {', '.join(near)}" if near else "check the path"
         raise FileSystemError("no such directory", where=str(out), fix=fix)
