@@ -17,7 +17,6 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from qkpatch.cli.redaction import Redacted
 from qkpatch.errors import FileSystemError, QKPatchError, plain, shown

@@ -34,7 +34,7 @@ from .contest import (
     mergekit,
 )
 from .measure import BenchError, PageCache, Usage, measure
-from .places import check_free, free_memory, kind_of, image_place
+from .places import check_free, free_memory, image_place, kind_of
 from .report import REFLINK, document, machine, markdown, rows, verdicts
 from .shapes import ALL, LLAMA_7B, ONE_5G, QUICK, SCALES, TINY, Shape, build, is_built
 

@@ -29,8 +29,8 @@ def diff(
     """
     from qkpatch.checkpoint.source import open_stored
     from qkpatch.cli.console import output_width, print_json, print_text, verdict
-    from qkpatch.cli.progress import bars
     from qkpatch.cli.diff_text import text
+    from qkpatch.cli.progress import bars
     from qkpatch.compare.diff import compare
     from qkpatch.compare.diff_types import to_json
     from qkpatch.model.locate import locate

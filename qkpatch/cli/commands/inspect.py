@@ -63,9 +63,9 @@ def inspect(
     debug: DebugOpt = False,
 ) -> None:
     """Show the spectra of SOURCE's query-key products."""
+    from qkpatch.checkpoint.open_directory import Rooted
     from qkpatch.cli.console import print_csv, print_json
     from qkpatch.cli.progress import bars
-    from qkpatch.checkpoint.open_directory import Rooted
     from qkpatch.cli.tables import model_line, show_spectra
     from qkpatch.errors import UsageError
     from qkpatch.patching.inspection import Inspection
