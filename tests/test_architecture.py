@@ -18,7 +18,7 @@ ARROWS = {
     "__main__": {"cli"},
     "cli": {
         "api", "compare", "diagnosis", "reports", "publishing", "patching", "planning", "model", "recipes", "output",
-        "checkpoint", "spectral", "common", "errors",
+        "hub", "checkpoint", "spectral", "common", "errors",
     },
     "api": {"compare", "publishing", "patching", "planning", "model", "output", "checkpoint", "common", "errors"},
     "compare": {

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qkpatch.cli.console import results, safe
+from qkpatch.cli.drawing import draw_spectrum, remarks
 from qkpatch.common.number_ranges import format_ranges
 from qkpatch.common.text import size_text, verify_command
 
@@ -39,11 +40,21 @@ def show_plan(plan: EditPlan, free_disk: int | None, memory: int, threads: int) 
     with results() as console:
         _heading(console, plan)
         if plan.edits:
-            table = _table("layer", "attention", "shard", "key's shard, where another")
+            # A row for each shard, or pair of shards: it is a column of names that takes the room.
+            rows: dict[tuple[str, str, str], list[int]] = {}
             for edit in plan.edits:
                 query, key = plan.output.place(edit.query), plan.output.place(edit.key)
                 other = "" if key.shard == query.shard else key.shard
-                table.add_row(str(edit.layer), edit.attention, safe(query.shard), safe(other))
+                rows.setdefault((edit.attention, query.shard, other), []).append(edit.layer)
+            table = _table(
+                "layers", "attention", "shard", *(["key's shard"] if any(o for *_, o in rows) else [])
+            )
+            for (attention, shard, other), layers in rows.items():
+                table.add_row(
+                    format_ranges(sorted(layers)),
+                    attention,
+                    *map(safe, (shard, other)[: len(table.columns) - 2]),
+                )
             console.print(table)
         dtypes = " and ".join(sorted({edit.query.dtype for edit in plan.edits})) or "no dtype"
         n_files = len(plan.output.files)
@@ -172,6 +183,27 @@ def show_spectra(model: Model, settings: EditSettings, sides: Sequence[Side], *,
         if len(sides) > 1:
             console.print(safe(f"{sides[0].name} → {sides[1].name}, where they differ"), soft_wrap=True)
         console.print(table)
+        console.print(
+            f"Means over heads. energy: share of ‖M‖² in the {modes} strongest modes; effective rank: how many modes "
+            "the values are as good as; symmetric share: 0.5 where both halves of M weigh the same; "
+            f"gap: (s_{modes} − s_{modes + 1}) / s_{modes}, the smallest.",
+            style="dim",
+        )
+        few = [(layer, head) for layer in sides[0].layers for head in layer.heads][: _DRAWN + 1]
+        for layer, head in few if len(few) <= _DRAWN else ():
+            console.print(f"Layer {layer.layer}, head {head.head}: singular values")
+            for line in draw_spectrum(head, modes, console.width, is_ascii=_is_ascii(console)):
+                console.print(line, highlight=False, markup=False)
+        for remark in remarks(sides[0].layers, modes):
+            console.print(f"[yellow]Note:[/] {remark}", soft_wrap=True)
+
+
+def _is_ascii(console: Console) -> bool:
+    """Whether the terminal has nothing but ASCII."""
+    return not console.encoding.startswith("utf")
+
+
+_DRAWN = 4  # heads, each of ten lines
 
 
 def _figures(layer: LayerSpectra) -> Iterator[str]:
