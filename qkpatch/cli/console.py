@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,6 +22,7 @@ from rich.markup import escape
 from qkpatch.cli.redaction import Redacted
 from qkpatch.errors import FileSystemError, QKPatchError, plain, shown
 
+_MARKDOWN_WIDTH = 100
 _PIPED_WIDTH = 140  # rich assumes 80 where there is no terminal, which cuts tensor names
 
 
@@ -72,6 +74,29 @@ def results() -> Iterator[Console]:
             where="stdout",
             fix="the command itself was done",
         ) from error
+
+
+@contextmanager
+def markdown_results(title: str) -> Iterator[Console]:
+    """A console whose text becomes a block of Markdown on stdout, below ``title``, in which nothing acts.
+
+    Raises:
+        FileSystemError: as :func:`results`.
+    """
+    drawn = _Console(file=io.StringIO(), width=_MARKDOWN_WIDTH, highlight=False, no_color=True)
+    yield drawn
+    print_markdown(title, drawn.file.getvalue())  # type: ignore[attr-defined]
+
+
+def print_markdown(title: str, text: str) -> None:
+    """Print ``text`` as a block of Markdown below ``title``: for a comment, or a summary of a job."""
+    lines = "".join(f"{line.rstrip()}\n" for line in text.splitlines()).strip("\n")
+    title = plain(title)
+    mark, fence = (
+        "`" * max(least, 1 + max(map(len, re.findall("`+", what)), default=0))
+        for least, what in ((1, title), (3, lines))
+    )
+    print_text(f"### {mark} {title} {mark}\n\n{fence}text\n{lines}\n{fence}\n")
 
 
 def silence_stdout() -> None:

@@ -121,6 +121,9 @@ IncludeHiddenOpt = Annotated[
     bool, typer.Option("--include-hidden", help="With --push: also files that are private by name.")
 ]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+MarkdownOpt = Annotated[
+    bool, typer.Option("--markdown", help="Print the result as Markdown, for a comment on a pull request.")
+]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 DebugOpt = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", envvar="QKPATCH_DEBUG")]
 

@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from qkpatch.cli.console import results, safe
+from qkpatch.cli.console import markdown_results, results, safe
 from qkpatch.cli.drawing import draw_spectrum, remarks
 from qkpatch.common.number_ranges import format_ranges
 from qkpatch.common.text import size_text, verify_command
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from qkpatch.reports.spectra_page import Side
 
 
-def show_plan(plan: EditPlan, free_disk: int | None, memory: int, threads: int) -> None:
+def show_plan(plan: EditPlan, free_disk: int | None, memory: int, threads: int, *, is_markdown: bool) -> None:
     """Print a plan: what is edited, where, and what it costs.
 
     Args:
@@ -36,8 +36,12 @@ def show_plan(plan: EditPlan, free_disk: int | None, memory: int, threads: int) 
         free_disk: bytes that are free where OUT will be, where that is known.
         memory: expected peak of resident memory in bytes.
         threads: heads that are computed side by side.
+        is_markdown: whether as a block of Markdown, warnings in it.
     """
-    with results() as console:
+    title = f"qkpatch plan {plan.model.source.name}"
+    with markdown_results(title) if is_markdown else results() as console:
+        for warning in plan.warnings if is_markdown else ():
+            console.print(f"Warning: {safe(warning)}")
         _heading(console, plan)
         if plan.edits:
             # A row for each shard, or pair of shards: it is a column of names that takes the room.
