@@ -86,9 +86,12 @@ class Session:
 
     def race(self, shape: Shape, source: Path, place: Place, *contestants: Contestant) -> None:
         """Measure; the first output is proven, too."""
-        runs, notes = contest(shape, source, place, contestants, self.rounds, self.page_cache, self.tell)
-        self.runs += runs
-        self.notes += notes
+        # As they come: what is measured before an interrupt is not lost.
+        for found in contest(shape, source, place, contestants, self.rounds, self.page_cache, self.tell):
+            if isinstance(found, Run):
+                self.runs.append(found)
+            else:
+                self.notes.append(found)
 
     def on_disk(self) -> None:
         """All shapes, in the folder itself."""
