@@ -25,7 +25,7 @@ ARROWS = {
         "publishing", "patching", "planning", "model", "recipes", "output", "checkpoint", "common", "errors",
     },
     "diagnosis": {"model", "recipes", "checkpoint", "common", "errors"},
-    "reports": {"patching", "errors"},
+    "reports": {"errors"},
     "publishing": {"planning", "recipes", "hub", "checkpoint", "common", "errors"},
     "patching": {"planning", "model", "recipes", "output", "checkpoint", "spectral", "common", "errors"},
     "planning": {"model", "recipes", "output", "checkpoint", "spectral", "common", "errors"},

@@ -108,7 +108,7 @@ def test_a_patched_copy_beside_its_source(tiny: Tiny, run: Run, tmp_path: Path) 
     ("flags", "what"),
     [
         (["--report", "page.txt"], "a report is an .html file"),
-        (["--report", "nowhere/page.html"], "no such directory"),
+        (["--report", "nowhere/page.html"], "cannot open the directory"),
         (["--csv", "--report", "page.html"], "--csv is of one checkpoint"),
         (["--csv", "--against", "other"], "--csv is of one checkpoint"),
     ],
