@@ -188,9 +188,8 @@ def show_spectra(model: Model, settings: EditSettings, sides: Sequence[Side], *,
             console.print(safe(f"{sides[0].name} → {sides[1].name}, where they differ"), soft_wrap=True)
         console.print(table)
         console.print(
-            f"Means over heads. energy: share of ‖M‖² in the {modes} strongest modes; effective rank: how many modes "
-            "the values are as good as; symmetric share: 0.5 where both halves of M weigh the same; "
-            f"gap: (s_{modes} − s_{modes + 1}) / s_{modes}, the smallest.",
+            f"Means over heads. Energy: share of ‖M‖². Symmetric share 0.5: both halves weigh the same. "
+            f"Gap: (s_{modes} − s_{modes + 1}) / s_{modes}.",
             style="dim",
         )
         few = [(layer, head) for layer in sides[0].layers for head in layer.heads][: _DRAWN + 1]

@@ -9,8 +9,7 @@ _SECONDS = 5.0
 
 def hub_health() -> dict[str, str]:
     """The endpoint, whether it answers, and whether there is a token, which is not shown."""
-    from huggingface_hub import constants, get_token
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import constants, get_session, get_token
 
     found = {"endpoint": redact(constants.ENDPOINT), "token": "present" if get_token() else "none"}
     if constants.HF_HUB_OFFLINE:

@@ -137,8 +137,8 @@ def test_who_fails_is_left_out_with_the_reason_and_qkpatch_may_not_fail(tmp_path
     assert {first.contestant, second.contestant} == {contest.COPY.name}
     assert "no such luck" in str(note)
     assert not (tmp_path / "out").exists()
+    shape = replace(shapes.TINY, edited=(7, 9))
     with pytest.raises(BenchError, match=r"exits with 2: .*0-3"):
-        shape = replace(shapes.TINY, edited=(7, 9))
         list(contest.contest(shape, source, place, [contest.APPLY], 1, PageCache(), lambda _: None))
 
 
