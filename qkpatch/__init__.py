@@ -9,6 +9,7 @@ What is called from outside is in :mod:`qkpatch.api`, and here by the same names
 * ``api``         the library: one function for what each command does;
 * ``compare``     proof and difference: ``verify``, ``diff``, what may be replaced, what may be published;
 * ``diagnosis``   which recipe fits a checkpoint, and a draft where none does;
+* ``reports``     pages to look at, one file each;
 * ``publishing``  the model card, and the commit that carries it;
 * ``patches``     patch files, edits in place, and the way back;
 * ``patching``    the engine: files are carried while heads are edited;

@@ -17,8 +17,8 @@ PACKAGE = ROOT / "qkpatch"
 ARROWS = {
     "__main__": {"cli"},
     "cli": {
-        "api", "compare", "diagnosis", "publishing", "patching", "planning", "model", "recipes", "output",
-        "checkpoint", "spectral", "common", "errors",
+        "api", "compare", "diagnosis", "reports", "publishing", "patching", "planning", "model", "recipes", "output",
+        "hub", "checkpoint", "spectral", "common", "errors",
     },
     "api": {
         "compare", "publishing", "patches", "patching", "planning", "model", "output", "checkpoint", "common", "errors",
@@ -27,6 +27,7 @@ ARROWS = {
         "publishing", "patching", "planning", "model", "recipes", "output", "checkpoint", "common", "errors",
     },
     "diagnosis": {"model", "recipes", "checkpoint", "common", "errors"},
+    "reports": {"errors"},
     "publishing": {"planning", "recipes", "hub", "checkpoint", "common", "errors"},
     "patches": {"patching", "planning", "output", "checkpoint", "common", "errors"},
     "patching": {"planning", "model", "recipes", "output", "checkpoint", "spectral", "common", "errors"},
