@@ -205,10 +205,15 @@ def _digests(sources: Sources, copier: Copier, writing: Writing, target: LayerTa
 
 def numerical_warnings(edits: Sequence[EditRecord], plan: EditPlan) -> list[str]:
     """What a user should know about the spectra that were met."""
-    modes, takes_modes = plan.settings.rule.paired_modes, plan.settings.rule.takes_modes
-    heads = [(f"{edit.layer}.{head.head}", head) for edit in edits for head in edit.heads]
-    narrow = [name for name, head in heads if head.gap is not None and head.gap < GAP_WARNING]
-    short = [name for name, head in heads if (len(head.modes) if takes_modes else head.rank) < modes]
+    rule_of = plan.settings.rule_of
+    heads = [(f"{e.layer}.{head.head}", head, rule_of(e.layer)) for e in edits for head in e.heads]
+    narrow = [name for name, head, _ in heads if head.gap is not None and head.gap < GAP_WARNING]
+    short = [
+        (name, n)
+        for name, head, rule in heads
+        if (len(head.modes) if rule.takes_modes else head.rank) < (n := rule.count(head.values_before))
+    ]
+    held = [n for n, head, rule in heads if rule.energy and rule.holding(head.values_before) > rule.modes]
     warnings = []
     if narrow:
         warnings.append(
@@ -216,9 +221,15 @@ def numerical_warnings(edits: Sequence[EditRecord], plan: EditPlan) -> list[str]
             f"in {len(narrow)} head(s) (layer.head): {abbreviate(narrow, _NAMED)}"
         )
     if short:
+        most = " or ".join(map(str, sorted({n for _, n in short})))
         warnings.append(
-            f"there are fewer than {modes} such modes above rounding, so fewer were edited, "
-            f"in {len(short)} head(s) (layer.head): {abbreviate(short, _NAMED)}"
+            f"there are fewer than {most} such modes above rounding, so fewer were edited, "
+            f"in {len(short)} head(s) (layer.head): {abbreviate([name for name, _ in short], _NAMED)}"
+        )
+    if held:
+        warnings.append(
+            "as many modes as --modes allows, half of all by default, hold less than --energy asks for, "
+            f"in {len(held)} head(s) (layer.head): {abbreviate(held, _NAMED)}"
         )
     coarse = [edit for edit in edits if _mean_rounding(edit) > ROUNDING_WARNING]
     if coarse:

@@ -60,8 +60,7 @@ class Inspection:
             from qkpatch.patching.spectra import layer_spectra
         where, settings = choose_device(device), self.settings
         observer.begins("look", 0, len(self.targets) * len(settings.heads))
-        for layer in layer_spectra(
-            self.model, self.targets, settings.heads, settings.rule.modes, where, n_threads
-        ):
+        rule = settings.rule_of(settings.layers[0])
+        for layer in layer_spectra(self.model, self.targets, settings.heads, rule, where, n_threads):
             observer.edited(len(layer.heads))
             yield layer

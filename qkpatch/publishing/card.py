@@ -10,6 +10,7 @@ from statistics import mean
 
 from qkpatch.common.json_text import exact
 from qkpatch.common.number_ranges import format_ranges
+from qkpatch.common.strict_yaml import yaml_text
 from qkpatch.common.text import as_word, cut, verify_command
 from qkpatch.errors import plain
 from qkpatch.planning.blocks import EditBlock
@@ -21,6 +22,7 @@ from qkpatch.recipes.catalogue import shipped_recipes
 CARD_NAME = "README.md"
 TAG = "qkpatch"
 PAPER = "https://arxiv.org/abs/2606.20419"
+_CONFIG = "edit.yaml"
 FOLLOWS = "<!-- The card of the base model follows, as it was. -->"
 # Figures, addresses, successors and relations of the base model, which are not this one's; YAML's merge of mappings.
 _NOT_INHERITED = ("model-index", "new_version", "eval_results", "base_model_relation", "<<")
@@ -121,12 +123,15 @@ def _edit(manifest: Manifest, *, is_checked: bool) -> Iterator[str]:
         "recipe": manifest.recipe.name,
         "layers": format_ranges(edit.layers),
         "query heads": format_ranges(edit.heads),
-        "selection": f"{edit.select.value}, {edit.modes_edited} mode(s) per head",
-        "factor α": exact(edit.alpha),
-        "channel of `W_Qᵀ W_K`": edit.channel.value
-        + (", gain before attention folded in" if edit.fold_norm else ""),
-        "edited tensors": f"{len(manifest.edits)} in {' and '.join(sorted({e.dtype for e in manifest.edits})) or '-'}",
     }
+    folded = ", gain before attention folded in" if edit.fold_norm else ""
+    for part in edit.parts:
+        where = "" if edit.edits is None else f", layers {format_ranges(part.layers)}"
+        rows[f"selection{where}"] = f"{part.select.value}, {part.counted} mode(s) per head"
+        rows[f"factor α{where}"] = exact(part.alpha)
+        rows[f"channel of `W_Qᵀ W_K`{where}"] = part.channel.value + folded
+    dtypes = " and ".join(sorted({e.dtype for e in manifest.edits})) or "-"
+    rows["edited tensors"] = f"{len(manifest.edits)} in {dtypes}"
     yield "".join(f"| {key} | {_cell(value)} |\n" for key, value in rows.items())
     if any(record.heads for record in manifest.edits):
         yield "\n| layer | tensor | ‖ΔW_Q‖/‖W_Q‖, mean over heads | largest |\n|---|---|---|---|\n"
@@ -138,6 +143,9 @@ def _edit(manifest: Manifest, *, is_checked: bool) -> Iterator[str]:
     made = CHECKED if is_checked else "Made by the first of these; the second checks it"
     has_digests = any(written.sha256_after for record in manifest.edits for written in record.written)
     digests = ", with digests before and after" if has_digests else ""
+    if edit.edits is not None:
+        items = yaml_text({"edits": edit.items})
+        yield f"\nWhat differs by layer, as `{_CONFIG}`:\n\n```yaml\n{items}```\n"
     yield (
         f"\n`qkpatch.json` records every edited tensor and head{digests}. {made}\n\n"
         f"```\n{plain(_command(manifest))}\n{plain(proof)}\n```\n"
@@ -146,9 +154,10 @@ def _edit(manifest: Manifest, *, is_checked: bool) -> Iterator[str]:
 
 def told(edit: EditBlock) -> str:
     """The settings of an edit in one line."""
-    return (
-        f"layers {format_ranges(edit.layers)}, {edit.modes_edited} {edit.select.value} mode(s), "
-        f"alpha {exact(edit.alpha)}, {edit.channel.value} channel"
+    return "; ".join(
+        f"layers {format_ranges(part.layers)}, {part.counted} {part.select.value} mode(s), "
+        f"alpha {exact(part.alpha)}, {part.channel.value} channel"
+        for part in edit.parts
     )
 
 
@@ -165,9 +174,12 @@ def _command(manifest: Manifest) -> str:
         "recipe": _recipe(manifest),
         "prefix": request.prefix,
         "attention": ",".join(request.attention or ()),
-        "layers": format_ranges(request.layers or ()),
+        "config": None if request.edits is None else _CONFIG,
+        "layers": None if request.layers is None else format_ranges(request.layers),
         "heads": format_ranges(request.heads or ()),
         "modes": request.modes,
+        "min-modes": request.min_modes,
+        "energy": None if request.energy is None else exact(request.energy),
         "alpha": None if request.alpha is None else exact(request.alpha),
         "channel": None if request.channel is None else request.channel.value,
         "select": None if request.select is None else request.select.value,

@@ -12,6 +12,7 @@ from qkpatch.cli.command import command
 from qkpatch.cli.flags import (
     AttentionOpt,
     DebugOpt,
+    EnergyOpt,
     ExcludeOpt,
     FoldOpt,
     HeadsOpt,
@@ -26,6 +27,7 @@ from qkpatch.planning.request import Request, check_device_name
 
 if TYPE_CHECKING:
     from qkpatch.patching.spectra import LayerSpectra
+    from qkpatch.spectral.rule import EditRule
 
 COLUMNS = ("layer", "attention", "head", "kv_head", "mode", "singular_value")  # of --csv, whatever the model
 
@@ -41,6 +43,7 @@ def inspect(
     modes: Annotated[
         int | None, typer.Option(help="r of energy share and gap.", show_default="the recipe's")
     ] = None,
+    energy: EnergyOpt = None,
     recipe: RecipeOpt = None,
     prefix: PrefixOpt = None,
     attention: AttentionOpt = None,
@@ -61,7 +64,7 @@ def inspect(
         raise UsageError("one of --json and --csv", fix="drop the other")
     request = Request.of(
         recipe=recipe, prefix=prefix, attention=attention, layers=layers, heads=heads, modes=modes,
-        fold_norm=fold_norm, exclude=exclude,
+        energy=energy, fold_norm=fold_norm, exclude=exclude,
     )  # fmt: skip
     check_device_name(run.device)
     looked_at = Inspection.of(source, request)
@@ -74,7 +77,7 @@ def inspect(
         spectra = list(layers_in_turn)
     model, chosen = looked_at.model, looked_at.settings
     if as_json:
-        print_json(_json(model.source.name, model.recipe.name, chosen.rule.modes, spectra))
+        print_json(_json(model.source.name, model.recipe.name, chosen.rule_of(chosen.layers[0]), spectra))
     elif not quiet:
         show_spectra(model, chosen, spectra, is_folded=fold_norm)
 
@@ -86,16 +89,17 @@ def _csv_rows(layers: Iterable[LayerSpectra]) -> Iterator[tuple[object, ...]]:
                 yield layer.layer, layer.attention, head.head, head.kv_head, mode, repr(value)
 
 
-def _json(source: str, recipe: str, modes: int, layers: Sequence[LayerSpectra]) -> dict[str, Any]:
+def _json(source: str, recipe: str, rule: EditRule, layers: Sequence[LayerSpectra]) -> dict[str, Any]:
     return {
         "source": source,
         "recipe": recipe,
-        "modes": modes,
+        "modes": rule.modes,
+        **({} if rule.energy is None else {"energy": rule.energy}),
         "layers": [
             {
                 "layer": layer.layer,
                 "attention": layer.attention,
-                "heads": [vars(head) for head in layer.heads],
+                "heads": [{k: v for k, v in vars(head).items() if k != "modes" or v} for head in layer.heads],
             }
             for layer in layers
         ],
