@@ -13,7 +13,7 @@ from qkpatch.output.options import Digest
 from qkpatch.planning.request import ITEM_KEYS
 from qkpatch.recipes.recipe import ConfigValue
 from qkpatch.recipes.rows import RowLayout
-from qkpatch.spectral.rule import Channel, EditRule, Select
+from qkpatch.spectral.rule import Channel, Select
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,6 @@ class LayersBlock(Block):
         keys = ("modes", "modes_edited", "alpha", "channel", "select")
         if {getattr(self, key) is None for key in keys} != {getattr(self, "edits", None) is not None}:
             raise ValueError(f"$.edit: {', '.join(keys)} are said for all layers, or in edits")
-
-    @classmethod
-    def of(cls, layers: tuple[int, ...], rule: EditRule) -> LayersBlock:
-        """A rule as it is recorded."""
-        edited = 0 if rule.select is Select.shrink else rule.paired_modes
-        return cls(layers=layers, modes_edited=edited, **vars(rule))
 
     @property
     def counted(self) -> str:

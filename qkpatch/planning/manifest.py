@@ -240,7 +240,7 @@ def planned_manifest(plan: EditPlan, device: str) -> Manifest:
             rows=layout.rows,
             logits=model.tower.logits,
         ),
-        output=blocks.OutputBlock(plan.request.max_shard_size, plan.request.exclude),
+        output=blocks.OutputBlock(plan.max_shard_size, plan.request.exclude),
         edits=tuple(EditRecord.planned(target, plan.output) for target in plan.edits),
         files=tuple(
             FileRecord(

@@ -42,6 +42,11 @@ class EditPlan:
     request: Request  # what was asked for
     is_done: bool = False  # whether the OUT that was named is that already
 
+    @property
+    def max_shard_size(self) -> int | None:
+        """The most bytes of tensors in a shard of OUT; None where SOURCE's shards are kept."""
+        return self.request.max_shard_size
+
     @cached_property
     def edits_by_file(self) -> dict[str, tuple[LayerTarget, ...]]:
         """The edits that write to each patched file of OUT, by layer."""
@@ -97,7 +102,7 @@ class EditPlan:
         document = {
             "recipe": self.model.recipe.name,
             "edit": edit,
-            "max_shard_size": self.request.max_shard_size,
+            "max_shard_size": self.max_shard_size,
         }
         return f"{name}-qkpatch-{hashlib.sha256(canonical_json(document).encode()).hexdigest()[:8]}"
 
@@ -180,18 +185,16 @@ def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, 
     checkpoint = model.checkpoint
     warnings = [*model.notes]
     if idle := [layer for layer in settings.layers if settings.rule_of(layer).is_noop]:
-        what = "OUT will be a byte-identical copy of SOURCE"
-        if len(idle) < len(settings.layers):
-            what = f"layers {format_ranges(idle)} stay as they are"
+        stay = f"layers {format_ranges(idle)} stay as they are"
+        what = stay if len(idle) < len(settings.layers) else "OUT will be a byte-identical copy of SOURCE"
         warnings.append(f"alpha 1 is a declared no-op: {what}")
     warnings += dict.fromkeys(
         f"antisymmetric modes come in equal pairs: {rule.modes} rounded up to {rule.paired_modes}"
         for _, rule in settings.edits
         if rule.paired_modes != rule.modes
     )
-    warnings += _norm_warnings(
-        model, [t for t in targets if settings.rule_of(t.layer).select is Select.shrink]
-    )
+    shrunk = [t for t in targets if settings.rule_of(t.layer).select is Select.shrink]
+    warnings += _norm_warnings(model, shrunk)
     shared = [layer for layer in settings.skipped_layers if not model.tower.has_own_keys(layer)]
     other = [layer for layer in settings.skipped_layers if layer not in shared]
     if shared:

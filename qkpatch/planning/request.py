@@ -151,7 +151,7 @@ def parse_request(text: bytes, where: str) -> Request:
 
     root = Fields(load_yaml(text, where), where)
     said: dict[str, Any] = {key: _range_text(root, key) for key in ("layers", "heads", "max_shard_size")}
-    kinds = {**_KINDS, "attention": str, "alpha": float}
+    kinds = {**_KINDS, "attention": str, **dict.fromkeys(_SHARES, float)}
     said = {key: root.take_optional(key, kind) for key, kind in kinds.items() if key not in said} | said
     said |= {"channel": root.take_member("channel", Channel), "select": root.take_member("select", Select)}
     said["exclude"] = root.take_list("exclude", str)

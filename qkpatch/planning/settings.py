@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 from qkpatch.common.number_ranges import MIDDLE_THIRD, as_numbers, format_ranges, middle_third
 from qkpatch.errors import UsageError
@@ -42,8 +41,11 @@ class EditSettings:
     @property
     def block(self) -> EditBlock:
         """The settings as the manifest records them."""
-        own: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "edits"}
-        own["layers"], parts = self.layers, [LayersBlock.of(*edit) for edit in self.edits]
+        own = {**{key: value for key, value in vars(self).items() if key != "edits"}, "layers": self.layers}
+        parts = [
+            LayersBlock(layers=n, modes_edited=0 if r.select is Select.shrink else r.paired_modes, **vars(r))
+            for n, r in self.edits
+        ]
         return EditBlock(**(vars(parts[0]) | own if len(parts) == 1 else own | {"edits": tuple(parts)}))
 
 

@@ -59,22 +59,14 @@ class EditRule:
         is_paired = self.channel is Channel.antisymmetric and self.select is not Select.subspace
         return modes + modes % 2 if is_paired else modes
 
-    def holding(self, values: Sequence[float]) -> int:
-        """The least number of ``values``, strongest first, that hold ``energy``; 1 where it is not asked for."""
-        held = list(accumulate(value * value for value in values))
-        enough = (self.energy or 0.0) * held[-1] * (1 - _SLACK)
-        return next(r for r, share in enumerate(held, 1) if share >= enough)
-
     def count(self, values: Sequence[float]) -> int:
         """How many modes the dominant selection takes of a head of these ``values``, its rank aside."""
         if self.energy is None:
             return self.paired_modes
-        return self._paired(min(max(self.holding(values), self.min_modes or 1), self.modes))
-
-    @property
-    def takes_modes(self) -> bool:
-        """Whether single modes are edited, and not a whole head or a random subspace."""
-        return self.select in (Select.dominant, Select.random, Select.bottom)
+        held = list(accumulate(value * value for value in values))
+        enough = self.energy * held[-1] * (1 - _SLACK)
+        r = next(r for r, share in enumerate(held, 1) if share >= enough)
+        return self._paired(min(max(r, self.min_modes or 1), self.modes))
 
     @property
     def is_noop(self) -> bool:

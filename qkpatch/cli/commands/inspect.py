@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,7 +27,6 @@ from qkpatch.planning.request import Request, check_device_name
 
 if TYPE_CHECKING:
     from qkpatch.patching.spectra import LayerSpectra
-    from qkpatch.spectral.rule import EditRule
 
 COLUMNS = ("layer", "attention", "head", "kv_head", "mode", "singular_value")  # of --csv, whatever the model
 
@@ -77,7 +76,9 @@ def inspect(
         spectra = list(layers_in_turn)
     model, chosen = looked_at.model, looked_at.settings
     if as_json:
-        print_json(_json(model.source.name, model.recipe.name, chosen.rule_of(chosen.layers[0]), spectra))
+        said = {"source": model.source.name, "recipe": model.recipe.name, "modes": chosen.edits[0][1].modes}
+        said |= {} if energy is None else {"energy": energy}
+        print_json({**said, "layers": [{**vars(layer), "heads": _heads(layer)} for layer in spectra]})
     elif not quiet:
         show_spectra(model, chosen, spectra, is_folded=fold_norm)
 
@@ -89,18 +90,5 @@ def _csv_rows(layers: Iterable[LayerSpectra]) -> Iterator[tuple[object, ...]]:
                 yield layer.layer, layer.attention, head.head, head.kv_head, mode, repr(value)
 
 
-def _json(source: str, recipe: str, rule: EditRule, layers: Sequence[LayerSpectra]) -> dict[str, Any]:
-    return {
-        "source": source,
-        "recipe": recipe,
-        "modes": rule.modes,
-        **({} if rule.energy is None else {"energy": rule.energy}),
-        "layers": [
-            {
-                "layer": layer.layer,
-                "attention": layer.attention,
-                "heads": [{k: v for k, v in vars(head).items() if k != "modes" or v} for head in layer.heads],
-            }
-            for layer in layers
-        ],
-    }
+def _heads(layer: LayerSpectra) -> list[dict[str, Any]]:
+    return [{k: v for k, v in vars(head).items() if k != "modes" or v} for head in layer.heads]
