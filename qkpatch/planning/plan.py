@@ -197,7 +197,7 @@ def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, 
     if other:
         warnings.append(
             f"layers {format_ranges(other)} have no query-key product of this kind "
-            "(linear attention, or another set of tensors) and are skipped"
+            "(linear attention, another set of tensors, or another number of query heads) and are skipped"
         )
     # Once for all targets: a mixture of experts has 10^5 names.
     adapters = [name for name in checkpoint.tensors if ".lora_" in name]
