@@ -47,7 +47,7 @@ class LanguageTower:
         return self.exceptions.get(layer, self.layout)
 
     def has_product(self, layer: int) -> bool:
-        """Whether the layer has a product to edit: keys of its own, and as many query heads as most others."""
+        """Whether the layer has a product to edit: keys of its own, and as many query heads as the model."""
         return self.has_own_keys(layer) and self.layout_of(layer).n_heads == self.layout.n_heads
 
     def has_own_keys(self, layer: int) -> bool:
