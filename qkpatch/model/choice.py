@@ -18,7 +18,7 @@ from qkpatch.recipes.catalogue import shipped_recipes
 from qkpatch.recipes.recipe import TOP_LEVEL, Recipe
 
 ANOTHER = "choose another recipe with --recipe"
-_MOST = 3  # commands
+_MOST = 3  # commands; classes that a recipe is looked up by
 _OF_MLX = "language_model.model.layers."
 _QUERY = re.compile(r"q_proj|qkv|query|c_attn|(?:^|[._])(?:w_?q|to_q|q)\.", re.IGNORECASE)
 
@@ -83,7 +83,7 @@ def choose_recipe(
 def claiming(config: Mapping[str, Any]) -> list[Recipe]:
     """The shipped recipes that config.json names, sorted by name; only those whose text holds a name are parsed."""
     named = config.get("architectures")
-    classes = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    classes = [name for name in named[:_MOST] if isinstance(name, str)] if isinstance(named, list) else []
     words = dict.fromkeys([str(config.get("model_type") or ""), *classes])
     kin = {name: recipe for word in words for name, recipe in shipped_recipes(word).items()}
     return [recipe for _, recipe in sorted(kin.items()) if recipe.matches(config)]

@@ -27,12 +27,16 @@ from remote_families import (
 REMOTE = {
     "audio-remote",
     "bagel",
+    "cogvlm2-video",
+    "extended",
+    "infimm",
     "intern-s1-pro",
     "intern-s2",
     "isaac",
     "keye",
     "wrapped",
     "minimax-vl01",
+    "ming",
     "openpangu-vl",
     "ovis2.6",
     "phi4-siglip",
@@ -83,6 +87,15 @@ def gated(tensors: Tensors, stem: str) -> Heads:
     gains = [1 + tensors[f"{stem}self_attn.{which}_norm.weight"].double() for which in "qk"]
     keys = per_query_head(W_K.view(-1, D_HEAD, D_MODEL)).double() * (gains[0] * gains[1])[:, None]
     return Heads(queries, keys, gates)
+
+
+def fused_and_normed(tensors: Tensors, stem: str) -> Heads:
+    """BailingMoE v2: RMSNorm of each head, one gain for all of them, of the parts of the fused projection."""
+    heads = qkv("attention.query_key_value.weight")(tensors, stem)
+    gain_q, gain_k = (
+        tensors[f"{stem}attention.{which}_layernorm.weight"].double() for which in ("query", "key")
+    )
+    return replace(heads, keys=heads.keys.double() * (gain_q * gain_k)[:, None])
 
 
 def generation(tensors: Tensors, stem: str) -> Heads:
@@ -262,6 +275,61 @@ CASES: dict[str, Remote] = {
     "llava-1.5:pixtral": wrapped(
         "PixtralForConditionalGeneration", "mistral", ("vision_tower.transformer.layers.1.attention.q_proj.weight",),
         model_type="pixtral",
+    ),
+    # sglang: mineru2 extends Qwen2ForCausalLM; a published config.json of dots.ocr is flat.
+    "extended:dots.ocr": wrapped(
+        "DotsOCRForCausalLM", "qwen2", ("vision_tower.blocks.1.attn.qkv.weight",), stem=ML, section=None,
+        model_type="dots_ocr",
+    ),
+    "extended:mineru": wrapped(
+        "Mineru2QwenForCausalLM", "qwen2",
+        ("model.vision_tower.vision_tower.vision_model.encoder.layers.1.self_attn.q_proj.weight",), stem=ML,
+        section=None, model_type="mineru2_qwen",
+    ),
+    # A published config.json; names by its modelling code, whose cross-attention has to_q and to_kv.
+    "infimm": wrapped(
+        "InfiMMZephyrModel", "mistral", ("model.lang_encoder.model.layers.1.gated_cross_attn_layer.attn.to_q.weight",),
+        stem="model.lang_encoder.model.layers.{}.decoder_layer.", section="language", model_type="infimm-zephyr",
+    ),
+    # A published config.json of CogVLM2-Caption; its query_key_value is (H + 2 K) heads tall.
+    "cogvlm2-video": Remote(
+        {
+            "architectures": ["CogVLMVideoForCausalLM"], "num_hidden_layers": COUNTS["num_hidden_layers"],
+            "num_attention_heads": COUNTS["num_attention_heads"], "hidden_size": WIDE,
+            "num_multi_query_heads": COUNTS["num_key_value_heads"],
+        },
+        ML,
+        "self_attn.query_key_value.weight",
+        {"input_layernorm.weight": (WIDE,), "self_attn.query_key_value.weight": (FUSED_ROWS, WIDE)},
+        qkv("self_attn.query_key_value.weight"),
+        ("model.vision.transformer.layers.1.attention.query_key_value.weight",),
+    ),
+    # sglang: bailing_moe.py loads query_key_value as [queries; keys; values]; a published config.json of Ming-Omni.
+    "ming": Remote(
+        {
+            "model_type": "bailingmm", "architectures": ["BailingMMNativeForConditionalGeneration"],
+            "llm_config": {**NUMBERS, "model_type": "bailing_moe"},
+        },
+        "model.model.layers.{}.",
+        "attention.query_key_value.weight",
+        {"input_layernorm.weight": (D_MODEL,), "attention.query_key_value.weight": (FUSED_ROWS, D_MODEL)},
+        qkv("attention.query_key_value.weight"),
+        ("vision.blocks.1.attn.qkv.weight",),
+    ),
+    "ming:text": Remote(
+        {"model_type": "bailing_moe_v2", "architectures": ["BailingMoeV2ForCausalLM"], **NUMBERS},
+        ML,
+        "attention.query_key_value.weight",
+        {
+            "input_layernorm.weight": (D_MODEL,), "attention.query_key_value.weight": (FUSED_ROWS, D_MODEL),
+            "attention.query_layernorm.weight": (D_HEAD,), "attention.key_layernorm.weight": (D_HEAD,),
+        },
+        fused_and_normed,
+        ("talker.layers.1.attention.query_key_value.weight",),
+    ),
+    # A published config.json of a retrieval model on Qwen3.5.
+    "qwen3.5:colqwen": replace(
+        wrapped("ColQwen3_5", "qwen3_5_text", QWEN_VIT, stem=MLM, model_type="qwen3_5", shapes=QWEN35), split=gated
     ),
     # A published weight map of Qwen 1 (c_attn of thrice the width); vLLM: qwen.py splits it in thirds.
     "qwen1": Remote(
