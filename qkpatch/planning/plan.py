@@ -188,16 +188,21 @@ def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, 
         )
     warnings += _norm_warnings(model, rule, targets)
     shared = [layer for layer in settings.skipped_layers if not model.tower.has_own_keys(layer)]
-    other = [layer for layer in settings.skipped_layers if layer not in shared]
+    uneven = [n for n in settings.skipped_layers if n not in shared and not model.tower.has_product(n)]
+    other = [layer for layer in settings.skipped_layers if layer not in (*shared, *uneven)]
     if shared:
         warnings.append(
             f"layers {format_ranges(shared)} use an earlier layer's keys and are skipped; "
             "a key weight stored there is dead"
         )
+    if uneven:
+        warnings.append(
+            f"layers {format_ranges(uneven)} have another number of query heads than the model and are skipped"
+        )
     if other:
         warnings.append(
             f"layers {format_ranges(other)} have no query-key product of this kind "
-            "(linear attention, another set of tensors, or another number of query heads) and are skipped"
+            "(linear attention, or another set of tensors) and are skipped"
         )
     # Once for all targets: a mixture of experts has 10^5 names.
     adapters = [name for name in checkpoint.tensors if ".lora_" in name]
