@@ -189,7 +189,11 @@ def test_what_the_command_line_itself_is(tiny: Tiny) -> None:
 # -------- of bounded length
 
 
-@pytest.mark.parametrize("text", ["x" * 900_000, "\x1b" * 900_000], ids=["letters", "controls"])
+@pytest.mark.parametrize(
+    "text",
+    ["x" * 900_000, pytest.param("\x1b" * 900_000, marks=pytest.mark.stress)],
+    ids=["letters", "controls"],
+)
 def test_no_text_of_a_file_fills_the_screen(
     text: str, tiny: Tiny, tmp_path: Path, run: Callable[..., Result]
 ) -> None:
@@ -205,7 +209,7 @@ def test_no_text_of_a_file_fills_the_screen(
     assert len(check(again)) < 10_000
     assert json.loads(run("apply", tiny.path, "-o", out, "--json").stdout)["warnings"] == record["warnings"]
     record["files"] += [{**record["files"][0], "name": f"{i}{text[:1]}{text[:1000]}"} for i in range(500)]
-    record["edit"]["attention"] = [text]
+    record["model"]["model_type"] = text
     (out / "qkpatch.json").write_text(json.dumps(record))
     wrong = run("verify", out, "--source", tiny.path)
     assert wrong.exit_code == 1
