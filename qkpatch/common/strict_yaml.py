@@ -28,6 +28,7 @@ _PLAIN_TYPES = {"null", "bool", "int", "float", "str"}
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,299})", re.ASCII)
 
+_MOST_UNKNOWN = 100
 MAX_BYTES = 1 << 20  # settings are written by hand; more than 1 MiB is a mistake or an attack
 
 
@@ -218,11 +219,11 @@ class Fields:
 
     def _note_unknown(self) -> None:
         known = sorted(str(key) for key in self._taken)
-        for key in self._data:
-            if key not in self._taken:
-                near = get_close_matches(str(key)[:80], known, 1)
-                meant = f"did you mean {near[0]}? " if near else ""
-                self.fault(f"unknown key ({meant}known here: {', '.join(known)})", key)
+        # Some are enough to be told, and each takes time.
+        for key in [key for key in self._data if key not in self._taken][:_MOST_UNKNOWN]:
+            near = get_close_matches(str(key)[:80], known, 1)
+            meant = f"did you mean {near[0]}? " if near else ""
+            self.fault(f"unknown key ({meant}known here: {', '.join(known)})", key)
         for child in self._children:
             child._note_unknown()
 

@@ -29,9 +29,12 @@ from typer.testing import Result
 
 from qkpatch.checkpoint.files import open_read
 from qkpatch.checkpoint.header import parse_header
+from qkpatch.checkpoint.names import usual_beside
+from qkpatch.checkpoint.source import Stored
 from qkpatch.common.interrupts import Terminated, unwinding_on_kill
 from qkpatch.common.json_text import MAX_VALUES, load_json
 from qkpatch.common.strict_yaml import load_yaml
+from qkpatch.compare.renaming import spelled_as
 from qkpatch.errors import CheckpointError, HeaderError, QKPatchError, UnexpectedError, plain, redact
 from qkpatch.hub import answers
 from qkpatch.planning.manifest import Manifest
@@ -126,6 +129,21 @@ def manifest(part: str) -> Callable[[int], bytes]:
     return make
 
 
+def prefixes(n: int) -> bytes:
+    """Two models without a name in common, and with as many prefixes as names."""
+    entry = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
+    return json.dumps([{f"{side}{i}z.m{i}.w": entry for i in range(n)} for side in "ab"]).encode()
+
+
+def respell(raw: bytes) -> object:
+    sides = []
+    for side in json.loads(raw):
+        header = json.dumps(side).encode()
+        read = parse_header(header, shard="m", file_size=8 + len(header))
+        sides.append(Stored(where="", root=None, headers={"m": read}, files={}))
+    return spelled_as(*sides)
+
+
 def read_manifest(raw: bytes) -> object:
     return Manifest.loads(raw, "qkpatch.json")
 
@@ -143,6 +161,11 @@ LINEAR: dict[str, tuple[Callable[[int], bytes], int, Callable[[bytes], object]]]
     "text with dots": (lambda n: b"." * n, 200_000, redacted),
     "text with questions": (lambda n: b"a://?" * n, 20_000, redacted),
     "text with tokens": (lambda n: b"hf_" * n, 50_000, redacted),
+    "prefixes": (prefixes, 2_000, respell),
+    "rubbish": (
+        lambda n: b" ".join(b"x%d/._a" % i for i in range(n)), 20_000,
+        lambda raw: usual_beside(raw.decode().split()),
+    ),
     "controls": (lambda n: b"\x1b" * n, 100_000, lambda raw: plain(raw.decode())),
     **{
         f"{part} of a manifest": (manifest(part), n, read_manifest)
@@ -188,6 +211,24 @@ def test_a_manifest_of_ten_megabytes_is_read_in_seconds(part: str) -> None:
     raw = make(n)
     assert 9_000_000 < len(raw) < 12_000_000
     assert seconds(read_manifest, raw) < 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": [{**GOLDEN["files"][0], "name": "a/" * 1_000_000 + "a"}]},
+        {"files": [{**GOLDEN["files"][0], "name": "a" * 5000}]},
+        {"output": {**GOLDEN["output"], "exclude": [f"*a{i}*b" for i in range(100_000)]}},
+        {"output": {**GOLDEN["output"], "exclude": ["*a" * 1_000_000]}},
+    ],
+    ids=["folders", "a long name", "globs", "a long glob"],
+)
+def test_a_manifest_names_nothing_that_would_take_minutes(change: dict[str, Any]) -> None:
+    raw = json.dumps({**GOLDEN, **change}).encode()
+    begun = time.process_time()
+    with pytest.raises(CheckpointError, match=r"no plain path|longer than anybody writes"):
+        read_manifest(raw)
+    assert time.process_time() - begun < 5
 
 
 # torch is there already: it takes seconds to be imported.
@@ -378,6 +419,10 @@ HUB = {
     "a size that is true": (TREE, entries({"size": True}), "bytes"),
     "no digest": (TREE, entries({"oid": "../x"}), "no digest"),
     "no digest of a large file": (TREE, entries({"lfs": {**DIGEST, "oid": "x"}}), "no digest"),
+    "folders without end": (TREE, entries(*({"path": "/".join([str(i), *["a" * 30] * 60])} for i in range(20_000))),
+                            "more folders than any file"),
+    "deep folders": (TREE, entries({"path": "a/" * 100_000 + "a"}), "no plain path"),
+    "folders of rubbish": (TREE, entries(*({"path": f"{i}/.DS_Store"} for i in range(20_000))), "no .safetensors"),
     # where it leads
     "controls in an address": (FILE, says(b"", 302, Location="http://\x7f/\x01a"), ""),
     "a port that is none": (FILE, says(b"", 302, Location="http://x:abc/"), ""),
@@ -390,7 +435,7 @@ HUB = {
 ONE_OF_A_KIND = {
     "a compressed listing", "pages without end", "a listing without end", "come again in days", "a list of null",
     "a file without end", "controls in an address", "a file that is a directory", "a negative size", "a long name",
-    "a revision of no commit",
+    "a revision of no commit", "folders without end", "folders of rubbish",
 }  # fmt: skip
 
 
