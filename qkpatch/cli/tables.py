@@ -12,11 +12,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from qkpatch.cli.console import markdown_results, results, safe
+from qkpatch.cli.console import lines, markdown_results, results, safe
 from qkpatch.cli.drawing import draw_spectrum, remarks
 from qkpatch.common.json_text import exact
 from qkpatch.common.number_ranges import format_ranges
-from qkpatch.common.text import size_text, verify_command
+from qkpatch.common.text import LONGEST, cut, size_text, verify_command
+from qkpatch.errors import plain
 
 if TYPE_CHECKING:
     from qkpatch.compare.verify import Verification
@@ -129,7 +130,7 @@ def show_applied(plan: EditPlan, manifest: Manifest, source: str, out: Path) -> 
             f"{n_of['copied']} file(s) copied{anew}, {size_text(plan.output_bytes)}{taken_over}"
         )
         command = verify_command(str(out), source, plan.model.recipe_file)
-        console.print(f"Prove it with: {safe(command)}", soft_wrap=True)
+        console.print(f"Prove it with: {plain(command)}", soft_wrap=True, markup=False)
 
 
 def _heading(console: Console, plan: EditPlan) -> None:
@@ -259,10 +260,9 @@ def show_publication(publication: Publication) -> None:
 def show_verification(result: Verification, out: Path) -> None:
     """Print every mismatch and note, then the verdict."""
     with results() as console:
-        for mismatch in result.mismatches:
-            console.print(f"[red]mismatch[/] {safe(mismatch.where)}: {safe(mismatch.what)}", soft_wrap=True)
-        for note in result.notes:
-            console.print(f"[yellow]note[/] {safe(note)}", soft_wrap=True)
+        wrong = [f"{cut(mismatch.where, LONGEST // 2)}: {mismatch.what}" for mismatch in result.mismatches]
+        for line in (*lines("[red]mismatch[/]", wrong), *lines("[yellow]note[/]", result.notes)):
+            console.print(line, soft_wrap=True)
         if result.ok:
             console.print(
                 f"[green]ok[/] {safe(str(out))}: {result.files} files, {size_text(result.compared_bytes)} compared; "
