@@ -142,7 +142,8 @@ def _without_copy(
 ) -> None:
     """Write a patch file, or rewrite SOURCE's rows."""
     from qkpatch import api
-    from qkpatch.cli.console import bars, note, print_text, show_warnings
+    from qkpatch.cli.console import note, print_text, show_warnings
+    from qkpatch.cli.progress import bars
     from qkpatch.cli.tables import show_edits
     from qkpatch.common.text import as_word, size_text
     from qkpatch.planning.patch_file import read_patch
