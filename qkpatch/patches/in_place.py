@@ -110,7 +110,8 @@ def make_patch(
         record = Record(digests, {t.query.name: read_digest(t, heads, checkpoint.opened) for t in plan.edits})
         checkpoint.check_still()
         tensors = [(ref, new) for ref in held.values()]
-        folder.replace(path.name, lambda out: write_patch(out, tensors, manifest, record))
+        part = f"{path.name}.{os.getpid()}"
+        folder.replace(path.name, lambda out: write_patch(out, tensors, manifest, record), part)
         folder.sync()
     return path
 

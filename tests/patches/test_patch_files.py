@@ -90,8 +90,11 @@ def test_rows_are_found_by_their_tensors_however_a_source_is_sharded(
     assert run("apply", sharded, "--patch", patch, "-o", tmp_path / "patched").exit_code == 0
     assert run("apply", sharded, "--layers", "0-2", "--modes", "2", "-o", tmp_path / "direct").exit_code == 0
     a, b = contents(tmp_path / "patched"), contents(tmp_path / "direct")
-    # Said by the recipe or by flags is the same edit.
     assert a == b
+    before = contents(sharded)
+    assert run("apply", sharded, "--patch", patch, "--in-place").exit_code == 0
+    assert run("revert", sharded).exit_code == 0
+    assert contents(sharded) == before
 
 
 def test_fp8_scales_travel_along(tmp_path: Path, run: Run) -> None:
