@@ -45,14 +45,6 @@ def check_space(out: Path, files: Collection[OutputFile]) -> None:
     )
 
 
-def check_free(folder: Path, needed: int) -> None:
-    """Raise :class:`FileSystemError` where fewer bytes than ``needed`` are free on the file system of a folder."""
-    if (free := free_bytes(folder / "-")) is not None and free < needed:
-        raise FileSystemError(
-            f"{needed:,} bytes are needed, and {free:,} are free", where=str(folder), fix="free some space"
-        )
-
-
 def _written_bytes(file: OutputFile) -> int:
     """Its size without holes."""
     total = len(file.own)

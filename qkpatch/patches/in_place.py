@@ -1,7 +1,4 @@
-"""Edits without a copy: all new rows are computed first, into a patch file; and from there into SOURCE itself.
-
-The undo file is on the disk before a row of SOURCE is written.
-"""
+"""Edits without a copy: all new rows are computed into a patch file, and with the undo file there, go into SOURCE."""
 
 from __future__ import annotations
 
@@ -20,10 +17,10 @@ from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.source import MANIFEST_NAME
 from qkpatch.common.interrupts import signals_held, signals_let_through
 from qkpatch.common.observer import UNSEEN, Observer
-from qkpatch.errors import UsageError
+from qkpatch.errors import FileSystemError, UsageError
 from qkpatch.output.destination import check_apart
 from qkpatch.output.options import Digest, Writing
-from qkpatch.output.space import check_free
+from qkpatch.output.space import free_bytes
 from qkpatch.patches.undo import (
     SMALL,
     check_absent,
@@ -51,19 +48,14 @@ def make_patch(
     threads: int | None = None,
     observer: Observer = UNSEEN,
 ) -> Path:
-    """Write no OUT but a patch file: the planned rows' new bytes, with digests of these and of what they replace.
-
-    It appears whole, or not at all; of a repository, only what the edit reads is fetched.
+    """Write no OUT but a patch file, whole or not at all: the planned rows' new bytes, and digests of both sides.
 
     Args:
-        plan: of :func:`qkpatch.plan`.
+        plan: of :func:`qkpatch.plan`; of a repository, only what the edit reads is fetched.
         file: which, not there yet; by default ``plan.default_name`` and ``.qkpatch``.
         device: as of :func:`qkpatch.apply`.
         threads: as of :func:`qkpatch.apply`.
         observer: hears of heads.
-
-    Returns:
-        Where it is.
 
     Raises:
         UsageError: it is there already, or lies in SOURCE; the plan is of a patch, or says how OUT is written.
@@ -87,7 +79,8 @@ def make_patch(
         held[name] = replace(ref, begin=size, end=size + ref.nbytes)
         size += ref.nbytes
     places = {(ref.shard, ref.begin): held[name].begin for name, ref in rows.items()}
-    check_free(path.absolute().parent, 2 * size)
+    if (free := free_bytes(path)) is not None and free < 2 * size:
+        raise FileSystemError(f"{2 * size:,} bytes are needed, and {free:,} are free", where=str(path.parent))
     with Rooted(path.absolute().parent) as folder, ExitStack() as stack:
         with os_errors("create a file", folder.path):
             rows_file = stack.enter_context(tempfile.TemporaryFile(prefix=path.name, dir=folder.path))
@@ -186,12 +179,14 @@ def check_in_place(plan: EditPlan) -> Path:
 
 def _done(folder: Rooted, plan: EditPlan) -> Manifest:
     """The manifest of the edit in place that was made, where that is this very one."""
-    raw, planned = plan.model.checkpoint.previous_manifest, planned_manifest(plan, "")
-    made = None if raw is None else Manifest.loads(raw, str(folder.path / MANIFEST_NAME))
-    if made is None or (made.edit, made.recipe) != (planned.edit, planned.recipe):
-        what = f"it was edited in place already, and {UNDO} leads back from there alone"
-        fix = "undo that first: qkpatch revert SOURCE; or edit a copy: -o OUT"
-        raise UsageError(what, where=str(folder.path), fix=fix)
+    made = Manifest.loads(plan.model.checkpoint.previous_manifest or b"", str(folder.path / MANIFEST_NAME))
+    planned = planned_manifest(plan, "")
+    if (made.edit, made.recipe) != (planned.edit, planned.recipe):
+        what, where = (
+            f"it was edited in place already, and {UNDO} leads back from there alone",
+            str(folder.path),
+        )
+        raise UsageError(what, where=where, fix="first qkpatch revert SOURCE; or edit a copy: -o OUT")
     check_as_left(folder)
     return replace(made, run=replace(made.run, already_done=True))
 

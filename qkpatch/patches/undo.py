@@ -20,10 +20,12 @@ from qkpatch.checkpoint.header import TensorRef, read_header
 from qkpatch.checkpoint.names import PART, UNDO, UNFINISHED
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME
+from qkpatch.checkpoint.tree import walk_files
 from qkpatch.common.interrupts import signals_held, signals_let_through
 from qkpatch.errors import UsageError
 from qkpatch.output.destination import check_out, refuse_overlap
-from qkpatch.output.space import check_free
+from qkpatch.output.layout import OutputFile
+from qkpatch.output.space import check_space
 from qkpatch.output.staging import Staging
 from qkpatch.planning.patch_file import Patch, read_patch
 
@@ -35,17 +37,13 @@ SMALL = {
 
 @contextmanager
 def locked(place: Path) -> Iterator[Rooted]:
-    """The folder of a checkpoint, for one qkpatch alone, without what a kill left of files that were never whole.
-
-    Raises:
-        UsageError: another one has it.
-    """
+    """The folder of a checkpoint, for one qkpatch alone, without what a kill left of files that were never whole."""
     with Rooted(Path(os.path.realpath(place))) as folder:
         try:
             fcntl.flock(folder.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            what, fix = "another qkpatch edits or restores it", "wait until that is done"
-            raise UsageError(what, where=str(place), fix=fix) from error
+            what = "another qkpatch edits or restores it"
+            raise UsageError(what, where=str(place), fix="wait until that is done") from error
         except OSError:
             pass  # a file system without locks
         for name in folder.names():
@@ -63,12 +61,7 @@ def move(folder: Rooted, name: str, new: str) -> None:
 
 
 def undo_in(folder: Rooted) -> Patch:
-    """The undo file of a folder, of an edit that is whole or not.
-
-    Raises:
-        UsageError: there is none.
-        CheckpointError: it is damaged.
-    """
+    """The undo file of a folder, of an edit that is whole or not; raises :class:`UsageError` where there is none."""
     name = UNDO if folder.status(UNFINISHED) is None else UNFINISHED
     status, here = folder.status(name), Path(os.path.realpath(f"/proc/self/fd/{folder.fd}"))
     undo = read_patch(here / name) if status is not None and stat.S_ISREG(status.st_mode) else None
@@ -81,12 +74,7 @@ def undo_in(folder: Rooted) -> Patch:
 
 @contextmanager
 def writable(folder: Rooted, names: Collection[str]) -> Iterator[dict[str, LocalOpenFile]]:
-    """Files of a folder, open for reading and writing.
-
-    Raises:
-        UsageError: one is a link, or has other names, by which it would change as well; or is read-only.
-        FileSystemError: one cannot be opened.
-    """
+    """Files of a folder, open for reading and writing; raises :class:`UsageError` where one is not to be rewritten."""
     with ExitStack() as stack:
         found = {}
         for name in sorted(names):
@@ -181,7 +169,7 @@ def _write_copy(folder: Rooted, out: Path) -> None:
     check_absent(out)
     check_out(out, overwrite=False, force=False)
     refuse_overlap(out, inside=[folder.path], holding=[folder.path])
-    check_free(out.absolute().parent, sum(status.st_size for _, status in folder.walk()))
+    check_space(out, [OutputFile.copy_of(file) for file in walk_files(folder.path).files.values()])
 
     def copy(here: str, there: str) -> None:
         with os_errors("copy", here, out):

@@ -77,11 +77,9 @@ class Patch:
         return found
 
     def plan(self, source: str, besides: Request, access: Access) -> EditPlan:
-        """The plan that its edit leads to on SOURCE, written from its rows.
+        """The plan that its edit leads to on SOURCE, written from its rows; ``besides`` says how, and no edit.
 
-        Raises:
-            UsageError: ``besides`` says an edit, more than how OUT is written; SOURCE has other rows.
-            QKPatchError: as :func:`make_plan`.
+        Raises as :func:`make_plan`, and :class:`UsageError` where SOURCE has other rows.
         """
         made, recipe = self.manifest, besides.recipe or self.manifest.recipe.name
         how = Request(max_shard_size=besides.max_shard_size, exclude=besides.exclude)
@@ -143,12 +141,7 @@ def read_digest(target: LayerTarget, heads: Sequence[int], opened: Opened) -> st
 
 
 def read_patch(path: Path) -> Patch:
-    """A patch file or an undo file; no more of it is in memory than its header.
-
-    Raises:
-        CheckpointError: it is none, or damaged.
-        FileSystemError: it cannot be read.
-    """
+    """A patch or undo file, its header in memory; raises :class:`CheckpointError` where it is none, or damaged."""
     file = source_file(path, path.name, fix="name a file that --patch-only made")
     try:
         with file.open() as opened:

@@ -12,22 +12,13 @@ from qkpatch.checkpoint.names import UNFINISHED
 from qkpatch.cli.command import command
 from qkpatch.cli.commands.plan import preview
 from qkpatch.cli.commands.publishing import push_out, push_wish, show_commit
-from qkpatch.cli.flags import (
-    EditFlags,
-    PatchFlags,
-    PushFlags,
-    RunFlags,
-    ShowFlags,
-    SourceArg,
-    WriteFlags,
-    expanded,
-)
+from qkpatch.cli.flags import EditFlags, PushFlags, RunFlags, ShowFlags, SourceArg, WriteFlags, expanded
+from qkpatch.cli.flags import PatchFlags as Patching
 from qkpatch.errors import UsageError
 from qkpatch.output.options import Digest, Writing
 
 if TYPE_CHECKING:
     from qkpatch.planning.plan import EditPlan
-    from qkpatch.planning.request import Request
     from qkpatch.publishing.commit_plan import Publication, Wish
 
 
@@ -48,7 +39,7 @@ def apply(
     edit: EditFlags,
     run: RunFlags,
     write: WriteFlags,
-    patches: PatchFlags,
+    patches: Patching,
     publish: PushFlags,
     show: ShowFlags,
     no_cache: Annotated[
@@ -65,30 +56,42 @@ def apply(
     from qkpatch import api
     from qkpatch.cli.console import note, print_text, show_warnings
     from qkpatch.cli.progress import bars
-    from qkpatch.cli.tables import show_applied
-    from qkpatch.common.text import size_text
+    from qkpatch.cli.tables import show_applied, show_edits
+    from qkpatch.common.text import as_word, size_text
     from qkpatch.model.locate import local_path
     from qkpatch.output.destination import check_out
+    from qkpatch.planning.patch_file import read_patch
 
     writing = Writing(**vars(write))
     request, wish = edit.request, push_wish(publish)
-    if patches.patch_only or patches.in_place:
-        of_copies = {**vars(write), "dry-run": dry_run, "no-cache": no_cache, "push": wish}
-        of_copies["digest"] = write.digest in (
-            {Digest.files} if patches.in_place else {Digest.files, Digest.none}
+    own = "--patch-only" if patches.patch_only else "--in-place" if patches.in_place else None
+    if own is not None:
+        others = {
+            **vars(write),
+            "in-place": patches.in_place,
+            "out": patches.in_place and out,
+            "dry-run": dry_run,
+        }
+        others |= {"patch": patches.patch_only and patches.patch, "no-cache": no_cache, "push": wish}
+        others["digest"] = write.digest is Digest.files or (
+            patches.patch_only and write.digest is Digest.none
         )
-        of_copies |= {"patch": patches.patch_only and patches.patch, "out": patches.in_place and out}
-        of_copies["patch-only"] = patches.in_place and patches.patch_only
-        if wrong := [flag.replace("_", "-") for flag, given in of_copies.items() if given]:
-            own = "--in-place" if patches.in_place else "--patch-only"
-            raise UsageError(f"--{wrong[0]} and {own} do not go together", where=own, fix="leave one out")
-        _without_copy(source, out, request, run, writing, patches, show)
-        return
+        if wrong := [
+            f"--{name.replace('_', '-')}" for name, given in others.items() if given and f"--{name}" != own
+        ]:
+            raise UsageError(
+                f"{wrong[0]} and {own} do not go together", where=own, fix="leave one of them out"
+            )
+        if patches.in_place and (Path(source) / UNFINISHED).exists():
+            note("An edit in place had been cut short: it is undone first")
+            api.revert(source)
     if no_cache and local_path(source) is not None:
         raise UsageError("SOURCE is on this machine already", where="--no-cache", fix="leave it out")
     if no_cache and (writing.link or writing.link_cache):
         raise UsageError("nothing is there to link to", where="--link", fix="leave out --link or --no-cache")
-    if out is not None and local_path(source) is None:  # else once it is known to lie apart from SOURCE
+    if (
+        out is not None and own is None and local_path(source) is None
+    ):  # else once it is known to lie apart from SOURCE
         check_out(out, overwrite=writing.overwrite, force=writing.force)
     # What is in OUT is read once, when a run begins.
     seen, cache = out if dry_run else None, not no_cache
@@ -100,76 +103,41 @@ def apply(
             show_commit(publication, show)
         return
     say = (lambda _: None) if show.quiet else note
-    if out is None:
+    if out is None and own is None:
         out = plan.default_out
         place = "in the current directory" if out.parent == Path() else "beside SOURCE"
         say(f"OUT is not named, so it is {out} {place}")
     _foreseen(plan, wish, run)  # what is refused is refused before a download
     model = plan.model
     with bars(quiet=show.is_bare) as observer:
-        if model.source.path is None and not no_cache:
-            size = size_text(model.checkpoint.size)
-            say(f"{model.source.name}: {size} into the Hub cache, unless OUT is done already")
-        manifest = api.apply(
-            plan,
-            out,
-            device=run.device,
-            threads=run.threads,
-            cache=not no_cache,
-            observer=observer,
-            writing=writing,
-        )
+        how: dict[str, Any] = {**vars(run), "observer": observer}
+        if patches.in_place:
+            manifest = api.apply_in_place(plan, digest=write.digest, **how)
+        elif patches.patch_only:
+            out = api.make_patch(plan, out, **how)
+            manifest = read_patch(out).manifest
+        else:
+            if model.source.path is None and not no_cache:
+                size = size_text(model.checkpoint.size)
+                say(f"{model.source.name}: {size} into the Hub cache, unless OUT is done already")
+            manifest = api.apply(plan, out, cache=not no_cache, writing=writing, **how)
     if not show.quiet:
         show_warnings([*manifest.warnings, *(manifest.run.weaker or ())])
-    if not show.is_bare:
+    if not show.is_bare and own is None and out is not None:
         show_applied(plan, manifest, source, out)
-    if wish is not None:
+    elif not show.is_bare:
+        then = ["qkpatch", "revert" if out is None else "apply", as_word(source)]
+        then += [] if out is None else ["--patch", as_word(str(out)), "-o", "OUT"]
+        did = "Already done" if manifest.run.already_done else "Edited in place" if out is None else "Wrote"
+        rows = f"{len(manifest.edits)} tensor(s), {size_text(plan.edited_bytes)} of rows"
+        verb = "Undo" if out is None else "Apply"
+        show_edits(plan, manifest, f"{did} {out or source}: {rows}", f"{verb} it with: {shlex.join(then)}")
+    if wish is not None and out is not None:
         where = None if plan.model.source.kind == "hub" else source
         say(f"Published: {push_out(out, wish, where, plan.model.recipe_file, show)}")
     # Last, so that stdout is one document: this, or an error.
     if show.as_json:
         print_text(manifest.dumps())
-
-
-def _without_copy(
-    source: str,
-    out: Path | None,
-    request: Request,
-    run: RunFlags,
-    writing: Writing,
-    patches: PatchFlags,
-    show: ShowFlags,
-) -> None:
-    """Write a patch file, or rewrite SOURCE's rows."""
-    from qkpatch import api
-    from qkpatch.cli.console import note, print_text, show_warnings
-    from qkpatch.cli.progress import bars
-    from qkpatch.cli.tables import show_edits
-    from qkpatch.common.text import as_word, size_text
-    from qkpatch.planning.patch_file import read_patch
-
-    if patches.in_place and (Path(source) / UNFINISHED).exists():
-        note("An edit in place had been cut short: it is undone first")
-        api.revert(source)
-    plan, how = api.plan(source, request, patch=patches.patch), dict[str, Any](vars(run))
-    with bars(quiet=show.is_bare) as observer:
-        if patches.in_place:
-            manifest = api.apply_in_place(plan, digest=writing.digest, **how, observer=observer)
-            words, said = ["qkpatch", "revert", as_word(source)], f"Edited {source} in place"
-        else:
-            file = api.make_patch(plan, out, **how, observer=observer)
-            manifest, said = read_patch(file).manifest, f"Wrote {file}"
-            words = ["qkpatch", "apply", as_word(source), "--patch", as_word(str(file)), "-o", "OUT"]
-    if not show.quiet:
-        show_warnings(manifest.warnings)
-    if show.as_json:
-        print_text(manifest.dumps())
-    elif not show.quiet:
-        done = "Already done: " if manifest.run.already_done else ""
-        what = f"{done}{said}: {len(manifest.edits)} tensor(s), {size_text(plan.edited_bytes)} of rows"
-        show_edits(
-            plan, manifest, what, f"{'Undo' if patches.in_place else 'Apply'} it with: {shlex.join(words)}"
-        )
 
 
 def _foreseen(plan: EditPlan, wish: Wish | None, run: RunFlags) -> Publication | None:
