@@ -40,7 +40,7 @@ def command(function: Command) -> Command:
         with unwinding_on_kill():
             try:
                 with machine_errors():
-                    function(**gathered(kwargs))
+                    function(**gathered({**kwargs}))
             except QKPatchError as error:
                 if kwargs.get("debug"):
                     raise

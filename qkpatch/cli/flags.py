@@ -66,11 +66,6 @@ PrefixOpt = Annotated[
 ConfigOpt = Annotated[
     Path | None, typer.Option(help="The same settings as a YAML file; flags win.", metavar="EDIT.yaml")
 ]
-DeviceOpt = Annotated[str, typer.Option(help="cpu, cuda, cuda:i, or auto: cuda where there is one.")]
-ThreadsOpt = Annotated[
-    int | None,
-    typer.Option(help="Heads that are computed side by side.", show_default="processors, within 450 MiB"),
-]
 ShardOpt = Annotated[
     str | None,
     typer.Option(
@@ -89,6 +84,9 @@ ExcludeOpt = Annotated[
         show_default=False,
     ),
 ]
+OwnRecipeOpt = Annotated[
+    str | None, typer.Option(help="The YAML file, where it was made by one of yours.", metavar="FILE")
+]
 OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of qkpatch.")]
 ForceOpt = Annotated[bool, typer.Option("--force", help="With --overwrite: replace OUT whatever it holds.")]
 DigestOpt = Annotated[
@@ -99,26 +97,6 @@ LinkOpt = Annotated[bool, typer.Option("--link", help="Hard links to files of SO
 LinkCacheOpt = Annotated[bool, typer.Option("--link-cache", help="The same, even to files in the Hub cache.")]
 ResumeOpt = Annotated[
     bool, typer.Option("--resume", help="Keep what is done where the run ends early, and take it over.")
-]
-PushOpt = Annotated[
-    str | None,
-    typer.Option("--push", metavar="ORG/NAME", help="Publish OUT there, in one commit.", show_default=False),
-]
-PrivateOpt = Annotated[bool, typer.Option("--private", help="With --push: a new repository is private.")]
-CreatePrOpt = Annotated[
-    bool, typer.Option("--create-pr", help="With --push: a pull request instead of a commit.")
-]
-IncludeOpt = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--include",
-        metavar="NAME",
-        help="With --push: also this file, or glob, that SOURCE has by a link to elsewhere; repeatable.",
-        show_default=False,
-    ),
-]
-IncludeHiddenOpt = Annotated[
-    bool, typer.Option("--include-hidden", help="With --push: also files that are private by name.")
 ]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
@@ -136,6 +114,16 @@ def _named(text: str) -> Path:
     return Path(text)
 
 
+OutOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        "-o",
+        help="Directory to write.",
+        show_default="SOURCE's name, qkpatch, a hash of the edit",
+        callback=expanded,
+    ),
+]
 OutArg = Annotated[
     Path, typer.Argument(metavar="OUT", help="What `apply` wrote.", show_default=False, parser=_named)
 ]
@@ -184,8 +172,11 @@ class EditFlags:
 class RunFlags:
     """Where heads are computed."""
 
-    device: DeviceOpt = "cpu"
-    threads: ThreadsOpt = None
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:i, or auto: cuda where there is one.")] = "cpu"
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Heads that are computed side by side.", show_default="processors, within 450 MiB"),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -204,11 +195,27 @@ class WriteFlags:
 class PushFlags:
     """What is published, and where."""
 
-    push: PushOpt = None
-    private: PrivateOpt = False
-    create_pr: CreatePrOpt = False
-    include: IncludeOpt = None
-    include_hidden: IncludeHiddenOpt = False
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="ORG/NAME", help="Publish OUT there, in one commit.", show_default=False),
+    ] = None
+    private: Annotated[bool, typer.Option("--private", help="With --push: a new repository is private.")] = (
+        False
+    )
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="With --push: a pull request instead of a commit.")
+    ] = False
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="With --push: also this file, or glob, that SOURCE has by a link to elsewhere; repeatable.",
+            show_default=False,
+        ),
+    ] = None
+    include_hidden: Annotated[
+        bool, typer.Option("--include-hidden", help="With --push: also files that are private by name.")
+    ] = False
 
 
 @dataclass(frozen=True)
@@ -239,24 +246,17 @@ def spread(
             continue
         groups[parameter.name] = cast("type[Any]", hint)
         inner = get_type_hints(hint, include_extras=True)
+        kind = inspect.Parameter.KEYWORD_ONLY
         shown += [
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=field.default,
-                annotation=inner[field.name],
-            )
+            inspect.Parameter(field.name, kind, default=field.default, annotation=inner[field.name])
             for field in fields(hint)
         ]
 
     def gathered(given: dict[str, Any]) -> dict[str, Any]:
-        given = dict(given)
-        made = {
-            name: group(
-                **{field.name: given.pop(field.name) for field in fields(group) if field.name in given}
-            )
-            for name, group in groups.items()
-        }
+        made = {}
+        for name, group in groups.items():
+            said = {field.name: given.pop(field.name) for field in fields(group) if field.name in given}
+            made[name] = group(**said)
         return {**given, **made}
 
     return inspect.Signature(shown), gathered

@@ -113,9 +113,8 @@ def top_level(text: str, where: str) -> dict[str, Entry] | None:
     # In braces, indented, behind a question mark, or with names for values, lines do not stand by themselves.
     if root.flow_style or "&" in text or any(key.start_mark.column for key in keys):
         alone = (yaml.MappingNode(root.tag, [pair], flow_style=False) for pair in root.value)
-        lines = [
-            yaml.serialize(entry, None, yaml.SafeDumper, allow_unicode=True, width=1e9) for entry in alone
-        ]
+        how: dict[str, Any] = {"Dumper": yaml.SafeDumper, "allow_unicode": True, "width": 1e9}
+        lines = [yaml.serialize(entry, **how) for entry in alone]
     return {
         key.value: (own, _texts(value))
         for (key, value), own in zip(root.value, lines, strict=False)

@@ -26,11 +26,8 @@ def differences(
     theirs, ours = (as_json(m.recipe) for m in (manifest, planned))
     other = [key for key in _RECIPE_KEYS if _deciding(theirs[key]) != _deciding(ours[key])]
     if other:
-        yield Mismatch(
-            MANIFEST_NAME,
-            f"it was made with another recipe called {recipe.name} ({', '.join(other)} differ); "
-            "if that is a file of yours, say --recipe FILE.yaml",
-        )
+        what = f"it was made with another recipe called {recipe.name} ({', '.join(other)} differ)"
+        yield Mismatch(MANIFEST_NAME, f"{what}; if that is a file of yours, say --recipe FILE.yaml")
     for block in ("edit", "model"):
         ours, theirs = (as_json(getattr(m, block)) for m in (planned, manifest))
         # The flags may have said the same as the recipe.
@@ -38,9 +35,7 @@ def differences(
             if theirs[key] != ours[key]:
                 yield Mismatch(MANIFEST_NAME, f"{block}.{key} is {theirs[key]!r}, planned {ours[key]!r}")
     if manifest.source.previous_edit != planned.source.previous_edit:
-        yield Mismatch(
-            MANIFEST_NAME, "source.previous_edit is not the edit that SOURCE's own manifest records"
-        )
+        yield Mismatch(MANIFEST_NAME, "source.previous_edit is not what SOURCE's own manifest records")
     files = {file.name: file for file in manifest.files}
     for file in planned.files:
         noted = files.pop(file.name, None)
@@ -89,7 +84,7 @@ def _contradictions(manifest: Manifest, planned: Manifest, plan: EditPlan) -> It
     digests = [d for e in manifest.edits for w in e.written for d in (w.sha256_before, w.sha256_after)]
     if None in digests and (any(digests) if digest is None else digest is not Digest.none):
         yield Mismatch(
-            MANIFEST_NAME, "digests of edited tensors are missing, and the manifest says that they are there"
+            MANIFEST_NAME, "digests of edited tensors are missing, and it says that they are there"
         )
 
 

@@ -62,11 +62,9 @@ def _check_endpoint() -> None:
     from huggingface_hub import constants
 
     if "@" in urlsplit(constants.ENDPOINT).netloc:
-        raise HubError(
-            "HF_ENDPOINT has a user name or a password in it, which would be sent in place of the token",
-            where=constants.ENDPOINT,
-            fix="leave them out; what the endpoint is to know of you goes into HF_TOKEN",
-        )
+        what = "HF_ENDPOINT has a user name or a password in it, which would be sent in place of the token"
+        fix = "leave them out; what the endpoint is to know of you goes into HF_TOKEN"
+        raise HubError(what, where=constants.ENDPOINT, fix=fix)
 
 
 def _check_request(request: Any) -> None:

@@ -114,13 +114,10 @@ class Transfer:
             said = _RANGE.fullmatch(response.headers.get("content-range", "").strip())
             numbers = said and tuple(map(int, said.groups()))
             if response.status_code != 206 or numbers != (begin, end - 1, file.size):
-                text = response.headers.get("content-range", "nothing")
-                raise self._error(
-                    file,
-                    f"bytes {begin}-{end - 1} of {file.size} were asked for, and {text} came "
-                    f"(status {response.status_code})",
-                    "try again; if it stays, what HF_ENDPOINT or a proxy delivers is not the listed file",
-                )
+                came = f"{response.headers.get('content-range', 'nothing')} (status {response.status_code})"
+                what = f"bytes {begin}-{end - 1} of {file.size} were asked for, and there came {came}"
+                fix = "try again; if it stays, what HF_ENDPOINT or a proxy delivers is not the listed file"
+                raise self._error(file, what, fix)
             yield from self._body(file, response, end - begin)
 
     def _body(self, file: Listed, response: Any, size: int) -> Iterator[bytes]:
@@ -130,9 +127,8 @@ class Transfer:
             for chunk in response.iter_raw():  # as they come: what came before a break is kept
                 came += len(chunk)
                 if came > size:
-                    raise self._error(
-                        file, f"more than the {size} bytes came", "is there a proxy in between?"
-                    )
+                    what = f"more than the {size} bytes came"
+                    raise self._error(file, what, "is there a proxy in between?")
                 yield chunk
         except httpx().TransportError as error:
             raise _BrokenError(f"{error or type(error).__name__}") from error
@@ -197,9 +193,7 @@ class Transfer:
     def _next(self, file: Listed, response: Any, url: str, home: str) -> str:
         redirected: str = urljoin(url, response.headers.get("location", ""))
         if _origin(redirected)[0] not in ("https", _origin(url)[0]):
-            raise self._error(
-                file, "redirected from https to something else", "check HF_ENDPOINT and proxies"
-            )
+            raise self._error(file, "redirected from https to something else", "check HF_ENDPOINT, proxies")
         if _origin(url) == _origin(home):
             self._check_listing(file, response)
         return redirected
@@ -211,12 +205,11 @@ class Transfer:
         tag = _tag(said.get("x-linked-etag", ""))
         is_other = file.sha256 is not None and re.fullmatch("[0-9a-f]{64}", tag) and tag != file.sha256
         if commit != self._commit or size != str(file.size) or is_other:
-            raise self._error(
-                file,
-                f"the Hub listed another file: commit {self._commit[:12]}, {file.size} bytes; now it says "
+            listed, now = (
+                f"commit {self._commit[:12]}, {file.size} bytes",
                 f"commit {commit[:12]}, {size} bytes",
-                "try again",
             )
+            raise self._error(file, f"the Hub listed another file: {listed}; now it says {now}", "try again")
 
     def _check_tag(self, file: Listed, response: Any) -> None:
         tag = _tag(response.headers.get("etag", ""))
@@ -233,9 +226,8 @@ class Transfer:
         if status in _AGAIN:
             raise _BrokenError(f"the Hub answered {status}", retry_after(response.headers))
         if status == 416:
-            raise self._error(
-                file, f"the Hub lists {file.size} bytes, and says that there are fewer", "try again"
-            )
+            what = f"the Hub lists {file.size} bytes, and says that there are fewer"
+            raise self._error(file, what, "try again")
         from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
 
         response.read()
@@ -248,11 +240,8 @@ class Transfer:
 
 def _origin(url: str) -> tuple[str, str, int | None]:
     parts = urlsplit(url)
-    return (
-        parts.scheme,
-        (parts.hostname or "").lower(),
-        parts.port or {"http": 80, "https": 443}.get(parts.scheme),
-    )
+    port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    return parts.scheme, (parts.hostname or "").lower(), port
 
 
 def _tag(text: str) -> str:

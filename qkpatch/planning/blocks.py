@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from qkpatch.common.json_text import Json
 from qkpatch.common.typed_json import LEFT_OUT
 from qkpatch.output.options import Digest
+from qkpatch.recipes.heads import RowLayout
 from qkpatch.recipes.recipe import ConfigValue
-from qkpatch.recipes.rows import RowLayout
 from qkpatch.spectral.rule import Channel, Select
 
 

@@ -58,23 +58,17 @@ class FrontMatter:
 
     def _worth(self, key: str) -> str:
         lines, texts = self.entries[key]
-        good = [
-            t
-            for t in self.listed(key)
-            if (_REPOSITORY.fullmatch(t) if key in _OF_REPOSITORIES else not _LOCAL.match(t))
-        ]
+        is_name = key in _OF_REPOSITORIES
+        good = [t for t in self.listed(key) if (_REPOSITORY.fullmatch(t) if is_name else not _LOCAL.match(t))]
         if len(good) == len(texts or ()) and (texts is not None or key not in _OF_REPOSITORIES):
             return lines if lines.endswith("\n") else lines + "\n"
         return _lines(key, good) if good else ""
 
 
 def _lines(key: str, value: str | list[str]) -> str:
-    items = (
-        f" {_scalar(value)}\n"
-        if isinstance(value, str)
-        else "".join(["\n", *(f"- {_scalar(v)}\n" for v in value)])
-    )
-    return f"{_scalar(key)}:{items}"
+    if isinstance(value, str):
+        return f"{_scalar(key)}: {_scalar(value)}\n"
+    return "".join([f"{_scalar(key)}:\n", *(f"- {_scalar(item)}\n" for item in value)])
 
 
 def _scalar(text: str) -> str:

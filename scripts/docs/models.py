@@ -7,8 +7,8 @@ from pathlib import Path
 
 from qkpatch.recipes.catalogue import shipped_recipes
 from qkpatch.recipes.descriptions import attention, defaults, layout, repository
+from qkpatch.recipes.heads import RowLayout
 from qkpatch.recipes.recipe import Recipe
-from qkpatch.recipes.rows import RowLayout
 from scripts.markdown import joined, table
 
 TESTED = {

@@ -13,7 +13,7 @@ import typer
 
 from qkpatch.cli.command import command
 from qkpatch.cli.commands.publishing import push_out, push_wish
-from qkpatch.cli.flags import DebugOpt, OutArg, PushFlags, QuietOpt, ShowFlags, check_present
+from qkpatch.cli.flags import DebugOpt, OutArg, OwnRecipeOpt, PushFlags, QuietOpt, ShowFlags, check_present
 from qkpatch.common.text import as_word
 from qkpatch.errors import UsageError
 
@@ -38,10 +38,7 @@ def card(
             show_default="the repository that the manifest names",
         ),
     ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(help="With --push: the YAML file, where it was made by one of yours.", metavar="FILE"),
-    ] = None,
+    recipe: OwnRecipeOpt = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With --push: do all but send.")] = False,
     write: Annotated[bool, typer.Option("--write", help="Put it in place of the card in OUT.")] = False,
     quiet: QuietOpt = False,
@@ -80,9 +77,6 @@ def _refuse_to_print_into(card: Path) -> None:
     with suppress(OSError):  # no such file, or stdout is none
         if os.path.samestat(os.fstat(sys.stdout.fileno()), card.stat()):
             cure = shlex.join(["qkpatch", "card", as_word(str(card.parent)), "--write"])
-            emptied = (
-                ""
-                if card.stat().st_size
-                else ", once SOURCE's README.md is there again: the shell emptied it"
-            )
-            raise UsageError("it would be printed into itself", where=str(card), fix=cure + emptied)
+            if not card.stat().st_size:
+                cure += ", once SOURCE's README.md is there again: the shell emptied it"
+            raise UsageError("it would be printed into itself", where=str(card), fix=cure)

@@ -22,6 +22,7 @@ from qkpatch.cli.flags import (
     RunFlags,
     SourceArg,
 )
+from qkpatch.common.typed_json import as_json
 from qkpatch.planning.request import Request, check_device_name
 
 if TYPE_CHECKING:
@@ -91,12 +92,5 @@ def _json(source: str, recipe: str, modes: int, layers: Sequence[LayerSpectra]) 
         "source": source,
         "recipe": recipe,
         "modes": modes,
-        "layers": [
-            {
-                "layer": layer.layer,
-                "attention": layer.attention,
-                "heads": [vars(head) for head in layer.heads],
-            }
-            for layer in layers
-        ],
+        "layers": as_json(layers),
     }

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from qkpatch.cli.command import command
-from qkpatch.cli.flags import EditFlags, RunFlags, ShowFlags, SourceArg, expanded
+from qkpatch.cli.flags import EditFlags, OutOpt, OverwriteOpt, RunFlags, ShowFlags, SourceArg
 from qkpatch.output.options import Writing
 from qkpatch.planning.request import check_device_name
 
@@ -21,13 +19,11 @@ if TYPE_CHECKING:
 def plan(
     source: SourceArg,
     *,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Where OUT would be.", callback=expanded)
-    ] = None,
+    out: OutOpt = None,
     edit: EditFlags,
     run: RunFlags,
     show: ShowFlags,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="OUT may be an earlier output.")] = False,
+    overwrite: OverwriteOpt = False,
 ) -> None:
     """Show what `apply` would do, from headers alone: tensors, heads, bytes, disk and memory."""
     from qkpatch import api
@@ -38,14 +34,7 @@ def plan(
 
 
 def preview(plan: EditPlan, out: Path | None, run: RunFlags, show: ShowFlags) -> None:
-    """Show a plan and what it would cost.
-
-    Args:
-        plan: the plan.
-        out: where OUT would be; None where it is not named.
-        run: device and threads, of which cost depends.
-        show: what is printed.
-    """
+    """Show a plan of which OUT would be ``out``, and what it would cost as ``run`` says."""
     from qkpatch.cli.console import print_text, show_warnings
     from qkpatch.cli.tables import show_plan
     from qkpatch.common.json_text import canonical_json
@@ -55,23 +44,21 @@ def preview(plan: EditPlan, out: Path | None, run: RunFlags, show: ShowFlags) ->
 
     n_tensors = len(plan.model.checkpoint.tensors)
     n_threads = choose_threads(run.threads, plan.head_memory, n_tensors)
-    memory = peak_memory(n_threads, plan.head_memory, n_tensors)
+    costs = {
+        "output_bytes": plan.output_bytes,
+        "edited_bytes": plan.edited_bytes,
+        "expected_peak_memory_bytes": peak_memory(n_threads, plan.head_memory, n_tensors),
+        "threads": n_threads,
+    }
     free_disk = free_bytes(plan.default_out if out is None else out)
+    if free_disk is not None:
+        costs["free_disk_bytes"] = free_disk
     if out is None and free_disk is not None and free_disk < plan.output_bytes:
-        what = (
-            f"OUT takes {plan.output_bytes:,} bytes, and {free_disk:,} are free here: choose a place with -o"
-        )
-        plan = replace(plan, warnings=(*plan.warnings, what))
+        what = f"OUT takes {plan.output_bytes:,} bytes, and {free_disk:,} are free here"
+        plan = replace(plan, warnings=(*plan.warnings, f"{what}: choose a place with -o"))
     if not show.quiet:
         show_warnings(plan.warnings)
     if show.as_json:
-        costs = {
-            "output_bytes": plan.output_bytes,
-            "edited_bytes": plan.edited_bytes,
-            "expected_peak_memory_bytes": memory,
-            "threads": n_threads,
-            **({} if free_disk is None else {"free_disk_bytes": free_disk}),
-        }
         print_text(canonical_json({**planned_manifest(plan, run.device).to_json(), "costs": costs}))
     elif not show.quiet:
-        show_plan(plan, free_disk, memory, n_threads)
+        show_plan(plan, costs)
