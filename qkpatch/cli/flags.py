@@ -84,9 +84,6 @@ ExcludeOpt = Annotated[
         show_default=False,
     ),
 ]
-OwnRecipeOpt = Annotated[
-    str | None, typer.Option(help="The YAML file, where it was made by one of yours.", metavar="FILE")
-]
 OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of qkpatch.")]
 ForceOpt = Annotated[bool, typer.Option("--force", help="With --overwrite: replace OUT whatever it holds.")]
 DigestOpt = Annotated[

@@ -13,7 +13,7 @@ import typer
 
 from qkpatch.cli.command import command
 from qkpatch.cli.commands.publishing import push_out, push_wish
-from qkpatch.cli.flags import DebugOpt, OutArg, OwnRecipeOpt, PushFlags, QuietOpt, ShowFlags, check_present
+from qkpatch.cli.flags import DebugOpt, OutArg, PushFlags, QuietOpt, ShowFlags, check_present
 from qkpatch.common.text import as_word
 from qkpatch.errors import UsageError
 
@@ -38,7 +38,9 @@ def card(
             show_default="the repository that the manifest names",
         ),
     ] = None,
-    recipe: OwnRecipeOpt = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="With --push: the YAML file of a recipe of yours.", metavar="FILE")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With --push: do all but send.")] = False,
     write: Annotated[bool, typer.Option("--write", help="Put it in place of the card in OUT.")] = False,
     quiet: QuietOpt = False,

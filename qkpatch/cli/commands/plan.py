@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from qkpatch.cli.command import command
-from qkpatch.cli.flags import EditFlags, OutOpt, OverwriteOpt, RunFlags, ShowFlags, SourceArg
+from qkpatch.cli.flags import EditFlags, OutOpt, RunFlags, ShowFlags, SourceArg
 from qkpatch.output.options import Writing
 from qkpatch.planning.request import check_device_name
 
@@ -23,7 +25,7 @@ def plan(
     edit: EditFlags,
     run: RunFlags,
     show: ShowFlags,
-    overwrite: OverwriteOpt = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="OUT may be an earlier output.")] = False,
 ) -> None:
     """Show what `apply` would do, from headers alone: tensors, heads, bytes, disk and memory."""
     from qkpatch import api

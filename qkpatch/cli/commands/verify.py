@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from qkpatch.cli.command import command
-from qkpatch.cli.flags import DebugOpt, JsonOpt, OutArg, OwnRecipeOpt, QuietOpt, check_present
+from qkpatch.cli.flags import DebugOpt, JsonOpt, OutArg, QuietOpt, check_present
 from qkpatch.errors import MismatchError
 
 
@@ -15,7 +15,9 @@ from qkpatch.errors import MismatchError
 def verify(
     out: OutArg,
     source: Annotated[str, typer.Option("--source", help="What it was made from.", show_default=False)],
-    recipe: OwnRecipeOpt = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="The YAML file, where it was made by one of yours.", metavar="FILE")
+    ] = None,
     recompute: Annotated[
         bool,
         typer.Option("--recompute/--no-recompute", help="Compute the edited heads anew, or bytes alone."),
