@@ -12,6 +12,7 @@ import json
 import os
 import pkgutil
 import select
+import shlex
 import signal
 import socket
 import subprocess
@@ -147,6 +148,11 @@ def run(
             stream.seek(0)
             said.append(stream.read().decode())
     return subprocess.CompletedProcess(["qkpatch", *arguments], code, *said)
+
+
+def shell(*arguments: object) -> str:
+    """The command line of a call, for a shell."""
+    return shlex.join([sys.executable, __file__, "call", started(), *map(str, arguments)])
 
 
 if __name__ == "__main__":
