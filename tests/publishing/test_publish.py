@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import os
-import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -14,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from cards import BASE_CARD, PATCHED, UNTOUCHED, base_model, edited_copy, lmms, parts, verified
 from conftest import REPO, Tiny
-from fake_hub import TOKEN, FakeHub, Repo, command, hub_environment, run_qkpatch
+from fake_hub import TOKEN, FakeHub, Repo, hub_environment, run_qkpatch
 from typer.testing import Result
 
 from qkpatch.planning.manifest import Manifest
@@ -377,13 +377,13 @@ def test_a_card_is_not_printed_into_itself(out: Path, tmp_path: Path, redirectio
 
     # A pipe is not seen through, but the card that it has emptied is missed.
     emptied = f": > {name}; " if "tee" in redirection else ""
-    done = bash(f"set -o pipefail; {emptied}{shlex.join(command('card', 'out'))} {redirection} {name}")
+    done = bash(f"set -o pipefail; {emptied}{warm.shell('card', 'out')} {redirection} {name}")
     assert done.returncode == (4 if emptied else 2), done.stderr
     assert "qkpatch card out --write" in done.stderr.replace("OUT", "out")
     assert (out / "README.md").read_text() == (BASE_CARD if redirection == ">>" else "")
     # The cure.
     (out / "README.md").write_text(BASE_CARD)
-    cured = bash(shlex.join(command("card", "out", "--write")))
+    cured = bash(warm.shell("card", "out", "--write"))
     assert cured.returncode == 0, cured.stderr
     assert "license: other\n" in (out / "README.md").read_text()
 
