@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qkpatch.cli.command import command
-from qkpatch.cli.flags import EditFlags, OutOpt, RunFlags, ShowFlags, SourceArg
+from qkpatch.cli.flags import EditFlags, MarkdownOpt, OutOpt, RunFlags, ShowFlags, SourceArg
 from qkpatch.output.options import Writing
 from qkpatch.planning.request import check_device_name
 
@@ -26,16 +26,19 @@ def plan(
     run: RunFlags,
     show: ShowFlags,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="OUT may be an earlier output.")] = False,
+    markdown: MarkdownOpt = False,
 ) -> None:
     """Show what `apply` would do, from headers alone: tensors, heads, bytes, disk and memory."""
     from qkpatch import api
 
     check_device_name(run.device)
     made = api.plan(source, edit.request, out=out, writing=Writing(overwrite=overwrite))
-    preview(made, out, run, show)
+    preview(made, out, run, show, is_markdown=markdown)
 
 
-def preview(plan: EditPlan, out: Path | None, run: RunFlags, show: ShowFlags) -> None:
+def preview(
+    plan: EditPlan, out: Path | None, run: RunFlags, show: ShowFlags, *, is_markdown: bool = False
+) -> None:
     """Show a plan of which OUT would be ``out``, and what it would cost as ``run`` says."""
     from qkpatch.cli.console import print_text, show_warnings
     from qkpatch.cli.tables import show_plan
@@ -58,9 +61,9 @@ def preview(plan: EditPlan, out: Path | None, run: RunFlags, show: ShowFlags) ->
     if out is None and free_disk is not None and free_disk < plan.output_bytes:
         what = f"OUT takes {plan.output_bytes:,} bytes, and {free_disk:,} are free here"
         plan = replace(plan, warnings=(*plan.warnings, f"{what}: choose a place with -o"))
-    if not show.quiet:
+    if not show.quiet and not is_markdown:
         show_warnings(plan.warnings)
     if show.as_json:
         print_text(canonical_json({**planned_manifest(plan, run.device).to_json(), "costs": costs}))
     elif not show.quiet:
-        show_plan(plan, costs)
+        show_plan(plan, costs, is_markdown=is_markdown)
