@@ -62,8 +62,7 @@ class Request:
         """``request``, or one of the fields ``edit`` in its place."""
         if request is not None and edit:
             raise UsageError(f"{', '.join(edit)} beside a request", fix="put it into the request")
-        request = cls.of(**edit) if request is None else request
-        request.check_seed()
+        (request := request or cls.of(**edit)).check_seed()
         return request
 
     def __post_init__(self) -> None:
@@ -136,7 +135,7 @@ def parse_request(text: bytes, where: str) -> Request:
     said: dict[str, Any] = {key: _range_text(root, key) for key in ("layers", "heads", "max_shard_size")}
     kinds = {**_KINDS, "attention": str, "alpha": float}
     said = {key: root.take_optional(key, kind) for key, kind in kinds.items() if key not in said} | said
-    said |= {"channel": root.takemember("channel", Channel), "select": root.takemember("select", Select)}
+    said |= {"channel": root.take_member("channel", Channel), "select": root.take_member("select", Select)}
     said["exclude"] = root.take_list("exclude", str)
     root.finish()
     return Request.of(**said)
