@@ -109,8 +109,7 @@ def _check_rank(plan: EditPlan, max_rank: int, runtime: Runtime) -> None:
             step = 2 if rule.channel is Channel.antisymmetric else 1  # whole pairs
             few = modes if modes <= max_rank else step
             fewer, some = max_rank // len(heads) // step * step, heads[: max_rank // few]
-            cures = [f"--modes {fewer}"] if fewer else []
+            cures = [f"--modes {fewer}"] * bool(fewer) + [f"--max-rank {rank}"] * (rank <= most)
             cures += [f"--heads {format_ranges(some)} --modes {few}"] if some else []
-            cures += [f"--max-rank {rank}"] if rank <= most else []
             what = f"{len(heads)} heads of {modes} modes make rank {rank}, more than {max_rank}"
             raise UsageError(what, where="--max-rank", fix=", or ".join(cures))

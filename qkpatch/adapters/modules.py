@@ -60,21 +60,16 @@ def query_modules(
     # Of another stack of layers than those that the class is known to have there, the path says nothing.
     is_known = path and not paths and all((each.prefix, each.names.query) in prefixes for each in model.sets)
     if not is_known or path == "without":
+        where, fix = f"--for {runtime.value}", "edit the checkpoint itself: qkpatch apply"
         what = f"what {' and '.join(classes)} calls its query modules is not known here, and is not guessed"
-        what = (
-            f"vLLM's table of supported models has {classes[0]} without LoRA" if path == "without" else what
-        )
-        raise UnsupportedError(
-            what, where=f"--for {runtime.value}", fix="edit the checkpoint itself: qkpatch apply"
-        )
+        if path == "without":
+            what = f"vLLM's table of supported models has {classes[0]} without LoRA"
+        raise UnsupportedError(what, where=where, fix=fix)
     modules = {}
     for target in targets:
         chosen = next(each for each in model.sets if each.names.attention == target.attention)
-        name, layout, stack = (
-            chosen.prefix + chosen.names.query_module,
-            target.layout,
-            _STACK.search(chosen.prefix),
-        )
+        name, layout = chosen.prefix + chosen.names.query_module, target.layout
+        stack = _STACK.search(chosen.prefix)
         if "{layer}" in path:
             name, layout = path, replace(layout, rows=RowLayout.separate)
         elif path != "stored" and stack is not None:

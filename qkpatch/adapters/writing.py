@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -69,9 +68,8 @@ def write_adapter(
     }
     refs = [TensorRef(name, WEIGHTS_NAME, DTYPE, (n, m), 0, 4 * n * m) for name, (n, m) in shapes.items()]
     base = {"base_model_name_or_path": manifest.source.name, "revision": manifest.source.commit}
-    settings = {key: value for key, value in as_json(manifest.edit).items() if key != "from_recipe"}
-    edit = json.dumps(settings, sort_keys=True, ensure_ascii=False)
-    said = {"format": "pt", "qkpatch": manifest.tool.version, "edit": edit, **base}
+    edit = {key: value for key, value in as_json(manifest.edit).items() if key != "from_recipe"}
+    said = {"format": "pt", "qkpatch": manifest.tool.version, "edit": canonical_json(edit), **base}
     header, _ = shard_header(WEIGHTS_NAME, refs, {key: value for key, value in said.items() if value})
     size, free = len(header) + sum(ref.nbytes for ref in refs), free_bytes(out)
     if free is not None and free < size:
