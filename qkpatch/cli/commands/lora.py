@@ -35,7 +35,8 @@ def lora(
 ) -> None:
     """Write the edit of SOURCE as a low-rank adapter in PEFT's layout, from its factors; SOURCE is only read."""
     from qkpatch import api
-    from qkpatch.cli.console import bars, print_text, show_warnings
+    from qkpatch.cli.console import print_text, show_warnings
+    from qkpatch.cli.progress import bars
     from qkpatch.common.text import size_text
     from qkpatch.publishing.card import loading, told
 
