@@ -105,19 +105,16 @@ class Transfer:
         asked = {"Range": f"bytes={begin}-{end - 1}"}
         with self._answer(file, asked) as response:
             if response.status_code == 200:  # whose body is not read
-                raise self._error(
-                    file,
-                    "the answer is the whole file, not the bytes that were asked for",
-                    "a proxy in between may not know ranges; download the model once: `hf download "
-                    f"{self._repo}`, or choose another HF_ENDPOINT",
-                )
+                what = "the answer is the whole file, not the bytes that were asked for"
+                cure = f"download the model once: `hf download {self._repo}`, or choose another HF_ENDPOINT"
+                raise self._error(file, what, f"a proxy in between may not know ranges; {cure}")
             said = _RANGE.fullmatch(response.headers.get("content-range", "").strip())
             numbers = said and tuple(map(int, said.groups()))
             if response.status_code != 206 or numbers != (begin, end - 1, file.size):
-                came = f"{response.headers.get('content-range', 'nothing')} (status {response.status_code})"
-                what = f"bytes {begin}-{end - 1} of {file.size} were asked for, and there came {came}"
+                came = response.headers.get("content-range", "nothing")
+                wanted = f"bytes {begin}-{end - 1} of {file.size} were asked for"
                 fix = "try again; if it stays, what HF_ENDPOINT or a proxy delivers is not the listed file"
-                raise self._error(file, what, fix)
+                raise self._error(file, f"{wanted}, and {came} came (status {response.status_code})", fix)
             yield from self._body(file, response, end - begin)
 
     def _body(self, file: Listed, response: Any, size: int) -> Iterator[bytes]:
@@ -127,8 +124,8 @@ class Transfer:
             for chunk in response.iter_raw():  # as they come: what came before a break is kept
                 came += len(chunk)
                 if came > size:
-                    what = f"more than the {size} bytes came"
-                    raise self._error(file, what, "is there a proxy in between?")
+                    fix = "is there a proxy in between?"
+                    raise self._error(file, f"more than the {size} bytes came", fix)
                 yield chunk
         except httpx().TransportError as error:
             raise _BrokenError(f"{error or type(error).__name__}") from error
@@ -160,12 +157,8 @@ class Transfer:
         is_remembered = url != home
         client = get_session()
         for _ in range(_REDIRECTS):
-            request = client.build_request(
-                "GET",
-                url,
-                headers={**self._headers_for(url, home), **asked},
-                timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-            )
+            headers, longest = {**self._headers_for(url, home), **asked}, constants.HF_HUB_DOWNLOAD_TIMEOUT
+            request = client.build_request("GET", url, headers=headers, timeout=longest)
             response = client.send(request, stream=True, follow_redirects=False)
             if response.status_code in (200, 206):
                 if url != home:
@@ -178,9 +171,8 @@ class Transfer:
                 elif is_remembered and response.status_code in _STALE:
                     with self._lock:
                         self._places.pop(file.name, None)
-                    raise _BrokenError(
-                        f"status {response.status_code} of an address that was good before", 0.0
-                    )
+                    what = f"status {response.status_code} of an address that was good before"
+                    raise _BrokenError(what, 0.0)
                 else:
                     self._refuse(file, response)
         raise self._error(file, f"more than {_REDIRECTS} redirects", "check HF_ENDPOINT")
@@ -193,7 +185,8 @@ class Transfer:
     def _next(self, file: Listed, response: Any, url: str, home: str) -> str:
         redirected: str = urljoin(url, response.headers.get("location", ""))
         if _origin(redirected)[0] not in ("https", _origin(url)[0]):
-            raise self._error(file, "redirected from https to something else", "check HF_ENDPOINT, proxies")
+            what = "redirected from https to something else"
+            raise self._error(file, what, "check HF_ENDPOINT and proxies")
         if _origin(url) == _origin(home):
             self._check_listing(file, response)
         return redirected
@@ -205,11 +198,10 @@ class Transfer:
         tag = _tag(said.get("x-linked-etag", ""))
         is_other = file.sha256 is not None and re.fullmatch("[0-9a-f]{64}", tag) and tag != file.sha256
         if commit != self._commit or size != str(file.size) or is_other:
-            listed, now = (
-                f"commit {self._commit[:12]}, {file.size} bytes",
-                f"commit {commit[:12]}, {size} bytes",
-            )
-            raise self._error(file, f"the Hub listed another file: {listed}; now it says {now}", "try again")
+            listed = f"commit {self._commit[:12]}, {file.size} bytes"
+            now = f"commit {commit[:12]}, {size} bytes"
+            what = f"the Hub listed another file: {listed}; now it says {now}"
+            raise self._error(file, what, "try again")
 
     def _check_tag(self, file: Listed, response: Any) -> None:
         tag = _tag(response.headers.get("etag", ""))

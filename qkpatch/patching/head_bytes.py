@@ -95,7 +95,7 @@ class HeadBytes:
         query, scale = self.target.query, self.target.query_scale
         if scale is None:
             rounded = round_once(W, DTYPES[query.dtype])
-            pieces = tuple({query: _to_bytes(of_head)} for of_head in rounded.cpu())
+            pieces = tuple({query: to_bytes(of_head)} for of_head in rounded.cpu())
             return StoredHeads(_computed(rounded), pieces)
         at = [self.target.layout.query_range(query, head) for head in heads]
         flat, before = W.flatten(0, 1), self._scales(query, scale, at)
@@ -104,10 +104,10 @@ class HeadBytes:
         values, codes = dequantise(rows, scales, block).view(W.shape), rows.cpu().view(W.shape)
         if not is_shared(scale):
             by_head = zip(codes, self._stored_scales(scale, scales.cpu()).view(len(W), -1), strict=True)
-            return StoredHeads(values, tuple({query: _to_bytes(c), scale: _to_bytes(s)} for c, s in by_head))
+            return StoredHeads(values, tuple({query: to_bytes(c), scale: to_bytes(s)} for c, s in by_head))
         if not torch.equal(scales, before):
             raise self._too_large(scale, "with the whole tensor's one scale, which must stay")
-        return StoredHeads(values, tuple({query: _to_bytes(of_head)} for of_head in codes))
+        return StoredHeads(values, tuple({query: to_bytes(of_head)} for of_head in codes))
 
     def raw(self, ref: TensorRef, begin: int, end: int) -> bytearray:
         """Bytes of a tensor as they are stored."""
@@ -174,7 +174,7 @@ def _computed(stored: Tensor) -> Tensor:
     return exact.to(COMPUTE_DTYPE)
 
 
-def _to_bytes(W: Tensor) -> bytearray:
+def to_bytes(W: Tensor) -> bytearray:
     """The bytes of a tensor as safetensors stores them; needs no numpy."""
     raw = bytearray(W.numel() * W.element_size())
     torch.frombuffer(raw, dtype=W.dtype).copy_(W.flatten())

@@ -15,7 +15,7 @@ from qkpatch.patching.inspection import Inspection
 from qkpatch.patching.threads import Crew
 from qkpatch.planning.memory import head_memory
 from qkpatch.spectral.product import effective_rank, energy_share
-from qkpatch.spectral.rule import Channel
+from qkpatch.spectral.rule import Channel, EditRule
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class HeadSpectrum:
     energy_share: float  # of the strongest `modes` modes in ‖M‖²
     effective_rank: float  # exp of the entropy of the normalised singular values
     gap: float | None  # (s_r − s_r+1) / s_r at r = modes
+    modes: int | None  # by energy; else as asked for, of every head
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class LayerSpectra:
 
 def layer_spectra(looked_at: Inspection, device: torch.device, threads: int) -> Iterator[LayerSpectra]:
     """The spectra of each layer in turn; ``threads`` layers are read and decomposed side by side."""
-    targets, heads, modes = looked_at.targets, looked_at.settings.heads, looked_at.settings.rule.modes
+    targets, heads, settings = looked_at.targets, looked_at.settings.heads, looked_at.settings
+    rule = settings.rule_of(settings.layers[0])  # says the r of energy share and gap
 
     def opened() -> Iterator[tuple[LayerWeights, ExitStack]]:
         for target in targets:
@@ -56,7 +58,7 @@ def layer_spectra(looked_at: Inspection, device: torch.device, threads: int) -> 
         with computing(device), item[1]:
             for batch in weights.batches(heads, together):
                 crew.check()
-                found += _head_spectra(target, batch, modes)
+                found += _head_spectra(target, batch, rule)
         return LayerSpectra(target.layer, target.attention, tuple(found))
 
     shards = looked_at.model.checkpoint.opened
@@ -66,10 +68,12 @@ def layer_spectra(looked_at: Inspection, device: torch.device, threads: int) -> 
         yield from crew.map(of_layer, opened())
 
 
-def _head_spectra(target: LayerTarget, batch: HeadWeights, modes: int) -> Iterator[HeadSpectrum]:
-    found = zip(batch.product.spectra(Channel.full), batch.product.symmetric_shares(), strict=True)
-    for head, (spectrum, share) in zip(batch.heads, found, strict=True):
+def _head_spectra(target: LayerTarget, batch: HeadWeights, rule: EditRule) -> Iterator[HeadSpectrum]:
+    both = zip(batch.product.spectra(Channel.full), batch.product.symmetric_shares(), strict=True)
+    for head, (spectrum, share) in zip(batch.heads, both, strict=True):
         values = tuple(spectrum.S.tolist())
+        found = None if rule.energy is None else rule.count(values)
+        modes = found or rule.modes
         edge = values[modes - 1 : modes + 1]
         yield HeadSpectrum(
             head=head,
@@ -80,4 +84,5 @@ def _head_spectra(target: LayerTarget, batch: HeadWeights, modes: int) -> Iterat
             energy_share=energy_share(spectrum.S, modes),
             effective_rank=effective_rank(spectrum.S),
             gap=(edge[0] - edge[1]) / edge[0] if len(edge) == 2 and edge[0] else None,
+            modes=found,
         )

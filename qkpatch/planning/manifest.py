@@ -11,12 +11,12 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import distributions, version
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from qkpatch.checkpoint.source import MANIFEST_NAME
 from qkpatch.checkpoint.tree import is_plain_relative
 from qkpatch.common.json_text import Json, canonical_json, load_json
-from qkpatch.common.typed_json import as_json, from_json
+from qkpatch.common.typed_json import LEFT_OUT, as_json, from_json
 from qkpatch.errors import CheckpointError, UsageError
 from qkpatch.model.targets import LayerTarget
 from qkpatch.output.layout import Output, OutputFile
@@ -127,9 +127,7 @@ class EditRecord:
 
     def without_figures(self) -> EditRecord:
         """What was known before any weight was read."""
-        digests = ("sha256_before", "sha256_after", "scale_sha256_before", "scale_sha256_after")
-        nothing: dict[str, Any] = dict.fromkeys(digests)
-        return replace(self, heads=(), **nothing)
+        return self.done((None, None), (None, None), ())
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,7 @@ class FileRecord:
 
     name: str
     size: int
-    action: str  # "copied", "patched", or "resharded"
+    action: str  # "copied", "patched", "resharded", or "made" of an adapter
     sha256: str | None = None  # where digests of files are wanted
     source_sha256: str | None = None  # of SOURCE's file, where the Hub lists it or its cache is named by it
     outside: bool = False  # SOURCE has it, or a part of it, by a link that leads out of SOURCE
@@ -159,6 +157,7 @@ class Manifest:
     files: tuple[FileRecord, ...]
     warnings: tuple[str, ...]
     run: blocks.RunBlock = field(compare=False)
+    adapter: blocks.AdapterBlock | None = field(default=None, metadata=LEFT_OUT)
 
     def to_json(self) -> dict[str, Json]:
         """Plain JSON values, in the schema's shape."""
@@ -176,13 +175,10 @@ class Manifest:
             CheckpointError: not a manifest, or of a version this qkpatch does not know.
         """
         document = load_json(raw, where, unique=True)
-        if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-            found = document.get("schema") if isinstance(document, dict) else None
-            raise CheckpointError(
-                f"manifest schema {found!r}, this qkpatch reads {SCHEMA!r}",
-                where=where,
-                fix="use the qkpatch version that wrote it",
-            )
+        found = document.get("schema") if isinstance(document, dict) else None
+        if found != SCHEMA:
+            what = f"manifest schema {found!r}, this qkpatch reads {SCHEMA!r}"
+            raise CheckpointError(what, where=where, fix="use the qkpatch version that wrote it")
         known = {f.name: document[f.name] for f in fields(cls) if f.name in document}
         try:
             # Finite numbers, and no lists in lists without end.
@@ -214,11 +210,11 @@ class Manifest:
     def request(self) -> Request:
         """The request that leads to the recorded edit on the same SOURCE."""
         edit = self.edit
-        keys = ("prefix", "attention", "heads", "modes", "alpha", "channel", "select", "seed", "fold_norm")
+        keys = ("prefix", "attention", "heads", "seed", "fold_norm")
         return Request.of(
             **{key: getattr(edit, key) for key in keys},
+            **(edit.items[0] if edit.edits is None else {"edits": edit.items}),
             recipe=self.recipe.name,
-            layers=[*edit.layers, *edit.skipped_layers],
             max_shard_size=self.output.max_shard_size,
             exclude=self.output.exclude,
         )

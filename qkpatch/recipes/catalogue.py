@@ -26,7 +26,7 @@ def shipped_recipes(word: str = "") -> Mapping[str, Recipe]:
 @cache
 def _texts() -> Mapping[Path, bytes]:
     """The files of all shipped recipes, sorted."""
-    return {path: source_file(path, path.name).read() for path in sorted(_config_dir().glob("*.yaml"))}
+    return {path: source_file(path, path.name).read() for path in sorted(config_dir().glob("*.yaml"))}
 
 
 @cache
@@ -85,11 +85,12 @@ def is_recipe_file(name: str) -> bool:
 
 def recipe_text(name: str) -> str:
     """The YAML of a recipe, as it stands; ``name`` as of :func:`get_recipe`."""
-    path = Path(name) if is_recipe_file(name) else _config_dir() / f"{name}.yaml"
+    path = Path(name) if is_recipe_file(name) else config_dir() / f"{name}.yaml"
     return source_file(path, path.name).read().decode("utf-8")
 
 
-def _config_dir() -> Path:
+def config_dir() -> Path:
+    """Where the recipes' files are."""
     package = Path(__file__).parent.parent
     installed = package / "configs"  # where the wheel puts them
     return installed if installed.is_dir() else package.parent / "configs"

@@ -37,10 +37,14 @@ class HeadLayout:
         """Key head of a query head: ``h // (n_heads / n_kv_heads)``, as ``repeat_kv`` in transformers."""
         return head // (self.n_heads // self.n_kv_heads)
 
+    def query_block(self, head: int) -> int:
+        """The block of ``d_head`` rows that is query head ``head``."""
+        before = {RowLayout.gated: head, RowLayout.separate: 0, RowLayout.qkv: 0}
+        return head + before.get(self.rows, 2 * self.kv_head(head))
+
     def query_range(self, ref: TensorRef, head: int) -> tuple[int, int]:
         """Half-open byte range, in its shard, of query head ``head``."""
-        before = {RowLayout.gated: head, RowLayout.separate: 0, RowLayout.qkv: 0}
-        return self._range(ref, head + before.get(self.rows, 2 * self.kv_head(head)))
+        return self._range(ref, self.query_block(head))
 
     def key_range(self, ref: TensorRef, kv_head: int) -> tuple[int, int]:
         """Half-open byte range, in its shard, of key head ``kv_head``."""
