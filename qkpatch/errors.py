@@ -110,11 +110,8 @@ class UsageError(QKPatchError):
 
 def no_torch() -> UsageError:
     """The error for what computes where torch is not installed."""
-    return UsageError(
-        "torch is not installed here, and this takes it",
-        where="torch",
-        fix=f"pip install {_LIBRARIES['torch']}",
-    )
+    fix = f"pip install {_LIBRARIES['torch']}"
+    return UsageError("torch is not installed here, and this takes it", where="torch", fix=fix)
 
 
 def broken_library(error: Exception) -> UsageError | None:

@@ -59,11 +59,8 @@ class Content:
 
 def damaged(where: str) -> HubError:
     """What is said of a file that came with other bytes than the Hub lists."""
-    return HubError(
-        "what came is not what the Hub lists: its digest is another",
-        where=where,
-        fix="run again; if it stays, the file on the Hub is damaged, or something on the way changes it",
-    )
+    fix = "run again; if it stays, the file on the Hub is damaged, or something on the way changes it"
+    return HubError("what came is not what the Hub lists: its digest is another", where=where, fix=fix)
 
 
 class Parts:

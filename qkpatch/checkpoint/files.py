@@ -65,11 +65,8 @@ def os_errors(doing: str, where: str | Path, to: str | Path | None = None) -> It
         yield
     except OSError as error:
         failed = where if to is None or error.errno not in _OF_WRITING else to
-        raise FileSystemError(
-            f"cannot {doing}: {error.strerror or error}",
-            where=str(failed),
-            fix=_ADVICE.get(error.errno or 0),
-        ) from error
+        what = f"cannot {doing}: {error.strerror or error}"
+        raise FileSystemError(what, where=str(failed), fix=_ADVICE.get(error.errno or 0)) from error
 
 
 # A library that cannot be mapped, a thread that cannot be started, and how torch says MemoryError.

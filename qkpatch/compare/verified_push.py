@@ -69,11 +69,8 @@ def _verified(
             raise UsageError(hidden, where=claim, fix="call it from elsewhere")
         verified = verified or result.plan
     if verified is None:
-        raise UsageError(
-            f"nothing says where {said.name!r} is, and only what was verified is published",
-            where="--push",
-            fix="say what OUT was made from: --source SOURCE",
-        )
+        what = f"nothing says where {said.name!r} is, and only what was verified is published"
+        raise UsageError(what, where="--push", fix="say what OUT was made from: --source SOURCE")
     return verified
 
 

@@ -96,11 +96,8 @@ def read_out(out: Path) -> tuple[Manifest, str | None]:
         if odd is None and not card and any(file.name == CARD_NAME and file.size for file in manifest.files):
             odd = "is empty, or gone, and had the text of SOURCE's"
         if odd is not None:
-            raise FileSystemError(
-                f"{CARD_NAME} {odd}",
-                where=present.where(CARD_NAME),
-                fix="copy SOURCE's there, then write the card: qkpatch card OUT --write",
-            )
+            fix = "copy SOURCE's there, then write the card: qkpatch card OUT --write"
+            raise FileSystemError(f"{CARD_NAME} {odd}", where=present.where(CARD_NAME), fix=fix)
         return manifest, card_text(card) if card else None
 
 

@@ -208,8 +208,5 @@ def _prefix_error(
     refuse_wrapped(checkpoint.tensors)
     expected = ", ".join(p + names.query for p in names.prefixes)
     like = ", ".join(query_like(checkpoint.tensors)) or "nothing like a query projection"
-    return AmbiguousError(
-        f"recipe {recipe.name} matches no tensor: it expects {expected}; the checkpoint has {like}",
-        where=checkpoint.where.rpartition("/")[2],
-        fix=ANOTHER,
-    )
+    what = f"recipe {recipe.name} matches no tensor: it expects {expected}; the checkpoint has {like}"
+    return AmbiguousError(what, where=checkpoint.where.rpartition("/")[2], fix=ANOTHER)

@@ -111,11 +111,8 @@ class Staging:
         inner = room.status(journal.NAME)
         if inner is None or os.fstat(room.fd).st_uid != inner.st_uid:
             self._is_held = False  # nor is it to be removed
-            raise FileSystemError(
-                "somebody else put a directory in place of the staging directory",
-                where=str(self.path),
-                fix="choose an -o where only you may write",
-            )
+            what = "somebody else put a directory in place of the staging directory"
+            raise FileSystemError(what, where=str(self.path), fix="choose an -o where only you may write")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -124,11 +121,8 @@ class Staging:
             self._let_go()
             return
         if not self._clean() and error is None:
-            raise FileSystemError(
-                "OUT is whole, but the directory it replaced could not be removed",
-                where=str(self.path),
-                fix="remove it yourself",
-            )
+            what = "OUT is whole, but the directory it replaced could not be removed"
+            raise FileSystemError(what, where=str(self.path), fix="remove it yourself")
 
     def _clean(self) -> bool:
         with signals_held():  # a second Ctrl-C must not leave half of it behind
@@ -224,11 +218,8 @@ class Staging:
         self._rename(aside, self.out.name)
 
     def _raced(self) -> UsageError:
-        return UsageError(
-            "came into being while qkpatch was running; nothing was written to it",
-            where=str(self.out),
-            fix="is another qkpatch writing to it?",
-        )
+        what = "came into being while qkpatch was running; nothing was written to it"
+        return UsageError(what, where=str(self.out), fix="is another qkpatch writing to it?")
 
 
 def _stale(parent: Rooted, out: Path) -> Iterator[Rooted]:

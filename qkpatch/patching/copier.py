@@ -134,11 +134,8 @@ class Copier:
             for file in made:
                 self._journal.forget(file)
             if isinstance(error, HubError) and any(file.name in self._taken_over for file in made):
-                raise HubError(
-                    "what an earlier run had left in staging is not, or no longer, what the Hub lists",
-                    where=error.where,
-                    fix="run again: it comes anew",
-                ) from error
+                what = "what an earlier run had left in staging is not, or no longer, what the Hub lists"
+                raise HubError(what, where=error.where, fix="run again: it comes anew") from error
             raise
         return carried
 

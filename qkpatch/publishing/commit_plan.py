@@ -94,11 +94,8 @@ def plan_publication(wish: Wish, manifest: Manifest, plan: EditPlan, present: Pr
     kept = [file for file in manifest.files if file.name not in {*names, SUMS_NAME}]
     folded = {file.name: set(file.name.casefold().split("/")) for file in kept}
     if odd := [name for name in folded if not is_plain_relative(name) or folded[name] & _NOT_ON_HUB]:
-        raise UsageError(
-            "no name for a file on the Hub",
-            where=repr(odd[0]),
-            fix="rename it in SOURCE, or leave out what insists on it: --include-hidden",
-        )
+        fix = "rename it in SOURCE, or leave out what insists on it: --include-hidden"
+        raise UsageError("no name for a file on the Hub", where=repr(odd[0]), fix=fix)
     on_hub = {} if base is None else copyable(base)
     steps = []
     for file in kept:
