@@ -96,12 +96,8 @@ def has_results(card: str) -> bool:
     return _MEASURED in card.partition(FOLLOWS)[0]
 
 
-def is_card_over(card: str, base_card: str | None) -> bool:
-    """Whether ``card`` is one of ours, with the whole text of the base model's, where that has one."""
-    return _is_ours(FrontMatter.of(card)) and card.endswith(_tail(base_card))
-
-
-def _is_ours(card: FrontMatter) -> bool:
+def is_ours(card: FrontMatter) -> bool:
+    """Whether a card says that it is one of ours."""
     return TAG in card.listed("tags") and _EDITED in card.text.partition(FOLLOWS)[0]
 
 
@@ -120,7 +116,7 @@ def _head(manifest: Manifest, base_card: str | None) -> str:
 def _tail(base_card: str | None) -> str:
     """The base model's text; where its card is one of ours, whose figures are not this one's, the text below."""
     base = FrontMatter.of(base_card or "")
-    text = base.text.partition(f"{FOLLOWS}\n\n")[2] if _is_ours(base) else base.text
+    text = base.text.partition(f"{FOLLOWS}\n\n")[2] if is_ours(base) else base.text
     fault = None if "license" in base.entries else FrontMatter.of(text).fault
     lost = (
         f"\nThe head of the base model's card is {plain(fault)}: no license is inherited.\n" if fault else ""
