@@ -17,7 +17,7 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME
-from qkpatch.common.interrupts import signals_held, signals_let_through
+from qkpatch.common.interrupts import import_torch, signals_held, signals_let_through
 from qkpatch.common.json_text import canonical_json
 from qkpatch.common.number_ranges import abbreviate
 from qkpatch.common.observer import UNSEEN, Observer
@@ -175,10 +175,10 @@ def _keeping(
 
 def _editor(device: str) -> Editor:
     """The part that computes; ``import torch`` takes a second, in which files are being copied already."""
-    with signals_held():  # torch's imports swallow what is raised in their midst
-        from qkpatch.patching.edit_heads import Editor
+    import_torch()
+    from qkpatch.patching.edit_heads import Editor
 
-        return Editor.on(device)
+    return Editor.on(device)
 
 
 def _fingerprint(plan: EditPlan, writing: Writing) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qkpatch.checkpoint.names import USUAL
-from qkpatch.common.interrupts import signals_held
+from qkpatch.common.interrupts import import_torch
 from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.model.locate import Access
 from qkpatch.model.model import Model, open_model
@@ -54,9 +54,10 @@ class Inspection:
         if self.model.source.path is None:
             per_thread += 2 * max(target.read_bytes(self.settings.heads) for target in self.targets)
         n_threads = choose_threads(threads, per_thread, len(self.model.checkpoint.tensors))
-        with signals_held():  # torch's imports swallow what is raised in their midst
-            from qkpatch.patching.device import choose_device
-            from qkpatch.patching.spectra import layer_spectra
+        import_torch()
+        from qkpatch.patching.device import choose_device
+        from qkpatch.patching.spectra import layer_spectra
+
         where, settings = choose_device(device), self.settings
         observer.begins("look", 0, len(self.targets) * len(settings.heads))
         rule = settings.rule_of(settings.layers[0])

@@ -196,11 +196,16 @@ def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, 
     shrunk = [t for t in targets if settings.rule_of(t.layer).select is Select.shrink]
     warnings += _norm_warnings(model, shrunk)
     shared = [layer for layer in settings.skipped_layers if not model.tower.has_own_keys(layer)]
-    other = [layer for layer in settings.skipped_layers if layer not in shared]
+    uneven = [n for n in settings.skipped_layers if n not in shared and not model.tower.has_product(n)]
+    other = [layer for layer in settings.skipped_layers if layer not in (*shared, *uneven)]
     if shared:
         warnings.append(
             f"layers {format_ranges(shared)} use an earlier layer's keys and are skipped; "
             "a key weight stored there is dead"
+        )
+    if uneven:
+        warnings.append(
+            f"layers {format_ranges(uneven)} have another number of query heads than the model and are skipped"
         )
     if other:
         warnings.append(

@@ -20,6 +20,7 @@ E = TypeVar("E", bound=Enum)
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}  # fmt: skip
+_MOST_GLOBS = 64 << 10  # characters of --exclude, all of which each name is held against
 _SIZE = re.compile(r"(\d{1,18})\s*([KMGT]I?B)?", re.ASCII | re.IGNORECASE)
 
 
@@ -82,6 +83,8 @@ class Request:
         for what in ("attention", "exclude"):
             if not all(isinstance(name, str) for name in getattr(self, what) or ()):
                 raise UsageError("what it names is named by a text", where=f"--{what}")
+        if sum(map(len, self.exclude or ())) > _MOST_GLOBS:
+            raise UsageError("it is longer than anybody writes", where="--exclude")
         if "" in (self.exclude or ()):
             raise UsageError("it names nothing", where="--exclude", fix="name a file, a folder or a glob")
         for what in ("layers", "heads", "attention"):
