@@ -158,8 +158,8 @@ def parse_request(text: bytes, where: str) -> Request:
     said = {key: root.take_optional(key, kind) for key, kind in kinds.items() if key not in said} | said
     said |= {"channel": root.take_member("channel", Channel), "select": root.take_member("select", Select)}
     said["exclude"] = root.take_list("exclude", str)
-    if "edits" in root:
-        said["edits"] = _items(root.take("edits", list, default=[]), fault=root.fault)
+    listed = root.take("edits", list, default=[])
+    said["edits"] = _items(listed, fault=root.fault) if "edits" in root else None
     root.finish()
     return Request.of(**said)
 
