@@ -71,7 +71,8 @@ PrefixOpt = Annotated[
     ),
 ]
 ConfigOpt = Annotated[
-    Path | None, typer.Option(help="As a YAML file; flags win, not over its edits.", metavar="EDIT.yaml")
+    Path | None,
+    typer.Option(help="The settings as a YAML file; flags win, not over its edits.", metavar="EDIT.yaml"),
 ]
 ShardOpt = Annotated[
     str | None,

@@ -186,15 +186,17 @@ def show_spectra(model: Model, settings: EditSettings, sides: Sequence[Side], *,
         console.print(table)
         console.print(
             f"Means over heads. Energy: share of ‖M‖². Symmetric share 0.5: both halves weigh the same. "
-            f"Gap: (s_{modes} − s_{modes + 1}) / s_{modes}.",
+            f"Gap: {'(s_r − s_r+1) / s_r' if by_energy else f'(s_{modes} − s_{modes + 1}) / s_{modes}'}.",
             style="dim",
         )
         few = [(layer, head) for layer in sides[0].layers for head in layer.heads][: _DRAWN + 1]
         for layer, head in few if len(few) <= _DRAWN else ():
             console.print(f"Layer {layer.layer}, head {head.head}: singular values")
-            for line in draw_spectrum(head, modes, console.width, is_ascii=_is_ascii(console)):
+            for line in draw_spectrum(head, head.modes or modes, console.width, is_ascii=_is_ascii(console)):
                 console.print(line, highlight=False, markup=False)
-        for remark in remarks(sides[0].layers, modes):
+        for remark in (
+            () if by_energy else remarks(sides[0].layers, modes)
+        ):  # which are of one cut for all heads
             console.print(f"[yellow]Note:[/] {remark}", soft_wrap=True)
 
 
