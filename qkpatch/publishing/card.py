@@ -159,6 +159,9 @@ def _edit(manifest: Manifest, *, is_checked: bool) -> Iterator[str]:
         for record in manifest.edits:
             changes = [head.relative_change for head in record.heads]
             yield f"| {record.layer} | `{_cell(record.tensor)}` | {mean(changes):.4f} | {max(changes):.4f} |\n"
+    if edit.edits is not None:
+        items = yaml_text({"edits": edit.items})
+        yield f"\nWhat differs by layer, as `edit.yaml`:\n\n```yaml\n{items}```\n"
     if (adapter := manifest.adapter) is not None:
         yield (
             f"\nRank {adapter.rank}, scale 1, {adapter.dtype}, modules named for {adapter.runtime}. Made by:\n\n```\n"
@@ -170,9 +173,6 @@ def _edit(manifest: Manifest, *, is_checked: bool) -> Iterator[str]:
     made = CHECKED if is_checked else "Made by the first of these; the second checks it"
     has_digests = any(written.sha256_after for record in manifest.edits for written in record.written)
     digests = ", with digests before and after" if has_digests else ""
-    if edit.edits is not None:
-        items = yaml_text({"edits": edit.items})
-        yield f"\nWhat differs by layer, as `edit.yaml`:\n\n```yaml\n{items}```\n"
     yield (
         f"\n`qkpatch.json` records every edited tensor and head{digests}. {made}\n\n"
         f"```\n{plain(_command(manifest))}\n{plain(proof)}\n```\n"
