@@ -361,6 +361,11 @@ CASES: dict[str, Remote] = {
         lambda tensors, stem: separate({n.replace("mixer", "self_attn"): t for n, t in tensors.items()}, stem),
         ("vision_model.radio_model.model.blocks.1.attn.qkv.weight",),
     ),
+    # Copies of modeling_deepseek.py (DeepseekAttention); a published config.json of a DeepSeek 1 model, with head_dim.
+    "llama-kin:deepseek": wrapped(
+        "DeepseekForCausalLM", "deepseek", ("mtp.layers.1.self_attn.q_proj.weight",), stem=ML, section=None,
+        model_type="deepseek",
+    ),
     # A published config.json of a retrieval model on Qwen3.5.
     "qwen3.5:colqwen": replace(
         wrapped("ColQwen3_5", "qwen3_5_text", QWEN_VIT, stem=MLM, model_type="qwen3_5", shapes=QWEN35), split=gated
