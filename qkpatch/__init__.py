@@ -8,6 +8,7 @@ down; imports only run downwards, as ``tests/test_architecture.py`` draws them:
 * ``api``         the library: one function for what each command does;
 * ``compare``     proof and difference: ``verify``, ``diff``, what may be replaced, what may be published;
 * ``diagnosis``   which recipe fits a checkpoint, and a draft where none does;
+* ``reports``     pages to look at, one file each;
 * ``publishing``  the model card, and the commit that carries it;
 * ``patching``    the engine: files are carried while heads are edited;
 * ``planning``    the request, the plan, the manifest;

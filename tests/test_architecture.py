@@ -17,14 +17,15 @@ PACKAGE = ROOT / "qkpatch"
 ARROWS = {
     "__main__": {"cli"},
     "cli": {
-        "api", "compare", "diagnosis", "publishing", "patching", "planning", "model", "recipes", "output",
-        "checkpoint", "spectral", "common", "errors",
+        "api", "compare", "diagnosis", "reports", "publishing", "patching", "planning", "model", "recipes", "output",
+        "hub", "checkpoint", "spectral", "common", "errors",
     },
     "api": {"compare", "publishing", "patching", "planning", "model", "output", "checkpoint", "common", "errors"},
     "compare": {
         "publishing", "patching", "planning", "model", "recipes", "output", "checkpoint", "common", "errors",
     },
     "diagnosis": {"model", "recipes", "checkpoint", "common", "errors"},
+    "reports": {"errors"},
     "publishing": {"planning", "recipes", "hub", "checkpoint", "common", "errors"},
     "patching": {"planning", "model", "recipes", "output", "checkpoint", "spectral", "common", "errors"},
     "planning": {"model", "recipes", "output", "checkpoint", "spectral", "common", "errors"},

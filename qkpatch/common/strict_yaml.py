@@ -90,6 +90,11 @@ def load_yaml(text: bytes, where: str) -> Any:
         raise RecipeError(f"not valid YAML: {error}", where=where) from error
 
 
+def yaml_text(value: Any) -> str:
+    """What :func:`load_yaml` reads back; an innermost list or mapping is on one line."""
+    return str(yaml.safe_dump(value, default_flow_style=None, sort_keys=False, width=1 << 20))
+
+
 # A key's lines to the letter; and its text or texts, None for each null, None where it has another value.
 Entry = tuple[str, tuple[str | None, ...] | None]
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from qkpatch.checkpoint.source import MANIFEST_NAME
-from qkpatch.common.typed_json import as_json
+from qkpatch.common.typed_json import FURTHER, as_json
 from qkpatch.compare.byte_by_byte import Mismatch
 from qkpatch.output.options import Digest
 from qkpatch.planning.manifest import FileRecord, Manifest
@@ -40,9 +40,9 @@ def differences(
     for block in ("edit", "model"):
         ours, theirs = (as_json(getattr(m, block)) for m in (planned, manifest))
         # The flags may have said the same as the recipe.
-        for key in sorted(ours.keys() - {"from_recipe"}):
-            if theirs[key] != ours[key]:
-                yield Mismatch(MANIFEST_NAME, f"{block}.{key} is {theirs[key]!r}, planned {ours[key]!r}")
+        for key in sorted(vars(getattr(planned, block)).keys() - {"from_recipe", FURTHER}):
+            if (said := theirs.get(key)) != (planned_one := ours.get(key)):
+                yield Mismatch(MANIFEST_NAME, f"{block}.{key} is {said!r}, planned {planned_one!r}")
     if manifest.source.previous_edit != planned.source.previous_edit:
         yield Mismatch(
             MANIFEST_NAME, "source.previous_edit is not the edit that SOURCE's own manifest records"
@@ -75,6 +75,7 @@ def differences(
 def _contradictions(manifest: Manifest, planned: Manifest, plan: EditPlan) -> Iterator[Mismatch]:
     """What a manifest says that no run of ``apply`` would have said."""
     source, run, digest = manifest.source, manifest.run, manifest.output.digest
+    modes = {part.modes for part in manifest.edit.parts}
     times = [run.started, run.finished]
     is_of_recipe = "modes" in manifest.edit.from_recipe and manifest.recipe.sha256 == planned.recipe.sha256
     said = {
@@ -86,7 +87,7 @@ def _contradictions(manifest: Manifest, planned: Manifest, plan: EditPlan) -> It
         "run": None in times
         or (all(map(_TIME.fullmatch, map(str, times))) and times == sorted(map(str, times))),
         "run.copied_by": run.copied_by is None or sum(run.copied_by.values()) == len(planned.files),
-        "edit.from_recipe": (not is_of_recipe or manifest.edit.modes == plan.model.recipe.default_modes)
+        "edit.from_recipe": (not is_of_recipe or modes == {plan.model.recipe.default_modes})
         and manifest.edit.from_recipe in ((), ("layers",), ("modes",), ("layers", "modes")),
     }
     for key, is_so in said.items():

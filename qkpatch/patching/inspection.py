@@ -50,9 +50,8 @@ class Inspection:
             NumericalError: weights hold NaN or Inf.
         """
         per_thread = head_memory(target.layout for target in self.targets)
-        if (
-            self.model.source.path is None
-        ):  # a layer that is read where it is waits in memory, and so does the next
+        # A layer that is read where it is waits in memory, and so does the next.
+        if self.model.source.path is None:
             per_thread += 2 * max(target.read_bytes(self.settings.heads) for target in self.targets)
         n_threads = choose_threads(threads, per_thread, len(self.model.checkpoint.tensors))
         import_torch()
@@ -61,8 +60,7 @@ class Inspection:
 
         where, settings = choose_device(device), self.settings
         observer.begins("look", 0, len(self.targets) * len(settings.heads))
-        for layer in layer_spectra(
-            self.model, self.targets, settings.heads, settings.rule.modes, where, n_threads
-        ):
+        rule = settings.rule_of(settings.layers[0])
+        for layer in layer_spectra(self.model, self.targets, settings.heads, rule, where, n_threads):
             observer.edited(len(layer.heads))
             yield layer

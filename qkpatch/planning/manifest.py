@@ -188,11 +188,11 @@ class Manifest:
     def request(self) -> Request:
         """The request that leads to the recorded edit on the same SOURCE."""
         edit = self.edit
-        keys = ("prefix", "attention", "heads", "modes", "alpha", "channel", "select", "seed", "fold_norm")
+        keys = ("prefix", "attention", "heads", "seed", "fold_norm")
         return Request.of(
             **{key: getattr(edit, key) for key in keys},
+            **(edit.items[0] if edit.edits is None else {"edits": edit.items}),
             recipe=self.recipe.name,
-            layers=[*edit.layers, *edit.skipped_layers],
             max_shard_size=self.output.max_shard_size,
             exclude=self.output.exclude,
         )
