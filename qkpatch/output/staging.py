@@ -179,13 +179,11 @@ class Staging:
                 except BaseException:
                     self._move_back(aside)
                     raise
-                with suppress(OSError):  # but a history that git keeps there is the user's
-                    os.rename(
-                        f"{aside}/.git",
-                        f"{self.out.name}/.git",
-                        src_dir_fd=self.room.fd,
-                        dst_dir_fd=self._parent.fd,
-                    )
+                fds = {"src_dir_fd": self.room.fd, "dst_dir_fd": self._parent.fd}
+                for name in (".git", ".gitattributes"):  # but what git keeps there is the user's
+                    with suppress(OSError):
+                        if self.files.status(name) is None:
+                            os.rename(f"{aside}/{name}", f"{self.out.name}/{name}", **fds)
             else:
                 raise self._raced()
         if not all([*synced, self.room.sync(), self._parent.sync()]):
