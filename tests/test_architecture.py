@@ -17,10 +17,17 @@ PACKAGE = ROOT / "qkpatch"
 ARROWS = {
     "__main__": {"cli"},
     "cli": {
-        "api", "compare", "diagnosis", "reports", "publishing", "patching", "planning", "model", "recipes", "output",
-        "hub", "checkpoint", "spectral", "common", "errors",
+        "api", "adapters", "compare", "diagnosis", "reports", "publishing", "patching", "planning", "model", "recipes",
+        "output", "hub", "checkpoint", "spectral", "common", "errors",
     },
-    "api": {"compare", "publishing", "patching", "planning", "model", "output", "checkpoint", "common", "errors"},
+    "api": {
+        "adapters", "compare", "publishing", "patching", "planning", "model", "output", "checkpoint", "common",
+        "errors",
+    },
+    "adapters": {
+        "compare", "publishing", "patching", "planning", "model", "recipes", "output", "checkpoint", "spectral",
+        "common", "errors",
+    },
     "compare": {
         "publishing", "patching", "planning", "model", "recipes", "output", "checkpoint", "common", "errors",
     },
@@ -46,7 +53,7 @@ ONLY_IN = {
     "yaml": {"common"},
     "huggingface_hub": {"hub", "checkpoint.cache"},
     "safetensors": {"compare.byte_by_byte"},
-    "torch": {"spectral", "patching", "compare.values"},
+    "torch": {"spectral", "patching", "compare.values", "adapters.factors"},
     "click": set(),  # Typer vendors its own
 }
 TORCH_FREE = {"patching.apply", "patching.copier", "patching.inspection", "patching.checked_sources",

@@ -17,6 +17,7 @@ from qkpatch.cli.commands.card import card
 from qkpatch.cli.commands.diff import diff
 from qkpatch.cli.commands.doctor import doctor
 from qkpatch.cli.commands.inspect import inspect
+from qkpatch.cli.commands.lora import lora
 from qkpatch.cli.commands.plan import plan
 from qkpatch.cli.commands.recipes import recipes
 from qkpatch.cli.commands.verify import verify
@@ -73,7 +74,7 @@ def root(
         raise typer.Exit()
 
 
-for _command in (apply, plan, inspect, verify, diff, recipes, card, doctor):
+for _command in (apply, plan, inspect, lora, verify, diff, recipes, card, doctor):
     app.command()(_command)
 
 

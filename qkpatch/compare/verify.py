@@ -139,6 +139,9 @@ def check(
         QKPatchError: SOURCE cannot be opened.
     """
     manifest = recorded(present)
+    if manifest.adapter is not None:
+        what = "it is an adapter, which holds nothing of SOURCE to compare"
+        raise CheckpointError(what, where=str(present.root.path), fix="make it anew: the bytes are the same")
     request = replace(manifest.request(), recipe=recipe or manifest.recipe.name)
     if recipe is None and request.recipe not in shipped_recipes():
         raise CheckpointError(
