@@ -14,6 +14,8 @@ from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import Present
 from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.errors import HubError, UsageError
+from qkpatch.evaluation import evaluate as evaluate
+from qkpatch.evaluation import tune as tune
 from qkpatch.model.locate import Access, local_path
 from qkpatch.model.model import open_model
 from qkpatch.output.destination import check_out
@@ -327,5 +329,5 @@ def patched(
 
 
 __all__ = (
-    "apply", "card", "diff", "patch_model", "patched", "plan", "recipe_for", "spectra", "verify",
+    "apply", "card", "diff", "evaluate", "patch_model", "patched", "plan", "recipe_for", "spectra", "tune", "verify",
 )  # fmt: skip

@@ -17,13 +17,17 @@ PACKAGE = ROOT / "qkpatch"
 ARROWS = {
     "__main__": {"cli"},
     "cli": {
-        "api", "compare", "diagnosis", "publishing", "patching", "planning", "model", "recipes", "output",
+        "api", "compare", "evaluation", "diagnosis", "publishing", "patching", "planning", "model", "recipes", "output",
         "checkpoint", "spectral", "common", "errors",
     },
-    "api": {"compare", "publishing", "patching", "planning", "model", "output", "checkpoint", "common", "errors"},
+    "api": {
+        "compare", "evaluation", "publishing", "patching", "planning", "model", "output", "checkpoint", "common",
+        "errors",
+    },
     "compare": {
         "publishing", "patching", "planning", "model", "recipes", "output", "checkpoint", "common", "errors",
     },
+    "evaluation": {"patching", "planning", "model", "spectral", "checkpoint", "common", "errors"},
     "diagnosis": {"model", "recipes", "checkpoint", "common", "errors"},
     "publishing": {"planning", "recipes", "hub", "checkpoint", "common", "errors"},
     "patching": {"planning", "model", "recipes", "output", "checkpoint", "spectral", "common", "errors"},
@@ -45,7 +49,8 @@ ONLY_IN = {
     "yaml": {"common"},
     "huggingface_hub": {"hub", "checkpoint.cache"},
     "safetensors": {"compare.byte_by_byte"},
-    "torch": {"spectral", "patching", "compare.values"},
+    "torch": {"spectral", "patching", "compare.values", "evaluation.subject"},
+    "numpy": {"evaluation"},
     "click": set(),  # Typer vendors its own
 }
 TORCH_FREE = {"patching.apply", "patching.copier", "patching.inspection", "patching.checked_sources",

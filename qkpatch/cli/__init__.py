@@ -14,6 +14,7 @@ import qkpatch
 from qkpatch.cli.commands.apply import apply
 from qkpatch.cli.commands.card import card
 from qkpatch.cli.commands.diff import diff
+from qkpatch.cli.commands.evaluate import evaluate, tune
 from qkpatch.cli.commands.inspect import inspect
 from qkpatch.cli.commands.plan import plan
 from qkpatch.cli.commands.recipes import recipes
@@ -67,7 +68,7 @@ def root(
         raise typer.Exit()
 
 
-for _command in (apply, plan, inspect, verify, diff, recipes, card):
+for _command in (apply, plan, inspect, verify, diff, recipes, card, evaluate, tune):
     app.command()(_command)
 
 

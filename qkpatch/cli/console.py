@@ -17,7 +17,7 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from qkpatch.cli.redaction import Redacted
 from qkpatch.common.observer import UNSEEN, Observer
@@ -140,14 +140,14 @@ class Bars:
         self._progress = progress
         self._bytes, self._heads = TaskID(0), TaskID(0)
 
-    def begins(self, what: str, n_bytes: int, n_heads: int) -> None:
+    def begins(self, what: str, n_bytes: int, n_heads: int, of: str = "heads") -> None:
         """Bars of another part of the work, in place of those of the one before; none for what has bars of its own."""
         for task in self._progress.task_ids:
             self._progress.remove_task(task)
         self._bytes = self._progress.add_task(
             f"{what} {size_text(n_bytes)}", total=n_bytes, visible=n_bytes > 0
         )
-        self._heads = self._progress.add_task(f"{n_heads} heads", total=n_heads, visible=n_heads > 0)
+        self._heads = self._progress.add_task(f"{n_heads} {of}", total=n_heads, visible=n_heads > 0)
         if n_bytes or n_heads:
             self._progress.start()
         else:
@@ -173,6 +173,7 @@ def bars(*, quiet: bool) -> Iterator[Observer]:
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
+        TimeRemainingColumn(),
     )
     # Left to rich, lines that come meanwhile would be wrapped, and an address in two halves is not redacted.
     progress = Progress(*columns, console=_console(stderr=True), transient=True, redirect_stderr=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast, get_type_hints
 
@@ -225,6 +225,12 @@ class ShowFlags:
         return self.as_json or self.quiet
 
 
+def _with_help(hint: Any, name: str, text: str | None) -> Any:
+    """The hint of a field that says itself what it is for."""
+    shown = f"--{name.replace('_', '-')}"
+    return hint if text is None else Annotated[hint, typer.Option(shown, help=text)]
+
+
 def spread(
     function: Callable[..., Any],
 ) -> tuple[inspect.Signature, Callable[[dict[str, Any]], dict[str, Any]]]:
@@ -243,8 +249,8 @@ def spread(
             inspect.Parameter(
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
-                default=field.default,
-                annotation=inner[field.name],
+                default=inspect.Parameter.empty if field.default is MISSING else field.default,
+                annotation=_with_help(inner[field.name], field.name, field.metadata.get("help")),
             )
             for field in fields(hint)
         ]

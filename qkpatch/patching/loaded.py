@@ -48,9 +48,7 @@ class LoadedEdit:
 
 def edit_loaded(model: torch.nn.Module, request: Request, threads: int | None = None) -> LoadedEdit:
     """As :func:`qkpatch.api.patch_model`."""
-    for what in ("max_shard_size", "exclude"):
-        if getattr(request, what) is not None:
-            raise UsageError("a loaded model has no files", where=what, fix="leave it out")
+    check_loadable(request)
     model = getattr(model, _COMPILED, model)
     tensors = _tensors(model)
     where = type(model).__name__
@@ -94,6 +92,13 @@ def edit_loaded(model: torch.nn.Module, request: Request, threads: int | None = 
         made.restore()
         raise
     return made
+
+
+def check_loadable(request: Request) -> None:
+    """Raise :class:`UsageError` where it says something of files, which a loaded model has none of."""
+    for what in ("max_shard_size", "exclude"):
+        if getattr(request, what) is not None:
+            raise UsageError("a loaded model has no files", where=what, fix="leave it out")
 
 
 class _Loaded(Repository):

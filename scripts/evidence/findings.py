@@ -9,18 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from qkpatch.evaluation.statistics import REPLICATES, Array, ratio, smallest_detectable
 from qkpatch.spectral.rule import Channel
 from scripts.evidence.edits import Edit
-from scripts.evidence.statistics import (
-    REPLICATES,
-    Array,
-    Difference,
-    difference,
-    excess_over_curve,
-    holm,
-    ratio,
-    smallest_detectable,
-)
+from scripts.evidence.statistics import Difference, difference, excess_over_curve, holm
 from scripts.evidence.toy import CHOSEN, Budget, Measured, Subject, companions, grid
 from scripts.toy_vlm.scenes import ABILITIES
 

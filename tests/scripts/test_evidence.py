@@ -17,6 +17,8 @@ import torch
 from conftest import REPO, Tiny
 from safetensors.torch import load_file
 
+from qkpatch.evaluation.records import Store
+from qkpatch.evaluation.statistics import Interval, ratio, smallest_detectable
 from qkpatch.spectral.rule import Channel
 
 sys.path.insert(0, str(REPO))
@@ -24,16 +26,7 @@ sys.path.insert(0, str(REPO))
 from scripts.evidence import __main__ as entry
 from scripts.evidence import language, toy
 from scripts.evidence.edits import DRAWN, Edit, Editor, applied, thirds
-from scripts.evidence.statistics import (
-    Interval,
-    difference,
-    excess_over_curve,
-    holm,
-    ratio,
-    scenes_needed,
-    smallest_detectable,
-)
-from scripts.evidence.store import Store
+from scripts.evidence.statistics import difference, excess_over_curve, holm, scenes_needed
 from scripts.toy_vlm import captioning, training
 
 HOWS = ("dominant", "random", "bottom", "subspace", "shrink")
@@ -228,10 +221,10 @@ def test_a_store_remembers_and_drops_a_line_cut_short(tmp_path: Path) -> None:
         made.append(value)
         return value
 
-    Store(path).get("a", lambda: make("1"))
-    Store(path).get("b", lambda: make("2"))
+    Store(path, {}).once("a", lambda: make("1"))
+    Store(path, {}).once("b", lambda: make("2"))
     path.write_text(path.read_text() + '["c", {"half')
-    store = Store(path)
+    store = Store(path, {})
     assert store.get("a", lambda: make("x")) == "1"
     assert store.get("c", lambda: make("3")) == "3"
     assert made == ["1", "2", "3"]
