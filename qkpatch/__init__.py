@@ -9,6 +9,7 @@ rooms, from the surface down; imports only run downwards, as ``tests/test_archit
 * ``compare``     proof and difference: ``verify``, ``diff``, what may be replaced, what may be published;
 * ``evaluation``  what a model says about pictures: measured, compared, a setting searched for;
 * ``diagnosis``   which recipe fits a checkpoint, and a draft where none does;
+* ``reports``     pages to look at, one file each;
 * ``publishing``  the model card, and the commit that carries it;
 * ``patching``    the engine: files are carried while heads are edited;
 * ``planning``    the request, the plan, the manifest;

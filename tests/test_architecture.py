@@ -17,8 +17,8 @@ PACKAGE = ROOT / "qkpatch"
 ARROWS = {
     "__main__": {"cli"},
     "cli": {
-        "api", "compare", "evaluation", "diagnosis", "publishing", "patching", "planning", "model", "recipes", "output",
-        "checkpoint", "spectral", "common", "errors",
+        "api", "compare", "evaluation", "diagnosis", "reports", "publishing", "patching", "planning", "model",
+        "recipes", "output", "hub", "checkpoint", "spectral", "common", "errors",
     },
     "api": {
         "compare", "evaluation", "publishing", "patching", "planning", "model", "output", "checkpoint", "common",
@@ -29,6 +29,7 @@ ARROWS = {
     },
     "evaluation": {"patching", "planning", "model", "spectral", "checkpoint", "common", "errors"},
     "diagnosis": {"model", "recipes", "checkpoint", "common", "errors"},
+    "reports": {"errors"},
     "publishing": {"planning", "recipes", "hub", "checkpoint", "common", "errors"},
     "patching": {"planning", "model", "recipes", "output", "checkpoint", "spectral", "common", "errors"},
     "planning": {"model", "recipes", "output", "checkpoint", "spectral", "common", "errors"},

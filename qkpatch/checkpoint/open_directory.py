@@ -166,7 +166,7 @@ class Rooted:
     def names(self) -> list[str]:
         """The names of what lies directly in the directory, sorted."""
         with os_errors("list", self.path):
-            return sorted(os.listdir(self.fd))
+            return _listed(self.fd)
 
     def clear(self) -> None:
         """Remove everything below, as far as that can be done, one name after the other in order."""
@@ -190,7 +190,7 @@ class Rooted:
             prefix = waiting.pop()
             # By its whole path, step by step: a descriptor for each level could be more than there are.
             with os_errors("list", self.path / prefix), self._parent(f"{prefix}-") as (fd, _):
-                names = sorted(os.listdir(fd))
+                names = _listed(fd)
                 n_names += len(names)
                 check_extent(self.path / prefix, prefix.count("/"), n_names)
                 for last in names:
@@ -200,6 +200,13 @@ class Rooted:
                         if name not in skip:
                             yield name, status
                             waiting += [f"{name}/"] if stat.S_ISDIR(status.st_mode) else []
+
+
+def _listed(fd: int) -> list[str]:
+    """What lies in an open directory now, sorted."""
+    # Without this, btrfs lists what was there when the descriptor was opened, as POSIX allows.
+    os.lseek(fd, 0, os.SEEK_SET)
+    return sorted(os.listdir(fd))
 
 
 def check_extent(where: Path, n_levels: int, n_names: int) -> None:

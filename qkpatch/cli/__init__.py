@@ -14,6 +14,7 @@ import qkpatch
 from qkpatch.cli.commands.apply import apply
 from qkpatch.cli.commands.card import card
 from qkpatch.cli.commands.diff import diff
+from qkpatch.cli.commands.doctor import doctor
 from qkpatch.cli.commands.evaluate import evaluate, tune
 from qkpatch.cli.commands.inspect import inspect
 from qkpatch.cli.commands.plan import plan
@@ -53,14 +54,13 @@ app = typer.Typer(
     "5 a fault of qkpatch's own.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
 @app.callback(invoke_without_command=True)
 def root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    version: Annotated[bool, typer.Option("--version", "-V", help="Print the version and exit.")] = False,
 ) -> None:
     """Print the version where it is asked for; commands do everything else."""
     if version:
@@ -68,7 +68,7 @@ def root(
         raise typer.Exit()
 
 
-for _command in (apply, plan, inspect, verify, diff, recipes, card, evaluate, tune):
+for _command in (apply, plan, inspect, verify, diff, recipes, card, evaluate, tune, doctor):
     app.command()(_command)
 
 

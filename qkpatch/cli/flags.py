@@ -5,15 +5,15 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from copy import copy
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, cast, get_type_hints
+from typing import Annotated, Any, cast, get_args, get_type_hints
 
 import typer
 
 from qkpatch.checkpoint.tree import source_file
 from qkpatch.errors import FileSystemError
-from qkpatch.model.locate import near_paths
 from qkpatch.output.options import Digest
 from qkpatch.planning.request import Request, parse_request
 from qkpatch.spectral.rule import Channel, Select
@@ -121,6 +121,9 @@ IncludeHiddenOpt = Annotated[
     bool, typer.Option("--include-hidden", help="With --push: also files that are private by name.")
 ]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+MarkdownOpt = Annotated[
+    bool, typer.Option("--markdown", help="Print the result as Markdown, for a comment on a pull request.")
+]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 DebugOpt = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", envvar="QKPATCH_DEBUG")]
 
@@ -144,6 +147,9 @@ OutArg = Annotated[
 def check_present(out: Path) -> None:
     """Raise :class:`FileSystemError` where OUT is no directory."""
     if not out.is_dir():
+        # --help needs nothing of the Hub.
+        from qkpatch.model.locate import near_paths
+
         near = near_paths(str(out))
         fix = f"near: {', '.join(near)}" if near else "check the path"
         raise FileSystemError("no such directory", where=str(out), fix=fix)
@@ -225,10 +231,22 @@ class ShowFlags:
         return self.as_json or self.quiet
 
 
-def _with_help(hint: Any, name: str, text: str | None) -> Any:
+def _with_help(hint: Any, field: Field[Any]) -> Any:
     """The hint of a field that says itself what it is for."""
-    shown = f"--{name.replace('_', '-')}"
-    return hint if text is None else Annotated[hint, typer.Option(shown, help=text)]
+    name, text = f"--{field.name.replace('_', '-')}", field.metadata.get("help")
+    return hint if text is None else Annotated[hint, typer.Option(name, help=text)]
+
+
+def _drawn(hint: Any, panel: str | None) -> Any:
+    """An option as ``--help`` shows it: below the heading of its group; of a flag, no type."""
+    kind, *said = get_args(hint) or (hint,)
+    said = [copy(one) for one in said]
+    for one in said:
+        if isinstance(one, typer.models.OptionInfo):
+            one.rich_help_panel = panel
+            if kind is bool:
+                one.metavar = ""
+    return Annotated[(kind, *said)] if said else hint
 
 
 def spread(
@@ -241,16 +259,18 @@ def spread(
     for parameter in inspect.signature(function).parameters.values():
         hint = hints[parameter.name]
         if not is_dataclass(hint):
-            shown.append(parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY))
+            kind = inspect.Parameter.KEYWORD_ONLY
+            shown.append(parameter.replace(annotation=_drawn(hint, None), kind=kind))
             continue
         groups[parameter.name] = cast("type[Any]", hint)
+        panel = groups[parameter.name].__name__.removesuffix("Flags")
         inner = get_type_hints(hint, include_extras=True)
         shown += [
             inspect.Parameter(
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=inspect.Parameter.empty if field.default is MISSING else field.default,
-                annotation=_with_help(inner[field.name], field.name, field.metadata.get("help")),
+                annotation=_drawn(_with_help(inner[field.name], field), panel),
             )
             for field in fields(hint)
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
@@ -12,7 +12,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from qkpatch.cli.console import results, safe
+from qkpatch.cli.console import markdown_results, results, safe
+from qkpatch.cli.drawing import draw_spectrum, remarks
 from qkpatch.common.number_ranges import format_ranges
 from qkpatch.common.text import size_text, verify_command
 
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
     from qkpatch.planning.plan import EditPlan
     from qkpatch.planning.settings import EditSettings
     from qkpatch.publishing.commit_plan import Publication
+    from qkpatch.reports.spectra_page import Side
 
 
-def show_plan(plan: EditPlan, free_disk: int | None, memory: int, threads: int) -> None:
+def show_plan(plan: EditPlan, free_disk: int | None, memory: int, threads: int, *, is_markdown: bool) -> None:
     """Print a plan: what is edited, where, and what it costs.
 
     Args:
@@ -35,15 +37,29 @@ def show_plan(plan: EditPlan, free_disk: int | None, memory: int, threads: int) 
         free_disk: bytes that are free where OUT will be, where that is known.
         memory: expected peak of resident memory in bytes.
         threads: heads that are computed side by side.
+        is_markdown: whether as a block of Markdown, warnings in it.
     """
-    with results() as console:
+    title = f"qkpatch plan {plan.model.source.name}"
+    with markdown_results(title) if is_markdown else results() as console:
+        for warning in plan.warnings if is_markdown else ():
+            console.print(f"Warning: {safe(warning)}")
         _heading(console, plan)
         if plan.edits:
-            table = _table("layer", "attention", "shard", "key's shard, where another")
+            # A row for each shard, or pair of shards: it is a column of names that takes the room.
+            rows: dict[tuple[str, str, str], list[int]] = {}
             for edit in plan.edits:
                 query, key = plan.output.place(edit.query), plan.output.place(edit.key)
                 other = "" if key.shard == query.shard else key.shard
-                table.add_row(str(edit.layer), edit.attention, safe(query.shard), safe(other))
+                rows.setdefault((edit.attention, query.shard, other), []).append(edit.layer)
+            table = _table(
+                "layers", "attention", "shard", *(["key's shard"] if any(o for *_, o in rows) else [])
+            )
+            for (attention, shard, other), layers in rows.items():
+                table.add_row(
+                    format_ranges(sorted(layers)),
+                    attention,
+                    *map(safe, (shard, other)[: len(table.columns) - 2]),
+                )
             console.print(table)
         dtypes = " and ".join(sorted({edit.query.dtype for edit in plan.edits})) or "no dtype"
         n_files = len(plan.output.files)
@@ -120,13 +136,19 @@ def _heading(console: Console, plan: EditPlan) -> None:
     )
 
 
-def _model(console: Console, model: Model) -> None:
+def model_line(model: Model) -> str:
+    """What a model is, in a line."""
     layout = model.tower.layout
-    own = f" ({safe(model.recipe_file)})" if model.recipe_file else ""
-    console.print(
-        f"[bold]{safe(model.source.name)}[/]: recipe {safe(model.recipe.name)}{own}, {model.tower.n_layers} layers, "
+    own = f" ({model.recipe_file})" if model.recipe_file else ""
+    return (
+        f"{model.source.name}: recipe {model.recipe.name}{own}, {model.tower.n_layers} layers, "
         f"{layout.n_heads} query / {layout.n_kv_heads} key heads of {layout.d_head}, hidden {layout.d_model}"
     )
+
+
+def _model(console: Console, model: Model) -> None:
+    layout = model.tower.layout
+    console.print(safe(model_line(model)))
     for other in sorted(set(model.tower.exceptions.values()) - {layout}, key=lambda other: other.d_head):
         where = format_ranges([n for n, layout in model.tower.exceptions.items() if layout == other])
         console.print(
@@ -140,27 +162,22 @@ def _model(console: Console, model: Model) -> None:
         )
 
 
-def show_spectra(
-    model: Model, settings: EditSettings, layers: Sequence[LayerSpectra], *, is_folded: bool
-) -> None:
-    """What was looked at, and one row per layer, means over heads; a column for the set where there are several."""
+def show_spectra(model: Model, settings: EditSettings, sides: Sequence[Side], *, is_folded: bool) -> None:
+    """What was looked at, and one row per layer, means over heads: of two sides ``a → b`` where they are not the same.
+
+    There is a column for the set where there are several.
+    """
     modes, has_sets = settings.rule.modes, len(model.sets) > 1
     table = _table(
         "layer", *(["attention"] if has_sets else []), "σ₁ mean", "σ₁ max", f"energy in top {modes}",
         "effective rank", "symmetric share", "gap min",
     )  # fmt: skip
-    for layer in layers:
-        heads = layer.heads
-        gaps = [head.gap for head in heads if head.gap is not None]
+    for layers in zip(*(side.layers for side in sides), strict=True):
+        figures = [dict.fromkeys(side) for side in zip(*map(_figures, layers), strict=True)]
         table.add_row(
-            str(layer.layer),
-            *([layer.attention] if has_sets else []),
-            f"{mean(head.singular_values[0] for head in heads):.4g}",
-            f"{max(head.singular_values[0] for head in heads):.4g}",
-            f"{mean(head.energy_share for head in heads):.3f}",
-            f"{mean(head.effective_rank for head in heads):.1f}",
-            f"{mean(head.symmetric_share for head in heads):.3f}",
-            f"{min(gaps):.2g}" if gaps else "-",
+            str(layers[0].layer),
+            *([layers[0].attention] if has_sets else []),
+            *(" → ".join(figure) for figure in figures),
         )
     with results() as console:
         _model(console, model)
@@ -168,7 +185,40 @@ def show_spectra(
         console.print(
             f"Spectra: layers {format_ranges(settings.layers)}, heads {format_ranges(settings.heads)}{folded}"
         )
+        if len(sides) > 1:
+            console.print(safe(f"{sides[0].name} → {sides[1].name}, where they differ"), soft_wrap=True)
         console.print(table)
+        console.print(
+            f"Means over heads. Energy: share of ‖M‖². Symmetric share 0.5: both halves weigh the same. "
+            f"Gap: (s_{modes} − s_{modes + 1}) / s_{modes}.",
+            style="dim",
+        )
+        few = [(layer, head) for layer in sides[0].layers for head in layer.heads][: _DRAWN + 1]
+        for layer, head in few if len(few) <= _DRAWN else ():
+            console.print(f"Layer {layer.layer}, head {head.head}: singular values")
+            for line in draw_spectrum(head, modes, console.width, is_ascii=_is_ascii(console)):
+                console.print(line, highlight=False, markup=False)
+        for remark in remarks(sides[0].layers, modes):
+            console.print(f"[yellow]Note:[/] {remark}", soft_wrap=True)
+
+
+def _is_ascii(console: Console) -> bool:
+    """Whether the terminal has nothing but ASCII."""
+    return not console.encoding.startswith("utf")
+
+
+_DRAWN = 4  # heads, each of ten lines
+
+
+def _figures(layer: LayerSpectra) -> Iterator[str]:
+    heads = layer.heads
+    gaps = [head.gap for head in heads if head.gap is not None]
+    yield f"{mean(head.singular_values[0] for head in heads):.4g}"
+    yield f"{max(head.singular_values[0] for head in heads):.4g}"
+    yield f"{mean(head.energy_share for head in heads):.3f}"
+    yield f"{mean(head.effective_rank for head in heads):.1f}"
+    yield f"{mean(head.symmetric_share for head in heads):.3f}"
+    yield f"{min(gaps):.2g}" if gaps else "-"
 
 
 def show_publication(publication: Publication) -> None:

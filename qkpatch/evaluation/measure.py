@@ -98,7 +98,8 @@ def measure(subject: Subject, request: Request, task: Task, store: Store, observ
 
 def _ask(subject: Subject, names: list[str], task: Task) -> dict[str, Mapping[str, Any]]:
     """Records of a batch, as JSON."""
-    paths, answers = {name: task.pictures.folder / name for name in names}, {name: {} for name in names}
+    paths = {name: task.pictures.folder / name for name in names}
+    answers: dict[str, dict[str, float]] = {name: {} for name in names}
     said = subject.captions(list(paths.values()), task.protocol)
     kinds = ("present", *KINDS) if task.questions else ()
     pairs = sorted(

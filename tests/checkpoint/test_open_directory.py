@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,3 +57,29 @@ def test_a_directory_that_is_made_once_more_has_the_mode_that_it_would_have(tmp_
             assert (tmp_path / "old").stat().st_mode & 0o7000 == 0o2000
     finally:
         os.umask(before)
+
+
+def test_a_directory_is_listed_as_it_is_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """btrfs goes on listing what was there when the descriptor was opened, until it is rewound."""
+    real_listdir, real_lseek, real_open = os.listdir, os.lseek, os.open
+    seen: dict[int, list[str]] = {}
+
+    def opened(*args: Any, **more: Any) -> int:
+        fd = real_open(*args, **more)
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            seen[fd] = real_listdir(fd)
+        return fd
+
+    def rewound(fd: int, at: int, how: int) -> int:
+        found = real_lseek(fd, at, how)
+        seen[fd] = real_listdir(fd)
+        return found
+
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "lseek", rewound)
+    monkeypatch.setattr(os, "listdir", lambda fd: seen[fd])
+    with Rooted(tmp_path) as root:
+        for name in ("a", "b"):
+            os.close(root.open(name, os.O_WRONLY | os.O_CREAT))
+            assert name in root.names()
+            assert name in dict(root.walk())

@@ -36,7 +36,7 @@ def evaluate(
     MODEL is a checkpoint that transformers loads with its auto classes, or an adapter of peft.
     """
     from qkpatch import api
-    from qkpatch.cli.console import bars
+    from qkpatch.cli.progress import bars
 
     with bars(quiet=show.is_bare) as observer:
         how = vars(edit.request)
@@ -56,7 +56,8 @@ def tune(
     What a flag of the edit says is not searched. Exit code 1 where no setting is found better than its controls.
     """
     from qkpatch import api
-    from qkpatch.cli.console import bars, verdict
+    from qkpatch.cli.console import verdict
+    from qkpatch.cli.progress import bars
 
     with bars(quiet=show.is_bare) as observer:
         how = vars(edit.request)
