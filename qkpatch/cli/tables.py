@@ -281,16 +281,12 @@ def show_evaluation(result: Evaluation) -> None:
         for one in result.comparisons:
             model, base = (safe(result.sides[i].label) for i in (one.model, one.base))
             console.print(f"[bold]{model}[/] against [bold]{base}[/]", soft_wrap=True)
-            table = _table(
-                "figure", "base", "model", "difference", "95 % interval", "p", "smallest detectable"
-            )
-            for name, figure in {**one.figures, "chair_s at equal recall": None}.items():
-                d = one.stop_earlier if figure is None else figure.difference
-                cells = ("", "") if figure is None else (f"{figure.base:.4f}", f"{figure.model:.4f}")
-                found = f"{d.estimate:+.4f}", f"{d.low:+.4f} to {d.high:+.4f}", f"{d.p:.4f}"
-                table.add_row(
-                    name, *cells, *found, "" if figure is None else f"{figure.smallest_detectable:.4f}"
-                )
+            table = _table("figure", "base", "model", "difference", "95 % interval", "p", "detectable")
+            for name, figure in one.figures.items():
+                d = figure.difference
+                cells = (figure.base, figure.model), (d.p, figure.smallest_detectable)
+                left, right = ([f"{x:.4f}" for x in some] for some in cells)
+                table.add_row(name, *left, f"{d.estimate:+.4f}", f"{d.low:+.4f} to {d.high:+.4f}", *right)
             console.print(table)
             tests = (f"{name} {t.only_base} : {t.only_model}, p {t.p:.4f}" for name, t in one.mcnemar.items())
             console.print(f"McNemar, base alone : model alone: {'; '.join(tests)}", soft_wrap=True)

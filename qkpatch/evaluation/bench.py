@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from qkpatch.checkpoint.files import os_errors
@@ -44,15 +46,12 @@ class Evaluation:
         if self.tuned is None:
             return []
         tuned, n, figure = self.tuned, len(self.task.pictures.present), self.comparisons[0].figures["chair_s"]
-        found = [
-            f"{'better' if yes else 'NOT found better'} than {name}" for name, yes in tuned["beaten"].items()
-        ]
         return [
             f"Best of {tuned['trials']} settings, by {n} held-out pictures, looked at {tuned['looked']} time(s):",
             f"CHAIR_s {figure.base:.4f} before, {figure.model:.4f} after",
-            *found,
+            *(f"{'' if yes else 'NOT found '}better than {name}" for name, yes in tuned["beaten"].items()),
             *(f"NOT within the limits: {limit}" for limit in tuned["broken"]),
-            *(["nothing is found that beats all controls: edit nothing"] * (not tuned["is_found"])),
+            *([] if tuned["is_found"] else ["nothing is found that beats all controls: edit nothing"]),
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -71,14 +70,9 @@ class Evaluation:
             mentions = self.task.vocabulary.mentions(record.caption)
             rows.append({"picture": name, "objects": sorted(there), "mentions": mentions, **as_json(record)})
             del rows[-1]["next_tokens"]
-        found = figures(columns(self.task, side))
-        return {
-            "model": side.model,
-            "edit": side.edit,
-            "figures": found,
-            "said": rows,
-            "text": list(side.losses),
-        }
+        said = {"model": side.model, "edit": side.edit, "said": rows, "text": list(side.losses)}
+        read = {"perplexity": math.exp(fmean(side.losses))} if side.losses else {}
+        return {**said, "figures": {**figures(columns(self.task, side)), **read}}
 
 
 class Bench:

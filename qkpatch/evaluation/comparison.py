@@ -12,17 +12,10 @@ import numpy as np
 from qkpatch.evaluation.annotations import KINDS
 from qkpatch.evaluation.chair import CaptionScore, chair_columns, figures, yes_no_columns
 from qkpatch.evaluation.measure import Side, Task
-from qkpatch.evaluation.statistics import (
-    Array,
-    Interval,
-    McNemar,
-    excess_over_curve,
-    mcnemar,
-    paired,
-    smallest_detectable,
-)
+from qkpatch.evaluation.statistics import Array, Interval, McNemar, excess_over_curve, mcnemar, paired
 from qkpatch.evaluation.vocabulary import WORD
 
+EQUAL_RECALL = "chair_s_at_equal_recall"  # of the base: of its captions cut after so many mentions
 LEAST = 1e-12  # a probability that rounding leaves
 
 
@@ -35,6 +28,11 @@ class Figure:
     difference: Interval
     smallest_detectable: float  # at 80 % power
 
+    @classmethod
+    def of(cls, model: float, difference: Interval) -> Figure:
+        """From the model's figure and the difference."""
+        return cls(model - difference.estimate, model, difference, difference.smallest_detectable)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -44,15 +42,13 @@ class Comparison:
     base: int
     figures: Mapping[str, Figure]
     mcnemar: Mapping[str, McNemar]
-    stop_earlier: Interval  # CHAIR_s above that of the base's captions cut to the same recall
     kept: Mapping[str, float]
     kl: tuple[float, ...]  # by picture: of the next token after the prompt, from the base, in nats
     warnings: tuple[str, ...]
 
-    @property
-    def is_better(self) -> bool:
-        """Whether fewer captions make something up, beyond chance."""
-        return self.figures["chair_s"].difference.high < 0
+    def is_better(self, name: str = "chair_s") -> bool:
+        """Whether a figure is lower, beyond chance."""
+        return self.figures[name].difference.high < 0
 
 
 def columns(task: Task, side: Side, most: int | None = None) -> dict[str, Array]:
@@ -82,26 +78,21 @@ def compare(task: Task, sides: Sequence[Side], model: int, base: int) -> Compari
     """Hold one side against another."""
     a, b = sides[model], sides[base]
     ours, theirs = columns(task, a), columns(task, b)
-    found = paired(
-        *(np.stack(list(each.values())) for each in (ours, theirs)), seed=task.protocol.sample_seed
-    )
-    values = zip(figures(theirs).values(), figures(ours).values(), found, strict=True)
-    named = {
-        name: Figure(x, y, d, smallest_detectable(d)) for name, (x, y, d) in zip(ours, values, strict=True)
-    }
+    seed, values = task.protocol.sample_seed, figures(ours)
+    found = paired(np.stack(list(ours.values())), np.stack(list(theirs.values())), seed=seed)
+    named = {name: Figure.of(x, d) for (name, x), d in zip(values.items(), found, strict=True)}
+    named[EQUAL_RECALL] = Figure.of(values["chair_s"], _stop_earlier(task, a, b))
     tests = {"chair_s": mcnemar(*(each["chair_s"][:, 0] > 0 for each in (theirs, ours)))}
     for kind in KINDS if task.questions else ():
         right = ([(p > 0.5) == t for rows in answered(task, s, kind) for p, t in rows] for s in (b, a))
         tests[kind] = mcnemar(*right)
     warnings = []
     if named["length"].difference.high < 0:
-        warnings.append(
-            "fewer objects are named than before: stop_earlier is the figure to look at, not chair_s"
-        )
+        warnings.append(f"fewer objects are named than before: look at {EQUAL_RECALL}")
     unfinished = fmean(not record.finished for side in (a, b) for record in side.records)
     if unfinished > 0.05:
         warnings.append(f"{unfinished:.0%} of the captions were cut short by max_new_tokens")
-    return Comparison(model, base, named, tests, stop_earlier(task, a, b), *kept(a, b), tuple(warnings))
+    return Comparison(model, base, named, tests, *kept(a, b), tuple(warnings))
 
 
 def kept(side: Side, base: Side) -> tuple[dict[str, float], tuple[float, ...]]:
@@ -116,7 +107,7 @@ def kept(side: Side, base: Side) -> tuple[dict[str, float], tuple[float, ...]]:
     return found, divergences
 
 
-def stop_earlier(task: Task, side: Side, base: Side) -> Interval:
+def _stop_earlier(task: Task, side: Side, base: Side) -> Interval:
     """How far CHAIR_s lies above the base's captions cut after so many mentions that recall is the same."""
     longest = max(len(task.vocabulary.mentions(record.caption)) for record in base.records)
     cuts = [columns(task, side), *(columns(task, base, most) for most in range(longest + 1))]

@@ -15,7 +15,7 @@ from qkpatch.common.typed_json import as_json
 from qkpatch.errors import NumericalError, UsageError
 from qkpatch.evaluation.bench import Bench, Evaluation, n_layers
 from qkpatch.evaluation.chair import figures
-from qkpatch.evaluation.comparison import columns, compare, kept
+from qkpatch.evaluation.comparison import EQUAL_RECALL, columns, compare, kept
 from qkpatch.evaluation.measure import Side, Task, told
 from qkpatch.evaluation.records import Inputs, Limits, Protocol, Store
 from qkpatch.planning.request import Request
@@ -24,6 +24,7 @@ from qkpatch.spectral.rule import Channel, Select
 MODES, ALPHAS = (1, 2, 4, 8, 16), (0.0, 0.25, 0.5, 0.65, 0.8, 0.9)
 RUNGS = (4, 2, 1)  # of so many parts of the pictures one; after each the better half goes on
 HALVING = 0.5  # of the cost of every setting on all pictures
+MOST = 1000  # settings, however many minutes there are
 HEAD = "# Found by qkpatch tune"
 
 
@@ -59,24 +60,23 @@ def run(
     n = limits.trials
     if limits.minutes is not None:
         affordable = 60 * limits.minutes / (HALVING * (time.monotonic() - started))
-        n = log.once(f"settings in {limits.minutes} minutes", lambda: max(RUNGS[0], int(affordable)))
+        n = log.once(
+            f"settings in {limits.minutes} minutes", lambda: min(max(RUNGS[0], int(affordable)), MOST)
+        )
     tried = going_on = candidates(n, layers, fixed, seed, channels=limits.channels)
     found: dict[Request, Mapping[str, Any]] = {}
     for rung in RUNGS:
         part = task.at(names[: middle // rung], asks=False)
         found = {request: _trial(bench, model, request, part, log) for request in going_on}
-        ranked = sorted(going_on, key=lambda request: _rank(found[request], limits))
-        going_on = ranked[: (len(ranked) + 1) // 2]
+        rank = {r: (len(limits.broken(x)), x["chair_s"], -x["recall"]) for r, x in found.items()}
+        going_on = sorted(going_on, key=rank.__getitem__)[: (len(going_on) + 1) // 2]
     chosen = going_on[0]
     result = _look(bench, model, chosen, task.at(names[middle:]), log, limits)
     tuned = {**(result.tuned or {}), "searched": found[chosen], "trials": len(tried)}
     result = bench.write(replace(result, tuned=tuned))
     if tuned["is_found"] or limits.anyway:
-        said = [
-            HEAD,
-            *(f"# {line}" for line in result.verdict),
-            *(f"{k}: {v}" for k, v in tuned["edit"].items()),
-        ]
+        said = [HEAD, *(f"# {line}" for line in result.verdict)]
+        said += [f"{key}: {value}" for key, value in tuned["edit"].items()]
         with os_errors("write", out):
             out.write_text("\n".join([*said, ""]), "utf-8")
     return result
@@ -98,30 +98,26 @@ def _kept(task: Task, side: Side, base: Side) -> dict[str, float]:
     return {**found, **kept(side, base)[0], "recall_lost": lost}
 
 
-def _rank(found: Mapping[str, Any], limits: Limits) -> tuple[int, float, float]:
-    return len(limits.broken(found)), found["chair_s"], -found["recall"]
-
-
 def _look(bench: Bench, model: str, chosen: Request, task: Task, log: Store, limits: Limits) -> Evaluation:
     """The held-out half under the setting and its controls; looks are counted in the log."""
     log.once(f"look {told(chosen)}", lambda: time.strftime("%Y-%m-%d"))
     sides = [bench.side(model, Request(), task), bench.side(model, chosen, task)]
     compared = [compare(task, sides, 1, 0)]
-    beaten = {"no edit": compared[0].is_better, "stopping earlier": compared[0].stop_earlier.high < 0}
+    beaten = {"no edit": compared[0].is_better(), "stopping earlier": compared[0].is_better(EQUAL_RECALL)}
     for name, select, seed in (("random modes", Select.random, 0), ("shrink", Select.shrink, None)):
         try:
             sides.append(bench.side(model, replace(chosen, select=select, seed=seed), task))
         except NumericalError:  # it changes nothing, as a shrink does under a norm of queries
             continue
         compared.append(compare(task, sides, 1, len(sides) - 1))
-        beaten[name] = compared[-1].is_better
+        beaten[name] = compared[-1].is_better()
     broken = limits.broken(_kept(task, sides[1], sides[0]))
     looked = sum(key.startswith("look ") for key in log)
     found = {
         "beaten": beaten,
         "broken": broken,
-        "looked": looked,
         "is_found": all(beaten.values()) and not broken,
+        "looked": looked,
     }
     return Evaluation(task, sides, compared, {"edit": told(chosen), "limits": as_json(limits), **found})
 

@@ -36,6 +36,12 @@ class Interval:
         return cls(float(estimate), float(low), float(high), p)
 
     @property
+    def smallest_detectable(self) -> float:
+        """The effect that is found at 5 % with a power of 80 %: ``(z_α/2 + z_power) · SE``."""
+        z = NormalDist().inv_cdf
+        return (self.high - self.low) / (2 * z(0.975)) * (z(0.975) + z(0.8))
+
+    @property
     def excludes_zero(self) -> bool:
         """Whether the interval does."""
         return self.low > 0 or self.high < 0
@@ -89,13 +95,6 @@ def mcnemar(base: Iterable[Any], model: Iterable[Any]) -> McNemar:
     only = counts[True, False], counts[False, True]
     tail = sum(math.comb(sum(only), i) for i in range(min(only) + 1))
     return McNemar(*only, min(1.0, 2 * tail / (1 << sum(only))))
-
-
-def smallest_detectable(interval: Interval, power: float = 0.8, level: float = 0.05) -> float:
-    """The effect that a comparison of this precision finds with ``power``: ``(z_α/2 + z_power) · SE``."""
-    z = NormalDist().inv_cdf
-    standard_error = (interval.high - interval.low) / (2 * z(0.975))
-    return standard_error * (z(1 - level / 2) + z(power))
 
 
 def resampled(n: int, replicates: int, rng: np.random.Generator) -> Iterator[Array]:

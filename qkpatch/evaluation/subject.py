@@ -85,11 +85,7 @@ class Subject:
                 made.restore()
 
     def prompt(self, text: str) -> str:
-        """What the processor is given: the chat template's, or ``text`` where it has the image token itself.
-
-        Raises:
-            UnsupportedError: there is no chat template.
-        """
+        """What the processor is given: ``text`` where it has the image token, else the chat template's."""
         token, tokenizer = getattr(self.processor, "image_token", None) or "<image>", self.processor.tokenizer
         if token in text:
             return text

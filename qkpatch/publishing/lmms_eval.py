@@ -134,14 +134,12 @@ def _evaluated(path: Path) -> Comparison | None:
                 Metric("pictures", str(name), n, float(figure["base"]), float(figure["model"]), paired)
             )
         doubts = [str(warning) for warning in document["warnings"]]
-        if not one["stop_earlier"]["high"] < 0:
-            doubts.append("captions of the base that stop earlier are not found worse at equal recall")
         tuned = document["tuned"] or {"beaten": {}}
         doubts += [f"not found better than {name}" for name, beaten in tuned["beaten"].items() if not beaten]
         if "looked" in tuned:
             doubts.append(f"the held-out half was looked at {int(tuned['looked'])} time(s) in all")
         base, model = (str(document["sides"][one[which]]["model"]) for which in ("base", "model"))
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise CheckpointError(f"no comparison of qkpatch evaluate: {error!r}", where=path.name) from error
     base, model = (_PART.sub(_without_folder, name) for name in (base, model))
     return Comparison(base, model, tuple(metrics), tuple(doubts), "qkpatch evaluate")

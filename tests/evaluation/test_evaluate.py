@@ -148,7 +148,10 @@ def test_the_statistics_can_be_redone_from_the_result(album: Path) -> None:
     assert compared["kept"]["perplexity_ratio"] > 1
     assert "fewer objects" in " ".join(document["warnings"])
     # CHAIR_s of nothing at all is no gain: it is that of captions that stop at once.
-    assert compared["stop_earlier"]["estimate"] > -0.2
+    equal = compared["figures"]["chair_s_at_equal_recall"]
+    assert equal["model"] == compared["figures"]["chair_s"]["model"]
+    assert equal["base"] < compared["figures"]["chair_s"]["base"]
+    assert equal["difference"]["estimate"] > -0.2
 
 
 def test_a_table_says_what_was_found(run: Run, album: Path) -> None:
@@ -160,7 +163,7 @@ def test_a_table_says_what_was_found(run: Run, album: Path) -> None:
         "adversarial_f1",
         "McNemar",
         "Kept: kl_prompts",
-        "chair_s at equal recall",
+        "chair_s_at_equal_recall",
     ):
         assert word in result.output
     alone = run("evaluate", TOY, *given(album, "--questions", 0))

@@ -111,6 +111,23 @@ def test_a_search_says_plainly_what_it_found_and_writes_only_what_beats_all(
     assert {key: getattr(request, key) for key in ("alpha", "modes")} == {
         key: tuned["edit"].get(key) for key in ("alpha", "modes")
     }
+    evidence = tmp_path / "edit.tune" / "evaluation.json"
+    card = run("card", tmp_path / "edited", "--results", evidence, "--write")
+    assert card.exit_code == 0, card.output
+    text = (tmp_path / "edited" / "README.md").read_text()
+    assert "with qkpatch evaluate, by whoever made it" in text
+    assert "the held-out half was looked at 1 time(s) in all" in text
+    assert "not found better than stopping earlier" in text
+    assert "chair_s_at_equal_recall" in text
+    assert str(tmp_path) not in text
+    proof = run("verify", tmp_path / "edited", "--source", TOY)
+    assert proof.exit_code == 0, proof.output
+    assert "README" not in proof.output
+    for broken in ('{"comparisons": []}', '{"comparisons": [{"figures": 3}], "pictures": {"n": 3}}'):
+        evidence.write_text(broken)
+        refused = run("card", tmp_path / "edited", "--results", evidence)
+        assert refused.exit_code == 3, refused.output
+        assert "no comparison of qkpatch evaluate" in refused.output
     # Another setting is another look, and the log says so.
     other = run(
         "tune", *given(album, out, "--alpha", 1 - tuned["edit"]["alpha"] / 2, "--trials", 1, "--json")

@@ -18,7 +18,7 @@ from conftest import REPO, Tiny
 from safetensors.torch import load_file
 
 from qkpatch.evaluation.records import Store
-from qkpatch.evaluation.statistics import Interval, ratio, smallest_detectable
+from qkpatch.evaluation.statistics import Interval, ratio
 from qkpatch.spectral.rule import Channel
 
 sys.path.insert(0, str(REPO))
@@ -210,7 +210,7 @@ def test_sample_sizes_by_hand() -> None:
     assert scenes_needed(0.5, 0.04, 0.1) / scenes_needed(0.5, 0.08, 0.1) == pytest.approx(4, rel=0.05)
     with pytest.raises(ValueError, match="cannot make"):
         scenes_needed(0.5, 0.2, 0.05)
-    assert smallest_detectable(Interval(0.0, -1.96, 1.96, 1.0)) == pytest.approx(2.80, abs=0.01)
+    assert Interval(0.0, -1.96, 1.96, 1.0).smallest_detectable == pytest.approx(2.80, abs=0.01)
 
 
 def test_a_store_remembers_and_drops_a_line_cut_short(tmp_path: Path) -> None:
