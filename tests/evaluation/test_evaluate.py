@@ -35,8 +35,8 @@ from scripts.toy_vlm.scoring import chair, score
 Run = Callable[..., Result]
 
 TOY = REPO / "demo" / "toy-0"
-ASKED = Protocol("<image> describe :", "<image> exists {object}", max_new_tokens=32, keep_unfinished=True)
-FLAGS = ("--prompt", ASKED.prompt, "--question", ASKED.question, "--max-new-tokens", 32)
+ASKED = Protocol("<image> describe :", "<image> exists {object}", 1, max_new_tokens=32, keep_unfinished=True)
+FLAGS = ("--prompt", ASKED.prompt, "--question", ASKED.question, "--max-new-tokens", 32, "--questions", 1)
 SCHEMA = json.loads((resources.files("qkpatch") / "evaluation" / "evaluation.schema.json").read_text())
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -330,11 +330,16 @@ def test_memory_that_runs_out_is_told_with_a_smaller_batch(
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr("transformers.generation.utils.GenerationMixin.generate", starve)
-    result = run("evaluate", TOY, *given(album, "-o", tmp_path / "out"))
+    result = run("evaluate", TOY, *given(album, "-o", tmp_path / "out", "--sample", 8))
     assert result.exit_code == 4, result.output
     assert "--batch-size 4" in result.output
     monkeypatch.undo()
-    assert run("evaluate", TOY, *given(album, "-o", tmp_path / "out", "--batch-size", 4)).exit_code == 0
+    assert (
+        run(
+            "evaluate", TOY, *given(album, "-o", tmp_path / "out", "--batch-size", 4, "--sample", 8)
+        ).exit_code
+        == 0
+    )
 
 
 def test_an_adapter_is_evaluated_with_its_model_and_not_edited(run: Run, album: Path, tmp_path: Path) -> None:
