@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qkpatch.adapters.lora import lora
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import Present
 from qkpatch.common.observer import UNSEEN, Observer
@@ -60,7 +61,9 @@ def plan(
         request: the edit as a value; in its place, its fields by keyword: ``layers=range(10, 19)`` (or ``"10-18"``),
             ``heads``, ``modes=4``, ``alpha=0.8`` in [0, 1], ``channel="full"``, ``select="dominant"``, ``seed``,
             ``recipe``, ``prefix``, ``attention``, ``fold_norm``, ``max_shard_size`` (bytes, or ``"5GB"``),
-            ``exclude`` (globs of what is left out of OUT).
+            ``exclude`` (globs of what is left out of OUT); ``energy=0.3``: as many modes of each head as hold that
+            share of ``Σ s_j²``, at least ``min_modes`` and at most ``modes``; ``edits=[{"layers": "10-14",
+            "modes": 4}, ...]``: what differs by layer, over what is said beside it.
         out: where it is to be written, where :func:`apply` would refuse that: then it is refused now.
         writing: how, likewise.
         cache: read a snapshot in the Hub cache where there is a whole one.
@@ -73,7 +76,7 @@ def plan(
         UnsupportedError: a checkpoint that qkpatch recognises and does not edit.
         QKPatchError: SOURCE cannot be found or read.
     """
-    request = _request(request, edit)
+    request = Request.asked(request, edit)
     how = Writing() if writing is None else writing
     if out is not None and local_path(str(source)) is None:  # else in `standing`, after whether it is SOURCE
         check_out(Path(out), overwrite=how.overwrite, force=how.force)
@@ -85,14 +88,6 @@ def plan(
     from qkpatch.compare.overwrite import standing
 
     return replace(made, is_done=isinstance(standing(Path(out), made, how), Manifest))
-
-
-def _request(request: Request | None, edit: dict[str, Any]) -> Request:
-    if request is not None and edit:
-        raise UsageError(f"{', '.join(edit)} beside a request", fix="put it into the request")
-    request = Request.of(**edit) if request is None else request
-    request.check_seed()
-    return request
 
 
 def apply(
@@ -193,7 +188,7 @@ def spectra(
     """
     from qkpatch.patching.inspection import Inspection
 
-    request = _request(request, edit)
+    request = Request.asked(request, edit)
     check_device_name(device)
     return tuple(Inspection.of(str(source), request).spectra(device, threads, observer))
 
@@ -308,7 +303,7 @@ def patch_model(model: torch.nn.Module, request: Request | None = None, **edit: 
     """
     from qkpatch.patching.loaded import edit_loaded
 
-    return edit_loaded(model, _request(request, edit))
+    return edit_loaded(model, Request.asked(request, edit))
 
 
 def patched(
@@ -329,5 +324,6 @@ def patched(
 
 
 __all__ = (
-    "apply", "card", "diff", "evaluate", "patch_model", "patched", "plan", "recipe_for", "spectra", "tune", "verify",
+    "apply", "card", "diff", "evaluate", "lora", "patch_model", "patched", "plan", "recipe_for", "spectra", "tune",
+    "verify",
 )  # fmt: skip

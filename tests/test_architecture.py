@@ -17,12 +17,16 @@ PACKAGE = ROOT / "qkpatch"
 ARROWS = {
     "__main__": {"cli"},
     "cli": {
-        "api", "compare", "evaluation", "diagnosis", "reports", "publishing", "patching", "planning", "model",
-        "recipes", "output", "hub", "checkpoint", "spectral", "common", "errors",
+        "api", "adapters", "compare", "evaluation", "diagnosis", "reports", "publishing", "patching", "planning",
+        "model", "recipes", "output", "hub", "checkpoint", "spectral", "common", "errors",
     },
     "api": {
-        "compare", "evaluation", "publishing", "patching", "planning", "model", "output", "checkpoint", "common",
-        "errors",
+        "adapters", "compare", "evaluation", "publishing", "patching", "planning", "model", "output", "checkpoint",
+        "common", "errors",
+    },
+    "adapters": {
+        "compare", "publishing", "patching", "planning", "model", "recipes", "output", "checkpoint", "spectral",
+        "common", "errors",
     },
     "compare": {
         "publishing", "patching", "planning", "model", "recipes", "output", "checkpoint", "common", "errors",
@@ -50,7 +54,7 @@ ONLY_IN = {
     "yaml": {"common"},
     "huggingface_hub": {"hub", "checkpoint.cache"},
     "safetensors": {"compare.byte_by_byte"},
-    "torch": {"spectral", "patching", "compare.values", "evaluation.subject"},
+    "torch": {"spectral", "patching", "compare.values", "adapters.factors", "evaluation.subject"},
     "numpy": {"evaluation"},
     "click": set(),  # Typer vendors its own
 }

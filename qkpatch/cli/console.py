@@ -20,10 +20,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from qkpatch.cli.redaction import Redacted
+from qkpatch.common.text import LONGEST, cut
 from qkpatch.errors import FileSystemError, QKPatchError, plain, shown
 
 _MARKDOWN_WIDTH = 100
 _PIPED_WIDTH = 140  # rich assumes 80 where there is no terminal, which cuts tensor names
+_MOST = 100  # lines of one kind
 
 
 class _Console(Console):
@@ -35,7 +37,9 @@ class _Console(Console):
 
 def _console(*, stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
-    return _Console(stderr=stderr, width=None if stream.isatty() else _PIPED_WIDTH, highlight=False)
+    # A file called :heart: is not a heart.
+    width = None if stream.isatty() else _PIPED_WIDTH
+    return _Console(stderr=stderr, width=width, highlight=False, emoji=False)
 
 
 def stderr_console() -> Console:
@@ -51,6 +55,7 @@ def prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open until the process ends
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    Console.on_broken_pipe = _Console.on_broken_pipe  # type: ignore[assignment,method-assign] # also of Typer's --help
     # All that goes there: messages, logs and warnings of libraries, tracebacks of any thread.
     sys.stderr = Redacted(sys.stderr)
 
@@ -69,11 +74,8 @@ def results() -> Iterator[Console]:
         raise
     except OSError as error:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes it at exit
-        raise FileSystemError(
-            f"the result cannot be printed: {error.strerror}",
-            where="stdout",
-            fix="the command itself was done",
-        ) from error
+        what = f"the result cannot be printed: {error.strerror}"
+        raise FileSystemError(what, where="stdout", fix="the command itself was done") from error
 
 
 @contextmanager
@@ -83,7 +85,7 @@ def markdown_results(title: str) -> Iterator[Console]:
     Raises:
         FileSystemError: as :func:`results`.
     """
-    drawn = _Console(file=io.StringIO(), width=_MARKDOWN_WIDTH, highlight=False, no_color=True)
+    drawn = _Console(file=io.StringIO(), width=_MARKDOWN_WIDTH, highlight=False, emoji=False, no_color=True)
     yield drawn
     print_markdown(title, drawn.file.getvalue())  # type: ignore[attr-defined]
 
@@ -105,8 +107,15 @@ def silence_stdout() -> None:
 
 
 def safe(text: str) -> str:
-    """``text`` for one line of the terminal: neither rich's markup nor anything out of a file acts in it."""
-    return escape(plain(text))
+    """``text`` for one line of the terminal, of bounded length: no markup, nor anything out of a file, acts in it."""
+    return escape(cut(plain(text), LONGEST))
+
+
+def lines(kind: str, texts: Sequence[str]) -> Iterator[str]:
+    """A line of each of ``texts``, and of how many more there are."""
+    yield from (f"{kind} {safe(text)}" for text in texts[:_MOST])
+    if len(texts) > _MOST:
+        yield f"{kind} and {len(texts) - _MOST:,} more; --json lists all"
 
 
 def print_text(text: str) -> None:
@@ -136,6 +145,12 @@ def print_json(value: Any) -> None:
     print_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def print_error(error: QKPatchError) -> None:
+    """Print an error on stdout as JSON, where that takes it: the exit code stands."""
+    with suppress(typer.Exit), verdict(error.exit_code):
+        print_json({"error": error.to_json()})
+
+
 def show_error(error: QKPatchError) -> None:
     """Print an error on stderr: what happened, where, and what to do."""
     _say(f"[bold red]Error:[/] {escape(error.what)}")
@@ -146,8 +161,8 @@ def show_error(error: QKPatchError) -> None:
 
 def show_warnings(warnings: Sequence[str]) -> None:
     """Each warning on a line of its own, on stderr."""
-    for warning in warnings:
-        _say(f"[yellow]Warning:[/] {safe(warning)}")
+    for line in lines("[yellow]Warning:[/]", warnings):
+        _say(line)
 
 
 def note(text: str) -> None:

@@ -38,7 +38,14 @@ FoldOpt = Annotated[
     typer.Option("--fold-norm", help="Take the gain of the RMSNorm before attention into the product."),
 ]
 HeadsOpt = Annotated[str | None, typer.Option(help="Query heads, such as 0-3,7.", show_default="all")]
-ModesOpt = Annotated[int | None, typer.Option(help="Modes per head.", show_default="the recipe's")]
+ModesOpt = Annotated[
+    int | None,
+    typer.Option(help="Modes per head; with --energy the most.", show_default="the recipe's, or half of all"),
+]
+MinModesOpt = Annotated[int | None, typer.Option(help="With --energy: the least.", show_default="1")]
+EnergyOpt = Annotated[
+    float | None, typer.Option(help="As many modes as hold this share of Σ s².", show_default="off")
+]
 AlphaOpt = Annotated[
     float | None,
     typer.Option(
@@ -64,7 +71,7 @@ PrefixOpt = Annotated[
     ),
 ]
 ConfigOpt = Annotated[
-    Path | None, typer.Option(help="The same settings as a YAML file; flags win.", metavar="EDIT.yaml")
+    Path | None, typer.Option(help="As a YAML file; flags win, not over its edits.", metavar="EDIT.yaml")
 ]
 DeviceOpt = Annotated[str, typer.Option(help="cpu, cuda, cuda:i, or auto: cuda where there is one.")]
 ThreadsOpt = Annotated[
@@ -161,6 +168,8 @@ class EditFlags:
 
     layers: LayersOpt = None
     modes: ModesOpt = None
+    min_modes: MinModesOpt = None
+    energy: EnergyOpt = None
     alpha: AlphaOpt = None
     channel: ChannelOpt = None
     select: SelectOpt = None

@@ -12,10 +12,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from qkpatch.cli.console import markdown_results, results, safe
+from qkpatch.cli.console import lines, markdown_results, results, safe
 from qkpatch.cli.drawing import draw_spectrum, remarks
+from qkpatch.common.json_text import exact
 from qkpatch.common.number_ranges import format_ranges
-from qkpatch.common.text import size_text, verify_command
+from qkpatch.common.text import LONGEST, cut, size_text, verify_command
+from qkpatch.errors import plain
 
 if TYPE_CHECKING:
     from qkpatch.compare.verify import Verification
@@ -88,6 +90,9 @@ def show_applied(plan: EditPlan, manifest: Manifest, source: str, out: Path) -> 
     with results() as console:
         _heading(console, plan)
         table = _table("layer", "heads", "‖ΔW_Q‖/‖W_Q‖ mean", "max", "‖M‖ after/before", "gap min")
+        by_energy = any(rule.energy is not None for _, rule in plan.settings.edits)
+        if by_energy:
+            table.add_column("modes", justify="right")
         has_shares = any(head.realised_share is not None for edit in manifest.edits for head in edit.heads)
         if has_shares:
             table.add_column("realised", justify="right")
@@ -98,6 +103,7 @@ def show_applied(plan: EditPlan, manifest: Manifest, source: str, out: Path) -> 
             changes = [head.relative_change for head in edit.heads]
             gaps = [head.gap for head in edit.heads if head.gap is not None]
             shares = [head.realised_share for head in edit.heads if head.realised_share is not None]
+            counts = {plan.settings.rule_of(edit.layer).count(h.values_before) for h in edit.heads}
             norms = [h.frobenius_after / h.frobenius_before for h in edit.heads if h.frobenius_before]
             table.add_row(
                 str(edit.layer),
@@ -106,6 +112,7 @@ def show_applied(plan: EditPlan, manifest: Manifest, source: str, out: Path) -> 
                 f"{max(changes):.4f}",
                 f"{mean(norms):.4f}" if norms else "-",
                 f"{min(gaps):.2g}" if gaps else "-",
+                *([format_ranges(sorted(counts))] if by_energy else []),
                 *([f"{mean(shares):.3f}" if shares else "-"] if has_shares else []),
                 *([f"{mean(head.rounding_error for head in edit.heads):.3f}"] if is_coarse else []),
             )
@@ -124,16 +131,16 @@ def show_applied(plan: EditPlan, manifest: Manifest, source: str, out: Path) -> 
             f"{n_of['copied']} file(s) copied{anew}, {size_text(plan.output_bytes)}{taken_over}"
         )
         command = verify_command(str(out), source, plan.model.recipe_file)
-        console.print(f"Prove it with: {safe(command)}", soft_wrap=True)
+        console.print(f"Prove it with: {plain(command)}", soft_wrap=True, markup=False)
 
 
 def _heading(console: Console, plan: EditPlan) -> None:
     settings = plan.settings
     _model(console, plan.model)
     chosen = f" (recipe's default: {', '.join(settings.from_recipe)})" if settings.from_recipe else ""
-    console.print(
-        f"Edit: {plan.action}; layers {format_ranges(settings.layers)}, heads {format_ranges(settings.heads)}{chosen}"
-    )
+    heads = format_ranges(settings.heads)
+    for layers, rule in settings.edits:
+        console.print(f"Edit: {plan.action(rule)}; layers {format_ranges(layers)}, heads {heads}{chosen}")
 
 
 def model_line(model: Model) -> str:
@@ -167,13 +174,18 @@ def show_spectra(model: Model, settings: EditSettings, sides: Sequence[Side], *,
 
     There is a column for the set where there are several.
     """
-    modes, has_sets = settings.rule.modes, len(model.sets) > 1
+    rule, has_sets = settings.rule_of(settings.layers[0]), len(model.sets) > 1
+    modes = rule.modes
+    by_energy = "" if rule.energy is None else f"modes for energy {exact(rule.energy)}"
     table = _table(
-        "layer", *(["attention"] if has_sets else []), "σ₁ mean", "σ₁ max", f"energy in top {modes}",
-        "effective rank", "symmetric share", "gap min",
+        "layer", *(["attention"] if has_sets else []), "σ₁ mean", "σ₁ max",
+        by_energy or f"energy in top {rule.modes}", "effective rank", "symmetric share", "gap min",
     )  # fmt: skip
     for layers in zip(*(side.layers for side in sides), strict=True):
-        figures = [dict.fromkeys(side) for side in zip(*map(_figures, layers), strict=True)]
+        figures = [
+            dict.fromkeys(side)
+            for side in zip(*(_figures(layer, is_by_energy=bool(by_energy)) for layer in layers), strict=True)
+        ]
         table.add_row(
             str(layers[0].layer),
             *([layers[0].attention] if has_sets else []),
@@ -210,12 +222,16 @@ def _is_ascii(console: Console) -> bool:
 _DRAWN = 4  # heads, each of ten lines
 
 
-def _figures(layer: LayerSpectra) -> Iterator[str]:
+def _figures(layer: LayerSpectra, *, is_by_energy: bool) -> Iterator[str]:
     heads = layer.heads
     gaps = [head.gap for head in heads if head.gap is not None]
     yield f"{mean(head.singular_values[0] for head in heads):.4g}"
     yield f"{max(head.singular_values[0] for head in heads):.4g}"
-    yield f"{mean(head.energy_share for head in heads):.3f}"
+    yield (
+        format_ranges(sorted({head.modes or 0 for head in heads}))
+        if is_by_energy
+        else f"{mean(head.energy_share for head in heads):.3f}"
+    )
     yield f"{mean(head.effective_rank for head in heads):.1f}"
     yield f"{mean(head.symmetric_share for head in heads):.3f}"
     yield f"{min(gaps):.2g}" if gaps else "-"
@@ -245,10 +261,9 @@ def show_publication(publication: Publication) -> None:
 def show_verification(result: Verification, out: Path) -> None:
     """Print every mismatch and note, then the verdict."""
     with results() as console:
-        for mismatch in result.mismatches:
-            console.print(f"[red]mismatch[/] {safe(mismatch.where)}: {safe(mismatch.what)}", soft_wrap=True)
-        for note in result.notes:
-            console.print(f"[yellow]note[/] {safe(note)}", soft_wrap=True)
+        wrong = [f"{cut(mismatch.where, LONGEST // 2)}: {mismatch.what}" for mismatch in result.mismatches]
+        for line in (*lines("[red]mismatch[/]", wrong), *lines("[yellow]note[/]", result.notes)):
+            console.print(line, soft_wrap=True)
         if result.ok:
             console.print(
                 f"[green]ok[/] {safe(str(out))}: {result.files} files, {size_text(result.compared_bytes)} compared; "

@@ -6,9 +6,10 @@ already to be what would be written.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from qkpatch.checkpoint.files import Progress
 from qkpatch.checkpoint.open_directory import Rooted
@@ -39,12 +40,13 @@ class _OrBySource(Mismatch):
 
 
 def standing(
-    out: Path, plan: EditPlan, writing: Writing, observer: Observer = UNSEEN
+    out: Path, plan: EditPlan, writing: Writing, observer: Observer = UNSEEN, *, is_whole: bool = True
 ) -> Replaced | Manifest | None:
     """What is at OUT: what ``plan`` will replace, the manifest of just what it would write, or None: nothing.
 
     Every file whose digest is recorded has it. What else there is, is what the recorded edit makes of this SOURCE, by
     ``verify``, and the edited tensors have their digests. ``writing.force`` takes it as it is.
+    Whether a checkpoint fits is not asked where OUT ``is_whole`` none, but an adapter.
 
     Raises:
         UsageError: OUT is no place to write to, or holds something else.
@@ -55,7 +57,7 @@ def standing(
     if writing.digest is Digest.files:
         refuse_own_sums(plan.model.checkpoint)
     found = _present(out, plan, writing, observer) if out.is_dir() else None
-    if not isinstance(found, Manifest):
+    if is_whole and not isinstance(found, Manifest):
         check_fits(out, plan, writing)
     return found
 
@@ -101,9 +103,13 @@ def _foreign(present: Present, plan: EditPlan, writing: Writing, observer: Obser
     except CheckpointError as error:
         yield Mismatch(MANIFEST_NAME, str(error))
         return
-    known = {str(parent) for file in manifest.files for parent in PurePosixPath(file.name).parents}
+    names = sorted(file.name for file in manifest.files)
     for name in present.directories:
-        if name not in known | plan.model.checkpoint.directories.keys():
+        at = bisect_left(names, f"{name}/")
+        if (
+            not "".join(names[at : at + 1]).startswith(f"{name}/")
+            and name not in plan.model.checkpoint.directories
+        ):
             yield Mismatch(name, "is a directory that qkpatch did not make")
     if not writing.overwrite:
         yield from origin_mismatches(manifest, plan.model.source)
@@ -145,4 +151,5 @@ def _by_digest(manifest: Manifest, present: Present, progress: Progress) -> Iter
             yield Mismatch(name, "does not have the recorded digest (sha256)")
         else:
             progress(present.files[name].size)
-    yield from sums_mismatches(manifest, present, has_sums=has_sums)
+    if manifest.adapter is None:
+        yield from sums_mismatches(manifest, present, has_sums=has_sums)

@@ -11,7 +11,7 @@ from qkpatch.checkpoint.names import usual_beside
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import Present
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME, open_checkpoint
-from qkpatch.common.interrupts import signals_held
+from qkpatch.common.interrupts import import_torch
 from qkpatch.common.json_text import Json
 from qkpatch.common.number_ranges import abbreviate
 from qkpatch.common.observer import Observer
@@ -139,6 +139,9 @@ def check(
         QKPatchError: SOURCE cannot be opened.
     """
     manifest = recorded(present)
+    if manifest.adapter is not None:
+        what = "it is an adapter, which holds nothing of SOURCE to compare"
+        raise CheckpointError(what, where=str(present.root.path), fix="make it anew: the bytes are the same")
     request = replace(manifest.request(), recipe=recipe or manifest.recipe.name)
     if recipe is None and request.recipe not in shipped_recipes():
         raise CheckpointError(
@@ -199,8 +202,8 @@ def check(
         found += check_edits(manifest, plan, present, listing, as_written=as_written)
         # A part of SOURCE is read out of OUT, where it is known to be that.
         if recomputed and plan.edits and not wrong and not listing.lost & checkpoint.headers.keys():
-            with signals_held():  # torch's imports swallow what is raised in their midst
-                from qkpatch.compare.arithmetic import recompute
+            import_torch()
+            from qkpatch.compare.arithmetic import recompute
 
             arithmetic, off = recompute(manifest, planned, plan, present, listing.open, observer)
             found += off

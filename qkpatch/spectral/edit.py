@@ -92,7 +92,7 @@ def select_modes(spectrum: Spectrum, rule: EditRule, generator: torch.Generator)
     """
     if rule.select is Select.subspace:
         return ()
-    rank, r = spectrum.rank, rule.paired_modes
+    rank, r = spectrum.rank, rule.count(spectrum.S.tolist())
     if rule.select is Select.bottom:
         return tuple(range(max(0, rank - r), rank))
     if rule.select is Select.random:
@@ -195,7 +195,8 @@ def _edit_subspace(product: QKProduct, rule: EditRule, generators: Sequence[torc
         raise UsageError("a random subspace belongs to no channel", fix="drop --channel")
     # By QR: what a seed draws depends on the signs of the singular vectors.
     query = Factor(product.query.W)
-    core, counts = _haar_subspaces(query, rule.modes, generators)
+    spectra = product.spectra(rule.channel)
+    core, counts = _haar_subspaces(query, [rule.count(s.S.tolist()) for s in spectra], generators)
     G = query.basis.lift(core)
     W_Q_G = query.R.mT @ core
     A = (rule.alpha - 1) * W_Q_G
@@ -203,23 +204,23 @@ def _edit_subspace(product: QKProduct, rule: EditRule, generators: Sequence[torc
     probe = Probe(G, torch.where(size > 0, W_Q_G / size, 0.0))  # how much of it the query still reads
     edited = torch.baddbmm(query.W, A.to(query.W), G.mT)
     none, nothing = ((),) * len(counts), (None,) * len(counts)
-    spectra, moved = product.spectra(rule.channel), torch.linalg.matrix_norm(A)
+    moved = torch.linalg.matrix_norm(A)
     return QueryEdit(edited, moved, spectra, none, A, G, counts, (probe,), nothing, nothing)
 
 
 def _haar_subspaces(
-    query: Factor, r: int, generators: Sequence[torch.Generator]
+    query: Factor, wanted: Sequence[int], generators: Sequence[torch.Generator]
 ) -> tuple[Tensor, tuple[int, ...]]:
     """Uniformly random subspaces of the row spaces of W_Q: coordinates (n, k, r), padded by zeros; how many there are.
 
     The rank of a row space is that under the factor's ``rcond``.
     """
     U, S, _ = torch.linalg.svd(query.R, full_matrices=False)
-    core, counts = U.new_zeros(*U.shape[:-1], min(r, U.shape[-1])), []
+    core, counts = U.new_zeros(*U.shape[:-1], min(max(wanted), U.shape[-1])), []
     for i, generator in enumerate(generators):
         # Strictly greater: a zero matrix has rank 0, not full rank.
         rank = int((S[i] > query.rcond * S[i].max()).sum())
-        counts.append(min(r, rank))
+        counts.append(min(wanted[i], rank))
         # Drawn on the CPU so that every device sees the same numbers.
         gaussian = torch.randn(rank, counts[i], generator=generator, dtype=torch.float64)
         core[i, :, : counts[i]] = U[i, :, :rank] @ torch.linalg.qr(gaussian)[0]

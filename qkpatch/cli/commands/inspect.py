@@ -13,6 +13,7 @@ from qkpatch.cli.command import command
 from qkpatch.cli.flags import (
     AttentionOpt,
     DebugOpt,
+    EnergyOpt,
     ExcludeOpt,
     FoldOpt,
     HeadsOpt,
@@ -27,6 +28,7 @@ from qkpatch.cli.flags import (
 from qkpatch.planning.request import Request, check_device_name
 
 if TYPE_CHECKING:
+    from qkpatch.patching.inspection import Inspection
     from qkpatch.patching.spectra import LayerSpectra
     from qkpatch.reports.spectra_page import Side
 
@@ -44,6 +46,7 @@ def inspect(
     modes: Annotated[
         int | None, typer.Option(help="r of energy share and gap.", show_default="the recipe's")
     ] = None,
+    energy: EnergyOpt = None,
     recipe: RecipeOpt = None,
     prefix: PrefixOpt = None,
     attention: AttentionOpt = None,
@@ -81,7 +84,7 @@ def inspect(
         )
     request = Request.of(
         recipe=recipe, prefix=prefix, attention=attention, layers=layers, heads=heads, modes=modes,
-        fold_norm=fold_norm, exclude=exclude,
+        energy=energy, fold_norm=fold_norm, exclude=exclude,
     )  # fmt: skip
     check_device_name(run.device)
     looked_at = Inspection.of(source, request)
@@ -103,9 +106,11 @@ def inspect(
             check_alike(*sides)
     if report is not None and folder is not None:
         with folder:
-            folder.replace(report.name, spectra_page(model_line(model), chosen.rule.modes, sides).encode())
+            folder.replace(
+                report.name, spectra_page(model_line(model), chosen.edits[0][1].modes, sides).encode()
+            )
     if as_json:
-        found = [_json(side, looked.model.recipe.name, chosen.rule.modes)
+        found = [_json(side, looked, energy)
                  for side, looked in zip(sides, filter(None, (looked_at, other)), strict=True)]  # fmt: skip
         print_json(found[0] if other is None else {**found[0], "against": found[1]})
     elif not quiet:
@@ -119,17 +124,15 @@ def _csv_rows(layers: Iterable[LayerSpectra]) -> Iterator[tuple[object, ...]]:
                 yield layer.layer, layer.attention, head.head, head.kv_head, mode, repr(value)
 
 
-def _json(side: Side, recipe: str, modes: int) -> dict[str, Any]:
+def _json(side: Side, looked: Inspection, energy: float | None) -> dict[str, Any]:
     return {
         "source": side.name,
-        "recipe": recipe,
-        "modes": modes,
-        "layers": [
-            {
-                "layer": layer.layer,
-                "attention": layer.attention,
-                "heads": [vars(head) for head in layer.heads],
-            }
-            for layer in side.layers
-        ],
+        "recipe": looked.model.recipe.name,
+        "modes": looked.settings.edits[0][1].modes,
+        **({} if energy is None else {"energy": energy}),
+        "layers": [{**vars(layer), "heads": _heads(layer)} for layer in side.layers],
     }
+
+
+def _heads(layer: LayerSpectra) -> list[dict[str, Any]]:
+    return [{k: v for k, v in vars(head).items() if k != "modes" or v} for head in layer.heads]
