@@ -10,10 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qkpatch.adapters.lora import lora
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import Present
 from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.errors import HubError, UsageError
+from qkpatch.evaluation import evaluate as evaluate
+from qkpatch.evaluation import tune as tune
 from qkpatch.model.locate import Access, local_path, locate
 from qkpatch.model.model import open_model
 from qkpatch.output.destination import check_out
@@ -79,10 +82,10 @@ def plan(
         UnsupportedError: a checkpoint that qkpatch recognises and does not edit.
         QKPatchError: SOURCE cannot be found or read.
     """
-    request = _request(request, edit)
+    request = Request.asked(request, edit)
     how = Writing() if writing is None else writing
-    if out is not None and local_path(str(source)) is None:  # else in `standing`, after whether it is SOURCE
-        check_out(Path(out), overwrite=how.overwrite, force=how.force)
+    if out is not None:
+        refuse_early(source, out, how)
     access = Access.ranges if cache else Access.no_cache
     plan_it = make_plan if patch is None else read_patch(Path(patch)).plan
     made = plan_it(str(source), request, access)
@@ -95,12 +98,10 @@ def plan(
     return replace(made, is_done=isinstance(standing(Path(out), made, how), Manifest))
 
 
-def _request(request: Request | None, edit: dict[str, Any]) -> Request:
-    if request is not None and edit:
-        raise UsageError(f"{', '.join(edit)} beside a request", fix="put it into the request")
-    request = Request.of(**edit) if request is None else request
-    request.check_seed()
-    return request
+def refuse_early(source: PathLike, out: PathLike, writing: Writing) -> None:
+    """Refuse an OUT that is wrong anyway, before the Hub is asked; where SOURCE is here, :func:`plan` looks at both."""
+    if local_path(str(source)) is None:
+        check_out(Path(out), overwrite=writing.overwrite, force=writing.force)
 
 
 def apply(
@@ -170,15 +171,11 @@ def _downloaded(plan: EditPlan, observer: Observer) -> EditPlan:
         of_patch = replace(anew.settings, from_recipe=plan.settings.from_recipe)
         anew = replace(anew, patch=plan.patch, settings=of_patch)
     if (anew.settings, anew.model.recipe) != (plan.settings, plan.model.recipe):
-        raise UsageError(
-            "the recipe changed after the edit was planned", where=plan.request.recipe, fix="plan again"
-        )
+        what = "the recipe changed after the edit was planned"
+        raise UsageError(what, where=plan.request.recipe, fix="plan again")
     if anew.model.source.commit != source.commit:
-        raise HubError(
-            f"it moved from commit {source.commit} to {anew.model.source.commit} after it was planned",
-            where=source.name,
-            fix="plan again, or name a commit: org/name@commit",
-        )
+        what = f"it moved from commit {source.commit} to {anew.model.source.commit} after it was planned"
+        raise HubError(what, where=source.name, fix="plan again, or name a commit: org/name@commit")
     return anew
 
 
@@ -206,7 +203,7 @@ def spectra(
     """
     from qkpatch.patching.inspection import Inspection
 
-    request = _request(request, edit)
+    request = Request.asked(request, edit)
     check_device_name(device)
     return tuple(Inspection.of(str(source), request).spectra(device, threads, observer))
 
@@ -252,11 +249,9 @@ def diff(a: PathLike, b: PathLike, *, observer: Observer = UNSEEN) -> Difference
     Raises:
         QKPatchError: one of them cannot be read.
     """
-    from qkpatch.checkpoint.source import open_stored
     from qkpatch.compare.diff import compare
 
-    stored_a, stored_b = (open_stored(locate(str(side)).place) for side in (a, b))
-    return compare(stored_a, stored_b, observer)
+    return compare(locate(str(a)), locate(str(b)), observer)
 
 
 def recipe_for(source: PathLike) -> Recipe:
@@ -320,7 +315,7 @@ def patch_model(model: torch.nn.Module, request: Request | None = None, **edit: 
     """
     from qkpatch.patching.loaded import edit_loaded
 
-    return edit_loaded(model, _request(request, edit))
+    return edit_loaded(model, Request.asked(request, edit))
 
 
 def patched(
@@ -341,6 +336,6 @@ def patched(
 
 
 __all__ = (
-    "apply", "apply_in_place", "card", "diff", "make_patch", "patch_model", "patched", "plan", "recipe_for", "revert",
-    "spectra", "verify",
+    "apply", "apply_in_place", "card", "diff", "evaluate", "lora", "make_patch", "patch_model", "patched", "plan",
+    "recipe_for", "revert", "spectra", "tune", "verify",
 )  # fmt: skip

@@ -40,7 +40,7 @@ class _OrBySource(Mismatch):
 
 
 def standing(
-    out: Path, plan: EditPlan, writing: Writing, observer: Observer = UNSEEN
+    out: Path, plan: EditPlan, writing: Writing, observer: Observer = UNSEEN, *, is_whole: bool = True
 ) -> Replaced | Manifest | None:
     """What is at OUT: what ``plan`` will replace, the manifest of just what it would write, or None: nothing.
 
@@ -56,7 +56,7 @@ def standing(
     if writing.digest is Digest.files:
         refuse_own_sums(plan.model.checkpoint)
     found = _present(out, plan, writing, observer) if out.is_dir() else None
-    if not isinstance(found, Manifest):
+    if is_whole and not isinstance(found, Manifest):
         check_fits(out, plan, writing)
     return found
 
@@ -84,14 +84,9 @@ def _present(out: Path, plan: EditPlan, writing: Writing, observer: Observer) ->
             replaced.check()  # which says so, where another run has replaced OUT meanwhile
             raise
     if first is not None:
-        raise occupied(
-            out,
-            first.where,
-            first.what,
-            overwrite=writing.overwrite,
-            by_edit=isinstance(first, _ByEdit),
-            or_source=isinstance(first, _OrBySource),
-        )
+        by_edit, or_source = isinstance(first, _ByEdit), isinstance(first, _OrBySource)
+        why = {"overwrite": writing.overwrite, "by_edit": by_edit, "or_source": or_source}
+        raise occupied(out, first.where, first.what, **why)
     return replaced
 
 
@@ -142,12 +137,13 @@ def _by_digest(manifest: Manifest, present: Present, progress: Progress) -> Iter
     for name, what in present.odd.items():
         yield Mismatch(name, what)
     for name in sorted({*present.files, *known} - {MANIFEST_NAME, *({SUMS_NAME} if has_sums else ())}):
-        if name not in known or name not in present.files:
-            yield Mismatch(
-                name, "is not one of the files that the manifest lists" if name not in known else "is gone"
-            )
+        if name not in known:
+            yield Mismatch(name, "is not one of the files that the manifest lists")
+        elif name not in present.files:
+            yield Mismatch(name, "is gone")
         elif present.sha256(name) != known[name]:
             yield Mismatch(name, "does not have the recorded digest (sha256)")
         else:
             progress(present.files[name].size)
-    yield from sums_mismatches(manifest, present, has_sums=has_sums)
+    if manifest.adapter is None:
+        yield from sums_mismatches(manifest, present, has_sums=has_sums)

@@ -23,7 +23,7 @@ from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME
 from qkpatch.checkpoint.tree import walk_files
 from qkpatch.common.interrupts import signals_held, signals_let_through
 from qkpatch.errors import UsageError
-from qkpatch.output.destination import check_out, refuse_overlap
+from qkpatch.output.destination import check_out
 from qkpatch.output.layout import OutputFile
 from qkpatch.output.space import check_space
 from qkpatch.output.staging import Staging
@@ -168,7 +168,8 @@ def _write_copy(folder: Rooted, out: Path) -> None:
     """Write a copy, and restore that; it appears whole, or not at all."""
     check_absent(out)
     check_out(out, overwrite=False, force=False)
-    refuse_overlap(out, inside=[folder.path], holding=[folder.path])
+    if folder.path in Path(os.path.realpath(out)).parents:
+        raise UsageError("OUT lies in SOURCE", where=str(out), fix="choose an OUT beside SOURCE")
     check_space(out, [OutputFile.copy_of(file) for file in walk_files(folder.path).files.values()])
 
     def copy(here: str, there: str) -> None:

@@ -11,8 +11,8 @@ from qkpatch.common.number_ranges import format_ranges
 from qkpatch.common.typed_json import LEFT_OUT, as_json
 from qkpatch.output.options import Digest
 from qkpatch.planning.request import ITEM_KEYS
+from qkpatch.recipes.heads import RowLayout
 from qkpatch.recipes.recipe import ConfigValue
-from qkpatch.recipes.rows import RowLayout
 from qkpatch.spectral.rule import Channel, Select
 
 
@@ -148,6 +148,17 @@ class OutputBlock(Block):
     max_shard_size: int | None
     exclude: tuple[str, ...] | None = field(default=None, metadata=LEFT_OUT)
     digest: Digest | None = field(default=None, metadata=LEFT_OUT)
+
+
+@dataclass(frozen=True)
+class AdapterBlock(Block):
+    """What an adapter is: it stands for OUT's weights, and its files for OUT's files."""
+
+    runtime: str
+    rank: int
+    dtype: str
+    modules: tuple[str, ...]
+    max_lora_rank: int | None = field(default=None, metadata=LEFT_OUT)  # that vLLM is to be started with
 
 
 @dataclass(frozen=True)

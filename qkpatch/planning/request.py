@@ -36,7 +36,7 @@ _SHARES = {
 }
 # What an item of ``edits`` may say: what may differ from layer to layer.
 ITEM_KEYS = ("layers", "modes", "min_modes", "energy", "alpha", "channel", "select")
-_MOST_TWICE = 1000  # layers: a short text can name a million in each of ten thousand items
+_MOST = 1000  # items, and layers of one: a short text could name a million in each of many thousands
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,14 @@ class Request:
         """A request from what people write: ``layers=range(10, 19)`` or ``"10-18"``, ``channel="full"``, ``"5GB"``."""
         given = {key: value for key, value in said.items() if value is not None}
         return cls(**{key: _READ[key](value) if key in _READ else value for key, value in given.items()})
+
+    @classmethod
+    def asked(cls, request: Request | None, edit: dict[str, Any]) -> Request:
+        """``request``, or one of the fields ``edit`` in its place."""
+        if request is not None and edit:
+            raise UsageError(f"{', '.join(edit)} beside a request", fix="put it into the request")
+        (request := request or cls.of(**edit)).check_seed()
+        return request
 
     def __post_init__(self) -> None:
         for what, kinds in _KINDS.items():
@@ -158,8 +166,8 @@ def parse_request(text: bytes, where: str) -> Request:
     said = {key: root.take_optional(key, kind) for key, kind in kinds.items() if key not in said} | said
     said |= {"channel": root.take_member("channel", Channel), "select": root.take_member("select", Select)}
     said["exclude"] = root.take_list("exclude", str)
-    if "edits" in root:
-        said["edits"] = _items(root.take("edits", list, default=[]), fault=root.fault)
+    listed = root.take("edits", list, default=[])
+    said["edits"] = _items(listed, fault=root.fault) if "edits" in root else None
     root.finish()
     return Request.of(**said)
 
@@ -189,7 +197,8 @@ def check_device_name(name: str) -> None:
         raise UsageError(f"{name!r} is not a device", where="--device", fix="use auto, cpu, cuda or cuda:0")
 
 
-def _member(value: E | str, kind: type[E], where: str) -> E:
+def member(value: E | str, kind: type[E], where: str) -> E:
+    """The member of ``kind`` that has this value; :class:`UsageError` where none has."""
     try:
         return kind(value)
     except ValueError:
@@ -208,10 +217,10 @@ def _items(
     faults: list[str] = []
     tell = fault or (lambda what, key: faults.append(f"{key}: {what}"))
     is_list = isinstance(given, Iterable) and not isinstance(given, str | Mapping)
-    if not (listed := list(given) if is_list else []):
-        tell("it is no list of edits, or an empty one", "edits")
+    if not 0 < len(listed := list(given) if is_list else []) <= _MOST:
+        tell(f"it is no list of 1 to {_MOST} edits", "edits")
     items, owners = list[Request](), dict[int, int]()
-    for i, item in enumerate(listed):
+    for i, item in enumerate(listed[:_MOST]):
         at, told = f"edits[{i}]", item.said if isinstance(item, Request) else item
         if not isinstance(told, Mapping):
             tell(f"{told!r:.80} is no mapping", at)
@@ -234,7 +243,7 @@ def _items(
             tell("missing", f"{at}.layers")
         if twice := [n for n in made.layers or () if owners.setdefault(n, i) != i]:
             tell(f"{format_ranges(twice)} named in edits[{owners[twice[0]]}] too", f"{at}.layers")
-        if len(twice) > _MOST_TWICE:
+        if len(twice) > _MOST:
             break
     if faults:
         raise UsageError(faults, fix="say a thing once: in an item, or beside edits for all of them")
@@ -250,8 +259,8 @@ _READ: dict[str, Callable[[Any], Any]] = {
     ),
     "exclude": lambda given: (given,) if isinstance(given, str) else tuple(given) or None,
     **dict.fromkeys(_SHARES, lambda given: float(given) if type(given) is int and given in (0, 1) else given),
-    "channel": lambda given: _member(given, Channel, "--channel"),
-    "select": lambda given: _member(given, Select, "--select"),
+    "channel": lambda given: member(given, Channel, "--channel"),
+    "select": lambda given: member(given, Select, "--select"),
     "max_shard_size": lambda given: parse_size(given) if isinstance(given, str) else given,
     "edits": _items,
 }

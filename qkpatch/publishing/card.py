@@ -33,10 +33,11 @@ _FLAGS = (
 )  # fmt: skip
 _EDITED = "with the query weights of its language model edited by qkpatch"
 CHECKED = "Made, and checked byte for byte, by"
-_MEASURED = "\nMeasured for this model with lmms-eval, by whoever made it"
+_MEASURED = "\nMeasured for this model with "
 _RESULTS = re.compile(
-    _MEASURED + r", both .*\n\n(?:\|.*\n)+(?:\n(?:Paired: |The samples |\*\*Not the model alone).*\n)+"
-)
+    _MEASURED + r"(?:lmms-eval|qkpatch evaluate), by whoever made it, both .*\n\n(?:\|.*\n)+"
+    r"(?:\n(?:Paired: |The samples |\*\*Not the model alone).*\n)+"
+)  # fmt: skip
 
 
 def card_text(raw: bytes) -> str:
@@ -62,7 +63,21 @@ def model_card(
         is_checked: this very OUT was just verified.
     """
     own = [*_edit(manifest, is_checked=is_checked), *_claims(comparison)]
-    return "".join([_head(manifest, base_card), f"\n# {_heading(title)}\n", *own, _tail(base_card)])
+    tail = _tail(base_card)
+    if manifest.adapter is not None:
+        tail = f"\n## Loading it\n\n```\n{plain(loading(manifest, title))}\n```\n"
+    return "".join([_head(manifest, base_card), f"\n# {_heading(title)}\n", *own, tail])
+
+
+def loading(manifest: Manifest, out: str, source: str | None = None) -> str:
+    """How the adapter ``out`` is loaded: a line of Python, or of a shell."""
+    adapter = manifest.adapter
+    if adapter is None or adapter.max_lora_rank is None:
+        return f"model = peft.PeftModel.from_pretrained(model, {json.dumps(out, ensure_ascii=False)})"
+    base = as_word(source or manifest.source.address or manifest.source.name)
+    flags = ["--max-lora-rank", str(adapter.max_lora_rank), "--lora-modules", f"qkpatch={out}"]
+    serve = shlex.join(["vllm", "serve", base, "--enable-lora", *flags])
+    return f"{serve}  # modules are named as in vLLM's sources; vLLM was not run"
 
 
 def is_card_of(card: str, manifest: Manifest, base_card: str | None) -> bool:
@@ -82,28 +97,27 @@ def has_results(card: str) -> bool:
     return _MEASURED in card.partition(FOLLOWS)[0]
 
 
-def is_card_over(card: str, base_card: str | None) -> bool:
-    """Whether ``card`` is one of ours, with the whole text of the base model's, where that has one."""
-    return _is_ours(FrontMatter.of(card)) and card.endswith(_tail(base_card))
-
-
-def _is_ours(card: FrontMatter) -> bool:
+def is_ours(card: FrontMatter) -> bool:
+    """Whether a card says that it is one of ours."""
     return TAG in card.listed("tags") and _EDITED in card.text.partition(FOLLOWS)[0]
 
 
 def _head(manifest: Manifest, base_card: str | None) -> str:
     values: dict[str, str | list[str]] = {}
     if manifest.source.kind == "hub":
-        values |= {"base_model": manifest.source.name, "base_model_relation": "finetune"}
-    base = FrontMatter.of(base_card or "")
-    values["tags"] = list(dict.fromkeys([*base.listed("tags"), TAG]))
+        relation = "finetune" if manifest.adapter is None else "adapter"
+        values |= {"base_model": manifest.source.name, "base_model_relation": relation}
+    base, tags = FrontMatter.of(base_card or ""), [TAG]
+    if manifest.adapter is not None:
+        values["library_name"], tags = "peft", ["lora", TAG]
+    values["tags"] = list(dict.fromkeys([*base.listed("tags"), *tags]))
     return f"---\n{base.changed(values, _NOT_INHERITED)}---\n"
 
 
 def _tail(base_card: str | None) -> str:
     """The base model's text; where its card is one of ours, whose figures are not this one's, the text below."""
     base = FrontMatter.of(base_card or "")
-    text = base.text.partition(f"{FOLLOWS}\n\n")[2] if _is_ours(base) else base.text
+    text = base.text.partition(f"{FOLLOWS}\n\n")[2] if is_ours(base) else base.text
     fault = None if "license" in base.entries else FrontMatter.of(text).fault
     lost = (
         f"\nThe head of the base model's card is {plain(fault)}: no license is inherited.\n" if fault else ""
@@ -116,10 +130,13 @@ def _edit(manifest: Manifest, *, is_checked: bool) -> Iterator[str]:
     name = _cell(source.name)
     what = f"[{name}](https://huggingface.co/{name})" if source.kind == "hub" else f"`{name}`"
     commit = f" at commit `{_cell(source.commit)}`" if source.commit else ""
+    kept = "Keys, all other tensors and all other files are the base model's; only this card is new."
+    if manifest.adapter is not None:
+        what = f"a low-rank adapter for {what}"
+        kept = "`W_Q + B A` is the edited weight: A and B are the factors of the edit itself, rounded once."
     yield (
         f"\nThis is {what}{commit}, {_EDITED} {_cell(manifest.tool.version)}: *QK Product Steering* "
-        f"([arXiv 2606.20419]({PAPER})), a weight edit alone, without training and without data. Keys, all other "
-        "tensors and all other files are the base model's; only this card is new.\n"
+        f"([arXiv 2606.20419]({PAPER})), a weight edit alone, without training and without data. {kept}\n"
     )
     if (previous := source.previous_edit) is not None:
         yield f"\nThat was edited by qkpatch before: {told(previous)}.\n"
@@ -143,14 +160,20 @@ def _edit(manifest: Manifest, *, is_checked: bool) -> Iterator[str]:
         for record in manifest.edits:
             changes = [head.relative_change for head in record.heads]
             yield f"| {record.layer} | `{_cell(record.tensor)}` | {mean(changes):.4f} | {max(changes):.4f} |\n"
+    if edit.edits is not None:
+        items = yaml_text({"edits": edit.items})
+        yield f"\nWhat differs by layer, as `edit.yaml`:\n\n```yaml\n{items}```\n"
+    if (adapter := manifest.adapter) is not None:
+        yield (
+            f"\nRank {adapter.rank}, scale 1, {adapter.dtype}, modules named for {adapter.runtime}. Made by:\n\n```\n"
+            f"{plain(_command(manifest))}\n```\n"
+        )
+        return
     own = None if manifest.recipe.name in shipped_recipes() else _recipe(manifest)
     proof = verify_command("OUT", manifest.source.address or manifest.source.name, own)
     made = CHECKED if is_checked else "Made by the first of these; the second checks it"
     has_digests = any(written.sha256_after for record in manifest.edits for written in record.written)
     digests = ", with digests before and after" if has_digests else ""
-    if edit.edits is not None:
-        items = yaml_text({"edits": edit.items})
-        yield f"\nWhat differs by layer, as `edit.yaml`:\n\n```yaml\n{items}```\n"
     yield (
         f"\n`qkpatch.json` records every edited tensor and head{digests}. {made}\n\n"
         f"```\n{plain(_command(manifest))}\n{plain(proof)}\n```\n"
@@ -187,7 +210,8 @@ def _command(manifest: Manifest) -> str:
     ]
     given += ["--fold-norm"] if request.fold_norm else []
     given += [f"--exclude {shlex.quote(pattern)}" for pattern in request.exclude or ()]
-    return " ".join(["qkpatch apply", source, *given, "-o OUT"])
+    verb = "apply" if manifest.adapter is None else f"lora --for {manifest.adapter.runtime}"
+    return " ".join([f"qkpatch {verb}", source, *given, "-o OUT"])
 
 
 def _claims(comparison: Comparison | None) -> Iterator[str]:
@@ -205,7 +229,7 @@ def _claims(comparison: Comparison | None) -> Iterator[str]:
     below = "; what else may be behind a difference is told below"
     how = below if comparison.doubts else " with the same call"
     yield (
-        f"{_MEASURED}, both models{how}. Base: "
+        f"{_MEASURED}{comparison.tool}, by whoever made it, both models{how}. Base: "
         f"`{_cell(comparison.base)}`; patched: `{_cell(comparison.patched)}`.\n\n"
         "| task | metric | questions | base | patched | difference | paired, 95 % interval | questions that differ |\n"
         "|---|---|---|---|---|---|---|---|\n"
@@ -224,7 +248,7 @@ def _row(metric: Metric) -> str:
     base, patched = ("-" if figure is None else f"{figure:.4f}" for figure in figures)
     difference = "-" if metric.difference is None else f"{metric.difference:+.4f}"
     interval = "-" if paired is None else f"{paired.mean:+.4f} ± {paired.half_width:.4f}"
-    differing = "-" if paired is None else f"{paired.changed} of {paired.n}"
+    differing = "-" if paired is None or paired.changed is None else f"{paired.changed} of {paired.n}"
     n = "-" if metric.n is None else str(metric.n)
     return (
         f"| {_cell(metric.task)} | {_cell(metric.name)} | {n} | {base} | {patched} "

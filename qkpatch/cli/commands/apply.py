@@ -12,10 +12,17 @@ from qkpatch.checkpoint.names import UNFINISHED
 from qkpatch.cli.command import command
 from qkpatch.cli.commands.plan import preview
 from qkpatch.cli.commands.publishing import push_out, push_wish, show_commit
-from qkpatch.cli.flags import EditFlags, PushFlags, RunFlags, ShowFlags, SourceArg, WriteFlags, expanded
-from qkpatch.cli.flags import PatchFlags as Patching
+from qkpatch.cli.flags import (
+    EditFlags,
+    OutOpt,
+    PushFlags,
+    RunFlags,
+    ShowFlags,
+    SourceArg,
+    WriteFlags,
+)
 from qkpatch.errors import UsageError
-from qkpatch.output.options import Digest, Writing
+from qkpatch.output.options import Digest
 
 if TYPE_CHECKING:
     from qkpatch.planning.plan import EditPlan
@@ -26,20 +33,10 @@ if TYPE_CHECKING:
 def apply(
     source: SourceArg,
     *,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            "-o",
-            help="Directory to write; a file with --patch-only.",
-            show_default="SOURCE's name, qkpatch, a hash of the edit",
-            callback=expanded,
-        ),
-    ] = None,
+    out: OutOpt = None,
     edit: EditFlags,
     run: RunFlags,
     write: WriteFlags,
-    patches: Patching,
     publish: PushFlags,
     show: ShowFlags,
     no_cache: Annotated[
@@ -48,9 +45,7 @@ def apply(
             "--no-cache", help="From the Hub straight into OUT: one copy on the disk, none in the cache."
         ),
     ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Plan only; the same as `qkpatch plan`.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan only; as `qkpatch plan`.")] = False,
 ) -> None:
     """Write an edited copy of SOURCE to OUT, with a manifest of what was changed; or edit without a copy."""
     from qkpatch import api
@@ -59,43 +54,37 @@ def apply(
     from qkpatch.cli.tables import show_applied, show_edits
     from qkpatch.common.text import as_word, size_text
     from qkpatch.model.locate import local_path
-    from qkpatch.output.destination import check_out
     from qkpatch.planning.patch_file import read_patch
 
-    writing = Writing(**vars(write))
-    request, wish = edit.request, push_wish(publish)
-    own = "--patch-only" if patches.patch_only else "--in-place" if patches.in_place else None
+    writing, request, wish = write.writing, edit.request, push_wish(publish)
+    own = "--patch-only" if write.patch_only else "--in-place" if write.in_place else None
     if own is not None:
         others = {
             **vars(write),
-            "in-place": patches.in_place,
-            "out": patches.in_place and out,
+            "in-place": write.in_place,
+            "out": write.in_place and out,
             "dry-run": dry_run,
         }
-        others |= {"patch": patches.patch_only and patches.patch, "no-cache": no_cache, "push": wish}
-        others["digest"] = write.digest is Digest.files or (
-            patches.patch_only and write.digest is Digest.none
-        )
+        others |= {"patch": write.patch_only and write.patch, "no-cache": no_cache, "push": wish}
+        others["digest"] = write.digest is Digest.files or (write.patch_only and write.digest is Digest.none)
         if wrong := [
             f"--{name.replace('_', '-')}" for name, given in others.items() if given and f"--{name}" != own
         ]:
             raise UsageError(
                 f"{wrong[0]} and {own} do not go together", where=own, fix="leave one of them out"
             )
-        if patches.in_place and (Path(source) / UNFINISHED).exists():
+        if write.in_place and (Path(source) / UNFINISHED).exists():
             note("An edit in place had been cut short: it is undone first")
             api.revert(source)
     if no_cache and local_path(source) is not None:
         raise UsageError("SOURCE is on this machine already", where="--no-cache", fix="leave it out")
     if no_cache and (writing.link or writing.link_cache):
         raise UsageError("nothing is there to link to", where="--link", fix="leave out --link or --no-cache")
-    if (
-        out is not None and own is None and local_path(source) is None
-    ):  # else once it is known to lie apart from SOURCE
-        check_out(out, overwrite=writing.overwrite, force=writing.force)
+    if out is not None and own is None:
+        api.refuse_early(source, out, writing)
     # What is in OUT is read once, when a run begins.
     seen, cache = out if dry_run else None, not no_cache
-    plan = api.plan(source, request, out=seen, writing=writing, cache=cache, patch=patches.patch)
+    plan = api.plan(source, request, out=seen, writing=writing, cache=cache, patch=write.patch)
     if dry_run:
         publication = _foreseen(plan, wish, run)
         preview(plan, out, run, show)
@@ -111,9 +100,9 @@ def apply(
     model = plan.model
     with bars(quiet=show.is_bare) as observer:
         how: dict[str, Any] = {**vars(run), "observer": observer}
-        if patches.in_place:
+        if write.in_place:
             manifest = api.apply_in_place(plan, digest=write.digest, **how)
-        elif patches.patch_only:
+        elif write.patch_only:
             out = api.make_patch(plan, out, **how)
             manifest = read_patch(out).manifest
         else:
@@ -124,7 +113,7 @@ def apply(
     if not show.quiet:
         show_warnings([*manifest.warnings, *(manifest.run.weaker or ())])
     if not show.is_bare and own is None and out is not None:
-        show_applied(plan, manifest, source, out)
+        show_applied(plan, manifest, out)
     elif not show.is_bare:
         then = ["qkpatch", "revert" if out is None else "apply", as_word(source)]
         then += [] if out is None else ["--patch", as_word(str(out)), "-o", "OUT"]
