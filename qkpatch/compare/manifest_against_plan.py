@@ -41,8 +41,7 @@ def differences(
             if (said := theirs.get(key)) != (planned_one := ours.get(key)):
                 yield Mismatch(MANIFEST_NAME, f"{block}.{key} is {said!r}, planned {planned_one!r}")
     if manifest.source.previous_edit != planned.source.previous_edit:
-        what = "source.previous_edit is not the edit that SOURCE's own manifest records"
-        yield Mismatch(MANIFEST_NAME, what)
+        yield Mismatch(MANIFEST_NAME, "source.previous_edit is not what SOURCE's own manifest records")
     files = {file.name: file for file in manifest.files}
     for file in planned.files:
         noted = files.pop(file.name, None)
@@ -97,8 +96,9 @@ def _contradictions(manifest: Manifest, planned: Manifest, plan: EditPlan) -> It
     # Older ones do not say which digests they have; an edit has all of them or none.
     digests = [d for e in manifest.edits for w in e.written for d in (w.sha256_before, w.sha256_after)]
     if None in digests and (any(digests) if digest is None else digest is not Digest.none):
-        what = "digests of edited tensors are missing, and the manifest says that they are there"
-        yield Mismatch(MANIFEST_NAME, what)
+        yield Mismatch(
+            MANIFEST_NAME, "digests of edited tensors are missing, and it says that they are there"
+        )
 
 
 def _deciding(said: Any) -> Any:
