@@ -21,6 +21,7 @@ from qkpatch.errors import plain
 
 if TYPE_CHECKING:
     from qkpatch.compare.verify import Verification
+    from qkpatch.evaluation.bench import Evaluation
     from qkpatch.model.model import Model
     from qkpatch.patching.spectra import LayerSpectra
     from qkpatch.planning.manifest import Manifest
@@ -264,10 +265,37 @@ def _least(gaps: Sequence[float]) -> str:
     return f"{min(gaps):.2g}" if gaps else "-"
 
 
+def show_evaluation(result: Evaluation) -> None:
+    """Print the figures of one model, or of each pair with what chance and stopping earlier could do."""
+    with results() as console:
+        console.print(f"{len(result.task.pictures.present)} pictures")
+        if not result.comparisons:
+            table = _table("figure", "value")
+            for name, value in result.to_json()["sides"][0]["figures"].items():
+                table.add_row(name, f"{value:.4f}")
+            console.print(table)
+        for one in result.comparisons:
+            model, base = (safe(result.sides[i].label) for i in (one.model, one.base))
+            console.print(f"[bold]{model}[/] against [bold]{base}[/]", soft_wrap=True)
+            table = _table("figure", "base", "model", "difference", "95 % interval", "p", "detectable")
+            for name, figure in one.figures.items():
+                d = figure.difference
+                cells = (figure.base, figure.model), (d.p, figure.smallest_detectable)
+                left, right = ([f"{x:.4f}" for x in some] for some in cells)
+                table.add_row(name, *left, f"{d.estimate:+.4f}", f"{d.low:+.4f} to {d.high:+.4f}", *right)
+            console.print(table)
+            tests = (f"{name} {t.only_base} : {t.only_model}, p {t.p:.4f}" for name, t in one.mcnemar.items())
+            console.print(f"McNemar, base alone : model alone: {'; '.join(tests)}", soft_wrap=True)
+            kept = (f"{name} {value:.4f}" for name, value in one.kept.items())
+            console.print(f"Kept: {', '.join(kept)}", soft_wrap=True)
+        for line in result.verdict:
+            console.print(line, soft_wrap=True)
+
+
 def _table(*columns: str) -> Table:
     """Plain columns, no frame: fits 80 characters, survives copying; numbers to the right, names folded, not cut."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        is_text = column.startswith(("shard", "key", "attention", "action", "file"))
+        is_text = column.startswith(("shard", "key", "attention", "action", "file", "figure"))
         table.add_column(column, justify="left" if is_text else "right", overflow="fold")
     return table

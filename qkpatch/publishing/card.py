@@ -33,10 +33,11 @@ _FLAGS = (
 )  # fmt: skip
 _EDITED = "with the query weights of its language model edited by qkpatch"
 CHECKED = "Made, and checked byte for byte, by"
-_MEASURED = "\nMeasured for this model with lmms-eval, by whoever made it"
+_MEASURED = "\nMeasured for this model with "
 _RESULTS = re.compile(
-    _MEASURED + r", both .*\n\n(?:\|.*\n)+(?:\n(?:Paired: |The samples |\*\*Not the model alone).*\n)+"
-)
+    _MEASURED + r"(?:lmms-eval|qkpatch evaluate), by whoever made it, both .*\n\n(?:\|.*\n)+"
+    r"(?:\n(?:Paired: |The samples |\*\*Not the model alone).*\n)+"
+)  # fmt: skip
 
 
 def card_text(raw: bytes) -> str:
@@ -228,7 +229,7 @@ def _claims(comparison: Comparison | None) -> Iterator[str]:
     below = "; what else may be behind a difference is told below"
     how = below if comparison.doubts else " with the same call"
     yield (
-        f"{_MEASURED}, both models{how}. Base: "
+        f"{_MEASURED}{comparison.tool}, by whoever made it, both models{how}. Base: "
         f"`{_cell(comparison.base)}`; patched: `{_cell(comparison.patched)}`.\n\n"
         "| task | metric | questions | base | patched | difference | paired, 95 % interval | questions that differ |\n"
         "|---|---|---|---|---|---|---|---|\n"
@@ -247,7 +248,7 @@ def _row(metric: Metric) -> str:
     base, patched = ("-" if figure is None else f"{figure:.4f}" for figure in figures)
     difference = "-" if metric.difference is None else f"{metric.difference:+.4f}"
     interval = "-" if paired is None else f"{paired.mean:+.4f} ± {paired.half_width:.4f}"
-    differing = "-" if paired is None else f"{paired.changed} of {paired.n}"
+    differing = "-" if paired is None or paired.changed is None else f"{paired.changed} of {paired.n}"
     n = "-" if metric.n is None else str(metric.n)
     return (
         f"| {_cell(metric.task)} | {_cell(metric.name)} | {n} | {base} | {patched} "
