@@ -47,12 +47,12 @@ class LayerFactors:
 
     def pieces(self, rank: int, layout: HeadLayout) -> tuple[bytearray, bytearray]:
         """A (rank, d_model) and B (rows of ``layout``, rank); what no planned head has is zero."""
-        (rows, columns), H, K = layout.query_shape, layout.n_heads, layout.n_kv_heads
+        rows, columns = layout.query_shape
         A, B = torch.zeros(rank, columns, dtype=STORED), torch.zeros(rows, rank, dtype=STORED)
         blocks, at = B.view(-1, layout.d_head, rank), 0
         for head in self.heads:
             end = at + len(head.A)
-            A[at:end], blocks[layout.rows.query_block(head.head, H, K), :, at:end], at = head.A, head.B, end
+            A[at:end], blocks[layout.query_block(head.head), :, at:end], at = head.A, head.B, end
         return to_bytes(A), to_bytes(B)
 
 
