@@ -7,9 +7,9 @@ from pathlib import Path
 
 from qkpatch.recipes.catalogue import shipped_recipes
 from qkpatch.recipes.descriptions import attention, defaults, layout, repository
+from qkpatch.recipes.heads import RowLayout
 from qkpatch.recipes.recipe import ANY, Recipe
 from qkpatch.recipes.refused import refused_kinds
-from qkpatch.recipes.rows import RowLayout
 from scripts.markdown import joined, table
 
 FEW = 3  # classes

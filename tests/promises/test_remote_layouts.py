@@ -19,8 +19,7 @@ from safetensors.torch import load_file, save_file
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.model.tower import read_tower
 from qkpatch.recipes.catalogue import get_recipe, shipped_recipes
-from qkpatch.recipes.heads import HeadLayout
-from qkpatch.recipes.rows import RowLayout
+from qkpatch.recipes.heads import HeadLayout, RowLayout
 
 CASES = {**remote_families.CASES, **remote_served.CASES}
 REMOTE = remote_families.REMOTE | remote_served.REMOTE
