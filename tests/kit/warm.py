@@ -13,7 +13,6 @@ import os
 import pkgutil
 import select
 import shlex
-import signal
 import socket
 import subprocess
 import sys
@@ -50,14 +49,15 @@ def serve(path: str) -> None:
         server.bind(path)
         server.listen()
         print("ready", flush=True)
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         while server in select.select([server, 0], [], [])[0]:
             caller, _ = server.accept()
             with caller:
                 if os.fork() == 0:
-                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                     server.close()
                     _answer(caller)
+            with suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
 
 
 def _answer(caller: socket.socket) -> None:
