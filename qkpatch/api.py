@@ -15,6 +15,8 @@ from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import Present
 from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.errors import HubError, UsageError
+from qkpatch.evaluation import evaluate as evaluate
+from qkpatch.evaluation import tune as tune
 from qkpatch.model.locate import Access, local_path, locate
 from qkpatch.model.model import open_model
 from qkpatch.output.destination import check_out
@@ -321,5 +323,6 @@ def patched(
 
 
 __all__ = (
-    "apply", "card", "diff", "lora", "patch_model", "patched", "plan", "recipe_for", "spectra", "verify",
+    "apply", "card", "diff", "evaluate", "lora", "patch_model", "patched", "plan", "recipe_for", "spectra", "tune",
+    "verify",
 )  # fmt: skip

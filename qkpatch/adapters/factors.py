@@ -43,6 +43,7 @@ class LayerFactors:
 
     target: LayerTarget
     heads: tuple[HeadFactors, ...]
+    rank: int  # rows of A
 
     def pieces(self, rank: int, layout: HeadLayout) -> tuple[bytearray, bytearray]:
         """A (rank, d_model) and B (rows of ``layout``, rank); what no planned head has is zero."""
@@ -83,7 +84,7 @@ def edit_factors(plan: EditPlan, device: str, threads: int, observer: Observer) 
                 f"leave layer {target.layer} out",
             )
             raise NumericalError(what, where=f"{query.name} in {query.shard}", fix=fix)
-        return LayerFactors(target, tuple(done))
+        return LayerFactors(target, tuple(done), sum(len(head.A) for head in done))
 
     with Crew(threads) as crew:
         yield from crew.map(of_layer, plan.edits)

@@ -71,6 +71,7 @@ def command(function: Command) -> Command:
 
 
 def _going_on() -> str:
-    """This very command, taking over what it left."""
+    """This very command, taking over what it left; only ``apply`` has to be told."""
     command, *rest = sys.argv[1:] or ["apply"]
-    return shlex.join(["qkpatch", command, *(() if "--resume" in rest else ("--resume",)), *rest])
+    is_told = "--resume" in rest or command in ("evaluate", "tune")
+    return shlex.join(["qkpatch", command, *(() if is_told else ("--resume",)), *rest])

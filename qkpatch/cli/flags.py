@@ -6,7 +6,7 @@ import inspect
 import os
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args, get_type_hints
 
@@ -71,7 +71,8 @@ PrefixOpt = Annotated[
     ),
 ]
 ConfigOpt = Annotated[
-    Path | None, typer.Option(help="As a YAML file; flags win, not over its edits.", metavar="EDIT.yaml")
+    Path | None,
+    typer.Option(help="The settings as a YAML file; flags win, not over its edits.", metavar="EDIT.yaml"),
 ]
 ShardOpt = Annotated[
     str | None,
@@ -244,6 +245,12 @@ class ShowFlags:
         return self.as_json or self.quiet
 
 
+def _with_help(hint: Any, field: Field[Any]) -> Any:
+    """The hint of a field that says itself what it is for."""
+    name, text = f"--{field.name.replace('_', '-')}", field.metadata.get("help")
+    return hint if text is None else Annotated[hint, typer.Option(name, help=text)]
+
+
 def _drawn(hint: Any, panel: str | None) -> Any:
     """An option as ``--help`` shows it: below the heading of its group; of a flag, no type."""
     kind, *said = get_args(hint) or (hint,)
@@ -275,7 +282,10 @@ def spread(
         kind = inspect.Parameter.KEYWORD_ONLY
         shown += [
             inspect.Parameter(
-                field.name, kind, default=field.default, annotation=_drawn(inner[field.name], panel)
+                field.name,
+                kind,
+                default=inspect.Parameter.empty if field.default is MISSING else field.default,
+                annotation=_drawn(_with_help(inner[field.name], field), panel),
             )
             for field in fields(hint)
         ]

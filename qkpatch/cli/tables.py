@@ -21,6 +21,7 @@ from qkpatch.errors import plain
 
 if TYPE_CHECKING:
     from qkpatch.compare.verify import Verification
+    from qkpatch.evaluation.bench import Evaluation
     from qkpatch.model.model import Model
     from qkpatch.patching.spectra import LayerSpectra
     from qkpatch.planning.manifest import Manifest
@@ -186,15 +187,17 @@ def show_spectra(model: Model, settings: EditSettings, sides: Sequence[Side], *,
         console.print(table)
         console.print(
             f"Means over heads. Energy: share of ‖M‖². Symmetric share 0.5: both halves weigh the same. "
-            f"Gap: (s_{modes} − s_{modes + 1}) / s_{modes}.",
+            f"Gap: {'(s_r − s_r+1) / s_r' if by_energy else f'(s_{modes} − s_{modes + 1}) / s_{modes}'}.",
             style="dim",
         )
         few = [(layer, head) for layer in sides[0].layers for head in layer.heads][: _DRAWN + 1]
         for layer, head in few if len(few) <= _DRAWN else ():
             console.print(f"Layer {layer.layer}, head {head.head}: singular values")
-            for line in draw_spectrum(head, modes, console.width, is_ascii=_is_ascii(console)):
+            for line in draw_spectrum(head, head.modes or modes, console.width, is_ascii=_is_ascii(console)):
                 console.print(line, highlight=False, markup=False)
-        for remark in remarks(sides[0].layers, modes):
+        for remark in (
+            () if by_energy else remarks(sides[0].layers, modes)
+        ):  # which are of one cut for all heads
             console.print(f"[yellow]Note:[/] {remark}", soft_wrap=True)
 
 
@@ -270,10 +273,37 @@ def _least(gaps: Sequence[float]) -> str:
     return f"{min(gaps):.2g}" if gaps else "-"
 
 
+def show_evaluation(result: Evaluation) -> None:
+    """Print the figures of one model, or of each pair with what chance and stopping earlier could do."""
+    with results() as console:
+        console.print(f"{len(result.task.pictures.present)} pictures")
+        if not result.comparisons:
+            table = _table("figure", "value")
+            for name, value in result.to_json()["sides"][0]["figures"].items():
+                table.add_row(name, f"{value:.4f}")
+            console.print(table)
+        for one in result.comparisons:
+            model, base = (safe(result.sides[i].label) for i in (one.model, one.base))
+            console.print(f"[bold]{model}[/] against [bold]{base}[/]", soft_wrap=True)
+            table = _table("figure", "base", "model", "difference", "95 % interval", "p", "detectable")
+            for name, figure in one.figures.items():
+                d = figure.difference
+                cells = (figure.base, figure.model), (d.p, figure.smallest_detectable)
+                left, right = ([f"{x:.4f}" for x in some] for some in cells)
+                table.add_row(name, *left, f"{d.estimate:+.4f}", f"{d.low:+.4f} to {d.high:+.4f}", *right)
+            console.print(table)
+            tests = (f"{name} {t.only_base} : {t.only_model}, p {t.p:.4f}" for name, t in one.mcnemar.items())
+            console.print(f"McNemar, base alone : model alone: {'; '.join(tests)}", soft_wrap=True)
+            kept = (f"{name} {value:.4f}" for name, value in one.kept.items())
+            console.print(f"Kept: {', '.join(kept)}", soft_wrap=True)
+        for line in result.verdict:
+            console.print(line, soft_wrap=True)
+
+
 def _table(*columns: str) -> Table:
     """Plain columns, no frame: fits 80 characters, survives copying; numbers to the right, names folded, not cut."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        is_text = column.startswith(("shard", "key", "attention", "action", "file"))
+        is_text = column.startswith(("shard", "key", "attention", "action", "file", "figure"))
         table.add_column(column, justify="left" if is_text else "right", overflow="fold")
     return table

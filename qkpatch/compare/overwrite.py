@@ -46,7 +46,6 @@ def standing(
 
     Every file whose digest is recorded has it. What else there is, is what the recorded edit makes of this SOURCE, by
     ``verify``, and the edited tensors have their digests. ``writing.force`` takes it as it is.
-    Whether a checkpoint fits is not asked where OUT ``is_whole`` none, but an adapter.
 
     Raises:
         UsageError: OUT is no place to write to, or holds something else.

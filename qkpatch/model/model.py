@@ -161,9 +161,9 @@ def open_set(recipe: Recipe, names: TensorNames, checkpoint: Checkpoint, *, insi
     norms = (s.norms for s in (recipe.tensors, *recipe.others))
     declared = tuple(name for norm in norms if norm is not None for name in (norm.query, norm.key))
     # Where only some layers have these tensors, the others may have attention of any kind.
-    own: tuple[str, ...] = (prefixes[0].partition("{layer}")[0],)
-    own = own if names.every_layer else tuple(prefixes[0].format(layer=n) for n in within)
-    refuse_known((name for name in stored if name.startswith(own)), checkpoint.config)
+    own = prefixes[0].partition("{layer}")[0]
+    stems = (own,) if names.every_layer else tuple(prefixes[0].format(layer=n) for n in within)
+    refuse_known((name for name in stored if name.startswith(stems)), checkpoint.config)
     return AttentionSet(recipe.name, names, prefixes[0], tower, checkpoint.tensors, within, declared)
 
 

@@ -101,13 +101,11 @@ class StagedFiles:
 
     def write_new(self, name: str, data: bytes, more: Iterable[bytes | bytearray] = ()) -> None:
         """Write a file that SOURCE does not have, ``more`` piece by piece, and sync it."""
-        at = 0
         with os_errors("write", self._files.path / name):
             fd = self._files.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             try:
                 for piece in chain((data,), more):
-                    write_exact(fd, piece, at, self._files.path / name)
-                    at += len(piece)
+                    write_exact(fd, piece, os.fstat(fd).st_size, self._files.path / name)
                 synced(fd, self._files.path / name)
                 self.is_done(name, os.fstat(fd))
             finally:

@@ -167,8 +167,10 @@ class Staging:
                 except BaseException:
                     self._move_back(aside)
                     raise
-                with suppress(OSError):  # but a history that git keeps there is the user's
-                    self._rename(f"{aside}/.git", f"{self.out.name}/.git")
+                for name in (".git", ".gitattributes"):  # but what git keeps there is the user's
+                    with suppress(OSError):
+                        if self.files.status(name) is None:
+                            self._rename(f"{aside}/{name}", f"{self.out.name}/{name}")
             else:
                 raise self._raced()
         if not all([*synced, self.room.sync(), self._parent.sync()]):

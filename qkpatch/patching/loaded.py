@@ -47,9 +47,7 @@ class LoadedEdit:
 
 def edit_loaded(model: torch.nn.Module, request: Request) -> LoadedEdit:
     """As :func:`qkpatch.api.patch_model`."""
-    for what in ("max_shard_size", "exclude"):
-        if getattr(request, what) is not None:
-            raise UsageError("a loaded model has no files", where=what, fix="leave it out")
+    check_loadable(request)
     model = getattr(model, _COMPILED, model)
     where, tensors = type(model).__name__, _tensors(model)
     refs = _refs(tensors)
@@ -85,6 +83,13 @@ def edit_loaded(model: torch.nn.Module, request: Request) -> LoadedEdit:
         made.restore()
         raise
     return made
+
+
+def check_loadable(request: Request) -> None:
+    """Raise :class:`UsageError` where it says something of files, which a loaded model has none of."""
+    for what in ("max_shard_size", "exclude"):
+        if getattr(request, what) is not None:
+            raise UsageError("a loaded model has no files", where=what, fix="leave it out")
 
 
 class _Loaded(Repository):

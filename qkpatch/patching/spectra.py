@@ -30,7 +30,7 @@ class HeadSpectrum:
     energy_share: float  # of the strongest `modes` modes in ‖M‖²
     effective_rank: float  # exp of the entropy of the normalised singular values
     gap: float | None  # (s_r − s_r+1) / s_r at r = modes
-    modes: int | None  # by energy; else as asked for, of every head
+    modes: int | None = None  # by energy; else as asked for, of every head
 
 
 @dataclass(frozen=True)

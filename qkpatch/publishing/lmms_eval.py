@@ -36,6 +36,7 @@ _OF_A_QUESTION: dict[str, Callable[[Any], Any]] = {
 _LARGEST = 1e15  # no metric is larger, and digits by the hundred are none
 _PART = re.compile(r"[^,;=\"']+")  # of a model's arguments
 _LOCAL = re.compile(r"\s*(?:file:)?(?:/|~|[A-Za-z]:[\\/]|\\\\)")
+_MOST_BYTES = 1 << 30  # of an evaluation, which has all captions
 _SUFFIX = "results.json"
 _NORMAL_95 = 1.96
 
@@ -45,7 +46,7 @@ class Paired:
     """The mean of the differences, question by question, and half of its 95 % interval."""
 
     n: int
-    changed: int  # questions whose figure differs
+    changed: int | None  # questions whose figure differs, where that is known
     mean: float
     half_width: float
 
@@ -75,6 +76,7 @@ class Comparison:
     patched: str
     metrics: tuple[Metric, ...]
     doubts: tuple[str, ...] = ()  # what else may be behind a difference
+    tool: str = "lmms-eval"
 
 
 def compare_both(results: str | Path | None, base_results: str | Path | None) -> Comparison | None:
@@ -87,6 +89,8 @@ def compare_both(results: str | Path | None, base_results: str | Path | None) ->
     """
     if results is None and base_results is None:
         return None
+    if results is not None and base_results is None and (found := _evaluated(Path(results))) is not None:
+        return found
     if results is None or base_results is None:
         what = "an effect is a difference: --results and --base-results go together"
         raise UsageError(what, fix="run both models")
@@ -112,6 +116,32 @@ def compare_both(results: str | Path | None, base_results: str | Path | None) ->
     if models[0] == models[1] and left and (any(models[0]) or left == right):
         doubts.append("both name the same model")
     return Comparison(_what_ran(a), _what_ran(b), metrics, tuple(doubts))
+
+
+def _evaluated(path: Path) -> Comparison | None:
+    """What ``qkpatch evaluate`` or ``tune`` wrote, which holds both models; None where it is something else."""
+    document = load_json(source_file(path, path.name).read(_MOST_BYTES), path.name)
+    if not isinstance(document, dict) or "comparisons" not in document:
+        return None
+    try:
+        one, n = document["comparisons"][0], int(document["pictures"]["n"])
+        metrics = []
+        for name, figure in one["figures"].items():
+            found = {key: float(figure["difference"][key]) for key in ("estimate", "low", "high")}
+            paired = Paired(n, None, found["estimate"], (found["high"] - found["low"]) / 2)
+            metrics.append(
+                Metric("pictures", str(name), n, float(figure["base"]), float(figure["model"]), paired)
+            )
+        doubts = [str(warning) for warning in document["warnings"]]
+        tuned = document["tuned"] or {"beaten": {}}
+        doubts += [f"not found better than {name}" for name, beaten in tuned["beaten"].items() if not beaten]
+        if "looked" in tuned:
+            doubts.append(f"the held-out half was looked at {int(tuned['looked'])} time(s) in all")
+        base, model = (str(document["sides"][one[which]]["model"]) for which in ("base", "model"))
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise CheckpointError(f"no comparison of qkpatch evaluate: {error!r}", where=path.name) from error
+    base, model = (_PART.sub(_without_folder, name) for name in (base, model))
+    return Comparison(base, model, tuple(metrics), tuple(doubts), "qkpatch evaluate")
 
 
 def _read(path: Path) -> dict[str, Any]:

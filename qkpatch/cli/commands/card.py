@@ -24,7 +24,9 @@ def card(
     publish: PushFlags,
     results: Annotated[
         Path | None,
-        typer.Option(help="*_results.json of lmms-eval on OUT.", metavar="FILE", show_default=False),
+        typer.Option(
+            help="*_results.json of lmms-eval on OUT; or evaluation.json.", metavar="FILE", show_default=False
+        ),
     ] = None,
     base_results: Annotated[
         Path | None,
