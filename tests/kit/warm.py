@@ -37,6 +37,7 @@ LIBRARIES = (
 def serve(path: str) -> None:
     """Fork for each call, with the caller's environment, directory and streams; answer with the exit code."""
     import qkpatch
+    from qkpatch.recipes import catalogue
 
     for module in pkgutil.walk_packages(qkpatch.__path__, "qkpatch."):
         if module.name != "qkpatch.__main__":
@@ -44,6 +45,7 @@ def serve(path: str) -> None:
     for name in LIBRARIES:
         with suppress(ModuleNotFoundError):
             importlib.import_module(name)
+    catalogue.shipped_recipes()  # what is parsed here, no fork has to
     assert "huggingface_hub" not in sys.modules
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(path)
