@@ -21,6 +21,7 @@ from typer.testing import Result
 import qkpatch
 from qkpatch.errors import QKPatchError
 from qkpatch.evaluation.annotations import KINDS
+from qkpatch.evaluation.comparison import ended
 from qkpatch.evaluation.measure import Task
 from qkpatch.evaluation.records import Inputs, Protocol
 from qkpatch.evaluation.subject import Subject
@@ -75,6 +76,18 @@ def test_captions_and_chair_are_those_of_the_evidence(toy32: Path, album: Path) 
     found = result.to_json()["sides"][0]["figures"]
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-8)
     assert 0 < found["chair_s"] < 1
+
+
+def test_captions_that_stop_earlier_are_those_of_the_evidence(toy32: Path, album: Path) -> None:
+    """A bias towards the end cuts a greedy caption short, and changes nothing before: no second run is needed."""
+    side = qkpatch.evaluate(toy32, inputs(album), ASKED).sides[0]
+    loaded = load_model(TOY)
+    seen = Seen.by(loaded, list(islice(scenes("broken", 2026, 4), 40)))
+    whole = captions(loaded, seen)
+    for bias in (0.5, 1.0, 2.0, 4.0, 1e9):
+        theirs = captions(loaded, seen, stop_bias=bias)
+        assert [ended(record, bias).split() for record in side.records] == [list(words) for words in theirs]
+    assert whole != captions(loaded, seen, stop_bias=2.0)
 
 
 def test_answers_are_the_probabilities_of_yes_beside_no(toy32: Path, album: Path) -> None:
