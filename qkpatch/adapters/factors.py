@@ -43,15 +43,16 @@ class LayerFactors:
 
     target: LayerTarget
     heads: tuple[HeadFactors, ...]
+    rank: int  # rows of A
 
     def pieces(self, rank: int, layout: HeadLayout) -> tuple[bytearray, bytearray]:
         """A (rank, d_model) and B (rows of ``layout``, rank); what no planned head has is zero."""
-        (rows, columns), H, K = layout.query_shape, layout.n_heads, layout.n_kv_heads
+        rows, columns = layout.query_shape
         A, B = torch.zeros(rank, columns, dtype=STORED), torch.zeros(rows, rank, dtype=STORED)
         blocks, at = B.view(-1, layout.d_head, rank), 0
         for head in self.heads:
             end = at + len(head.A)
-            A[at:end], blocks[layout.rows.query_block(head.head, H, K), :, at:end], at = head.A, head.B, end
+            A[at:end], blocks[layout.query_block(head.head), :, at:end], at = head.A, head.B, end
         return to_bytes(A), to_bytes(B)
 
 
@@ -83,7 +84,7 @@ def edit_factors(plan: EditPlan, device: str, threads: int, observer: Observer) 
                 f"leave layer {target.layer} out",
             )
             raise NumericalError(what, where=f"{query.name} in {query.shard}", fix=fix)
-        return LayerFactors(target, tuple(done))
+        return LayerFactors(target, tuple(done), sum(len(head.A) for head in done))
 
     with Crew(threads) as crew:
         yield from crew.map(of_layer, plan.edits)

@@ -40,7 +40,7 @@ def command(function: Command) -> Command:
         with unwinding_on_kill():
             try:
                 with machine_errors():
-                    function(**gathered(kwargs))
+                    function(**gathered({**kwargs}))
             except (KeyboardInterrupt, Terminated) as end:
                 number = end.number if isinstance(end, Terminated) else signal.SIGINT
                 what = "Interrupted" if number == signal.SIGINT else "Terminated"

@@ -92,9 +92,8 @@ def compare_both(results: str | Path | None, base_results: str | Path | None) ->
     if results is not None and base_results is None and (found := _evaluated(Path(results))) is not None:
         return found
     if results is None or base_results is None:
-        raise UsageError(
-            "an effect is a difference: --results and --base-results go together", fix="run both models"
-        )
+        what = "an effect is a difference: --results and --base-results go together"
+        raise UsageError(what, fix="run both models")
     base, patched = Path(base_results), Path(results)
     a, b = _read(base), _read(patched)
     _check_alike(a, b, base, patched)
@@ -159,26 +158,18 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _check_alike(a: Mapping[str, Any], b: Mapping[str, Any], base: Path, patched: Path) -> None:
     if json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True):
-        raise UsageError(
-            "they are the same run, and no comparison",
-            where=f"{base}, {patched}",
-            fix="give the run on OUT to --results, that on SOURCE to --base-results",
-        )
-    differing = []
-    if a["results"].keys() != b["results"].keys():
-        differing.append("tasks")
+        fix = "give the run on OUT to --results, that on SOURCE to --base-results"
+        raise UsageError("they are the same run, and no comparison", where=f"{base}, {patched}", fix=fix)
+    tasks_a, tasks_b = a["results"].keys(), b["results"].keys()
+    differing = [] if tasks_a == tasks_b else ["tasks"]
     differing += [key for key in _MUST_AGREE if a.get(key) != b.get(key)]
-    differing += [
-        f"generation of {task}"
-        for task in a["results"].keys() & b["results"].keys()
-        if _of(a, "configs", task, "generation_kwargs") != _of(b, "configs", task, "generation_kwargs")
-    ]
+    for task in tasks_a & tasks_b:
+        one, other = (_of(said, "configs", task, "generation_kwargs") for said in (a, b))
+        differing += [] if one == other else [f"generation of {task}"]
     if differing:
-        raise UsageError(
-            f"the two runs cannot be compared; they differ in {', '.join(differing)}",
-            where=f"{base.name}, {patched.name}",
-            fix="run lmms-eval on both models with the same call",
-        )
+        what = f"the two runs cannot be compared; they differ in {', '.join(differing)}"
+        fix = "run lmms-eval on both models with the same call"
+        raise UsageError(what, where=f"{base.name}, {patched.name}", fix=fix)
 
 
 def _of(document: Any, *keys: str) -> Any:
@@ -196,9 +187,8 @@ def _what_ran(document: Mapping[str, Any]) -> str:
     model, arguments = _of(document, "config", "model"), _of(document, "config", "model_args")
     if isinstance(arguments, dict):
         arguments = ",".join(f"{key}={value}" for key, value in arguments.items())
-    parts = [
-        part for part in (model, arguments, document.get("model_name")) if isinstance(part, str) and part
-    ]
+    said = model, arguments, document.get("model_name")
+    parts = [part for part in said if isinstance(part, str) and part]
     # The arguments may have had a token among them; and where models lie on a machine is nobody's business.
     told = (_PART.sub(_without_folder, part) for part in parts)
     return redact(", ".join(dict.fromkeys(told))) or "not said"
@@ -223,14 +213,9 @@ def _without_folder(found: re.Match[str]) -> str:
 
 def _figures(figures: Mapping[str, Any]) -> dict[str, float | None]:
     """All metrics by key; None for what is no finite number."""
-    return {
-        key: _number(value)
-        for key, value in figures.items()
-        if isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and not key.partition(",")[0].endswith("_stderr")
-        and key.partition(",")[0] not in _MEANINGLESS
-    }
+    names = {key: key.partition(",")[0] for key, value in figures.items() if type(value) in (int, float)}
+    meant = (key for key, name in names.items() if name not in _MEANINGLESS and not name.endswith("_stderr"))
+    return {key: _number(figures[key]) for key in meant}
 
 
 def _number(value: Any) -> float | None:
