@@ -127,6 +127,27 @@ def test_perplexity_is_that_of_transformers(toy32: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("start", ["", "<s>"])
+def test_a_chat_template_is_used_where_there_is_one(
+    start: str, run: Run, album: Path, tmp_path: Path
+) -> None:
+    toy = _toy(tmp_path)
+    parts = "{% if c.type == 'image' %}<image>{% else %} {{ c.text }}{% endif %}"
+    template = (
+        f"{start}{{% for m in messages %}}{{% for c in m.content %}}{parts}{{% endfor %}}{{% endfor %}}"
+    )
+    (toy / "chat_template.jinja").write_text(template)
+    subject = Subject.load(str(toy))
+    assert subject.prompt("describe :") == f"{start}<image> describe :"
+    picture = album / "pictures" / "0000.png"
+    short = Protocol("describe :", "exists {object}", max_new_tokens=8)
+    assert subject.captions([picture], short) == subject.captions(
+        [picture], Protocol(ASKED.prompt, max_new_tokens=8)
+    )
+    assert subject.yes([picture], ["exists cup"]) == subject.yes([picture], ["<image> exists cup"])
+    subject.check(short)
+
+
 def test_an_edit_in_memory_is_what_apply_writes(run: Run, album: Path, tmp_path: Path) -> None:
     flags = ("--layers", "2-6", "--modes", 2, "--alpha", 0.2)
     assert run("apply", TOY, "-o", tmp_path / "out", *flags).exit_code == 0
