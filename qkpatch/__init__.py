@@ -1,11 +1,12 @@
 """qkpatch: edit the query-key product of a safetensors checkpoint, tensor by tensor.
 
 What is called from outside is in :mod:`qkpatch.api`, and here by the same names: ``qkpatch.plan``, ``apply``,
-``spectra``, ``verify``, ``diff``, ``recipe_for``, ``card``, ``patched``, ``patch_model``. The rooms, from the surface
-down; imports only run downwards, as ``tests/test_architecture.py`` draws them:
+``spectra``, ``sweep``, ``verify``, ``diff``, ``recipe_for``, ``card``, ``patched``, ``patch_model``. The rooms, from
+the surface down; imports only run downwards, as ``tests/test_architecture.py`` draws them:
 
 * ``cli``         parses, calls the api, shows;
 * ``api``         the library: one function for what each command does;
+* ``sweeps``      many edits from one read: the grid, figures, what evaluates them;
 * ``compare``     proof and difference: ``verify``, ``diff``, what may be replaced, what may be published;
 * ``diagnosis``   which recipe fits a checkpoint, and a draft where none does;
 * ``publishing``  the model card, and the commit that carries it;
@@ -35,9 +36,12 @@ if TYPE_CHECKING:
     from qkpatch.api import plan as plan
     from qkpatch.api import recipe_for as recipe_for
     from qkpatch.api import spectra as spectra
+    from qkpatch.api import sweep as sweep
     from qkpatch.api import verify as verify
 
-_CALLS = ("apply", "card", "diff", "patch_model", "patched", "plan", "recipe_for", "spectra", "verify")
+_CALLS = (
+    "apply", "card", "diff", "patch_model", "patched", "plan", "recipe_for", "spectra", "sweep", "verify"
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -22,6 +22,7 @@ from qkpatch.planning.manifest import Manifest, planned_manifest
 from qkpatch.planning.memory import choose_threads
 from qkpatch.planning.plan import EditPlan, make_plan
 from qkpatch.planning.request import Request, check_device_name
+from qkpatch.sweeps.sweep import sweep
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -327,5 +328,6 @@ def patched(
 
 
 __all__ = (
-    "apply", "card", "diff", "patch_model", "patched", "plan", "recipe_for", "spectra", "verify",
+    "apply", "card", "diff", "patch_model", "patched", "plan", "recipe_for", "spectra", "sweep",
+    "verify",
 )  # fmt: skip

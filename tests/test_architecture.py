@@ -17,10 +17,13 @@ PACKAGE = ROOT / "qkpatch"
 ARROWS = {
     "__main__": {"cli"},
     "cli": {
-        "api", "compare", "diagnosis", "publishing", "patching", "planning", "model", "recipes", "output",
+        "api", "sweeps", "compare", "diagnosis", "publishing", "patching", "planning", "model", "recipes", "output",
         "checkpoint", "spectral", "common", "errors",
     },
-    "api": {"compare", "publishing", "patching", "planning", "model", "output", "checkpoint", "common", "errors"},
+    "api": {
+        "sweeps", "compare", "publishing", "patching", "planning", "model", "output", "checkpoint", "common", "errors",
+    },
+    "sweeps": {"patching", "planning", "model", "recipes", "output", "checkpoint", "spectral", "common", "errors"},
     "compare": {
         "publishing", "patching", "planning", "model", "recipes", "output", "checkpoint", "common", "errors",
     },

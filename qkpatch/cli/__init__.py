@@ -17,6 +17,7 @@ from qkpatch.cli.commands.diff import diff
 from qkpatch.cli.commands.inspect import inspect
 from qkpatch.cli.commands.plan import plan
 from qkpatch.cli.commands.recipes import recipes
+from qkpatch.cli.commands.sweep import sweep
 from qkpatch.cli.commands.verify import verify
 from qkpatch.cli.console import note, prepare_streams, silence_stdout
 from qkpatch.errors import UNEXPECTED, FileSystemError, QKPatchError, redact
@@ -67,7 +68,7 @@ def root(
         raise typer.Exit()
 
 
-for _command in (apply, plan, inspect, verify, diff, recipes, card):
+for _command in (apply, plan, inspect, sweep, verify, diff, recipes, card):
     app.command()(_command)
 
 

@@ -121,6 +121,7 @@ IncludeHiddenOpt = Annotated[
     bool, typer.Option("--include-hidden", help="With --push: also files that are private by name.")
 ]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+CsvOpt = Annotated[bool, typer.Option("--csv", help="Print the result as a table for programs.")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 DebugOpt = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", envvar="QKPATCH_DEBUG")]
 

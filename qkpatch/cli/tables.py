@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.table import Table
 
 from qkpatch.cli.console import results, safe
 from qkpatch.common.number_ranges import format_ranges
-from qkpatch.common.text import size_text, verify_command
+from qkpatch.common.text import as_word, size_text, verify_command
 
 if TYPE_CHECKING:
     from qkpatch.compare.verify import Verification
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from qkpatch.planning.plan import EditPlan
     from qkpatch.planning.settings import EditSettings
     from qkpatch.publishing.commit_plan import Publication
+    from qkpatch.sweeps.record import Sweep
 
 
 def show_plan(plan: EditPlan, free_disk: int | None, memory: int, threads: int) -> None:
@@ -170,6 +172,19 @@ def show_spectra(
         console.print(table)
 
 
+def show_sweep(sweep: Sweep, out: Path) -> None:
+    """Print the figures of all variants, and what evaluates them."""
+    table = _table("variant", "‖ΔW_Q‖/‖W_Q‖", "energy removed", "realised")
+    for variant in sweep.variants:
+        if (of := variant.figures) is not None:
+            figures = (of.relative_change, of.energy_removed, of.realised_share)
+            table.add_row(variant.name, *("-" if figure is None else f"{figure:.4f}" for figure in figures))
+    with results() as console:
+        console.print(table)
+        script = safe(shlex.join(["bash", as_word(str(out / "evaluate.sh"))]))
+        console.print(f"{len(sweep.variants)} variant(s); evaluate them with: {script}", soft_wrap=True)
+
+
 def show_publication(publication: Publication) -> None:
     """Print a commit, file by file, and how much of it is sent."""
     repository, base = publication.repository, publication.base
@@ -223,7 +238,19 @@ def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         is_text = column.startswith(
-            ("recipe", "rows", "default", "tested", "dtype", "shard", "key", "attention", "action", "file")
+            (
+                "recipe",
+                "rows",
+                "default",
+                "tested",
+                "dtype",
+                "shard",
+                "key",
+                "attention",
+                "action",
+                "file",
+                "variant",
+            )
         )
         table.add_column(column, justify="left" if is_text else "right", overflow="fold")
     return table

@@ -1,9 +1,10 @@
-"""What to do to every head: the one value that settings, plan, maths and manifest share. Torch-free."""
+"""What to do to every head, which settings, plan, maths and manifest share; and how large that is. Torch-free."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 
 class Channel(str, Enum):
@@ -56,3 +57,14 @@ class EditRule:
     def is_noop(self) -> bool:
         """``alpha = 1`` is the declared identity."""
         return self.alpha == 1.0
+
+
+class Sums(NamedTuple):
+    """Squares of an edit, summed over heads, before anything is rounded; its figures are ratios of them."""
+
+    moved: float  # ‖ΔW_Q‖²
+    query: float  # ‖W_Q‖²
+    removed: float  # ‖M‖² − ‖M'‖²
+    product: float  # ‖M‖²
+    reached: float = 0.0  # ‖ΔM P_K‖², of modes of half a matrix
+    wanted: float = 0.0  # ‖ΔM‖², likewise
