@@ -48,8 +48,10 @@ def read_grid(grid: str | Path | Mapping[str, Any], *, many: bool = False) -> di
         where, document = str(grid), load_yaml(source_file(Path(grid), str(grid)).read(), str(grid))
     root = Fields(document, where)
     axes = {key: root.take(key, list, default=[]) for key in AXES if key in root}
-    for key in [key for key, values in axes.items() if not values and root.is_a(key, list)]:
-        root.fault("must not be empty", key)
+    for key in [
+        key for key, values in axes.items() if (not values or None in values) and root.is_a(key, list)
+    ]:
+        root.fault("must not be empty, nor hold an empty value", key)
     if not axes:
         root.fault(f"it has no axis; there are {', '.join(AXES)}")
     kinds: dict[str, Any] = {"recipe": str, "prefix": str, "attention": str, "fold_norm": bool}

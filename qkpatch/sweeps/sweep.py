@@ -84,6 +84,7 @@ def sweep(
         for name, text in evaluation(reading, requests).items():
             root.replace(name, text.encode())
         if all(variant.figures is not None for variant in found.variants):
+            _remove(root, [PARTS_NAME])
             return found
         parts = (
             [] if root.status(PARTS_NAME) is None else load_json(Present(root).read(PARTS_NAME), PARTS_NAME)
