@@ -32,7 +32,7 @@ _Chunk = tuple[LayerTarget, tuple[int, ...]]  # a few heads of one tensor, edite
 _HEADS_AT_A_TIME = 4  # of one tensor, by one thread: enough to share keys and open files
 
 
-def chunks(plan: EditPlan, at_least: int) -> Iterator[_Chunk]:
+def _chunks(plan: EditPlan, at_least: int) -> Iterator[_Chunk]:
     """All heads to edit; those that share a key head stay together."""
     for target in plan.edits:
         chunk: list[int] = []
@@ -96,7 +96,7 @@ class Editor:
                     done.append(record)
             return target, done
 
-        results = crew.map(edit, chunks(plan, max(together, _HEADS_AT_A_TIME)))
+        results = crew.map(edit, _chunks(plan, max(together, _HEADS_AT_A_TIME)))
         for target, parts in groupby(results, lambda result: result[0]):
             heads = [head for _, part in parts for head in part]
             if not any(is_changed for _, is_changed in heads):

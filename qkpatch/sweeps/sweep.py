@@ -43,7 +43,7 @@ def sweep(
     grid: str | Path | Mapping[str, Any],
     out: str | Path,
     *,
-    form: str = "lora",
+    form: str = "none",
     many: bool = False,
     device: str = "cpu",
     threads: int | None = None,
@@ -58,7 +58,7 @@ def sweep(
         grid: a YAML file, or what one says: lists of ``layers``, ``modes``, ``alpha``, ``channel``, ``select`` and
             ``seed``; ``matched``; for all variants ``heads``, ``recipe``, ``prefix``, ``attention``, ``fold_norm``.
         out: the directory of the sweep.
-        form: ``lora``, ``patch``, or ``none``: figures alone.
+        form: ``none``: figures alone.
         many: whether there may be more than a thousand variants.
         device: as of :func:`qkpatch.apply`.
         threads: as of :func:`qkpatch.apply`.
