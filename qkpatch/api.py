@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qkpatch.adapters.lora import lora
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import Present
 from qkpatch.common.observer import UNSEEN, Observer
@@ -72,7 +73,7 @@ def plan(
         UnsupportedError: a checkpoint that qkpatch recognises and does not edit.
         QKPatchError: SOURCE cannot be found or read.
     """
-    request = _request(request, edit)
+    request = Request.asked(request, edit)
     how = Writing() if writing is None else writing
     if out is not None and local_path(str(source)) is None:  # else in `standing`, after whether it is SOURCE
         check_out(Path(out), overwrite=how.overwrite, force=how.force)
@@ -84,14 +85,6 @@ def plan(
     from qkpatch.compare.overwrite import standing
 
     return replace(made, is_done=isinstance(standing(Path(out), made, how), Manifest))
-
-
-def _request(request: Request | None, edit: dict[str, Any]) -> Request:
-    if request is not None and edit:
-        raise UsageError(f"{', '.join(edit)} beside a request", fix="put it into the request")
-    request = Request.of(**edit) if request is None else request
-    request.check_seed()
-    return request
 
 
 def apply(
@@ -192,7 +185,7 @@ def spectra(
     """
     from qkpatch.patching.inspection import Inspection
 
-    request = _request(request, edit)
+    request = Request.asked(request, edit)
     check_device_name(device)
     return tuple(Inspection.of(str(source), request).spectra(device, threads, observer))
 
@@ -307,7 +300,7 @@ def patch_model(model: torch.nn.Module, request: Request | None = None, **edit: 
     """
     from qkpatch.patching.loaded import edit_loaded
 
-    return edit_loaded(model, _request(request, edit))
+    return edit_loaded(model, Request.asked(request, edit))
 
 
 def patched(
@@ -328,6 +321,5 @@ def patched(
 
 
 __all__ = (
-    "apply", "card", "diff", "patch_model", "patched", "plan", "recipe_for", "spectra", "sweep",
-    "verify",
+    "apply", "card", "diff", "lora", "patch_model", "patched", "plan", "recipe_for", "spectra", "sweep", "verify",
 )  # fmt: skip

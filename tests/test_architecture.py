@@ -17,13 +17,21 @@ PACKAGE = ROOT / "qkpatch"
 ARROWS = {
     "__main__": {"cli"},
     "cli": {
-        "api", "sweeps", "compare", "diagnosis", "publishing", "patching", "planning", "model", "recipes", "output",
-        "checkpoint", "spectral", "common", "errors",
+        "api", "sweeps", "adapters", "compare", "diagnosis", "publishing", "patching", "planning", "model", "recipes",
+        "output", "checkpoint", "spectral", "common", "errors",
     },
     "api": {
-        "sweeps", "compare", "publishing", "patching", "planning", "model", "output", "checkpoint", "common", "errors",
+        "sweeps", "adapters", "compare", "publishing", "patching", "planning", "model", "output", "checkpoint",
+        "common", "errors",
     },
-    "sweeps": {"patching", "planning", "model", "recipes", "output", "checkpoint", "spectral", "common", "errors"},
+    "sweeps": {
+        "adapters", "compare", "patching", "planning", "model", "recipes", "output", "checkpoint", "spectral",
+        "common", "errors",
+    },
+    "adapters": {
+        "compare", "publishing", "patching", "planning", "model", "recipes", "output", "checkpoint", "spectral",
+        "common", "errors",
+    },
     "compare": {
         "publishing", "patching", "planning", "model", "recipes", "output", "checkpoint", "common", "errors",
     },
@@ -48,7 +56,7 @@ ONLY_IN = {
     "yaml": {"common"},
     "huggingface_hub": {"hub", "checkpoint.cache"},
     "safetensors": {"compare.byte_by_byte"},
-    "torch": {"spectral", "patching", "compare.values"},
+    "torch": {"spectral", "patching", "compare.values", "adapters.factors"},
     "click": set(),  # Typer vendors its own
 }
 TORCH_FREE = {"patching.apply", "patching.copier", "patching.inspection", "patching.checked_sources",

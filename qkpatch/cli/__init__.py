@@ -15,6 +15,7 @@ from qkpatch.cli.commands.apply import apply
 from qkpatch.cli.commands.card import card
 from qkpatch.cli.commands.diff import diff
 from qkpatch.cli.commands.inspect import inspect
+from qkpatch.cli.commands.lora import lora
 from qkpatch.cli.commands.plan import plan
 from qkpatch.cli.commands.recipes import recipes
 from qkpatch.cli.commands.sweep import sweep
@@ -68,7 +69,7 @@ def root(
         raise typer.Exit()
 
 
-for _command in (apply, plan, inspect, sweep, verify, diff, recipes, card):
+for _command in (apply, plan, inspect, lora, sweep, verify, diff, recipes, card):
     app.command()(_command)
 
 

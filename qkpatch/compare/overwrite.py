@@ -39,12 +39,13 @@ class _OrBySource(Mismatch):
 
 
 def standing(
-    out: Path, plan: EditPlan, writing: Writing, observer: Observer = UNSEEN
+    out: Path, plan: EditPlan, writing: Writing, observer: Observer = UNSEEN, *, is_whole: bool = True
 ) -> Replaced | Manifest | None:
     """What is at OUT: what ``plan`` will replace, the manifest of just what it would write, or None: nothing.
 
     Every file whose digest is recorded has it. What else there is, is what the recorded edit makes of this SOURCE, by
     ``verify``, and the edited tensors have their digests. ``writing.force`` takes it as it is.
+    Whether a checkpoint fits is not asked where OUT ``is_whole`` none, but an adapter.
 
     Raises:
         UsageError: OUT is no place to write to, or holds something else.
@@ -55,7 +56,7 @@ def standing(
     if writing.digest is Digest.files:
         refuse_own_sums(plan.model.checkpoint)
     found = _present(out, plan, writing, observer) if out.is_dir() else None
-    if not isinstance(found, Manifest):
+    if is_whole and not isinstance(found, Manifest):
         check_fits(out, plan, writing)
     return found
 
@@ -145,4 +146,5 @@ def _by_digest(manifest: Manifest, present: Present, progress: Progress) -> Iter
             yield Mismatch(name, "does not have the recorded digest (sha256)")
         else:
             progress(present.files[name].size)
-    yield from sums_mismatches(manifest, present, has_sums=has_sums)
+    if manifest.adapter is None:
+        yield from sums_mismatches(manifest, present, has_sums=has_sums)

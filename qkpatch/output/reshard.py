@@ -47,7 +47,7 @@ def reshard(source: Stored, max_bytes: int) -> Output:
     made: dict[str, OutputFile] = {}
     mode = source.files[next(iter(source.headers))].mode
     for name, group in zip(names, groups, strict=True):
-        own, places = _header(name, group, _metadata(source, group))
+        own, places = shard_header(name, group, _metadata(source, group))
         moved.update(places)
         made[name] = OutputFile(name, mode, own, tuple(_extents(source, group, places)))
     if len(groups) > 1:
@@ -85,7 +85,7 @@ def _alignment(ref: TensorRef) -> int:
     return max(1, DTYPE_BITS.get(ref.dtype, 8) // 8)
 
 
-def _header(
+def shard_header(
     name: str, group: list[TensorRef], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, TensorRef]]:
     """A shard's header, and where its tensors are; brings ``group`` into the order of their bytes."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 from qkpatch.checkpoint.files import FileId, LocalOpenFile, os_errors, synced, write_exact
 from qkpatch.checkpoint.open_directory import Rooted
@@ -96,12 +97,15 @@ class StagedFiles:
         self.is_done(name, status)
         return True
 
-    def write_new(self, name: str, data: bytes) -> None:
-        """Write a file that SOURCE does not have, and sync it."""
+    def write_new(self, name: str, data: bytes, more: Iterable[bytes | bytearray] = ()) -> None:
+        """Write a file that SOURCE does not have, ``more`` piece by piece, and sync it."""
+        at = 0
         with os_errors("write", self._files.path / name):
             fd = self._files.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             try:
-                write_exact(fd, data, 0, self._files.path / name)
+                for piece in chain((data,), more):
+                    write_exact(fd, piece, at, self._files.path / name)
+                    at += len(piece)
                 synced(fd, self._files.path / name)
                 self.is_done(name, os.fstat(fd))
             finally:

@@ -97,7 +97,7 @@ class HeadBytes:
             rounded = round_once(W, DTYPES[query.dtype])
             codes = rounded.cpu()
             return StoredHeads(
-                rounded.to(COMPUTE_DTYPE), tuple({query: _to_bytes(of_head)} for of_head in codes)
+                rounded.to(COMPUTE_DTYPE), tuple({query: to_bytes(of_head)} for of_head in codes)
             )
         at = [self.target.layout.query_range(query, head) for head in heads]
         flat, before = W.flatten(0, 1), self._scales(query, scale, at)
@@ -106,11 +106,11 @@ class HeadBytes:
         values, codes = dequantise(rows, scales, block).view(W.shape), rows.cpu().view(W.shape)
         if not is_shared(scale):
             by_head = self._stored_scales(scale, scales.cpu()).view(len(W), -1)
-            pieces = ({query: _to_bytes(c), scale: _to_bytes(s)} for c, s in zip(codes, by_head, strict=True))
+            pieces = ({query: to_bytes(c), scale: to_bytes(s)} for c, s in zip(codes, by_head, strict=True))
             return StoredHeads(values, tuple(pieces))
         if not torch.equal(scales, before):
             raise self._too_large(scale, "with the whole tensor's one scale, which must stay")
-        return StoredHeads(values, tuple({query: _to_bytes(of_head)} for of_head in codes))
+        return StoredHeads(values, tuple({query: to_bytes(of_head)} for of_head in codes))
 
     def raw(self, ref: TensorRef, begin: int, end: int) -> bytearray:
         """Bytes of a tensor as they are stored."""
@@ -170,7 +170,7 @@ class HeadBytes:
         return raw.to(device=self.device, dtype=COMPUTE_DTYPE)
 
 
-def _to_bytes(W: Tensor) -> bytearray:
+def to_bytes(W: Tensor) -> bytearray:
     """The bytes of a tensor as safetensors stores them; needs no numpy."""
     raw = bytearray(W.numel() * W.element_size())
     torch.frombuffer(raw, dtype=W.dtype).copy_(W.flatten())

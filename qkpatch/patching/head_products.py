@@ -107,14 +107,20 @@ class LayerWeights:
         return Factor(self.folded(W), roundoff(self.target.query.dtype))
 
     def unfolded(self, batch: HeadWeights, W_Q: Tensor) -> Tensor:
-        """Edited query weights of the product as they are stored: the change is mapped back by ``diag(1/γ)``.
+        """Edited query weights of the product as they are stored, their change as of :meth:`mapped_back`."""
+        if self.input_gain is None:
+            return W_Q
+        return batch.W_Q + self.mapped_back(W_Q - batch.product.query.W)
+
+    def mapped_back(self, change: Tensor) -> Tensor:
+        """``change diag(1/γ)`` of what is read by the product as it is of what is stored; (..., d_model).
 
         Raises:
             NumericalError: a γ is too small for that.
         """
         ref, gain = self.target.input_norm, self.input_gain
         if ref is None or gain is None:
-            return W_Q
+            return change
         smallest, largest = float(gain.abs().min()), float(gain.abs().max())
         if smallest <= SMALLEST_GAIN * largest:
             raise NumericalError(
@@ -123,7 +129,7 @@ class LayerWeights:
                 where=f"{ref.name} in {ref.shard}",
                 fix=f"leave the flag out, or layer {self.target.layer}",
             )
-        return batch.W_Q + (W_Q - batch.product.query.W) / gain
+        return change / gain
 
     def _check(self, ref: TensorRef, factor: Factor, names: Sequence[str]) -> None:
         """Refuse weights, all gains in them, that hold what is no number or cannot be squared."""

@@ -112,6 +112,17 @@ class OutputBlock(Block):
 
 
 @dataclass(frozen=True)
+class AdapterBlock(Block):
+    """What an adapter is: it stands for OUT's weights, and its files for OUT's files."""
+
+    runtime: str
+    rank: int
+    dtype: str
+    modules: tuple[str, ...]
+    max_lora_rank: int | None = field(default=None, metadata=LEFT_OUT)  # that vLLM is to be started with
+
+
+@dataclass(frozen=True)
 class RunBlock(Block):
     """When and how the run went; nothing in a plan. The last two are told, and in no file."""
 

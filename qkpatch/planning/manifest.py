@@ -13,7 +13,7 @@ from importlib.metadata import distributions, version
 from typing import NamedTuple
 
 from qkpatch.common.json_text import Json, canonical_json, load_json
-from qkpatch.common.typed_json import as_json, from_json
+from qkpatch.common.typed_json import LEFT_OUT, as_json, from_json
 from qkpatch.errors import CheckpointError, UsageError
 from qkpatch.model.targets import LayerTarget
 from qkpatch.output.layout import Output, OutputFile
@@ -140,7 +140,7 @@ class FileRecord:
 
     name: str
     size: int
-    action: str  # "copied", "patched", or "resharded"
+    action: str  # "copied", "patched", "resharded", or "made" of an adapter
     sha256: str | None = None  # where digests of files are wanted
     source_sha256: str | None = None  # of SOURCE's file, where the Hub lists it or its cache is named by it
     outside: bool = False  # SOURCE has it, or a part of it, by a link that leads out of SOURCE
@@ -161,6 +161,7 @@ class Manifest:
     files: tuple[FileRecord, ...]
     warnings: tuple[str, ...]
     run: blocks.RunBlock = field(compare=False)
+    adapter: blocks.AdapterBlock | None = field(default=None, metadata=LEFT_OUT)
 
     def to_json(self) -> dict[str, Json]:
         """Plain JSON values, in the schema's shape."""

@@ -57,6 +57,15 @@ class Request:
         given = {key: value for key, value in said.items() if value is not None}
         return cls(**{key: _READ[key](value) if key in _READ else value for key, value in given.items()})
 
+    @classmethod
+    def asked(cls, request: Request | None, edit: dict[str, Any]) -> Request:
+        """``request``, or one of the fields ``edit`` in its place."""
+        if request is not None and edit:
+            raise UsageError(f"{', '.join(edit)} beside a request", fix="put it into the request")
+        request = cls.of(**edit) if request is None else request
+        request.check_seed()
+        return request
+
     def __post_init__(self) -> None:
         for what, kinds in _KINDS.items():
             given = getattr(self, what)
@@ -158,7 +167,8 @@ def check_device_name(name: str) -> None:
         raise UsageError(f"{name!r} is not a device", where="--device", fix="use auto, cpu, cuda or cuda:0")
 
 
-def _member(value: E | str, kind: type[E], where: str) -> E:
+def member(value: E | str, kind: type[E], where: str) -> E:
+    """The member of ``kind`` that has this value; :class:`UsageError` where none has."""
     try:
         return kind(value)
     except ValueError:
@@ -174,8 +184,8 @@ _READ: dict[str, Callable[[Any], Any]] = {
         [name.strip() for name in given.split(",")] if isinstance(given, str) else given
     ),
     "exclude": lambda given: (given,) if isinstance(given, str) else tuple(given) or None,
-    "channel": lambda given: _member(given, Channel, "--channel"),
-    "select": lambda given: _member(given, Select, "--select"),
+    "channel": lambda given: member(given, Channel, "--channel"),
+    "select": lambda given: member(given, Select, "--select"),
     "max_shard_size": lambda given: parse_size(given) if isinstance(given, str) else given,
 }
 

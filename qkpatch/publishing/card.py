@@ -55,7 +55,25 @@ def model_card(
         is_checked: this very OUT was just verified.
     """
     own = [*_edit(manifest, is_checked=is_checked), *_claims(comparison)]
-    return "".join([_head(manifest, base_card), f"\n# {_heading(title)}\n", *own, _tail(base_card)])
+    if manifest.adapter is not None:
+        own += ["\n## Loading it\n\n```\n", plain(loading(manifest, title)), "\n```\n"]
+    tail = _tail(base_card) if manifest.adapter is None else ""
+    return "".join([_head(manifest, base_card), f"\n# {_heading(title)}\n", *own, tail])
+
+
+def loading(manifest: Manifest, out: str, source: str | None = None) -> str:
+    """How the adapter ``out`` is loaded: a line of Python, or of a shell."""
+    adapter = manifest.adapter
+    if adapter is None or adapter.max_lora_rank is None:
+        return f"model = peft.PeftModel.from_pretrained(model, {json.dumps(out, ensure_ascii=False)})"
+    serve = [
+        "vllm",
+        "serve",
+        as_word(source or manifest.source.address or manifest.source.name),
+        "--enable-lora",
+    ]
+    serve += ["--max-lora-rank", str(adapter.max_lora_rank), "--lora-modules", f"qkpatch={out}"]
+    return f"{shlex.join(serve)}  # modules are named as in vLLM's sources; vLLM was not run"
 
 
 def is_card_of(card: str, manifest: Manifest, base_card: str | None) -> bool:
@@ -87,9 +105,12 @@ def _is_ours(card: FrontMatter) -> bool:
 def _head(manifest: Manifest, base_card: str | None) -> str:
     values: dict[str, str | list[str]] = {}
     if manifest.source.kind == "hub":
-        values |= {"base_model": manifest.source.name, "base_model_relation": "finetune"}
-    base = FrontMatter.of(base_card or "")
-    values["tags"] = list(dict.fromkeys([*base.listed("tags"), TAG]))
+        relation = "finetune" if manifest.adapter is None else "adapter"
+        values |= {"base_model": manifest.source.name, "base_model_relation": relation}
+    base, tags = FrontMatter.of(base_card or ""), [TAG]
+    if manifest.adapter is not None:
+        values["library_name"], tags = "peft", ["lora", TAG]
+    values["tags"] = list(dict.fromkeys([*base.listed("tags"), *tags]))
     return f"---\n{base.changed(values, _NOT_INHERITED)}---\n"
 
 
@@ -109,10 +130,16 @@ def _edit(manifest: Manifest, *, is_checked: bool) -> Iterator[str]:
     name = _cell(source.name)
     what = f"[{name}](https://huggingface.co/{name})" if source.kind == "hub" else f"`{name}`"
     commit = f" at commit `{_cell(source.commit)}`" if source.commit else ""
+    kind, kept = (
+        "",
+        "Keys, all other tensors and all other files are the base model's; only this card is new.",
+    )
+    if manifest.adapter is not None:
+        kind = "a low-rank adapter for "
+        kept = "`W_Q + B A` is the edited weight: A and B are the factors of the edit itself, rounded once."
     yield (
-        f"\nThis is {what}{commit}, {_EDITED} {_cell(manifest.tool.version)}: *QK Product Steering* "
-        f"([arXiv 2606.20419]({PAPER})), a weight edit alone, without training and without data. Keys, all other "
-        "tensors and all other files are the base model's; only this card is new.\n"
+        f"\nThis is {kind}{what}{commit}, {_EDITED} {_cell(manifest.tool.version)}: *QK Product Steering* "
+        f"([arXiv 2606.20419]({PAPER})), a weight edit alone, without training and without data. {kept}\n"
     )
     if (previous := source.previous_edit) is not None:
         yield f"\nThat was edited by qkpatch before: {told(previous)}.\n"
@@ -133,6 +160,12 @@ def _edit(manifest: Manifest, *, is_checked: bool) -> Iterator[str]:
         for record in manifest.edits:
             changes = [head.relative_change for head in record.heads]
             yield f"| {record.layer} | `{_cell(record.tensor)}` | {mean(changes):.4f} | {max(changes):.4f} |\n"
+    if (adapter := manifest.adapter) is not None:
+        yield (
+            f"\nRank {adapter.rank}, scale 1, {adapter.dtype}, modules named for {adapter.runtime}. Made by:\n\n```\n"
+            f"{plain(_command(manifest))}\n```\n"
+        )
+        return
     own = None if manifest.recipe.name in shipped_recipes() else _recipe(manifest)
     proof = verify_command("OUT", manifest.source.address or manifest.source.name, own)
     made = CHECKED if is_checked else "Made by the first of these; the second checks it"
@@ -178,7 +211,8 @@ def _command(manifest: Manifest) -> str:
     given = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None]
     given += ["--fold-norm"] if request.fold_norm else []
     given += [f"--exclude {shlex.quote(pattern)}" for pattern in request.exclude or ()]
-    return " ".join(["qkpatch apply", source, *given, "-o OUT"])
+    verb = "apply" if manifest.adapter is None else f"lora --for {manifest.adapter.runtime}"
+    return " ".join([f"qkpatch {verb}", source, *given, "-o OUT"])
 
 
 def _claims(comparison: Comparison | None) -> Iterator[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
+from qkpatch.adapters.factors import head_factors
 from qkpatch.common.observer import Observer
 from qkpatch.errors import NumericalError
 from qkpatch.model.targets import LayerTarget
 from qkpatch.patching.device import choose_device, computing, heads_together
-from qkpatch.patching.edit_heads import head_generator
+from qkpatch.patching.edit_heads import edit_of, head_generator
 from qkpatch.patching.head_products import LayerWeights, open_layer
 from qkpatch.patching.threads import Crew
 from qkpatch.planning.plan import EditPlan
@@ -18,12 +19,21 @@ from qkpatch.spectral.foreseen import Foreseen
 from qkpatch.spectral.rule import Channel, Select, Sums
 
 Edits = Mapping[str, EditSettings]  # of variants, by name
+Keep = Callable[[LayerTarget, str, bytes], None]  # takes factors of a variant, head by head
 
 
 def figures(
-    plan: EditPlan, edits: Edits, device: str, threads: int, observer: Observer
+    plan: EditPlan, edits: Edits, keep: Keep | None, device: str, threads: int, observer: Observer
 ) -> Iterator[dict[str, Sums]]:
     """Of each planned tensor in turn, the sums of the variants that edit it; the same whatever ``threads``.
+
+    Args:
+        plan: which tensors are read.
+        edits: of all variants.
+        keep: takes the factors of edits that have some.
+        device: where heads are computed.
+        threads: how many layers are computed side by side.
+        observer: hears of heads.
 
     Raises:
         NumericalError: NaN or Inf; an edit that cannot be made, or changes nothing.
@@ -36,7 +46,7 @@ def figures(
         found: dict[str, list[Sums]] = {name: [] for name in own}
         opened = open_layer(plan.model.checkpoint.opened, target, where, heads)
         with computing(where), opened as weights:
-            for name, sums in _of_heads(weights, heads, together, own):
+            for name, sums in _of_heads(weights, heads, together, own, keep):
                 crew.check()
                 found[name] += sums
             observer.edited(len(heads))
@@ -54,21 +64,30 @@ def figures(
 
 
 def _of_heads(
-    weights: LayerWeights, heads: tuple[int, ...], together: int, edits: Edits
+    weights: LayerWeights, heads: tuple[int, ...], together: int, edits: Edits, keep: Keep | None
 ) -> Iterator[tuple[str, list[Sums]]]:
-    place = (weights.target.attention, weights.target.layer)
-    rules = {name: edit.rule_of(place[1]) for name, edit in edits.items()}
+    target = weights.target
     for batch in weights.batches(heads, together):
-        idle = [head_generator(0, *place, head) for head in batch.heads]  # for what draws nothing
         for channel in Channel:
-            foreseen = Foreseen(Decomposed(batch.product, channel))  # of which one is in memory at a time
-            for name, rule in rules.items():
-                if rule.channel is not channel:
+            known = Decomposed(batch.product, channel)  # of which one is in memory at a time
+            foreseen = Foreseen(known)
+            for name, edit in edits.items():
+                if (rule := edit.rule_of(target.layer)).channel is not channel:
                     continue
-                drawn = rule.select in (Select.random, Select.subspace)
-                generators = [head_generator(edits[name].seed, *place, head) for head in batch.heads if drawn]
+                place, drawn = (
+                    (target.attention, target.layer),
+                    rule.select in (Select.random, Select.subspace),
+                )
+                generators = [
+                    head_generator(edit.seed, *place, head) for head in batch.heads[: None if drawn else 1]
+                ]
                 try:
-                    yield name, foreseen.sums(rule, generators or idle)
+                    yield name, foreseen.sums(rule, generators if drawn else generators * len(batch.heads))
+                    if keep is not None and rule.select is not Select.shrink:
+                        factors = head_factors(
+                            weights, batch, edit_of(weights, batch, rule, edit.seed, known)
+                        )
+                        keep(target, name, b"".join(head.packed for head in factors))
                 except HeadError as error:
-                    at = f"{name}: head {batch.heads[error.index]} of {weights.target.query.name}"
+                    at = f"{name}: head {batch.heads[error.index]} of {target.query.name}"
                     raise NumericalError(error.what, where=at, fix=error.fix) from error

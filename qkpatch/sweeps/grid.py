@@ -27,6 +27,7 @@ _LONGEST = 40  # characters of a list of layers in a name
 class Form(str, Enum):
     """What is made of each variant besides its figures."""
 
+    lora = "lora"
     none = "none"
 
 

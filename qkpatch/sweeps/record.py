@@ -44,7 +44,7 @@ class VariantRecord:
     edit: EditBlock
     figures: Figures | None = None
     layers: tuple[Figures, ...] = ()
-    files: Mapping[str, str] = field(default_factory=dict)  # what lies in SWEEP/ of it, with SHA-256
+    files: Mapping[str, str | None] = field(default_factory=dict)  # what lies in SWEEP/ of it, with SHA-256
 
 
 @dataclass(frozen=True)

@@ -238,7 +238,9 @@ def test_killed_at_any_file_it_writes_the_next_run_ends_the_same(
             monkeypatch.setattr(Rooted, "replace", replace)
             qkpatch.sweep(tiny.path, grid, out, form="none")
             assert files(out) == files(tmp_path / "whole"), at
-    assert calls == 7  # the record twice, two files for evaluation, three layers
+    assert (
+        calls == 9
+    )  # the record at first, for each variant, and at last; two files for evaluation; three layers
 
 
 # -------- what is refused
@@ -363,7 +365,7 @@ def test_what_is_no_sweep_stays(tiny: Tiny, tmp_path: Path) -> None:
     for name in ("", "missing.yaml"):
         with pytest.raises(QKPatchError):
             qkpatch.sweep(tiny.path, tmp_path / name, tmp_path / "new", form="none")
-    with pytest.raises(UsageError, match="none of none"):
+    with pytest.raises(UsageError, match="none of them"):
         qkpatch.sweep(tiny.path, {"modes": [1]}, tmp_path / "new", form="gguf")
     assert not (tmp_path / "new").exists()
 

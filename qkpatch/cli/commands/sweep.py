@@ -30,7 +30,7 @@ def sweep(
     ],
     form: Annotated[
         Form, typer.Option("--as", help="What is made of each variant besides figures.")
-    ] = Form.none,
+    ] = Form.lora,
     run: RunFlags,
     as_csv: CsvOpt = False,
     yes: Annotated[bool, typer.Option("--yes", help="More than 1,000 variants are meant.")] = False,

@@ -1,0 +1,134 @@
+"""``ΔW_Q = B A`` of the planned heads, from the factors of their edit: nothing is rounded but A and B, once, to F32.
+
+Per head ``ΔW_Q = C U_rᵀ``, with ``C`` (d_head × r) and orthonormal ``U_r`` (d_model × r). The rows of A are all heads'
+``U_rᵀ`` one below the other; B holds each head's ``C`` in the head's own rows, in the columns of its rows of A. Where
+the gain γ before attention is folded in, ``ΔW_Q = C U_rᵀ diag(1/γ)``.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qkpatch.common.observer import Observer
+from qkpatch.errors import NumericalError
+from qkpatch.model.targets import LayerTarget
+from qkpatch.patching.device import choose_device, computing, heads_together
+from qkpatch.patching.edit_heads import edit_of
+from qkpatch.patching.head_bytes import to_bytes
+from qkpatch.patching.head_products import HeadWeights, LayerWeights, open_layer
+from qkpatch.patching.threads import Crew
+from qkpatch.planning.plan import EditPlan
+from qkpatch.recipes.heads import HeadLayout
+from qkpatch.spectral.edit import QueryEdit
+
+STORED = torch.float32
+_HEAD = struct.Struct("<QQ")  # a head, and the rank of its change
+
+
+@dataclass(frozen=True)
+class HeadFactors:
+    """``ΔW_Q = B A`` of one head."""
+
+    head: int
+    A: Tensor  # (r, d_model)
+    B: Tensor  # (d_head, r)
+
+    @property
+    def packed(self) -> bytes:
+        """All of it, for a file of several; nothing of a head without a change."""
+        return (
+            _HEAD.pack(self.head, len(self.A)) + to_bytes(self.A) + to_bytes(self.B) if len(self.A) else b""
+        )
+
+
+@dataclass(frozen=True)
+class LayerFactors:
+    """``ΔW_Q = B A`` of the planned heads of one layer."""
+
+    target: LayerTarget
+    heads: tuple[HeadFactors, ...]
+
+    @property
+    def rank(self) -> int:
+        """Rows of A."""
+        return sum(len(head.A) for head in self.heads)
+
+    def pieces(self, rank: int, layout: HeadLayout) -> tuple[bytearray, bytearray]:
+        """A (rank, d_model) and B (rows of the module, rank).
+
+        Zero: what is past the layer's own rank; rows of keys, values, gates, and heads that are not planned.
+        """
+        A = torch.zeros(rank, layout.d_model, dtype=STORED)
+        B = torch.zeros(layout.query_shape[0] // layout.d_head, layout.d_head, rank, dtype=STORED)
+        at = 0
+        for head in self.heads:
+            block, end = (
+                layout.rows.query_block(head.head, layout.n_heads, layout.n_kv_heads),
+                at + len(head.A),
+            )
+            A[at:end], B[block, :, at:end], at = head.A, head.B, end
+        return to_bytes(A), to_bytes(B)
+
+
+def unpacked(target: LayerTarget, raw: bytearray) -> LayerFactors:
+    """The factors of heads that were :attr:`packed <HeadFactors.packed>` one after the other."""
+    at, heads, (d_head, d_model) = 0, list[HeadFactors](), (target.layout.d_head, target.layout.d_model)
+    while at < len(raw):
+        head, rank = _HEAD.unpack_from(raw, at)
+        values = torch.frombuffer(raw, dtype=STORED, count=rank * (d_model + d_head), offset=at + _HEAD.size)
+        A, B = values.split([rank * d_model, rank * d_head])
+        heads.append(HeadFactors(head, A.view(rank, d_model), B.view(d_head, rank)))
+        at += _HEAD.size + values.nbytes
+    check_factors(layer := LayerFactors(target, tuple(heads)))
+    return layer
+
+
+def edit_factors(plan: EditPlan, device: str, threads: int, observer: Observer) -> Iterator[LayerFactors]:
+    """The factors of each planned layer in turn.
+
+    Raises:
+        UsageError: there is no such device.
+        NumericalError: weights hold NaN or Inf; a change that is none, or that F32 does not hold.
+    """
+    where, settings = choose_device(device), plan.settings
+    together = heads_together(where, plan.head_memory, threads)
+
+    def of_layer(target: LayerTarget) -> LayerFactors:
+        rule, done = settings.rule_of(target.layer), list[HeadFactors]()
+        opened = open_layer(plan.model.checkpoint.opened, target, where, settings.heads)
+        with computing(where), opened as weights:
+            for batch in weights.batches(settings.heads, together):
+                crew.check()
+                done += head_factors(weights, batch, edit_of(weights, batch, rule, settings.seed))
+                observer.edited(len(batch.heads))
+        check_factors(layer := LayerFactors(target, tuple(done)))
+        return layer
+
+    with Crew(threads) as crew:
+        yield from crew.map(of_layer, plan.edits)
+
+
+def head_factors(weights: LayerWeights, batch: HeadWeights, edit: QueryEdit) -> list[HeadFactors]:
+    """The factors of some heads' edit, as they act on what is stored; none of an edit of full rank."""
+    if edit.A is None or edit.directions is None:
+        return []
+    A, B = weights.mapped_back(edit.directions.mT).to("cpu", STORED), edit.A.to("cpu", STORED)
+    ranks = zip(batch.heads, edit.counts, strict=True)
+    return [HeadFactors(head, A[i, :r].clone(), B[i, :, :r].clone()) for i, (head, r) in enumerate(ranks)]
+
+
+def check_factors(layer: LayerFactors) -> None:
+    """Raise :class:`NumericalError` where a change is none, or one that F32 does not hold."""
+    query, parts = layer.target.query, [part for head in layer.heads for part in (head.A, head.B)]
+    is_finite = all(bool(part.isfinite().all()) for part in parts)
+    if is_finite and any(bool(head.B.any()) for head in layer.heads):
+        return
+    what = "the edit leaves every value as it is: the product is zero"
+    what = what if is_finite else "float32 does not hold the change"
+    fix = f"leave layer {layer.target.layer} out"
+    raise NumericalError(what, where=f"{query.name} in {query.shard}", fix=fix)

@@ -1,0 +1,117 @@
+"""``lora``: the edit of SOURCE as a low-rank adapter. Importing this module imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qkpatch.adapters.modules import VLLM_RANKS, Runtime, query_modules
+from qkpatch.common.interrupts import signals_held
+from qkpatch.common.number_ranges import format_ranges
+from qkpatch.common.observer import UNSEEN, Observer
+from qkpatch.errors import UnsupportedError, UsageError
+from qkpatch.model.locate import Access
+from qkpatch.output.options import PLAIN, Writing
+from qkpatch.planning.memory import choose_threads
+from qkpatch.planning.plan import EditPlan, make_plan
+from qkpatch.planning.request import Request, check_device_name, member
+from qkpatch.spectral.rule import Channel, Select
+
+if TYPE_CHECKING:
+    from qkpatch.planning.manifest import Manifest
+
+
+def lora(
+    source: str | Path | None,
+    out: str | Path,
+    request: Request | None = None,
+    *,
+    recorded: str | Path | None = None,
+    runtime: str = "peft",
+    max_rank: int = 512,
+    device: str = "cpu",
+    threads: int | None = None,
+    observer: Observer = UNSEEN,
+    writing: Writing = PLAIN,
+    **edit: Any,
+) -> Manifest:
+    """Write the edit of SOURCE as a low-rank adapter in PEFT's layout, and return its manifest.
+
+    ``W_Q + B A`` is the edited ``W_Q``: A (r × d_model) and B (rows × r) are the factors of the edit itself, rounded
+    once, to float32. OUT appears whole, by one rename, or not at all. Of a repository, headers and rows are fetched.
+
+    Args:
+        source: as of :func:`qkpatch.plan`; None for the repository that ``recorded`` was made from.
+        out: a directory.
+        request: as of :func:`qkpatch.plan`, without ``max_shard_size``.
+        recorded: what :func:`qkpatch.apply` wrote, whose edit is taken; beside it, only ``recipe`` may be asked for.
+        runtime: what loads it, ``peft`` or ``vllm``: names of modules differ.
+        max_rank: the largest r that is wanted; heads times modes is r.
+        device: as of :func:`qkpatch.apply`.
+        threads: how many layers are computed side by side.
+        observer: hears of heads.
+        writing: ``overwrite`` and ``force``.
+        **edit: the fields of ``request``.
+
+    Raises:
+        UsageError: OUT cannot be written; r is too large; nothing is edited.
+        UnsupportedError: an edit of full rank, which is shrink; a class whose modules are unknown, or without adapters.
+        CheckpointError: SOURCE is not what ``recorded`` was made from.
+        NumericalError: NaN or Inf, or a change that is zero or that float32 does not hold.
+        QKPatchError: as :func:`qkpatch.plan`.
+    """
+    from qkpatch.adapters.recorded import plan_recorded
+    from qkpatch.adapters.writing import write_adapter
+    from qkpatch.compare.overwrite import standing
+    from qkpatch.patching.apply import check_run
+    from qkpatch.planning.manifest import Manifest
+
+    request, loader = Request.asked(request, edit), member(runtime, Runtime, "--for")
+    check_device_name(device)
+    if request.max_shard_size is not None:
+        raise UsageError("an adapter has no shards", where="--max-shard-size", fix="leave it out")
+    if source is None and recorded is None:
+        raise UsageError("SOURCE is not named", fix="name it, or what was made from it: --from OUT")
+    if recorded is not None:
+        plan = plan_recorded(Path(recorded), None if source is None else str(source), request)
+    else:
+        plan = make_plan(str(source), request, Access.ranges)
+    found = standing(Path(out), plan, writing, is_whole=False)
+    if isinstance(found, Manifest):
+        raise UsageError("it is the edited checkpoint itself", where=str(out), fix="choose another -o")
+    _check_rank(plan, max_rank, loader)
+    modules = query_modules(plan.model, plan.edits, loader)
+    # What is read of a repository waits in memory.
+    per_thread = plan.head_memory + max(target.read_bytes(plan.settings.heads) for target in plan.edits)
+    n_threads = choose_threads(threads, per_thread, len(plan.model.checkpoint.tensors))
+    check_run(plan, device, n_threads)
+    with signals_held():  # torch's imports swallow what is raised in their midst
+        from qkpatch.adapters.factors import edit_factors
+    observer.begins("factor", 0, len(plan.edits) * len(plan.settings.heads))
+    layers = tuple(edit_factors(plan, device, n_threads, observer))
+    return write_adapter(Path(out), plan, layers, modules, loader, device, found)
+
+
+def _check_rank(plan: EditPlan, max_rank: int, runtime: Runtime) -> None:
+    """Refuse an edit that no adapter of ``max_rank`` holds, before a weight is read."""
+    most = VLLM_RANKS[-1] if runtime is Runtime.vllm else 1 << 20
+    if type(max_rank) is not int or not 1 <= max_rank <= most:
+        raise UsageError(f"{max_rank!r:.80} is not between 1 and {most}", where="--max-rank")
+    if not plan.edits:
+        raise UsageError("alpha 1 changes nothing", where="--alpha", fix="choose a smaller one")
+    heads = plan.settings.heads
+    for rule in {plan.settings.rule_of(target.layer) for target in plan.edits}:
+        if rule.select is Select.shrink:
+            what = "shrink scales whole heads: its change has full rank, which no low-rank adapter holds"
+            fix = "edit the checkpoint itself: qkpatch apply"
+            raise UnsupportedError(what, where="--select shrink", fix=fix)
+        modes, rank = rule.paired_modes, rule.paired_modes * len(heads)
+        if rank > max_rank:
+            step = 2 if rule.channel is Channel.antisymmetric else 1  # whole pairs
+            few = modes if modes <= max_rank else step
+            fewer, some = max_rank // len(heads) // step * step, heads[: max_rank // few]
+            cures = [f"--modes {fewer}"] if fewer else []
+            cures += [f"--heads {format_ranges(some)} --modes {few}"] if some else []
+            cures += [f"--max-rank {rank}"] if rank <= most else []
+            what = f"{len(heads)} heads of {modes} modes make rank {rank}, more than {max_rank}"
+            raise UsageError(what, where="--max-rank", fix=", or ".join(cures))

@@ -1,0 +1,44 @@
+"""The edit that the manifest of an edited checkpoint records, to be made of the same SOURCE once more."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from qkpatch.checkpoint.open_directory import Rooted
+from qkpatch.checkpoint.present_files import Present
+from qkpatch.checkpoint.source import MANIFEST_NAME
+from qkpatch.compare.recorded import origin_mismatches
+from qkpatch.compare.verify import recorded, recorded_request
+from qkpatch.errors import CheckpointError, UsageError
+from qkpatch.model.locate import Access
+from qkpatch.planning.plan import EditPlan, make_plan
+from qkpatch.planning.request import Request
+
+
+def plan_recorded(out: Path, source: str | None, asked: Request) -> EditPlan:
+    """The plan of the edit that ``out`` records, on ``source``, or on the repository that it names.
+
+    Raises:
+        UsageError: ``asked`` is more than a recipe; nothing says where SOURCE is.
+        CheckpointError: there is no manifest that can be read, or SOURCE is another.
+    """
+    if replace(asked, recipe=None) != Request():
+        raise UsageError("it takes the recorded edit", where="--from", fix="leave out the flags of an edit")
+    with Rooted(out) as root:
+        manifest = recorded(Present(root))
+    where, said = f"{out.name}/{MANIFEST_NAME}", manifest.source
+    request = replace(recorded_request(manifest, asked.recipe, where), max_shard_size=None)
+    if source is None and said.address is None:
+        what = f"it was made from the {said.kind} {said.name!r}, and nothing records where that is"
+        raise UsageError(what, where=where, fix="name SOURCE too")
+    plan = make_plan(source or str(said.address), request, Access.ranges)
+    others = [mismatch.what for mismatch in origin_mismatches(manifest, plan.model.source)]
+    digests = {each.tensor: each.sha256_before for edit in manifest.edits for each in edit.written}
+    for ref in () if others else [ref for target in plan.edits for ref in target.written]:
+        with plan.model.checkpoint.opened(ref.shard, [(ref.begin, ref.end)]) as opened:
+            if digests.get(ref.name, "") not in (None, opened.sha256(ref.begin, ref.end)):
+                others.append(f"{ref.name} is another tensor than was edited")
+    if others:
+        raise CheckpointError(others[0], where=where, fix="name the SOURCE that it was made from")
+    return plan
