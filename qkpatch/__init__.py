@@ -10,6 +10,7 @@ rooms, from the surface down; imports only run downwards, as ``tests/test_archit
 * ``adapters``    the edit as a low-rank adapter, beside the checkpoint;
 * ``compare``     proof and difference: ``verify``, ``diff``, what may be replaced, what may be published;
 * ``diagnosis``   which recipe fits a checkpoint, and a draft where none does;
+* ``reports``     pages to look at, one file each;
 * ``publishing``  the model card, and the commit that carries it;
 * ``patching``    the engine: files are carried while heads are edited;
 * ``planning``    the request, the plan, the manifest;

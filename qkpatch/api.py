@@ -60,7 +60,9 @@ def plan(
         request: the edit as a value; in its place, its fields by keyword: ``layers=range(10, 19)`` (or ``"10-18"``),
             ``heads``, ``modes=4``, ``alpha=0.8`` in [0, 1], ``channel="full"``, ``select="dominant"``, ``seed``,
             ``recipe``, ``prefix``, ``attention``, ``fold_norm``, ``max_shard_size`` (bytes, or ``"5GB"``),
-            ``exclude`` (globs of what is left out of OUT).
+            ``exclude`` (globs of what is left out of OUT); ``energy=0.3``: as many modes of each head as hold that
+            share of ``Σ s_j²``, at least ``min_modes`` and at most ``modes``; ``edits=[{"layers": "10-14",
+            "modes": 4}, ...]``: what differs by layer, over what is said beside it.
         out: where it is to be written, where :func:`apply` would refuse that: then it is refused now.
         writing: how, likewise.
         cache: read a snapshot in the Hub cache where there is a whole one.

@@ -15,8 +15,6 @@ import traceback
 from collections.abc import Sequence
 from typing import ClassVar
 
-UNEXPECTED = 5  # exit code of a fault of qkpatch's own
-
 _LONGEST = 8000  # characters of a fact: what files put into it may be of any length
 _SPACE = r"\s\"'<>`"
 # Bounded, as all below: a text without an end to it must not be gone through again from each of its letters.
@@ -205,3 +203,13 @@ class HubError(FileSystemError):
     """The Hub could not deliver what was asked for."""
 
     kind = "hub"
+
+
+class UnexpectedError(QKPatchError):
+    """A fault of qkpatch's own, of which the traceback on stderr tells more."""
+
+    exit_code = 5
+    kind = "fault"
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(f"{type(error).__name__}: {error}", fix="report it, with what is on stderr")

@@ -17,8 +17,8 @@ PACKAGE = ROOT / "qkpatch"
 ARROWS = {
     "__main__": {"cli"},
     "cli": {
-        "api", "sweeps", "adapters", "compare", "diagnosis", "publishing", "patching", "planning", "model", "recipes",
-        "output", "checkpoint", "spectral", "common", "errors",
+        "api", "sweeps", "adapters", "compare", "diagnosis", "reports", "publishing", "patching", "planning", "model",
+        "recipes", "output", "hub", "checkpoint", "spectral", "common", "errors",
     },
     "api": {
         "sweeps", "adapters", "compare", "publishing", "patching", "planning", "model", "output", "checkpoint",
@@ -36,6 +36,7 @@ ARROWS = {
         "publishing", "patching", "planning", "model", "recipes", "output", "checkpoint", "common", "errors",
     },
     "diagnosis": {"model", "recipes", "checkpoint", "common", "errors"},
+    "reports": {"errors"},
     "publishing": {"planning", "recipes", "hub", "checkpoint", "common", "errors"},
     "patching": {"planning", "model", "recipes", "output", "checkpoint", "spectral", "common", "errors"},
     "planning": {"model", "recipes", "output", "checkpoint", "spectral", "common", "errors"},

@@ -60,5 +60,8 @@ def came_by_itself(name: str, recorded: Collection[str]) -> bool:
 
 def usual_beside(recorded: Iterable[str]) -> tuple[str, ...]:
     """What is left out where a manifest is of files ``recorded``: versions before carried some of it over."""
-    names = list(recorded)
-    return tuple(pattern for pattern in USUAL if not any(matching(name, (pattern,)) for name in names))
+    left = USUAL
+    for name in recorded:
+        if matching(name, left):
+            left = tuple(pattern for pattern in left if not matching(name, (pattern,)))
+    return left

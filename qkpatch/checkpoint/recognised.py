@@ -26,15 +26,10 @@ def no_weights(
 ) -> UnsupportedError:
     """The error for a place without weights that qkpatch reads: what there is instead."""
     names = [*files, *left_out]
-    return (
-        _form("folders", where, files, files)
-        or _form("weights", where, files, names)
-        or UnsupportedError(
-            f"no .safetensors weights, only {some(names) or 'an empty folder'}",
-            where=where,
-            fix="point SOURCE at a Hugging Face checkpoint directory or a .safetensors file",
-        )
-    )
+    what = f"no .safetensors weights, only {some(names) or 'an empty folder'}"
+    fix = "point SOURCE at a Hugging Face checkpoint directory or a .safetensors file"
+    known = _form("folders", where, files, files) or _form("weights", where, files, names)
+    return known or UnsupportedError(what, where=where, fix=fix)
 
 
 def _form(
@@ -49,9 +44,8 @@ def _form(
                 "inner": some(_inner(files)) if "{inner}" in form["fix"] else "",
                 "found": some(sorted(found[-1])),
             }
-            return UnsupportedError(
-                form["what"].format(**facts), where=where, fix=form["fix"].format(**facts)
-            )
+            what, fix = (form[key].format(**facts) for key in ("what", "fix"))
+            return UnsupportedError(what, where=where, fix=fix)
     return None
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import stat
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from qkpatch.checkpoint.cache import leads_out
@@ -161,10 +162,11 @@ def open_stored(place: Path | Repository, exclude: Collection[str] = tuple(RUBBI
         found, directories, left_out = walk_files(place, exclude)
         files, where, root, mode = {**found}, str(place), place, status.st_mode & 0o777
     # A folder of nothing but what is left out is left out.
-    for entry in left_out:
-        for folder in map(str, PurePosixPath(entry).parents):
-            if not any(name.startswith(f"{folder}/") for name in (*files, *directories)):
-                directories.pop(folder, None)
+    inside = Counter(name.rpartition("/")[0] for name in (*files, *directories))
+    for folder in (entry.rpartition("/")[0] for entry in left_out):
+        while not inside[folder] and directories.pop(folder, None) is not None:
+            folder = folder.rpartition("/")[0]
+            inside[folder] -= 1
     previous = files.pop(MANIFEST_NAME, None)
     if previous is not None:
         files.pop(SUMS_NAME, None)  # of that edit, and untrue of the next

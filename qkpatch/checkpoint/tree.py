@@ -9,20 +9,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 from qkpatch.checkpoint.cache import blob_of, is_in_cache
 from qkpatch.checkpoint.content import Content
 from qkpatch.checkpoint.files import FileId, LocalOpenFile, OpenFile, open_read, os_errors
 from qkpatch.checkpoint.names import BOOKKEEPING, matching
-from qkpatch.checkpoint.open_directory import Rooted, check_extent
+from qkpatch.checkpoint.open_directory import MOST_LEVELS, Rooted, check_extent
 from qkpatch.errors import CheckpointError, FileSystemError
 
 # The index of 10^12 parameters, in some 200,000 tensors, is about 25 MB; the record of editing all modes of all their
 # heads as much. The largest config.json are below 1 MB.
 MAX_JSON_BYTES = 64 << 20
 MAX_CONFIG_BYTES = 16 << 20
+_LONGEST_PATH = 4096  # of Linux
 
 
 @dataclass(frozen=True)
@@ -107,15 +108,9 @@ class Repository(ABC):
 
 def is_plain_relative(name: str) -> bool:
     """Whether ``name`` is a path that stays inside the checkpoint, written in the one plain way."""
-    path = PurePosixPath(name)
-    return (
-        not path.is_absolute()
-        and ".." not in path.parts
-        and str(path) == name
-        and name not in ("", ".")
-        and "\\" not in name
-        and "\0" not in name
-    )
+    parts = name.split("/")
+    is_short = len(name) <= _LONGEST_PATH and len(parts) <= MOST_LEVELS + 1
+    return is_short and not {"", ".", ".."} & {*parts} and not {"\\", "\0"} & {*name}
 
 
 class Folder(NamedTuple):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -14,35 +15,41 @@ import qkpatch
 from qkpatch.cli.commands.apply import apply
 from qkpatch.cli.commands.card import card
 from qkpatch.cli.commands.diff import diff
+from qkpatch.cli.commands.doctor import doctor
 from qkpatch.cli.commands.inspect import inspect
 from qkpatch.cli.commands.lora import lora
 from qkpatch.cli.commands.plan import plan
 from qkpatch.cli.commands.recipes import recipes
 from qkpatch.cli.commands.sweep import sweep
 from qkpatch.cli.commands.verify import verify
-from qkpatch.cli.console import note, prepare_streams, silence_stdout
-from qkpatch.errors import UNEXPECTED, FileSystemError, QKPatchError, redact
+from qkpatch.cli.console import note, prepare_streams, print_error, silence_stdout
+from qkpatch.errors import FileSystemError, QKPatchError, UnexpectedError, UsageError, redact
 
 
 class _Commands(typer.core.TyperGroup):
     """Typer's; what is wrong with the command line itself is redacted before it is wrapped into a frame."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
-        with _redacted_usage():
+        with _usage():
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
-        with _redacted_usage():
+        with _usage():
             return super().invoke(ctx)
 
 
 @contextmanager
-def _redacted_usage() -> Iterator[None]:
+def _usage() -> Iterator[None]:
     try:
         yield
+    except BrokenPipeError:  # of --help, whose reader has left
+        silence_stdout()
+        raise typer.Exit(128 + signal.SIGPIPE) from None
     except Exception as error:
         if isinstance(message := getattr(error, "message", None), str):
             error.message = redact(message)  # type: ignore[attr-defined]
+            if "--json" in sys.argv:
+                print_error(UsageError(message))
         raise
 
 
@@ -54,22 +61,21 @@ app = typer.Typer(
     "5 a fault of qkpatch's own.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
 @app.callback(invoke_without_command=True)
 def root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    version: Annotated[bool, typer.Option("--version", "-V", help="Print the version and exit.")] = False,
 ) -> None:
     """Print the version where it is asked for; commands do everything else."""
     if version:
-        print(f"qkpatch {qkpatch.__version__}")
+        print(f"qkpatch {qkpatch.__version__}", flush=True)
         raise typer.Exit()
 
 
-for _command in (apply, plan, inspect, lora, sweep, verify, diff, recipes, card):
+for _command in (apply, plan, inspect, lora, sweep, verify, diff, recipes, card, doctor):
     app.command()(_command)
 
 
@@ -82,7 +88,8 @@ def main() -> NoReturn:
         silence_stdout()
         sys.exit(FileSystemError.exit_code)
     except Exception as error:
-        traceback.print_exc()
+        with suppress(OSError):
+            traceback.print_exc()
         if isinstance(error, QKPatchError):  # of --debug
             sys.exit(error.exit_code)
         note(
@@ -90,5 +97,5 @@ def main() -> NoReturn:
             "report it, with what is printed above and the command, in the issues of qkpatch's repository; where "
             "somebody may have made the input so, as SECURITY.md says."
         )
-        sys.exit(UNEXPECTED)
+        sys.exit(UnexpectedError.exit_code)
     sys.exit(0)

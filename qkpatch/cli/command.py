@@ -14,8 +14,8 @@ import typer
 
 from qkpatch.checkpoint.files import machine_errors
 from qkpatch.cli.flags import spread
-from qkpatch.common.interrupts import Terminated, unwinding_on_kill
-from qkpatch.errors import QKPatchError
+from qkpatch.common.interrupts import Terminated, end_at_once, unwinding_on_kill
+from qkpatch.errors import QKPatchError, UnexpectedError
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -29,7 +29,7 @@ def command(function: Command) -> Command:
 
     @functools.wraps(function)
     def wrapper(**kwargs: Any) -> None:
-        from qkpatch.cli.console import note, print_json, show_error, silence_stdout
+        from qkpatch.cli.console import note, print_error, show_error, silence_stdout
         from qkpatch.patching.threads import share_free_memory
 
         if kwargs.get("quiet") or kwargs.get("as_json") or not sys.stderr.isatty():
@@ -41,25 +41,29 @@ def command(function: Command) -> Command:
             try:
                 with machine_errors():
                     function(**gathered(kwargs))
-            except QKPatchError as error:
-                if kwargs.get("debug"):
-                    raise
-                if kwargs.get("as_json"):
-                    print_json({"error": error.to_json()})
-                show_error(error)
-                if hasattr(error, "kept"):
-                    note(f"Go on with: {_going_on()}")
-                raise typer.Exit(error.exit_code) from None
             except (KeyboardInterrupt, Terminated) as end:
                 number = end.number if isinstance(end, Terminated) else signal.SIGINT
                 what = "Interrupted" if number == signal.SIGINT else "Terminated"
                 kept = getattr(end, "kept", None)
                 left = f"{kept}. Go on with: {_going_on()}" if kept else "nothing half done is left behind."
                 note(f"{what}; {left}")
+                end_at_once(128 + number)
                 raise typer.Exit(128 + number) from None
             except BrokenPipeError:
                 silence_stdout()
                 raise typer.Exit(128 + signal.SIGPIPE) from None
+            except typer.Exit:
+                raise
+            except Exception as error:
+                known = error if isinstance(error, QKPatchError) else UnexpectedError(error)
+                if kwargs.get("as_json"):
+                    print_error(known)
+                if known is not error or kwargs.get("debug"):
+                    raise
+                show_error(known)
+                if hasattr(known, "kept"):
+                    note(f"Go on with: {_going_on()}")
+                raise typer.Exit(known.exit_code) from None
 
     wrapper.__signature__ = signature  # type: ignore[attr-defined]
     wrapper.__annotations__ = {name: flag.annotation for name, flag in signature.parameters.items()}

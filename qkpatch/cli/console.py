@@ -1,4 +1,4 @@
-"""What people see: tables and progress bars on a terminal, plain text when piped, errors with their cure.
+"""What people see: text on a terminal, plain when piped, errors with their cure.
 
 Results go to stdout, everything else to stderr.
 """
@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,14 +18,14 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from qkpatch.cli.redaction import Redacted
-from qkpatch.common.observer import UNSEEN, Observer
-from qkpatch.common.text import size_text
+from qkpatch.common.text import LONGEST, cut
 from qkpatch.errors import FileSystemError, QKPatchError, plain, shown
 
+_MARKDOWN_WIDTH = 100
 _PIPED_WIDTH = 140  # rich assumes 80 where there is no terminal, which cuts tensor names
+_MOST = 100  # lines of one kind
 
 
 class _Console(Console):
@@ -36,7 +37,14 @@ class _Console(Console):
 
 def _console(*, stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
-    return _Console(stderr=stderr, width=None if stream.isatty() else _PIPED_WIDTH, highlight=False)
+    # A file called :heart: is not a heart.
+    width = None if stream.isatty() else _PIPED_WIDTH
+    return _Console(stderr=stderr, width=width, highlight=False, emoji=False)
+
+
+def stderr_console() -> Console:
+    """The console for what is no result."""
+    return _console(stderr=True)
 
 
 def prepare_streams() -> None:
@@ -47,6 +55,7 @@ def prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open until the process ends
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    Console.on_broken_pipe = _Console.on_broken_pipe  # type: ignore[assignment,method-assign] # also of Typer's --help
     # All that goes there: messages, logs and warnings of libraries, tracebacks of any thread.
     sys.stderr = Redacted(sys.stderr)
 
@@ -65,11 +74,31 @@ def results() -> Iterator[Console]:
         raise
     except OSError as error:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes it at exit
-        raise FileSystemError(
-            f"the result cannot be printed: {error.strerror}",
-            where="stdout",
-            fix="the command itself was done",
-        ) from error
+        what = f"the result cannot be printed: {error.strerror}"
+        raise FileSystemError(what, where="stdout", fix="the command itself was done") from error
+
+
+@contextmanager
+def markdown_results(title: str) -> Iterator[Console]:
+    """A console whose text becomes a block of Markdown on stdout, below ``title``, in which nothing acts.
+
+    Raises:
+        FileSystemError: as :func:`results`.
+    """
+    drawn = _Console(file=io.StringIO(), width=_MARKDOWN_WIDTH, highlight=False, emoji=False, no_color=True)
+    yield drawn
+    print_markdown(title, drawn.file.getvalue())  # type: ignore[attr-defined]
+
+
+def print_markdown(title: str, text: str) -> None:
+    """Print ``text`` as a block of Markdown below ``title``: for a comment, or a summary of a job."""
+    lines = "".join(f"{line.rstrip()}\n" for line in text.splitlines()).strip("\n")
+    title = plain(title)
+    mark, fence = (
+        "`" * max(least, 1 + max(map(len, re.findall("`+", what)), default=0))
+        for least, what in ((1, title), (3, lines))
+    )
+    print_text(f"### {mark} {title} {mark}\n\n{fence}text\n{lines}\n{fence}\n")
 
 
 def silence_stdout() -> None:
@@ -78,8 +107,15 @@ def silence_stdout() -> None:
 
 
 def safe(text: str) -> str:
-    """``text`` for one line of the terminal: neither rich's markup nor anything out of a file acts in it."""
-    return escape(plain(text))
+    """``text`` for one line of the terminal, of bounded length: no markup, nor anything out of a file, acts in it."""
+    return escape(cut(plain(text), LONGEST))
+
+
+def lines(kind: str, texts: Sequence[str]) -> Iterator[str]:
+    """A line of each of ``texts``, and of how many more there are."""
+    yield from (f"{kind} {safe(text)}" for text in texts[:_MOST])
+    if len(texts) > _MOST:
+        yield f"{kind} and {len(texts) - _MOST:,} more; --json lists all"
 
 
 def print_text(text: str) -> None:
@@ -109,6 +145,12 @@ def print_json(value: Any) -> None:
     print_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def print_error(error: QKPatchError) -> None:
+    """Print an error on stdout as JSON, where that takes it: the exit code stands."""
+    with suppress(typer.Exit), verdict(error.exit_code):
+        print_json({"error": error.to_json()})
+
+
 def show_error(error: QKPatchError) -> None:
     """Print an error on stderr: what happened, where, and what to do."""
     _say(f"[bold red]Error:[/] {escape(error.what)}")
@@ -119,8 +161,8 @@ def show_error(error: QKPatchError) -> None:
 
 def show_warnings(warnings: Sequence[str]) -> None:
     """Each warning on a line of its own, on stderr."""
-    for warning in warnings:
-        _say(f"[yellow]Warning:[/] {safe(warning)}")
+    for line in lines("[yellow]Warning:[/]", warnings):
+        _say(line)
 
 
 def note(text: str) -> None:
@@ -131,55 +173,6 @@ def note(text: str) -> None:
 def _say(line: str) -> None:
     with suppress(OSError):
         _console(stderr=True).print(line, soft_wrap=True)
-
-
-class Bars:
-    """Progress drawn on stderr: bytes copied or compared, heads edited."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._bytes, self._heads = TaskID(0), TaskID(0)
-
-    def begins(self, what: str, n_bytes: int, n_heads: int) -> None:
-        """Bars of another part of the work, in place of those of the one before; none for what has bars of its own."""
-        for task in self._progress.task_ids:
-            self._progress.remove_task(task)
-        self._bytes = self._progress.add_task(
-            f"{what} {size_text(n_bytes)}", total=n_bytes, visible=n_bytes > 0
-        )
-        self._heads = self._progress.add_task(f"{n_heads} heads", total=n_heads, visible=n_heads > 0)
-        if n_bytes or n_heads:
-            self._progress.start()
-        else:
-            self._progress.stop()
-
-    def copied(self, n_bytes: int) -> None:
-        """Advance the bar of bytes."""
-        self._progress.advance(self._bytes, n_bytes)
-
-    def edited(self, n_heads: int) -> None:
-        """Advance the bar of heads."""
-        self._progress.advance(self._heads, n_heads)
-
-
-@contextmanager
-def bars(*, quiet: bool) -> Iterator[Observer]:
-    """Progress while the block runs; nothing at all when quiet or when stderr is no terminal."""
-    if quiet or not sys.stderr.isatty():
-        yield UNSEEN
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-    )
-    # Left to rich, lines that come meanwhile would be wrapped, and an address in two halves is not redacted.
-    progress = Progress(*columns, console=_console(stderr=True), transient=True, redirect_stderr=False)
-    try:
-        yield Bars(progress)
-    finally:
-        progress.stop()
 
 
 def print_csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, cast, get_type_hints
+from typing import Annotated, Any, cast, get_args, get_type_hints
 
 import typer
 
 from qkpatch.checkpoint.tree import source_file
 from qkpatch.errors import FileSystemError
-from qkpatch.model.locate import near_paths
 from qkpatch.output.options import Digest
 from qkpatch.planning.request import Request, parse_request
 from qkpatch.spectral.rule import Channel, Select
@@ -38,7 +38,14 @@ FoldOpt = Annotated[
     typer.Option("--fold-norm", help="Take the gain of the RMSNorm before attention into the product."),
 ]
 HeadsOpt = Annotated[str | None, typer.Option(help="Query heads, such as 0-3,7.", show_default="all")]
-ModesOpt = Annotated[int | None, typer.Option(help="Modes per head.", show_default="the recipe's")]
+ModesOpt = Annotated[
+    int | None,
+    typer.Option(help="Modes per head; with --energy the most.", show_default="the recipe's, or half of all"),
+]
+MinModesOpt = Annotated[int | None, typer.Option(help="With --energy: the least.", show_default="1")]
+EnergyOpt = Annotated[
+    float | None, typer.Option(help="As many modes as hold this share of Σ s².", show_default="off")
+]
 AlphaOpt = Annotated[
     float | None,
     typer.Option(
@@ -64,7 +71,7 @@ PrefixOpt = Annotated[
     ),
 ]
 ConfigOpt = Annotated[
-    Path | None, typer.Option(help="The same settings as a YAML file; flags win.", metavar="EDIT.yaml")
+    Path | None, typer.Option(help="As a YAML file; flags win, not over its edits.", metavar="EDIT.yaml")
 ]
 DeviceOpt = Annotated[str, typer.Option(help="cpu, cuda, cuda:i, or auto: cuda where there is one.")]
 ThreadsOpt = Annotated[
@@ -122,6 +129,9 @@ IncludeHiddenOpt = Annotated[
 ]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 CsvOpt = Annotated[bool, typer.Option("--csv", help="Print the result as a table for programs.")]
+MarkdownOpt = Annotated[
+    bool, typer.Option("--markdown", help="Print the result as Markdown, for a comment on a pull request.")
+]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 DebugOpt = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", envvar="QKPATCH_DEBUG")]
 
@@ -145,6 +155,9 @@ OutArg = Annotated[
 def check_present(out: Path) -> None:
     """Raise :class:`FileSystemError` where OUT is no directory."""
     if not out.is_dir():
+        # --help needs nothing of the Hub.
+        from qkpatch.model.locate import near_paths
+
         near = near_paths(str(out))
         fix = f"near: {', '.join(near)}" if near else "check the path"
         raise FileSystemError("no such directory", where=str(out), fix=fix)
@@ -156,6 +169,8 @@ class EditFlags:
 
     layers: LayersOpt = None
     modes: ModesOpt = None
+    min_modes: MinModesOpt = None
+    energy: EnergyOpt = None
     alpha: AlphaOpt = None
     channel: ChannelOpt = None
     select: SelectOpt = None
@@ -226,6 +241,18 @@ class ShowFlags:
         return self.as_json or self.quiet
 
 
+def _drawn(hint: Any, panel: str | None) -> Any:
+    """An option as ``--help`` shows it: below the heading of its group; of a flag, no type."""
+    kind, *said = get_args(hint) or (hint,)
+    said = [copy(one) for one in said]
+    for one in said:
+        if isinstance(one, typer.models.OptionInfo):
+            one.rich_help_panel = panel
+            if kind is bool:
+                one.metavar = ""
+    return Annotated[(kind, *said)] if said else hint
+
+
 def spread(
     function: Callable[..., Any],
 ) -> tuple[inspect.Signature, Callable[[dict[str, Any]], dict[str, Any]]]:
@@ -236,16 +263,18 @@ def spread(
     for parameter in inspect.signature(function).parameters.values():
         hint = hints[parameter.name]
         if not is_dataclass(hint):
-            shown.append(parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY))
+            kind = inspect.Parameter.KEYWORD_ONLY
+            shown.append(parameter.replace(annotation=_drawn(hint, None), kind=kind))
             continue
         groups[parameter.name] = cast("type[Any]", hint)
+        panel = groups[parameter.name].__name__.removesuffix("Flags")
         inner = get_type_hints(hint, include_extras=True)
         shown += [
             inspect.Parameter(
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=field.default,
-                annotation=inner[field.name],
+                annotation=_drawn(inner[field.name], panel),
             )
             for field in fields(hint)
         ]

@@ -24,15 +24,9 @@ class Redacted(io.TextIOBase):
         self._lock = threading.RLock()
         atexit.register(self._finish)
 
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        """The encoding of the stream behind."""
-        return self._stream.encoding
-
-    @property
-    def errors(self) -> str | None:  # type: ignore[override]
-        """How the stream behind treats what it cannot encode."""
-        return self._stream.errors
+    # As io has them: of the stream behind.
+    encoding = property(lambda self: self._stream.encoding)
+    errors = property(lambda self: self._stream.errors)
 
     def writable(self) -> bool:
         """Whether text can be written, as ``io`` asks: yes."""

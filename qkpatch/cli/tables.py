@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
@@ -13,9 +13,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from qkpatch.cli.console import results, safe
+from qkpatch.cli.console import lines, markdown_results, results, safe
+from qkpatch.cli.drawing import draw_spectrum, remarks
+from qkpatch.common.json_text import exact
 from qkpatch.common.number_ranges import format_ranges
-from qkpatch.common.text import as_word, size_text, verify_command
+from qkpatch.common.text import LONGEST, as_word, cut, size_text, verify_command
+from qkpatch.errors import plain
 
 if TYPE_CHECKING:
     from qkpatch.compare.verify import Verification
@@ -25,10 +28,11 @@ if TYPE_CHECKING:
     from qkpatch.planning.plan import EditPlan
     from qkpatch.planning.settings import EditSettings
     from qkpatch.publishing.commit_plan import Publication
+    from qkpatch.reports.spectra_page import Side
     from qkpatch.sweeps.record import Sweep
 
 
-def show_plan(plan: EditPlan, free_disk: int | None, memory: int, threads: int) -> None:
+def show_plan(plan: EditPlan, free_disk: int | None, memory: int, threads: int, *, is_markdown: bool) -> None:
     """Print a plan: what is edited, where, and what it costs.
 
     Args:
@@ -36,15 +40,29 @@ def show_plan(plan: EditPlan, free_disk: int | None, memory: int, threads: int) 
         free_disk: bytes that are free where OUT will be, where that is known.
         memory: expected peak of resident memory in bytes.
         threads: heads that are computed side by side.
+        is_markdown: whether as a block of Markdown, warnings in it.
     """
-    with results() as console:
+    title = f"qkpatch plan {plan.model.source.name}"
+    with markdown_results(title) if is_markdown else results() as console:
+        for warning in plan.warnings if is_markdown else ():
+            console.print(f"Warning: {safe(warning)}")
         _heading(console, plan)
         if plan.edits:
-            table = _table("layer", "attention", "shard", "key's shard, where another")
+            # A row for each shard, or pair of shards: it is a column of names that takes the room.
+            rows: dict[tuple[str, str, str], list[int]] = {}
             for edit in plan.edits:
                 query, key = plan.output.place(edit.query), plan.output.place(edit.key)
                 other = "" if key.shard == query.shard else key.shard
-                table.add_row(str(edit.layer), edit.attention, safe(query.shard), safe(other))
+                rows.setdefault((edit.attention, query.shard, other), []).append(edit.layer)
+            table = _table(
+                "layers", "attention", "shard", *(["key's shard"] if any(o for *_, o in rows) else [])
+            )
+            for (attention, shard, other), layers in rows.items():
+                table.add_row(
+                    format_ranges(sorted(layers)),
+                    attention,
+                    *map(safe, (shard, other)[: len(table.columns) - 2]),
+                )
             console.print(table)
         dtypes = " and ".join(sorted({edit.query.dtype for edit in plan.edits})) or "no dtype"
         n_files = len(plan.output.files)
@@ -73,6 +91,9 @@ def show_applied(plan: EditPlan, manifest: Manifest, source: str, out: Path) -> 
     with results() as console:
         _heading(console, plan)
         table = _table("layer", "heads", "‖ΔW_Q‖/‖W_Q‖ mean", "max", "‖M‖ after/before", "gap min")
+        by_energy = any(rule.energy is not None for _, rule in plan.settings.edits)
+        if by_energy:
+            table.add_column("modes", justify="right")
         has_shares = any(head.realised_share is not None for edit in manifest.edits for head in edit.heads)
         if has_shares:
             table.add_column("realised", justify="right")
@@ -83,6 +104,7 @@ def show_applied(plan: EditPlan, manifest: Manifest, source: str, out: Path) -> 
             changes = [head.relative_change for head in edit.heads]
             gaps = [head.gap for head in edit.heads if head.gap is not None]
             shares = [head.realised_share for head in edit.heads if head.realised_share is not None]
+            counts = {plan.settings.rule_of(edit.layer).count(h.values_before) for h in edit.heads}
             norms = [h.frobenius_after / h.frobenius_before for h in edit.heads if h.frobenius_before]
             table.add_row(
                 str(edit.layer),
@@ -91,6 +113,7 @@ def show_applied(plan: EditPlan, manifest: Manifest, source: str, out: Path) -> 
                 f"{max(changes):.4f}",
                 f"{mean(norms):.4f}" if norms else "-",
                 f"{min(gaps):.2g}" if gaps else "-",
+                *([format_ranges(sorted(counts))] if by_energy else []),
                 *([f"{mean(shares):.3f}" if shares else "-"] if has_shares else []),
                 *([f"{mean(head.rounding_error for head in edit.heads):.3f}"] if is_coarse else []),
             )
@@ -109,25 +132,31 @@ def show_applied(plan: EditPlan, manifest: Manifest, source: str, out: Path) -> 
             f"{n_of['copied']} file(s) copied{anew}, {size_text(plan.output_bytes)}{taken_over}"
         )
         command = verify_command(str(out), source, plan.model.recipe_file)
-        console.print(f"Prove it with: {safe(command)}", soft_wrap=True)
+        console.print(f"Prove it with: {plain(command)}", soft_wrap=True, markup=False)
 
 
 def _heading(console: Console, plan: EditPlan) -> None:
     settings = plan.settings
     _model(console, plan.model)
     chosen = f" (recipe's default: {', '.join(settings.from_recipe)})" if settings.from_recipe else ""
-    console.print(
-        f"Edit: {plan.action}; layers {format_ranges(settings.layers)}, heads {format_ranges(settings.heads)}{chosen}"
+    heads = format_ranges(settings.heads)
+    for layers, rule in settings.edits:
+        console.print(f"Edit: {plan.action(rule)}; layers {format_ranges(layers)}, heads {heads}{chosen}")
+
+
+def model_line(model: Model) -> str:
+    """What a model is, in a line."""
+    layout = model.tower.layout
+    own = f" ({model.recipe_file})" if model.recipe_file else ""
+    return (
+        f"{model.source.name}: recipe {model.recipe.name}{own}, {model.tower.n_layers} layers, "
+        f"{layout.n_heads} query / {layout.n_kv_heads} key heads of {layout.d_head}, hidden {layout.d_model}"
     )
 
 
 def _model(console: Console, model: Model) -> None:
     layout = model.tower.layout
-    own = f" ({safe(model.recipe_file)})" if model.recipe_file else ""
-    console.print(
-        f"[bold]{safe(model.source.name)}[/]: recipe {safe(model.recipe.name)}{own}, {model.tower.n_layers} layers, "
-        f"{layout.n_heads} query / {layout.n_kv_heads} key heads of {layout.d_head}, hidden {layout.d_model}"
-    )
+    console.print(safe(model_line(model)))
     for other in sorted(set(model.tower.exceptions.values()) - {layout}, key=lambda other: other.d_head):
         where = format_ranges([n for n, layout in model.tower.exceptions.items() if layout == other])
         console.print(
@@ -141,27 +170,27 @@ def _model(console: Console, model: Model) -> None:
         )
 
 
-def show_spectra(
-    model: Model, settings: EditSettings, layers: Sequence[LayerSpectra], *, is_folded: bool
-) -> None:
-    """What was looked at, and one row per layer, means over heads; a column for the set where there are several."""
-    modes, has_sets = settings.rule.modes, len(model.sets) > 1
+def show_spectra(model: Model, settings: EditSettings, sides: Sequence[Side], *, is_folded: bool) -> None:
+    """What was looked at, and one row per layer, means over heads: of two sides ``a → b`` where they are not the same.
+
+    There is a column for the set where there are several.
+    """
+    rule, has_sets = settings.rule_of(settings.layers[0]), len(model.sets) > 1
+    modes = rule.modes
+    by_energy = "" if rule.energy is None else f"modes for energy {exact(rule.energy)}"
     table = _table(
-        "layer", *(["attention"] if has_sets else []), "σ₁ mean", "σ₁ max", f"energy in top {modes}",
-        "effective rank", "symmetric share", "gap min",
+        "layer", *(["attention"] if has_sets else []), "σ₁ mean", "σ₁ max",
+        by_energy or f"energy in top {rule.modes}", "effective rank", "symmetric share", "gap min",
     )  # fmt: skip
-    for layer in layers:
-        heads = layer.heads
-        gaps = [head.gap for head in heads if head.gap is not None]
+    for layers in zip(*(side.layers for side in sides), strict=True):
+        figures = [
+            dict.fromkeys(side)
+            for side in zip(*(_figures(layer, is_by_energy=bool(by_energy)) for layer in layers), strict=True)
+        ]
         table.add_row(
-            str(layer.layer),
-            *([layer.attention] if has_sets else []),
-            f"{mean(head.singular_values[0] for head in heads):.4g}",
-            f"{max(head.singular_values[0] for head in heads):.4g}",
-            f"{mean(head.energy_share for head in heads):.3f}",
-            f"{mean(head.effective_rank for head in heads):.1f}",
-            f"{mean(head.symmetric_share for head in heads):.3f}",
-            f"{min(gaps):.2g}" if gaps else "-",
+            str(layers[0].layer),
+            *([layers[0].attention] if has_sets else []),
+            *(" → ".join(figure) for figure in figures),
         )
     with results() as console:
         _model(console, model)
@@ -169,7 +198,44 @@ def show_spectra(
         console.print(
             f"Spectra: layers {format_ranges(settings.layers)}, heads {format_ranges(settings.heads)}{folded}"
         )
+        if len(sides) > 1:
+            console.print(safe(f"{sides[0].name} → {sides[1].name}, where they differ"), soft_wrap=True)
         console.print(table)
+        console.print(
+            f"Means over heads. Energy: share of ‖M‖². Symmetric share 0.5: both halves weigh the same. "
+            f"Gap: (s_{modes} − s_{modes + 1}) / s_{modes}.",
+            style="dim",
+        )
+        few = [(layer, head) for layer in sides[0].layers for head in layer.heads][: _DRAWN + 1]
+        for layer, head in few if len(few) <= _DRAWN else ():
+            console.print(f"Layer {layer.layer}, head {head.head}: singular values")
+            for line in draw_spectrum(head, modes, console.width, is_ascii=_is_ascii(console)):
+                console.print(line, highlight=False, markup=False)
+        for remark in remarks(sides[0].layers, modes):
+            console.print(f"[yellow]Note:[/] {remark}", soft_wrap=True)
+
+
+def _is_ascii(console: Console) -> bool:
+    """Whether the terminal has nothing but ASCII."""
+    return not console.encoding.startswith("utf")
+
+
+_DRAWN = 4  # heads, each of ten lines
+
+
+def _figures(layer: LayerSpectra, *, is_by_energy: bool) -> Iterator[str]:
+    heads = layer.heads
+    gaps = [head.gap for head in heads if head.gap is not None]
+    yield f"{mean(head.singular_values[0] for head in heads):.4g}"
+    yield f"{max(head.singular_values[0] for head in heads):.4g}"
+    yield (
+        format_ranges(sorted({head.modes or 0 for head in heads}))
+        if is_by_energy
+        else f"{mean(head.energy_share for head in heads):.3f}"
+    )
+    yield f"{mean(head.effective_rank for head in heads):.1f}"
+    yield f"{mean(head.symmetric_share for head in heads):.3f}"
+    yield f"{min(gaps):.2g}" if gaps else "-"
 
 
 def show_sweep(sweep: Sweep, out: Path) -> None:
@@ -209,10 +275,9 @@ def show_publication(publication: Publication) -> None:
 def show_verification(result: Verification, out: Path) -> None:
     """Print every mismatch and note, then the verdict."""
     with results() as console:
-        for mismatch in result.mismatches:
-            console.print(f"[red]mismatch[/] {safe(mismatch.where)}: {safe(mismatch.what)}", soft_wrap=True)
-        for note in result.notes:
-            console.print(f"[yellow]note[/] {safe(note)}", soft_wrap=True)
+        wrong = [f"{cut(mismatch.where, LONGEST // 2)}: {mismatch.what}" for mismatch in result.mismatches]
+        for line in (*lines("[red]mismatch[/]", wrong), *lines("[yellow]note[/]", result.notes)):
+            console.print(line, soft_wrap=True)
         if result.ok:
             console.print(
                 f"[green]ok[/] {safe(str(out))}: {result.files} files, {size_text(result.compared_bytes)} compared; "

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -19,6 +25,7 @@ class Terminated(BaseException):
         self.number = number
 
 
+@dataclass
 class _Arrivals:
     """Which signal arrived, and whether it may be raised.
 
@@ -26,14 +33,11 @@ class _Arrivals:
     progress, and Python raises it in the main thread all the same.
     """
 
-    def __init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        self.is_on = False
-        self.held = 0
-        self.first: int | None = None
-        self.is_raised = False
+    is_on: bool = False
+    is_aside: bool = False  # whether something is done by a thread that cannot be stopped
+    held: int = 0
+    first: int | None = None
+    is_raised: bool = False
 
     def arrive(self, number: int, frame: FrameType | None = None) -> None:
         if self.first is None:
@@ -54,8 +58,8 @@ _arrivals = _Arrivals()
 @contextmanager
 def unwinding_on_kill() -> Iterator[None]:
     """Raise ``KeyboardInterrupt`` on SIGINT and :class:`Terminated` on SIGTERM and SIGHUP inside the block, once."""
-    _arrivals.forget()
-    _arrivals.is_on = True
+    global _arrivals
+    _arrivals = _Arrivals(is_on=True)
     # What is ignored stays ignored: nohup counts on it.
     signals = [n for n in _SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, _arrivals.arrive) for number in signals}
@@ -67,7 +71,8 @@ def unwinding_on_kill() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _is_held_here() -> bool:
+def hears_signals() -> bool:
+    """Whether this thread is the one that hears signals, in a process of qkpatch's own."""
     return _arrivals.is_on and threading.current_thread() is threading.main_thread()
 
 
@@ -78,7 +83,7 @@ def signals_held() -> Iterator[None]:
     Only where :func:`unwinding_on_kill` is at work, which is in a process of qkpatch's own: elsewhere signals are the
     host's, and several threads may be here at once.
     """
-    if not _is_held_here():
+    if not hears_signals():
         yield
         return
     _arrivals.held += 1
@@ -92,7 +97,7 @@ def signals_held() -> Iterator[None]:
 @contextmanager
 def signals_let_through() -> Iterator[None]:
     """The part of a block that holds signals which may stop at any moment."""
-    if not _is_held_here():
+    if not hears_signals():
         yield
         return
     held, _arrivals.held = _arrivals.held, 0
@@ -101,6 +106,33 @@ def signals_let_through() -> Iterator[None]:
         yield
     finally:
         _arrivals.held = held
+
+
+def aside(work: Callable[..., object], *arguments: Any) -> None:
+    """Do what hears no signal in a thread, while this one does."""
+    if not hears_signals():
+        work(*arguments)
+        return
+    _arrivals.is_aside = True
+    with signals_masked():
+        doing = ThreadPoolExecutor(1).submit(work, *arguments)
+    wait([doing])
+    _arrivals.is_aside = False
+    doing.result()
+
+
+def import_torch() -> None:
+    """Import torch, which swallows what is raised in the midst of that."""
+    if "torch" not in sys.modules:
+        aside(importlib.import_module, "torch")
+
+
+def end_at_once(code: int) -> None:
+    """End the process here, where something is still done :func:`aside`: Python itself could not end before that."""
+    if _arrivals.is_aside:
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+        os._exit(code)
 
 
 _task = threading.local()
@@ -121,12 +153,9 @@ def check_stop() -> None:
     check = getattr(_task, "check", None)
     if check is not None:
         check()
-    elif (
-        _arrivals.is_raised and _arrivals.is_on and threading.current_thread() is not threading.main_thread()
-    ):
-        raise Terminated(
-            _arrivals.first or signal.SIGINT
-        )  # of a library's threads, which the main one waits for
+    elif _arrivals.is_raised and _arrivals.is_on and not hears_signals():
+        # One of a library's threads, which the main one waits for.
+        raise Terminated(_arrivals.first or signal.SIGINT)
 
 
 @contextmanager

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import codecs
 import json
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from qkpatch.errors import CheckpointError
@@ -24,18 +23,18 @@ _MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 Json = Any
 
+_text = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+_SCALARS = {str, int, float, bool, type(None)}
+
 
 def measured(value: Json) -> Json:
     """A figure that was measured, to nine significant digits; a tuple item by item, anything else as it is.
 
     Settings are not rounded: another α gives other bytes.
-
-    Raises:
-        ValueError: NaN or Inf, which JSON cannot hold.
     """
     if isinstance(value, tuple):
         return tuple(measured(item) for item in value)
-    return float(f"{_finite(value):.{SIGNIFICANT_DIGITS}g}") if isinstance(value, float) else value
+    return float(f"{value:.{SIGNIFICANT_DIGITS}g}") if isinstance(value, float) else value
 
 
 def exact(x: float) -> str:
@@ -59,22 +58,12 @@ def _canonical(value: Json, indent: str) -> str:
     if isinstance(value, Mapping):
         if not value:
             return "{}"
-        items = (
-            f"{inner}{json.dumps(key, ensure_ascii=False)}: {_canonical(value[key], inner)}"
-            for key in sorted(value)
-        )
+        items = (f"{inner}{_text(key)}: {_canonical(value[key], inner)}" for key in sorted(value))
         return "{\n" + ",\n".join(items) + f"\n{indent}}}"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        if any(isinstance(item, (Mapping, list, tuple)) for item in value):
-            return "[\n" + ",\n".join(inner + _canonical(item, inner) for item in value) + f"\n{indent}]"
-        return "[" + ", ".join(_canonical(item, inner) for item in value) + "]"
-    return json.dumps(_finite(value) if isinstance(value, float) else value, ensure_ascii=False)
-
-
-def _finite(x: float) -> float:
-    if not math.isfinite(x):
-        raise ValueError(f"{x} cannot be recorded")
-    return x
+    # Figures come by the hundred thousand.
+    if isinstance(value, list | tuple) and not _SCALARS.issuperset(map(type, value)):
+        return "[\n" + ",\n".join(inner + _canonical(item, inner) for item in value) + f"\n{indent}]"
+    return _text(value)
 
 
 def load_json(raw: bytes, where: str, *, unique: bool = False) -> Any:

@@ -26,7 +26,9 @@ T = TypeVar("T")
 _PLAIN_TYPES = {"null", "bool", "int", "float", "str"}
 # What no file's name, or no UTF-8, can hold; escapes can write it.
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
+_INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,299})", re.ASCII)
 
+_MOST_UNKNOWN = 100
 MAX_BYTES = 1 << 20  # settings are written by hand; more than 1 MiB is a mistake or an attack
 
 
@@ -47,10 +49,8 @@ class _StrictLoader(yaml.SafeLoader):
             if found := _NO_TEXT.search(node.value):
                 raise _refused(f"a text holds the character {found[0]!r}", node)
             # YAML 1.1 reads 010 as eight, 1:30 and 1:30.0 as ninety, and 1_0.5 as ten and a half.
-            if (
-                node.tag.endswith(":int")
-                and not re.fullmatch(r"-?(0|[1-9][0-9]{0,299})", node.value, re.ASCII)
-            ) or (node.tag.endswith(":float") and set(node.value) & set(":_")):
+            is_int, is_float = (node.tag.endswith(kind) for kind in (":int", ":float"))
+            if (is_int and not _INTEGER.fullmatch(node.value)) or (is_float and set(node.value) & set(":_")):
                 raise _refused(f"{node.value!r} is not a plain decimal number", node)
         return node
 
@@ -90,6 +90,11 @@ def load_yaml(text: bytes, where: str) -> Any:
         raise RecipeError(f"not valid YAML: {error}", where=where) from error
 
 
+def yaml_text(value: Any) -> str:
+    """What :func:`load_yaml` reads back; an innermost list or mapping is on one line."""
+    return str(yaml.safe_dump(value, default_flow_style=None, sort_keys=False, width=1 << 20))
+
+
 # A key's lines to the letter; and its text or texts, None for each null, None where it has another value.
 Entry = tuple[str, tuple[str | None, ...] | None]
 
@@ -113,9 +118,7 @@ def top_level(text: str, where: str) -> dict[str, Entry] | None:
     # In braces, indented, behind a question mark, or with names for values, lines do not stand by themselves.
     if root.flow_style or "&" in text or any(key.start_mark.column for key in keys):
         alone = (yaml.MappingNode(root.tag, [pair], flow_style=False) for pair in root.value)
-        lines = [
-            yaml.serialize(entry, None, yaml.SafeDumper, allow_unicode=True, width=1e9) for entry in alone
-        ]
+        lines = [yaml.serialize(one, None, yaml.SafeDumper, allow_unicode=True, width=1e9) for one in alone]
     return {
         key.value: (own, _texts(value))
         for (key, value), own in zip(root.value, lines, strict=False)
@@ -221,11 +224,11 @@ class Fields:
 
     def _note_unknown(self) -> None:
         known = sorted(str(key) for key in self._taken)
-        for key in self._data:
-            if key not in self._taken:
-                near = get_close_matches(str(key)[:80], known, 1)
-                meant = f"did you mean {near[0]}? " if near else ""
-                self.fault(f"unknown key ({meant}known here: {', '.join(known)})", key)
+        # Some are enough to be told, and each takes time.
+        for key in [key for key in self._data if key not in self._taken][:_MOST_UNKNOWN]:
+            near = get_close_matches(str(key)[:80], known, 1)
+            meant = f"did you mean {near[0]}? " if near else ""
+            self.fault(f"unknown key ({meant}known here: {', '.join(known)})", key)
         for child in self._children:
             child._note_unknown()
 

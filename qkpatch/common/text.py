@@ -8,6 +8,7 @@ import textwrap
 from qkpatch.errors import plain
 
 _NARROWEST = 40  # columns; in fewer, lines are left to the terminal
+LONGEST = 2000  # characters of what is shown on one line: files put names and texts of any length into it
 
 
 def cut(text: str, most: int) -> str:
@@ -28,7 +29,7 @@ def verify_command(out: str, source: str, recipe: str | None = None) -> str:
 
 def wrapped(line: str, width: int) -> str:
     """``line`` made :func:`plain` and folded to ``width`` columns; words, such as tensor names, are not broken."""
-    text = plain(line)
+    text = cut(plain(line), LONGEST)
     if len(text) <= width:
         return text
     indent = " " * (len(text) - len(text.lstrip()))

@@ -16,7 +16,7 @@ from qkpatch.checkpoint.names import BOOKKEEPING
 from qkpatch.checkpoint.pairs import Reader, Span
 from qkpatch.checkpoint.source import MANIFEST_NAME, Stored
 from qkpatch.checkpoint.tree import SourceFile
-from qkpatch.common.interrupts import signals_held
+from qkpatch.common.interrupts import import_torch
 from qkpatch.common.observer import Observer
 from qkpatch.compare.diff_types import (
     Difference,
@@ -103,8 +103,8 @@ def _change(
             progress(len(x))
     if position == a.end - a.begin:
         return None
-    with signals_held():  # torch's imports swallow what is raised in their midst
-        from qkpatch.compare.values import changed, recast, unchanged
+    import_torch()
+    from qkpatch.compare.values import changed, recast, unchanged
 
     total = None
     for x in reader.chunks(a._replace(end=a.begin + position)):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
 from qkpatch.checkpoint.source import MANIFEST_NAME
-from qkpatch.common.typed_json import as_json
+from qkpatch.common.typed_json import FURTHER, as_json
 from qkpatch.compare.byte_by_byte import Mismatch
 from qkpatch.output.options import Digest
 from qkpatch.planning.manifest import FileRecord, Manifest
 from qkpatch.planning.plan import EditPlan
 
-_RECIPE_KEYS = ("name", "prefix", "config", "tensors", "others")
+_RECIPE_KEYS = {"name", "prefix", "config", "tensors", "others"}
+_DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?", re.ASCII)
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", re.ASCII)
 # What a recipe may come to know more of: which of it was taken is in `prefix` and in `model`.
 _WIDENED = {"prefixes", "sections", "class_defaults"}
 
@@ -24,7 +27,10 @@ def differences(
     """Where the manifest is not the plan that its own edit leads to; figures and digests aside."""
     recipe = planned.recipe
     theirs, ours = (as_json(m.recipe) for m in (manifest, planned))
-    other = [key for key in _RECIPE_KEYS if _deciding(theirs[key]) != _deciding(ours[key])]
+    keys = theirs.keys() & ours.keys()
+    if manifest.recipe.sha256 != recipe.sha256:  # another version's, or another: then by what decides an edit
+        keys, theirs, ours = _RECIPE_KEYS, _deciding(theirs), _deciding(ours)
+    other = [key for key in sorted(keys) if theirs[key] != ours[key]]
     if other:
         yield Mismatch(
             MANIFEST_NAME,
@@ -34,9 +40,9 @@ def differences(
     for block in ("edit", "model"):
         ours, theirs = (as_json(getattr(m, block)) for m in (planned, manifest))
         # The flags may have said the same as the recipe.
-        for key in sorted(ours.keys() - {"from_recipe"}):
-            if theirs[key] != ours[key]:
-                yield Mismatch(MANIFEST_NAME, f"{block}.{key} is {theirs[key]!r}, planned {ours[key]!r}")
+        for key in sorted(vars(getattr(planned, block)).keys() - {"from_recipe", FURTHER}):
+            if (said := theirs.get(key)) != (planned_one := ours.get(key)):
+                yield Mismatch(MANIFEST_NAME, f"{block}.{key} is {said!r}, planned {planned_one!r}")
     if manifest.source.previous_edit != planned.source.previous_edit:
         yield Mismatch(
             MANIFEST_NAME, "source.previous_edit is not the edit that SOURCE's own manifest records"
@@ -69,20 +75,27 @@ def differences(
 def _contradictions(manifest: Manifest, planned: Manifest, plan: EditPlan) -> Iterator[Mismatch]:
     """What a manifest says that no run of ``apply`` would have said."""
     source, run, digest = manifest.source, manifest.run, manifest.output.digest
+    modes = {part.modes for part in manifest.edit.parts}
+    times = [run.started, run.finished]
     is_of_recipe = "modes" in manifest.edit.from_recipe and manifest.recipe.sha256 == planned.recipe.sha256
     said = {
         "tool.name": manifest.tool.name == planned.tool.name,
+        "compute.device": _DEVICE.fullmatch(manifest.compute.device),
         "compute.dtype": manifest.compute.dtype == planned.compute.dtype,
         "source": source.kind == "hub" or not (source.commit or source.requested_revision or source.checked),
         "run.stack": run.stack is None or run.stack.get("torch") == manifest.tool.torch,
-        "run": None in (run.started, run.finished) or str(run.started) <= str(run.finished),
+        "run": None in times
+        or (all(map(_TIME.fullmatch, map(str, times))) and times == sorted(map(str, times))),
         "run.copied_by": run.copied_by is None or sum(run.copied_by.values()) == len(planned.files),
-        "edit.from_recipe": not is_of_recipe or manifest.edit.modes == plan.model.recipe.default_modes,
+        "edit.from_recipe": (not is_of_recipe or modes == {plan.model.recipe.default_modes})
+        and manifest.edit.from_recipe in ((), ("layers",), ("modes",), ("layers", "modes")),
     }
     for key, is_so in said.items():
         if not is_so:
             yield Mismatch(MANIFEST_NAME, f"{key} contradicts what else it says, or what qkpatch writes")
     for file in manifest.files:
+        if file.action == "copied" and len({file.sha256, file.source_sha256} - {None}) > 1:
+            yield Mismatch(file.name, "was copied, and its digests in SOURCE and OUT are recorded as two")
         if digest is Digest.files and file.sha256 is None:
             yield Mismatch(file.name, "its digest is not recorded, and the manifest says that all are")
     # Older ones do not say which digests they have; an edit has all of them or none.

@@ -6,9 +6,10 @@ already to be what would be written.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from qkpatch.checkpoint.files import Progress
 from qkpatch.checkpoint.open_directory import Rooted
@@ -102,9 +103,13 @@ def _foreign(present: Present, plan: EditPlan, writing: Writing, observer: Obser
     except CheckpointError as error:
         yield Mismatch(MANIFEST_NAME, str(error))
         return
-    known = {str(parent) for file in manifest.files for parent in PurePosixPath(file.name).parents}
+    names = sorted(file.name for file in manifest.files)
     for name in present.directories:
-        if name not in known | plan.model.checkpoint.directories.keys():
+        at = bisect_left(names, f"{name}/")
+        if (
+            not "".join(names[at : at + 1]).startswith(f"{name}/")
+            and name not in plan.model.checkpoint.directories
+        ):
             yield Mismatch(name, "is a directory that qkpatch did not make")
     if not writing.overwrite:
         yield from origin_mismatches(manifest, plan.model.source)

@@ -10,7 +10,7 @@ from qkpatch.checkpoint.source import Stored
 from qkpatch.compare.diff_types import Renaming
 
 _LEAST = 2  # parts that two names have in common at their end: `weight` is the end of all
-_MOST = 64  # of parts, more than any model's
+_MOST = 64  # of parts, and of prefixes: more than any model's
 
 
 def spelled_as(a: Stored, b: Stored) -> tuple[Stored, tuple[Renaming, ...]]:
@@ -20,7 +20,7 @@ def spelled_as(a: Stored, b: Stored) -> tuple[Stored, tuple[Renaming, ...]]:
     names: dict[str, str] = {}  # of A, by B's
     found: list[Renaming] = []
     # The right prefix explains the most; of what is left then, the next does.
-    for (first, second), _ in Counter(_candidates(left, only_b)).most_common():
+    for (first, second), _ in Counter(_candidates(left, only_b)).most_common(_MOST):
         whole = [name for name in left if name.startswith(first)]
         pairs = {second + name[len(first) :]: name for name in whole}
         pairs = {theirs: ours for theirs, ours in pairs.items() if theirs in only_b and theirs not in names}

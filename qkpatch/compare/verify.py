@@ -11,7 +11,7 @@ from qkpatch.checkpoint.names import usual_beside
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import Present
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME, open_checkpoint
-from qkpatch.common.interrupts import signals_held
+from qkpatch.common.interrupts import import_torch
 from qkpatch.common.json_text import Json
 from qkpatch.common.number_ranges import abbreviate
 from qkpatch.common.observer import Observer
@@ -215,8 +215,8 @@ def check(
         found += check_edits(manifest, plan, present, listing, as_written=as_written)
         # A part of SOURCE is read out of OUT, where it is known to be that.
         if recomputed and plan.edits and not wrong and not listing.lost & checkpoint.headers.keys():
-            with signals_held():  # torch's imports swallow what is raised in their midst
-                from qkpatch.compare.arithmetic import recompute
+            import_torch()
+            from qkpatch.compare.arithmetic import recompute
 
             arithmetic, off = recompute(manifest, planned, plan, present, listing.open, observer)
             found += off

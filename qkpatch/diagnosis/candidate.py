@@ -72,8 +72,9 @@ def examine(recipe: Recipe, checkpoint: Checkpoint) -> Candidate:
     config = checkpoint.config
     model_type, classes = config.get("model_type") or "", config.get("architectures")
     named = classes if isinstance(classes, list) and classes else None
-    is_type = model_type in recipe.model_types
-    is_class = is_type if named is None else any(a in recipe.architectures for a in named)
+    is_class = any(a in recipe.architectures for a in named or ())
+    is_type = model_type in recipe.model_types or (is_class and not recipe.model_types)
+    is_class = is_type if named is None else is_class
     prefixes = recipe.tensors.matching_prefixes(list(checkpoint.tensors))
     identity = (
         Finding("model_type", is_type, _against(model_type, recipe.model_types, fits=is_type)),

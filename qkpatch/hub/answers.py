@@ -17,7 +17,8 @@ from qkpatch.errors import HubError
 MOST_BYTES, MOST_PAGES = 64 << 20, 1000
 LONGEST_WAIT = 60  # seconds; a server that asks for more is told of, not waited for
 SLOWEST, WINDOW = 100, 60.0  # bytes a second, over so many seconds of waiting
-# Seconds until something comes, where huggingface_hub sets no limit; a commit is long in the making.
+# Seconds until something comes, where huggingface_hub sets no limit, and until an answer has begun with all its
+# headers; a commit is long in the making.
 _TIMEOUT, _LONG_TIMEOUT = 60, 600
 
 
@@ -45,20 +46,39 @@ class Call:
         self._pages, self._bytes = self._pages + pages, self._bytes + len(body)
         self._values += count_values(body)
         if self._pages > MOST_PAGES or self._bytes > MOST_BYTES or self._values > MAX_VALUES:
-            raise RefusedError(
-                f"it says more than any Hub: {self._pages:,} pages, {self._bytes:,} bytes, {self._values:,} values",
-                fix="check HF_ENDPOINT: is that a Hub, and the repository sound?",
-            )
+            said = f"{self._pages:,} pages, {self._bytes:,} bytes, {self._values:,} values"
+            fix = "check HF_ENDPOINT: is that a Hub, and the repository sound?"
+            raise RefusedError(f"it says more than any Hub: {said}", fix=fix)
+
+
+class Patience:
+    """How long a read may take, as the HTTP library's time limit: each read asks, of an answer's head and of its body.
+
+    Limits of the library's own begin anew with each read, for which a byte is enough.
+    """
+
+    def __init__(self, each: float, whole: float) -> None:
+        self._each, self.until = each, time.monotonic() + whole
+
+    def __float__(self) -> float:
+        return self._each
+
+    def __index__(self) -> int:
+        check_stop()
+        left = self.until - time.monotonic()
+        if left <= 0:
+            what = f"it sends less than {SLOWEST} bytes a second, or headers without end"
+            raise RefusedError(what, fix="try again later")
+        return max(1, round(min(self._each, left)))
 
 
 def limit_request(request: Any) -> None:
     """Ask for no compression, under which a small answer may be a large one, and wait for no answer without end."""
     request.headers["accept-encoding"] = "identity"
     longest = _TIMEOUT if request.method in ("GET", "HEAD") else _LONG_TIMEOUT
-    given = {
-        kind: limit for kind, limit in request.extensions.get("timeout", {}).items() if limit is not None
-    }
-    request.extensions["timeout"] = {**dict.fromkeys(("connect", "read", "write", "pool"), longest), **given}
+    given = request.extensions.get("timeout", {})
+    limits = {kind: given.get(kind) or longest for kind in ("connect", "read", "write", "pool")}
+    request.extensions["timeout"] = {**limits, "read": Patience(float(limits["read"]), longest)}
 
 
 def limit_answer(response: Any, call: Call | None) -> None:
@@ -71,10 +91,8 @@ def limit_answer(response: Any, call: Call | None) -> None:
 
     request, wait = response.request, retry_after(response.headers)
     if response.status_code >= 400 and wait is not None and wait > LONGEST_WAIT:
-        raise RefusedError(
-            f"the Hub's rate limit is reached, for {wait:,} seconds more",
-            fix="wait, or set HF_TOKEN: its limits are higher",
-        )
+        what = f"the Hub's rate limit is reached, for {wait:,} seconds more"
+        raise RefusedError(what, fix="wait, or set HF_TOKEN: its limits are higher")
     if request.method != "HEAD" and response.headers.get("content-encoding", "identity") != "identity":
         raise RefusedError("the answer is compressed, which was not asked for", fix="is there a proxy?")
     call = call or Call()
@@ -82,7 +100,8 @@ def limit_answer(response: Any, call: Call | None) -> None:
     # The sizes of files are known, and checked elsewhere.
     is_api = request.url.path.startswith(urlsplit(constants.ENDPOINT).path.rstrip("/") + "/api/")
     is_file = request.method == "GET" and response.status_code in (200, 206) and not is_api
-    response.stream = _bounded()(response.stream, None if is_file else call)
+    patience = request.extensions["timeout"]["read"]
+    response.stream = _bounded()(response.stream, None if is_file else call, patience)
 
 
 @cache
@@ -90,24 +109,19 @@ def _bounded() -> Any:
     class Bounded(httpx().SyncByteStream):  # type: ignore[misc]
         """A body that is given up where it comes too slowly, or is too long."""
 
-        def __init__(self, stream: Any, call: Call | None) -> None:
-            self._stream, self._call = stream, call
+        def __init__(self, stream: Any, call: Call | None, patience: Patience) -> None:
+            self._stream, self._call, self._patience = stream, call, patience
 
         def __iter__(self) -> Iterator[bytes]:
-            waited, came, before = 0.0, 0, time.monotonic()
+            came, self._patience.until = 0, time.monotonic() + WINDOW
             for chunk in self._stream:
-                check_stop()
-                waited, came = waited + time.monotonic() - before, came + len(chunk)
-                if waited > WINDOW:
-                    if came < SLOWEST * WINDOW:
-                        raise RefusedError(
-                            f"it sends less than {SLOWEST} bytes a second", fix="try again later"
-                        )
-                    waited, came = 0.0, 0
+                now, came = time.monotonic(), came + len(chunk)
+                if came >= SLOWEST * WINDOW:
+                    came, self._patience.until = 0, now + WINDOW
                 if self._call is not None:
                     self._call.count(chunk)
                 yield chunk
-                before = time.monotonic()
+                self._patience.until += time.monotonic() - now  # of whoever took it
 
         def close(self) -> None:
             self._stream.close()

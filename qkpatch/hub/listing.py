@@ -12,6 +12,7 @@ from qkpatch.hub.errors import hub_errors
 from qkpatch.hub.token import hub_api
 
 _LONGEST_PART, _LONGEST = 255, 2048  # bytes: what file systems take, and half of what Linux does
+_MOST_FOLDERS = 64 << 20  # characters of their names; each file may name many
 _DIGEST = re.compile("git:[0-9a-f]{40}|sha256:[0-9a-f]{64}")
 
 
@@ -44,6 +45,8 @@ def listing(repo: str, revision: str | None, where: str) -> list[Listed]:
             if (why := "is there twice" if file.name in found else _fault(file)) is not None:
                 raise _unsound(file.name, why, where)
             found[file.name] = file
+    if sum(name.count("/") * len(name) for name in found) > _MOST_FOLDERS:
+        raise _unsound(next(iter(found)), "lies in more folders than any file", where)
     folders = {str(folder) for name in found for folder in PurePosixPath(name).parents}
     if clash := sorted(folders & found.keys()):
         raise _unsound(clash[0], "is a file, and a directory as well", where)

@@ -6,16 +6,20 @@ requests of such calls alone: those of the calling thread, and in huggingface_hu
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import qkpatch
+from qkpatch.common.interrupts import aside, hears_signals
 from qkpatch.errors import HubError
-from qkpatch.hub.answers import Call, RefusedError, limit_answer, limit_request
+from qkpatch.hub.answers import Call, RefusedError, httpx, limit_answer, limit_request
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -62,23 +66,32 @@ def _check_endpoint() -> None:
     from huggingface_hub import constants
 
     if "@" in urlsplit(constants.ENDPOINT).netloc:
-        raise HubError(
-            "HF_ENDPOINT has a user name or a password in it, which would be sent in place of the token",
-            where=constants.ENDPOINT,
-            fix="leave them out; what the endpoint is to know of you goes into HF_TOKEN",
-        )
+        what = "HF_ENDPOINT has a user name or a password in it, which would be sent in place of the token"
+        fix = "leave them out; what the endpoint is to know of you goes into HF_TOKEN"
+        raise HubError(what, where=constants.ENDPOINT, fix=fix)
 
 
 def _check_request(request: Any) -> None:
     if not _is_ours(request):
         return
     limit_request(request)
+    _look_up(request.url.host)
     if _is_home(request.url):
         return
     # The Hub's own, which a part of its domain may see; no redirect needs it.
     request.headers.pop("cookie", None)
     if "authorization" in request.headers:
         raise _refusal(str(request.url))
+
+
+@lru_cache
+def _look_up(host: str) -> None:
+    """Find a host's address before it is asked for: the system's resolver, which may take a minute, hears no signal."""
+    if hears_signals() and not getproxies():  # which would do it
+        try:
+            aside(socket.getaddrinfo, host, None)
+        except OSError as error:
+            raise httpx().ConnectError(str(error)) from error
 
 
 def _check_answer(response: Any) -> None:
@@ -112,11 +125,9 @@ def _is_home(url: Any) -> bool:
 
 
 def _refusal(place: str) -> RefusedError:
-    return RefusedError(
-        f"the token was to be sent to {place}, which is not the endpoint; nothing was sent",
-        fix="if that is the Hub you mean, name it in HF_ENDPOINT; "
-        "HF_HUB_DISABLE_IMPLICIT_TOKEN=1 goes on without a token",
-    )
+    cures = "name it in HF_ENDPOINT; HF_HUB_DISABLE_IMPLICIT_TOKEN=1 goes on without a token"
+    what = f"the token was to be sent to {place}, which is not the endpoint; nothing was sent"
+    return RefusedError(what, fix=f"if that is the Hub you mean, {cures}")
 
 
 class _Hooks:

@@ -105,22 +105,16 @@ class Transfer:
         asked = {"Range": f"bytes={begin}-{end - 1}"}
         with self._answer(file, asked) as response:
             if response.status_code == 200:  # whose body is not read
-                raise self._error(
-                    file,
-                    "the answer is the whole file, not the bytes that were asked for",
-                    "a proxy in between may not know ranges; download the model once: `hf download "
-                    f"{self._repo}`, or choose another HF_ENDPOINT",
-                )
+                what = "the answer is the whole file, not the bytes that were asked for"
+                cure = f"download the model once: `hf download {self._repo}`, or choose another HF_ENDPOINT"
+                raise self._error(file, what, f"a proxy in between may not know ranges; {cure}")
             said = _RANGE.fullmatch(response.headers.get("content-range", "").strip())
             numbers = said and tuple(map(int, said.groups()))
             if response.status_code != 206 or numbers != (begin, end - 1, file.size):
-                text = response.headers.get("content-range", "nothing")
-                raise self._error(
-                    file,
-                    f"bytes {begin}-{end - 1} of {file.size} were asked for, and {text} came "
-                    f"(status {response.status_code})",
-                    "try again; if it stays, what HF_ENDPOINT or a proxy delivers is not the listed file",
-                )
+                came = response.headers.get("content-range", "nothing")
+                wanted = f"bytes {begin}-{end - 1} of {file.size} were asked for"
+                fix = "try again; if it stays, what HF_ENDPOINT or a proxy delivers is not the listed file"
+                raise self._error(file, f"{wanted}, and {came} came (status {response.status_code})", fix)
             yield from self._body(file, response, end - begin)
 
     def _body(self, file: Listed, response: Any, size: int) -> Iterator[bytes]:
@@ -130,9 +124,8 @@ class Transfer:
             for chunk in response.iter_raw():  # as they come: what came before a break is kept
                 came += len(chunk)
                 if came > size:
-                    raise self._error(
-                        file, f"more than the {size} bytes came", "is there a proxy in between?"
-                    )
+                    fix = "is there a proxy in between?"
+                    raise self._error(file, f"more than the {size} bytes came", fix)
                 yield chunk
         except httpx().TransportError as error:
             raise _BrokenError(f"{error or type(error).__name__}") from error
@@ -164,12 +157,8 @@ class Transfer:
         is_remembered = url != home
         client = get_session()
         for _ in range(_REDIRECTS):
-            request = client.build_request(
-                "GET",
-                url,
-                headers={**self._headers_for(url, home), **asked},
-                timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-            )
+            headers, longest = {**self._headers_for(url, home), **asked}, constants.HF_HUB_DOWNLOAD_TIMEOUT
+            request = client.build_request("GET", url, headers=headers, timeout=longest)
             response = client.send(request, stream=True, follow_redirects=False)
             if response.status_code in (200, 206):
                 if url != home:
@@ -182,9 +171,8 @@ class Transfer:
                 elif is_remembered and response.status_code in _STALE:
                     with self._lock:
                         self._places.pop(file.name, None)
-                    raise _BrokenError(
-                        f"status {response.status_code} of an address that was good before", 0.0
-                    )
+                    what = f"status {response.status_code} of an address that was good before"
+                    raise _BrokenError(what, 0.0)
                 else:
                     self._refuse(file, response)
         raise self._error(file, f"more than {_REDIRECTS} redirects", "check HF_ENDPOINT")
@@ -197,9 +185,8 @@ class Transfer:
     def _next(self, file: Listed, response: Any, url: str, home: str) -> str:
         redirected: str = urljoin(url, response.headers.get("location", ""))
         if _origin(redirected)[0] not in ("https", _origin(url)[0]):
-            raise self._error(
-                file, "redirected from https to something else", "check HF_ENDPOINT and proxies"
-            )
+            what = "redirected from https to something else"
+            raise self._error(file, what, "check HF_ENDPOINT and proxies")
         if _origin(url) == _origin(home):
             self._check_listing(file, response)
         return redirected
@@ -211,12 +198,10 @@ class Transfer:
         tag = _tag(said.get("x-linked-etag", ""))
         is_other = file.sha256 is not None and re.fullmatch("[0-9a-f]{64}", tag) and tag != file.sha256
         if commit != self._commit or size != str(file.size) or is_other:
-            raise self._error(
-                file,
-                f"the Hub listed another file: commit {self._commit[:12]}, {file.size} bytes; now it says "
-                f"commit {commit[:12]}, {size} bytes",
-                "try again",
-            )
+            listed = f"commit {self._commit[:12]}, {file.size} bytes"
+            now = f"commit {commit[:12]}, {size} bytes"
+            what = f"the Hub listed another file: {listed}; now it says {now}"
+            raise self._error(file, what, "try again")
 
     def _check_tag(self, file: Listed, response: Any) -> None:
         tag = _tag(response.headers.get("etag", ""))
@@ -233,9 +218,8 @@ class Transfer:
         if status in _AGAIN:
             raise _BrokenError(f"the Hub answered {status}", retry_after(response.headers))
         if status == 416:
-            raise self._error(
-                file, f"the Hub lists {file.size} bytes, and says that there are fewer", "try again"
-            )
+            what = f"the Hub lists {file.size} bytes, and says that there are fewer"
+            raise self._error(file, what, "try again")
         from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
 
         response.read()
@@ -248,11 +232,8 @@ class Transfer:
 
 def _origin(url: str) -> tuple[str, str, int | None]:
     parts = urlsplit(url)
-    return (
-        parts.scheme,
-        (parts.hostname or "").lower(),
-        parts.port or {"http": 80, "https": 443}.get(parts.scheme),
-    )
+    port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    return parts.scheme, (parts.hostname or "").lower(), port
 
 
 def _tag(text: str) -> str:

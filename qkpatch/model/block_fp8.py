@@ -36,11 +36,10 @@ def fp8_scale(
     if scale.shape not in forms or declared not in (None, BLOCK):
         return None
     if scale.shape == blocks and not is_shared(scale) and d_head % BLOCK[0]:
+        what = f"block FP8 with {BLOCK[0]} rows to a scale, and head_dim {d_head} is no multiple of it"
+        fix = "patch the unquantised checkpoint, then quantise the result"
         raise UnsupportedError(
-            f"block FP8 with {BLOCK[0]} rows to a scale, and head_dim {d_head} is no multiple of it: "
-            "a block would hold rows of several heads",
-            where=weight.name,
-            fix="patch the unquantised checkpoint, then quantise the result",
+            f"{what}: a block would hold rows of several heads", where=weight.name, fix=fix
         )
     return scale
 

@@ -7,12 +7,18 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from qkpatch.errors import AmbiguousError
-from qkpatch.model.refusals import refuse_known, refuse_quantised, refuse_wrapped, suffixes_by_module
+from qkpatch.model.refusals import (
+    refuse_class,
+    refuse_known,
+    refuse_quantised,
+    refuse_wrapped,
+    suffixes_by_module,
+)
 from qkpatch.recipes.catalogue import shipped_recipes
 from qkpatch.recipes.recipe import TOP_LEVEL, Recipe
 
 ANOTHER = "choose another recipe with --recipe"
-_MOST = 3  # commands
+_MOST = 3  # commands; classes that a recipe is looked up by
 _OF_MLX = "language_model.model.layers."
 _QUERY = re.compile(r"q_proj|qkv|query|c_attn|(?:^|[._])(?:w_?q|to_q|q)\.", re.IGNORECASE)
 
@@ -28,8 +34,7 @@ def choose_recipe(
         CheckpointError: training left its prefix in the names.
     """
     names = list(tensor_names)
-    kin = shipped_recipes(str(config.get("model_type") or ""))
-    claimed = [recipe for recipe in kin.values() if recipe.matches(config)]
+    claimed = claiming(config)
     fits = [recipe for recipe in claimed if recipe.tensors.matching_prefixes(names)]
     if len(fits) == 1:
         return fits[0]
@@ -75,6 +80,15 @@ def choose_recipe(
     raise AmbiguousError(what, where="config.json", fix=fix)
 
 
+def claiming(config: Mapping[str, Any]) -> list[Recipe]:
+    """The shipped recipes that config.json names, sorted by name; only those whose text holds a name are parsed."""
+    named = config.get("architectures")
+    classes = [name for name in named[:_MOST] if isinstance(name, str)] if isinstance(named, list) else []
+    words = dict.fromkeys([str(config.get("model_type") or ""), *classes])
+    kin = {name: recipe for word in words for name, recipe in shipped_recipes(word).items()}
+    return [recipe for _, recipe in sorted(kin.items()) if recipe.matches(config)]
+
+
 def refuse_unknown(names: Iterable[str], config: Mapping[str, Any]) -> None:
     """Raise where no recipe whatever would help.
 
@@ -84,6 +98,7 @@ def refuse_unknown(names: Iterable[str], config: Mapping[str, Any]) -> None:
     """
     names = list(names)
     refuse_known(names, config)
+    refuse_class(config)
     refuse_wrapped(names)
     parents = {name.rpartition(".")[0] for name in query_like(names, len(names))}
     modules = {*parents, *(parent.rpartition(".")[0] for parent in parents)}

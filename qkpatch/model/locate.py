@@ -12,7 +12,6 @@ from pathlib import Path
 from qkpatch.checkpoint.cache import snapshot_at
 from qkpatch.checkpoint.tree import Repository
 from qkpatch.errors import FileSystemError, UsageError
-from qkpatch.hub.repository import HubId, check_snapshot, download, open_repository
 from qkpatch.recipes.catalogue import get_recipe, shipped_recipes
 from qkpatch.recipes.descriptions import near_names
 from qkpatch.recipes.recipe import Recipe
@@ -65,11 +64,14 @@ def locate(text: str, access: Access = Access.download) -> Source:
     if not text:
         raise UsageError("SOURCE is empty", fix="name it; is a variable of the shell unset?")
     path = local_path(text)
+    here = None if path is None else replace(_local(path), text=text)
+    if here is not None and (here.commit is None or access is not Access.listed):
+        return here
+    # A tenth of a second, for SOURCE elsewhere alone.
+    from qkpatch.hub.repository import HubId, download, open_repository
+
     recipe: Recipe | None = None
-    if path is not None:
-        here = replace(_local(path), text=text)
-        if here.commit is None or access is not Access.listed:
-            return here
+    if here is not None and here.commit is not None:
         hub_id: HubId | None = HubId(here.name, here.commit)
     elif text in shipped_recipes():
         recipe = get_recipe(text)
@@ -139,6 +141,8 @@ def _local(path: Path) -> Source:
         return Source(path, "file", _text(path.name))
     snapshot = snapshot_at(path)
     if snapshot is not None:
+        from qkpatch.hub.repository import check_snapshot
+
         check_snapshot(path.resolve())
         return Source(path, "hub", snapshot.repo, None, snapshot.commit)
     return Source(path, "directory", _text(path.resolve().name))

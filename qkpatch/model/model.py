@@ -167,8 +167,10 @@ def open_set(recipe: Recipe, names: TensorNames, checkpoint: Checkpoint, *, insi
     within = tuple(n for n in layers if n < tower.n_layers)
     norms = (s.norms for s in (recipe.tensors, *recipe.others))
     declared = tuple(name for norm in norms if norm is not None for name in (norm.query, norm.key))
-    head = prefixes[0].partition("{layer}")[0]
-    refuse_known((name for name in stored if name.startswith(head)), checkpoint.config)
+    # Where only some layers have these tensors, the others may have attention of any kind.
+    own: tuple[str, ...] = (prefixes[0].partition("{layer}")[0],)
+    own = own if names.every_layer else tuple(prefixes[0].format(layer=n) for n in within)
+    refuse_known((name for name in stored if name.startswith(own)), checkpoint.config)
     return AttentionSet(recipe.name, names, prefixes[0], tower, checkpoint.tensors, within, declared)
 
 

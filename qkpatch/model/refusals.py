@@ -9,6 +9,7 @@ from typing import Any
 
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.errors import CheckpointError, UnsupportedError
+from qkpatch.recipes.refused import refused_kinds
 
 EDITABLE_DTYPES = ("F64", "F32", "F16", "BF16")
 
@@ -19,6 +20,8 @@ _QK_NORM = re.compile(
     re.IGNORECASE,
 )
 
+# An indexer picks the tokens that are attended to, by queries and keys of its own.
+_OF_INDEXER = re.compile(r"\.indexer\.|\.index_")
 # What stands beside, or in place of, `q_proj.weight` when a method has quantised it; first match names it.
 _COMPANIONS: tuple[tuple[frozenset[str], str], ...] = (
     (frozenset({"qweight", "qzeros", "scales", "g_idx"}), "GPTQ"),
@@ -32,6 +35,7 @@ _COMPANIONS: tuple[tuple[frozenset[str], str], ...] = (
     (frozenset({"weight_scale"}), "compressed-tensors or ModelOpt"),
     (frozenset({"scales", "biases"}), "MLX"),
 )
+_NO_WAY = "this family cannot be edited by qkpatch"
 _WAY_OUT = "patch the unquantised checkpoint, then quantise the result"
 
 
@@ -68,19 +72,6 @@ def quantised_by_name(config: Mapping[str, Any], tensors: Iterable[TensorRef]) -
     return str(said.get("quant_method", "some method")) if said is not None and is_plain else None
 
 
-# Names that tell of attention without a per-head query-key product of stored weights; where a word is given, only in
-# models whose config.json has it.
-_UNEDITABLE = (
-    (r"\.kv_a_proj_with_mqa\.|\.kv_b_proj\.", "", "multi-head latent attention (MLA): keys are expanded from a shared "
-     "latent, so there is no stored key weight per head"),
-    (r"\.q_conv1d\.", "", "delta attention (KDA): queries and keys pass a convolution and a recurrence, no product"),
-    (r"\.tau\.wq$", "", "queries and values are scaled by a temperature computed from the queries themselves "
-     "(Moondream 3)"),
-    (r"\.query_layernorm\.", "hunyuan", "queries and keys are normalised after RoPE (HunYuan), so no product of stored "
-     "weights is what attention uses"),
-    (r"\.self_attn\.output_gate\.", "minimax", "linear (lightning) attention: most layers have no query-key product "
-     "that a softmax sees"),
-)  # fmt: skip
 # What training leaves in names, and how to save without it.
 _WRAPPERS = (
     (r"(?:^|\.)_orig_mod\.", "_orig_mod.", "torch.compile", "save model._orig_mod"),
@@ -95,11 +86,22 @@ def refuse_known(names: Iterable[str], config: Mapping[str, Any] = MappingProxyT
     """Raise for attention kinds that have no per-head query-key product of stored weights."""
     kin = [section.get("model_type") for section in config.values() if isinstance(section, dict)]
     words = str([config.get("model_type"), config.get("architectures"), *kin]).lower()
-    kinds = [(re.compile(pattern), reason) for pattern, word, reason in _UNEDITABLE if word in words]
+    kinds = [kind for kind in refused_kinds() if kind.tensors is not None and kind.word in words]
     for name in names:
-        for pattern, reason in kinds:
-            if pattern.search(name):
-                raise UnsupportedError(reason, where=name, fix="this family cannot be edited by qkpatch")
+        for kind in kinds:
+            if kind.tensors is not None and kind.tensors.search(name):
+                raise UnsupportedError(kind.reason, where=name, fix=_NO_WAY)
+
+
+def refuse_class(config: Mapping[str, Any]) -> None:
+    """Raise for a class that has no such product whatever its tensors are called, quantised or of another program."""
+    named = config.get("architectures")
+    for kind in refused_kinds():
+        for name in named if isinstance(named, list) else ():
+            if name in kind.architectures:
+                raise UnsupportedError(
+                    f"{name}: {kind.reason}", where="config.json: architectures", fix=_NO_WAY
+                )
 
 
 def refuse_wrapped(names: Iterable[str]) -> None:
@@ -118,8 +120,7 @@ def refuse_wrapped(names: Iterable[str]) -> None:
 def is_qk_norm(name: str) -> bool:
     """Whether a tensor's name is that of a norm of queries or keys."""
     small = name.lower()  # a mixture of experts has 10^5 names without either word
-    # An indexer picks the tokens that are attended to, by queries and keys of its own.
-    return ("norm" in small or "ln" in small) and bool(_QK_NORM.search(name)) and ".indexer." not in name
+    return ("norm" in small or "ln" in small) and bool(_QK_NORM.search(name)) and not _OF_INDEXER.search(name)
 
 
 def suffixes_by_module(names: Iterable[str], modules: Collection[str]) -> dict[str, list[str]]:

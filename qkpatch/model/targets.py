@@ -101,7 +101,7 @@ class AttentionSet:
 
     def has(self, layer: int) -> bool:
         """Whether ``layer`` is to be edited when asked for; in some families others are skipped."""
-        return self.tower.has_own_keys(layer) and (self.names.every_layer or layer in self.layers)
+        return self.tower.has_product(layer) and (self.names.every_layer or layer in self.layers)
 
     def target(self, layer: int, *, fold_norm: bool = False) -> LayerTarget:
         """Query and key of one layer, checked against the config's numbers.

@@ -11,6 +11,7 @@ from qkpatch.common.json_text import measured
 from qkpatch.errors import CheckpointError, UnsupportedError
 from qkpatch.recipes.heads import HeadLayout
 from qkpatch.recipes.recipe import (
+    ANY,
     COUNT_KEYS,
     LOGIT_KEYS,
     TOP_LEVEL,
@@ -45,6 +46,10 @@ class LanguageTower:
         """The heads of one layer."""
         return self.exceptions.get(layer, self.layout)
 
+    def has_product(self, layer: int) -> bool:
+        """Whether the layer has a product to edit: keys of its own, and as many query heads as the model."""
+        return self.has_own_keys(layer) and self.layout_of(layer).n_heads == self.layout.n_heads
+
     def has_own_keys(self, layer: int) -> bool:
         """Whether the layer uses keys of its own; a key weight stored in one that does not is dead."""
         return self.first_shared is None or layer < self.first_shared
@@ -68,17 +73,19 @@ def read_tower(
     where, section = _text_section(recipe, config)
     known = recipe.config.class_defaults
     text_type = str(section.get("model_type") or next(iter(known)))
-    if text_type not in known and not insist:
+    if text_type not in known and ANY not in known and not insist:
         raise UnsupportedError(
             f"recipe {recipe.name} knows the language models {', '.join(known)}, not {text_type!r}",
             where=f"config.json: {where}model_type",
             fix=f"if its layout is the same, say so: --recipe {recipe.name}",
         )
-    defaults = known.get(text_type, {})
+    defaults = known.get(text_type, known.get(ANY, {}))
+    # By the family's own name; where neither that nor a class default is there, by the name that transformers saves.
     numbers = {
-        key: section[names.keys.get(key, key)] if names.keys.get(key, key) in section else defaults.get(key)
-        for key in COUNT_KEYS
+        key: section.get(names.keys.get(key, key), defaults.get(key, section.get(key))) for key in COUNT_KEYS
     }
+    if "num_hidden_layers" in names.keys and isinstance(kinds := numbers["num_hidden_layers"], list):
+        numbers["num_hidden_layers"] = len(kinds)
     counts = _Counts(numbers, where, names)
     n_layers = counts.number("num_hidden_layers")
     logits = {
@@ -91,12 +98,6 @@ def read_tower(
         for layer, changes in _exceptions(recipe, section, where, n_layers).items()
     }
     layout = counts.layout()
-    if any(other.n_heads != layout.n_heads for other in exceptions.values()):
-        raise UnsupportedError(
-            "layers with different numbers of query heads",
-            where=f"config.json: {where}num_attention_heads",
-            fix="this model cannot be edited by qkpatch",
-        )
     unless = names.input_norm.unless if names.input_norm is not None else None
     return LanguageTower(
         text_model_type=text_type,
@@ -185,6 +186,8 @@ def _layer_types(recipe: Recipe, section: Mapping[str, Any], where: str, n_layer
             next((kind for kind, n in every.items() if (i + 1) % n == 0 or i == n_layers - 1), "")
             for i in range(n_layers)
         ]
+    if isinstance(types, list) and recipe.tensors.mtp_layers:
+        types = types[:n_layers]
     if not isinstance(types, list) or len(types) != n_layers:
         size = f"{len(types)} entries" if isinstance(types, list) else repr(types)[:40]
         raise CheckpointError(f"{size} for {n_layers} layers", where=f"config.json: {where}layer_types")
@@ -213,7 +216,17 @@ def _fp8_block(config: Mapping[str, Any]) -> tuple[int, ...] | None:
 def _overridden(source: KeyOverride, section: Mapping[str, Any]) -> Any:
     if source.condition is not None and section.get(source.condition) is not True:
         return None
-    return section.get(source.key, source.default)
+    above, _, key = source.key.rpartition(".")
+    holder = _reached(section, above) if above else section
+    return holder.get(key, source.default) if isinstance(holder, Mapping) else source.default
+
+
+def _reached(section: Mapping[str, Any], key: str) -> Any:
+    """What is at a key of config.json in which dots descend; None where nothing is."""
+    found: Any = section
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
 
 
 def _positive(value: Any, place: str) -> int:
@@ -227,9 +240,7 @@ def _text_section(recipe: Recipe, config: Mapping[str, Any]) -> tuple[str, Mappi
     for name in recipe.config.sections:
         if name == TOP_LEVEL:
             return "", config
-        section: Any = config
-        for part in name.split("."):
-            section = section.get(part) if isinstance(section, dict) else None
+        section = _reached(config, name)
         if isinstance(section, dict):
             return f"{name}.", section
     raise CheckpointError(

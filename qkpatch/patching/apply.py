@@ -17,7 +17,7 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME
-from qkpatch.common.interrupts import signals_held, signals_let_through
+from qkpatch.common.interrupts import import_torch, signals_held, signals_let_through
 from qkpatch.common.json_text import canonical_json
 from qkpatch.common.number_ranges import abbreviate
 from qkpatch.common.observer import UNSEEN, Observer
@@ -37,6 +37,7 @@ from qkpatch.planning.manifest import EditRecord, HeadRecord, Manifest, planned_
 from qkpatch.planning.memory import peak_memory
 from qkpatch.planning.plan import EditPlan
 from qkpatch.planning.sha256sums import sums_text
+from qkpatch.spectral.rule import Select
 
 if TYPE_CHECKING:
     from qkpatch.patching.edit_heads import Editor
@@ -174,10 +175,10 @@ def _keeping(
 
 def _editor(device: str) -> Editor:
     """The part that computes; ``import torch`` takes a second, in which files are being copied already."""
-    with signals_held():  # torch's imports swallow what is raised in their midst
-        from qkpatch.patching.edit_heads import Editor
+    import_torch()
+    from qkpatch.patching.edit_heads import Editor
 
-        return Editor.on(device)
+    return Editor.on(device)
 
 
 def _fingerprint(plan: EditPlan, writing: Writing) -> str:
@@ -205,21 +206,30 @@ def _digests(sources: Sources, copier: Copier, writing: Writing, target: LayerTa
 
 def numerical_warnings(edits: Sequence[EditRecord], plan: EditPlan) -> list[str]:
     """What a user should know about the spectra that were met."""
-    modes, takes_modes = plan.settings.rule.paired_modes, plan.settings.rule.takes_modes
-    heads = [(f"{edit.layer}.{head.head}", head) for edit in edits for head in edit.heads]
-    narrow = [name for name, head in heads if head.gap is not None and head.gap < GAP_WARNING]
-    short = [name for name, head in heads if (len(head.modes) if takes_modes else head.rank) < modes]
-    warnings = []
-    if narrow:
-        warnings.append(
-            f"relative gap under {GAP_WARNING:g} at the cut, so the choice of modes is nearly arbitrary, "
-            f"in {len(narrow)} head(s) (layer.head): {abbreviate(narrow, _NAMED)}"
-        )
-    if short:
-        warnings.append(
-            f"there are fewer than {modes} such modes above rounding, so fewer were edited, "
-            f"in {len(short)} head(s) (layer.head): {abbreviate(short, _NAMED)}"
-        )
+    heads = [
+        (f"{e.layer}.{head.head}", plan.settings.rule_of(e.layer), head) for e in edits for head in e.heads
+    ]
+    narrow = [name for name, _, head in heads if head.gap is not None and head.gap < GAP_WARNING]
+    short, held, counts = list[str](), list[str](), set[int]()
+    for name, rule, head in heads:
+        n, values = rule.count(head.values_before), head.values_before
+        # Where no single modes are edited, the rank is what there is.
+        if (len(head.modes) if head.modes or rule.select is Select.random else head.rank) < n:
+            short.append(name)
+            counts.add(n)
+        if rule.energy and n < replace(rule, modes=len(values)).count(values):
+            held.append(name)
+    wanted = " or ".join(map(str, sorted(counts)))
+    told = {
+        f"relative gap under {GAP_WARNING:g} at the cut, so the choice of modes is nearly arbitrary": narrow,
+        f"there are fewer than {wanted} such modes above rounding, so fewer were edited": short,
+        "as many modes as --modes allows, half of all by default, hold less than --energy asks for": held,
+    }
+    warnings = [
+        f"{what}, in {len(names)} head(s) (layer.head): {abbreviate(names, _NAMED)}"
+        for what, names in told.items()
+        if names
+    ]
     coarse = [edit for edit in edits if _mean_rounding(edit) > ROUNDING_WARNING]
     if coarse:
         worst = max(_mean_rounding(edit) for edit in coarse)

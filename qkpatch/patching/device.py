@@ -39,6 +39,12 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def devices() -> list[str]:
+    """What heads can be computed on, as ``--device`` has it."""
+    cards = range(torch.cuda.device_count())
+    return ["cpu", *(f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in cards)]
+
+
 def heads_together(device: torch.device, per_head: int, threads: int) -> int:
     """How many heads are computed at once: one on a CPU; on CUDA as many as leave half of the free memory.
 

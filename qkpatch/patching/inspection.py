@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qkpatch.checkpoint.names import USUAL
-from qkpatch.common.interrupts import signals_held
+from qkpatch.common.interrupts import import_torch
 from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.model.locate import Access
 from qkpatch.model.model import Model, open_model
@@ -50,18 +50,17 @@ class Inspection:
             NumericalError: weights hold NaN or Inf.
         """
         per_thread = head_memory(target.layout for target in self.targets)
-        if (
-            self.model.source.path is None
-        ):  # a layer that is read where it is waits in memory, and so does the next
+        # A layer that is read where it is waits in memory, and so does the next.
+        if self.model.source.path is None:
             per_thread += 2 * max(target.read_bytes(self.settings.heads) for target in self.targets)
         n_threads = choose_threads(threads, per_thread, len(self.model.checkpoint.tensors))
-        with signals_held():  # torch's imports swallow what is raised in their midst
-            from qkpatch.patching.device import choose_device
-            from qkpatch.patching.spectra import layer_spectra
+        import_torch()
+        from qkpatch.patching.device import choose_device
+        from qkpatch.patching.spectra import layer_spectra
+
         where, settings = choose_device(device), self.settings
         observer.begins("look", 0, len(self.targets) * len(settings.heads))
-        for layer in layer_spectra(
-            self.model, self.targets, settings.heads, settings.rule.modes, where, n_threads
-        ):
+        rule = settings.rule_of(settings.layers[0])
+        for layer in layer_spectra(self.model, self.targets, settings.heads, rule, where, n_threads):
             observer.edited(len(layer.heads))
             yield layer

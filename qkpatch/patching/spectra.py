@@ -15,7 +15,7 @@ from qkpatch.patching.head_products import HeadWeights, LayerWeights, open_layer
 from qkpatch.patching.threads import Crew
 from qkpatch.planning.memory import head_memory
 from qkpatch.spectral.product import effective_rank, energy_share
-from qkpatch.spectral.rule import Channel
+from qkpatch.spectral.rule import Channel, EditRule
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class HeadSpectrum:
     energy_share: float  # of the strongest `modes` modes in ‖M‖²
     effective_rank: float  # exp of the entropy of the normalised singular values
     gap: float | None  # (s_r − s_r+1) / s_r at r = modes
+    modes: int | None  # by energy; else as asked for, of every head
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def layer_spectra(
     model: Model,
     targets: tuple[LayerTarget, ...],
     heads: tuple[int, ...],
-    modes: int,
+    rule: EditRule,
     device: torch.device,
     threads: int = 1,
 ) -> Iterator[LayerSpectra]:
@@ -55,7 +56,7 @@ def layer_spectra(
         model: SOURCE.
         targets: the layers' tensors.
         heads: query heads.
-        modes: the r of energy share and gap.
+        rule: says the r of energy share and gap.
         device: where heads are computed.
         threads: how many layers are read and decomposed side by side.
     """
@@ -71,7 +72,7 @@ def layer_spectra(
         with computing(device), item[1]:
             for batch in weights.batches(heads, together):
                 crew.check()
-                found += _head_spectra(target, batch, modes)
+                found += _head_spectra(target, batch, rule)
         return LayerSpectra(target.layer, target.attention, tuple(found))
 
     together = heads_together(device, head_memory(target.layout for target in targets), threads)
@@ -80,10 +81,12 @@ def layer_spectra(
         yield from crew.map(of_layer, opened())
 
 
-def _head_spectra(target: LayerTarget, batch: HeadWeights, modes: int) -> Iterator[HeadSpectrum]:
-    found = zip(batch.product.spectra(Channel.full), batch.product.symmetric_shares(), strict=True)
-    for head, (spectrum, share) in zip(batch.heads, found, strict=True):
+def _head_spectra(target: LayerTarget, batch: HeadWeights, rule: EditRule) -> Iterator[HeadSpectrum]:
+    both = zip(batch.product.spectra(Channel.full), batch.product.symmetric_shares(), strict=True)
+    for head, (spectrum, share) in zip(batch.heads, both, strict=True):
         values = tuple(spectrum.S.tolist())
+        found = None if rule.energy is None else rule.count(values)
+        modes = found or rule.modes
         edge = values[modes - 1 : modes + 1]
         yield HeadSpectrum(
             head=head,
@@ -94,4 +97,5 @@ def _head_spectra(target: LayerTarget, batch: HeadWeights, modes: int) -> Iterat
             energy_share=energy_share(spectrum.S, modes),
             effective_rank=effective_rank(spectrum.S),
             gap=(edge[0] - edge[1]) / edge[0] if len(edge) == 2 and edge[0] else None,
+            modes=found,
         )

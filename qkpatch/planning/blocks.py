@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from qkpatch.common.json_text import Json
-from qkpatch.common.typed_json import LEFT_OUT
+from qkpatch.common.json_text import Json, exact
+from qkpatch.common.number_ranges import format_ranges
+from qkpatch.common.typed_json import LEFT_OUT, as_json
 from qkpatch.output.options import Digest
+from qkpatch.planning.request import ITEM_KEYS
 from qkpatch.recipes.recipe import ConfigValue
 from qkpatch.recipes.rows import RowLayout
 from qkpatch.spectral.rule import Channel, Select
@@ -38,23 +41,59 @@ class ComputeBlock(Block):
     dtype: str
 
 
-@dataclass(frozen=True)
-class EditBlock(Block):
+# None, where the items of an edit say it, each for its layers.
+_IN_ITEMS: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayersBlock(Block):
+    """What is done to every head of some layers."""
+
+    layers: tuple[int, ...]
+    modes: int = field(default=_IN_ITEMS, metadata=LEFT_OUT)
+    modes_edited: int = field(default=_IN_ITEMS, metadata=LEFT_OUT)
+    alpha: float = field(default=_IN_ITEMS, metadata=LEFT_OUT)
+    channel: Channel = field(default=_IN_ITEMS, metadata=LEFT_OUT)
+    select: Select = field(default=_IN_ITEMS, metadata=LEFT_OUT)
+    energy: float | None = field(default=None, metadata=LEFT_OUT)
+    min_modes: int | None = field(default=None, metadata=LEFT_OUT)
+
+    def __post_init__(self) -> None:
+        keys = ("modes", "modes_edited", "alpha", "channel", "select")
+        if {getattr(self, key) is None for key in keys} != {getattr(self, "edits", None) is not None}:
+            raise ValueError(f"$.edit: {', '.join(keys)} are said for all layers, or in edits")
+
+    @property
+    def counted(self) -> str:
+        """How many modes of a head are edited, for people."""
+        n = self.modes_edited
+        return str(n) if self.energy is None else f"≤ {n} (energy {exact(self.energy)})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditBlock(LayersBlock):
     """The settings of an edit, with nothing left open."""
 
     attention: tuple[str, ...]
-    layers: tuple[int, ...]
     skipped_layers: tuple[int, ...]
     heads: tuple[int, ...]
-    modes: int
-    modes_edited: int
-    alpha: float
-    channel: Channel
-    select: Select
     seed: int
     fold_norm: bool
     from_recipe: tuple[str, ...]
     prefix: str | None = field(default=None, metadata=LEFT_OUT)
+    edits: tuple[LayersBlock, ...] | None = field(default=None, metadata=LEFT_OUT)
+
+    @property
+    def parts(self) -> tuple[LayersBlock, ...]:
+        """What is done, by layers: one part where it is the same everywhere."""
+        return self.edits or (self,)
+
+    @property
+    def items(self) -> list[dict[str, Json]]:
+        """What leads to this edit, as ``edits`` of an EDIT.yaml say it."""
+        items = [{k: v for k, v in as_json(part).items() if k in ITEM_KEYS} for part in self.parts]
+        items[0]["layers"] += self.skipped_layers
+        return [{**item, "layers": format_ranges(sorted(item["layers"]))} for item in items]
 
 
 @dataclass(frozen=True)

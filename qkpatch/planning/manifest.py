@@ -124,14 +124,7 @@ class EditRecord:
 
     def without_figures(self) -> EditRecord:
         """What was known before any weight was read."""
-        return replace(
-            self,
-            sha256_before=None,
-            sha256_after=None,
-            scale_sha256_before=None,
-            scale_sha256_after=None,
-            heads=(),
-        )
+        return self.done((None, None), (None, None), ())
 
 
 @dataclass(frozen=True)
@@ -179,13 +172,10 @@ class Manifest:
             CheckpointError: not a manifest, or of a version this qkpatch does not know.
         """
         document = load_json(raw, where, unique=True)
-        if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-            found = document.get("schema") if isinstance(document, dict) else None
-            raise CheckpointError(
-                f"manifest schema {found!r}, this qkpatch reads {SCHEMA!r}",
-                where=where,
-                fix="use the qkpatch version that wrote it",
-            )
+        found = document.get("schema") if isinstance(document, dict) else None
+        if found != SCHEMA:
+            what = f"manifest schema {found!r}, this qkpatch reads {SCHEMA!r}"
+            raise CheckpointError(what, where=where, fix="use the qkpatch version that wrote it")
         known = {f.name: document[f.name] for f in fields(cls) if f.name in document}
         try:
             # Finite numbers, and no lists in lists without end.
@@ -199,11 +189,11 @@ class Manifest:
     def request(self) -> Request:
         """The request that leads to the recorded edit on the same SOURCE."""
         edit = self.edit
-        keys = ("prefix", "attention", "heads", "modes", "alpha", "channel", "select", "seed", "fold_norm")
+        keys = ("prefix", "attention", "heads", "seed", "fold_norm")
         return Request.of(
             **{key: getattr(edit, key) for key in keys},
+            **(edit.items[0] if edit.edits is None else {"edits": edit.items}),
             recipe=self.recipe.name,
-            layers=[*edit.layers, *edit.skipped_layers],
             max_shard_size=self.output.max_shard_size,
             exclude=self.output.exclude,
         )
@@ -244,13 +234,7 @@ def planned_manifest(plan: EditPlan, device: str) -> Manifest:
         output=blocks.OutputBlock(plan.max_shard_size, plan.request.exclude),
         edits=tuple(EditRecord.planned(target, plan.output) for target in plan.edits),
         files=tuple(
-            FileRecord(
-                name,
-                file.size,
-                _action(name, plan),
-                source_sha256=_source_digest(file),
-                outside=name in outside,
-            )
+            FileRecord(name, file.size, _action(name, plan), None, _source_digest(file), name in outside)
             for name, file in plan.output.files.items()
         ),
         warnings=plan.warnings,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -99,7 +99,11 @@ class EditPlan:
         name = name.encode()[:most].decode("utf-8", "ignore")
         edit = as_json(self.settings.block)
         del edit["from_recipe"]
-        document = {"recipe": self.model.recipe.name, "edit": edit, "max_shard_size": self.max_shard_size}
+        document = {
+            "recipe": self.model.recipe.name,
+            "edit": edit,
+            "max_shard_size": self.max_shard_size,
+        }
         return f"{name}-qkpatch-{hashlib.sha256(canonical_json(document).encode()).hexdigest()[:8]}"
 
     @property
@@ -116,18 +120,18 @@ class EditPlan:
         is_inside = is_model and root in (here, *here.parents)
         return Path(os.path.relpath(root.parent / name)) if is_inside else Path(name)
 
-    @property
-    def action(self) -> str:
-        """The edit in one line for people."""
-        rule = self.settings.rule
+    def action(self, rule: EditRule) -> str:
+        """What is done to a head, in one line for people."""
         if rule.is_noop:
             return "alpha 1: nothing is edited"
+        n = str(rule.paired_modes) if rule.energy is None else f"{rule.min_modes}-{rule.paired_modes}"
         what = {
-            Select.shrink: f"W_Q shrunk by as much as {rule.paired_modes} dominant modes would move it",
-            Select.subspace: f"a random {rule.modes}-dimensional subspace of each query × {exact(rule.alpha)}",
-        }.get(rule.select, f"{rule.paired_modes} {rule.select.value} modes × {exact(rule.alpha)}")
+            Select.shrink: f"W_Q shrunk by as much as {n} dominant modes would move it",
+            Select.subspace: f"a random {n}-dimensional subspace of each query × {exact(rule.alpha)}",
+        }.get(rule.select, f"{n} {rule.select.value} modes × {exact(rule.alpha)}")
+        energy = "" if rule.energy is None else f", as hold {exact(rule.energy)} of the energy"
         folded = ", gain before attention folded" if self.settings.fold_norm else ""
-        return f"{what}, {rule.channel.value} channel{folded}"
+        return f"{what}, {rule.channel.value} channel{energy}{folded}"
 
 
 def make_plan(
@@ -150,7 +154,7 @@ def plan_of(model: Model, request: Request) -> EditPlan:
     """As :func:`make_plan`, for a model that is open."""
     settings = resolve(request, model)
     targets = model.targets(settings.layers, fold_norm=settings.fold_norm)
-    edits = () if settings.rule.is_noop else targets
+    edits = tuple(target for target in targets if not settings.rule_of(target.layer).is_noop)
     checkpoint = model.checkpoint
     most = request.max_shard_size
     output = Output.copy_of(checkpoint) if most is None else reshard(checkpoint, most)
@@ -178,21 +182,30 @@ def _refuse_disputed(model: Model, settings: EditSettings, targets: tuple[LayerT
 
 
 def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, ...]) -> list[str]:
-    rule, checkpoint = settings.rule, model.checkpoint
+    checkpoint = model.checkpoint
     warnings = [*model.notes]
-    if rule.is_noop:
-        warnings.append("alpha 1 is a declared no-op: OUT will be a byte-identical copy of SOURCE")
-    if rule.paired_modes != rule.modes and rule.select is not Select.subspace:
-        warnings.append(
-            f"antisymmetric modes come in equal pairs: {rule.modes} rounded up to {rule.paired_modes}"
-        )
-    warnings += _norm_warnings(model, rule, targets)
+    if idle := [layer for layer in settings.layers if settings.rule_of(layer).is_noop]:
+        stay = f"layers {format_ranges(idle)} stay as they are"
+        what = stay if len(idle) < len(settings.layers) else "OUT will be a byte-identical copy of SOURCE"
+        warnings.append(f"alpha 1 is a declared no-op: {what}")
+    warnings += dict.fromkeys(
+        f"antisymmetric modes come in equal pairs: {rule.modes} rounded up to {rule.paired_modes}"
+        for _, rule in settings.edits
+        if rule.paired_modes != rule.modes
+    )
+    shrunk = [t for t in targets if settings.rule_of(t.layer).select is Select.shrink]
+    warnings += _norm_warnings(model, shrunk)
     shared = [layer for layer in settings.skipped_layers if not model.tower.has_own_keys(layer)]
-    other = [layer for layer in settings.skipped_layers if layer not in shared]
+    uneven = [n for n in settings.skipped_layers if n not in shared and not model.tower.has_product(n)]
+    other = [layer for layer in settings.skipped_layers if layer not in (*shared, *uneven)]
     if shared:
         warnings.append(
             f"layers {format_ranges(shared)} use an earlier layer's keys and are skipped; "
             "a key weight stored there is dead"
+        )
+    if uneven:
+        warnings.append(
+            f"layers {format_ranges(uneven)} have another number of query heads than the model and are skipped"
         )
     if other:
         warnings.append(
@@ -228,8 +241,8 @@ def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, 
             f"{len(empty)} tensor(s) are empty, as a ZeRO-3 save without gathering leaves them: {abbreviate(empty, 3)}"
         )
     asked = [pattern for pattern in checkpoint.exclude if pattern not in USUAL]
-    if idle := [p for p in asked if not any(matching(name, (p,)) for name in checkpoint.left_out)]:
-        warnings.append(f"nothing in SOURCE is called as --exclude says: {some(idle)}")
+    if unused := [p for p in asked if not any(matching(name, (p,)) for name in checkpoint.left_out)]:
+        warnings.append(f"nothing in SOURCE is called as --exclude says: {some(unused)}")
     if disputed := [f"{name}: {what}" for name, what in checkpoint.disputed.items()]:
         warnings.append(
             f"the index is wrong about {len(disputed)} tensor(s), none of them edited: {some(disputed, 1)}"
@@ -248,12 +261,11 @@ def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, 
     return warnings
 
 
-def _norm_warnings(model: Model, rule: EditRule, targets: tuple[LayerTarget, ...]) -> list[str]:
-    if rule.select is not Select.shrink:
-        return []
+def _norm_warnings(model: Model, targets: Sequence[LayerTarget]) -> list[str]:
+    """What becomes of queries that are shrunk."""
     normed = [target for target in targets if target.norms is not None]
     is_l2_normed = bool(model.tower.logits.get("use_qk_norm"))  # Llama 4: a norm without weights
-    if not normed and not is_l2_normed:
+    if not targets or (not normed and not is_l2_normed):
         return []
     if any(_is_over_projection(target) for target in normed):
         return ["queries are normalised over all heads, so shrinking W_Q only shifts weight between heads"]

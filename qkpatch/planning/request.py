@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qkpatch.common.number_ranges import as_numbers
+from qkpatch.common.number_ranges import as_numbers, format_ranges
 from qkpatch.errors import UsageError
 from qkpatch.recipes.recipe import is_prefix
 from qkpatch.spectral.rule import Channel, Select
@@ -20,13 +20,23 @@ E = TypeVar("E", bound=Enum)
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}  # fmt: skip
+_MOST_GLOBS = 64 << 10  # characters of --exclude, all of which each name is held against
 _SIZE = re.compile(r"(\d{1,18})\s*([KMGT]I?B)?", re.ASCII | re.IGNORECASE)
 
 
 _KINDS: dict[str, Any] = {
-    "recipe": str, "prefix": str, "modes": int, "alpha": int | float, "seed": int, "fold_norm": bool,
-    "max_shard_size": int
+    "recipe": str, "prefix": str, "modes": int, "min_modes": int, "energy": int | float, "alpha": int | float,
+    "seed": int, "fold_norm": bool, "max_shard_size": int
 }  # fmt: skip
+
+# What lies between 0 and 1, and what that means.
+_SHARES = {
+    "energy": "above 0: 0.3 takes as many modes as hold 0.3 of a head's energy",
+    "alpha": "0 removes the modes, 1 changes nothing",
+}
+# What an item of ``edits`` may say: what may differ from layer to layer.
+ITEM_KEYS = ("layers", "modes", "min_modes", "energy", "alpha", "channel", "select")
+_MOST_TWICE = 1000  # layers: a short text can name a million in each of ten thousand items
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,8 @@ class Request:
     """The edit as asked for; None stands for "not said". What is wrong whatever the model is refused here.
 
     Raises:
-        UsageError: ``alpha`` outside [0, 1], ``modes`` < 1, no layer or head, a useless or absurd seed.
+        UsageError: ``alpha`` or ``energy`` outside [0, 1], ``modes`` < 1, no layer or head, an absurd seed; items of
+            ``edits`` that contradict each other, or what is said beside them.
     """
 
     recipe: str | None = None  # a shipped one by name, or a file of the user's
@@ -42,7 +53,9 @@ class Request:
     attention: tuple[str, ...] | None = None
     layers: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
-    modes: int | None = None
+    modes: int | None = None  # under energy, the most
+    min_modes: int | None = None  # under energy, the least
+    energy: float | None = None  # the share of a head's energy that its modes are to hold
     alpha: float | None = None
     channel: Channel | None = None
     select: Select | None = None
@@ -50,6 +63,7 @@ class Request:
     fold_norm: bool | None = None
     max_shard_size: int | None = None  # bytes
     exclude: tuple[str, ...] | None = None  # globs of what is left out of OUT, besides what always is
+    edits: tuple[Request, ...] | None = None  # of some layers each; what is said beside them holds for all
 
     @classmethod
     def of(cls, **said: Any) -> Request:
@@ -73,16 +87,18 @@ class Request:
             if given is not None and not (
                 isinstance(given, kinds) and (type(given) is bool) == (kinds is bool)
             ):
-                name, kind = what.replace("_", "-"), getattr(kinds, "__name__", "number")
-                raise UsageError(f"{given!r:.80} is no {kind}", where=f"--{name}")
+                kind = getattr(kinds, "__name__", "number")
+                raise UsageError(f"{given!r:.80} is no {kind}", where=_flag(what))
         for what in ("attention", "exclude"):
             if not all(isinstance(name, str) for name in getattr(self, what) or ()):
                 raise UsageError("what it names is named by a text", where=f"--{what}")
+        if sum(map(len, self.exclude or ())) > _MOST_GLOBS:
+            raise UsageError("it is longer than anybody writes", where="--exclude")
         if "" in (self.exclude or ()):
             raise UsageError("it names nothing", where="--exclude", fix="name a file, a folder or a glob")
         for what in ("layers", "heads", "attention"):
             if getattr(self, what) == ():
-                raise UsageError("it names nothing", where=f"--{what}", fix="name at least one")
+                raise UsageError("it names nothing", where=_flag(what), fix="name at least one")
         if self.prefix is not None and not is_prefix(self.prefix):
             raise UsageError(
                 f"{self.prefix!r:.80} does not hold {{layer}} once, and no other brace",
@@ -91,14 +107,13 @@ class Request:
             )
         if self.max_shard_size is not None and self.max_shard_size < 1:
             raise UsageError(f"{self.max_shard_size} is no size", where="--max-shard-size")
-        if self.alpha is not None and not 0.0 <= self.alpha <= 1.0:
-            raise UsageError(
-                f"{self.alpha} is not between 0 and 1",
-                where="--alpha",
-                fix="0 removes the modes, 1 changes nothing",
-            )
-        if self.modes is not None and self.modes < 1:
-            raise UsageError(f"{self.modes} is not at least 1", where="--modes")
+        for what, fix in _SHARES.items():
+            share = getattr(self, what)
+            if share is not None and (not 0.0 <= share <= 1.0 or self.energy == 0):
+                raise UsageError(f"{share} is not between 0 and 1", where=_flag(what), fix=fix)
+        for what in ("modes", "min_modes"):
+            if (least := getattr(self, what)) is not None and least < 1:
+                raise UsageError(f"{least} is not at least 1", where=_flag(what))
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise UsageError(f"{self.seed} is not between 0 and 2^63 - 1", where="--seed")
         if self.select is Select.subspace and self.channel not in (None, Channel.full):
@@ -107,11 +122,21 @@ class Request:
                 where="--channel",
                 fix="drop --channel, or choose another --select",
             )
+        if self.edits is not None:
+            _items(self.edits, self)
+
+    @property
+    def parts(self) -> tuple[Request, ...]:
+        """What is asked for of some layers each: one part where there are no ``edits``."""
+        if self.edits is None:
+            return (self,)
+        beside = replace(self, edits=None)
+        return tuple(item.over(beside) for item in self.edits)
 
     @property
     def draws(self) -> bool:
         """Whether anything is drawn, which a seed decides."""
-        return self.select in (Select.random, Select.subspace)
+        return any(part.select in (Select.random, Select.subspace) for part in self.parts)
 
     def check_seed(self) -> None:
         """Raise :class:`UsageError` where there is a seed and nothing is drawn: it would do nothing."""
@@ -122,10 +147,14 @@ class Request:
                 fix="leave it out, or add --select random or --select subspace",
             )
 
+    @property
+    def said(self) -> dict[str, Any]:
+        """The fields that say something."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
     def over(self, other: Request) -> Request:
         """This request, with what it does not say taken from ``other``."""
-        said = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
-        return replace(other, **said)
+        return replace(other, **self.said)
 
 
 def parse_request(text: bytes, where: str) -> Request:
@@ -134,10 +163,12 @@ def parse_request(text: bytes, where: str) -> Request:
 
     root = Fields(load_yaml(text, where), where)
     said: dict[str, Any] = {key: _range_text(root, key) for key in ("layers", "heads", "max_shard_size")}
-    kinds = {**_KINDS, "attention": str, "alpha": float}
+    kinds = {**_KINDS, "attention": str, **dict.fromkeys(_SHARES, float)}
     said = {key: root.take_optional(key, kind) for key, kind in kinds.items() if key not in said} | said
     said |= {"channel": root.take_member("channel", Channel), "select": root.take_member("select", Select)}
     said["exclude"] = root.take_list("exclude", str)
+    if "edits" in root:
+        said["edits"] = _items(root.take("edits", list, default=[]), fault=root.fault)
     root.finish()
     return Request.of(**said)
 
@@ -176,6 +207,50 @@ def member(value: E | str, kind: type[E], where: str) -> E:
         raise UsageError(f"{value!r} is none of them", where=where, fix=fix) from None
 
 
+def _flag(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
+
+
+def _items(
+    given: Any, beside: Request | None = None, fault: Callable[[str, str], None] | None = None
+) -> tuple[Request, ...]:
+    """The items of ``edits``; what is wrong, also with what is said ``beside``, is told to ``fault``, or raised."""
+    faults: list[str] = []
+    tell = fault or (lambda what, key: faults.append(f"{key}: {what}"))
+    is_list = isinstance(given, Iterable) and not isinstance(given, str | Mapping)
+    if not (listed := list(given) if is_list else []):
+        tell("it is no list of edits, or an empty one", "edits")
+    items, owners = list[Request](), dict[int, int]()
+    for i, item in enumerate(listed):
+        at, told = f"edits[{i}]", item.said if isinstance(item, Request) else item
+        if not isinstance(told, Mapping):
+            tell(f"{told!r:.80} is no mapping", at)
+            continue
+        said, made = dict[str, Any](), Request()
+        # Key by key, so that all faults are told; then together.
+        for where, part in (*((f"{at}.{key!s:.80}", {key: told[key]}) for key in told), (at, said)):
+            try:
+                if not {*part} <= {*ITEM_KEYS} or any(value is None for value in part.values()):
+                    raise UsageError(f"it says nothing, or is none of {', '.join(ITEM_KEYS)}")
+                made = Request.of(**part)
+                said |= part
+            except UsageError as error:
+                tell(f"{error.what}{f' ({error.fix})' if error.fix else ''}", where)
+        items.append(made)
+        for key in said:
+            if getattr(beside, key, None) not in (None, getattr(made, key)):
+                tell(f"{_flag(key)} beside edits says otherwise", f"{at}.{key}")
+        if "layers" not in told:
+            tell("missing", f"{at}.layers")
+        if twice := [n for n in made.layers or () if owners.setdefault(n, i) != i]:
+            tell(f"{format_ranges(twice)} named in edits[{owners[twice[0]]}] too", f"{at}.layers")
+        if len(twice) > _MOST_TWICE:
+            break
+    if faults:
+        raise UsageError(faults, fix="say a thing once: in an item, or beside edits for all of them")
+    return tuple(items)
+
+
 # What people write in another form than a request holds.
 _READ: dict[str, Callable[[Any], Any]] = {
     "layers": lambda given: as_numbers(given, "--layers"),
@@ -184,9 +259,11 @@ _READ: dict[str, Callable[[Any], Any]] = {
         [name.strip() for name in given.split(",")] if isinstance(given, str) else given
     ),
     "exclude": lambda given: (given,) if isinstance(given, str) else tuple(given) or None,
+    **dict.fromkeys(_SHARES, lambda given: float(given) if type(given) is int and given in (0, 1) else given),
     "channel": lambda given: member(given, Channel, "--channel"),
     "select": lambda given: member(given, Select, "--select"),
     "max_shard_size": lambda given: parse_size(given) if isinstance(given, str) else given,
+    "edits": _items,
 }
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
-from qkpatch.common.number_ranges import MIDDLE_THIRD, format_ranges, middle_third, parse_ranges
+from qkpatch.common.number_ranges import MIDDLE_THIRD, as_numbers, format_ranges, middle_third
 from qkpatch.errors import UsageError
 from qkpatch.model.model import Model
-from qkpatch.planning.blocks import EditBlock
+from qkpatch.planning.blocks import EditBlock, LayersBlock
 from qkpatch.planning.request import Request
 from qkpatch.spectral.rule import Channel, EditRule, Select
 
@@ -21,9 +20,8 @@ DEFAULT_ALPHA = 0.8
 class EditSettings:
     """The edit with nothing left open, for a model of known size."""
 
-    layers: tuple[int, ...]
+    edits: tuple[tuple[tuple[int, ...], EditRule], ...]  # layers and what is done to them, each rule once
     heads: tuple[int, ...]
-    rule: EditRule
     seed: int
     from_recipe: tuple[str, ...]  # which of layers and modes are the recipe's defaults
     fold_norm: bool = False  # whether the gain of the RMSNorm before attention is part of the product
@@ -33,15 +31,22 @@ class EditSettings:
 
     def rule_of(self, layer: int) -> EditRule:
         """What is done to every head of a layer."""
-        return self.rule
+        return next(rule for layers, rule in self.edits if layer in layers)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """All layers that are asked for and have a product."""
+        return tuple(sorted(layer for layers, _ in self.edits for layer in layers))
 
     @property
     def block(self) -> EditBlock:
         """The settings as the manifest records them."""
-        rule = self.rule
-        own: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rule"}
-        modes_edited = 0 if rule.select is Select.shrink else rule.paired_modes
-        return EditBlock(**own, **vars(rule), modes_edited=modes_edited)
+        own = {**{key: value for key, value in vars(self).items() if key != "edits"}, "layers": self.layers}
+        parts = [
+            LayersBlock(layers=n, modes_edited=0 if r.select is Select.shrink else r.paired_modes, **vars(r))
+            for n, r in self.edits
+        ]
+        return EditBlock(**(vars(parts[0]) | own if len(parts) == 1 else own | {"edits": tuple(parts)}))
 
 
 def resolve(request: Request, model: Model) -> EditSettings:
@@ -52,9 +57,35 @@ def resolve(request: Request, model: Model) -> EditSettings:
     Raises:
         UsageError: a layer, head or mode that the model does not have, or no layer left to edit.
     """
+    n_heads = model.tower.layout.n_heads
+    rules: dict[EditRule, tuple[int, ...]] = {}
+    skipped: tuple[int, ...] = ()
+    for i, part in enumerate(request.parts):
+        try:
+            present, missing, rule = _part(part, model)
+        except UsageError as error:
+            where = error.where if request.edits is None else f"edits[{i}]: {error.where}"
+            raise UsageError(error.what, where=where, fix=error.fix) from error
+        rules[rule] = (*rules.get(rule, ()), *present)
+        skipped += missing
+    said = {"modes" if key == "energy" else key for part in request.parts for key in part.said}
+    return EditSettings(
+        edits=tuple(sorted((tuple(sorted(layers)), rule) for rule, layers in rules.items())),
+        heads=tuple(range(n_heads)) if request.heads is None else _within(request.heads, n_heads, "heads"),
+        seed=request.seed or 0,
+        from_recipe=tuple(name for name in ("layers", "modes") if name not in said),
+        fold_norm=bool(request.fold_norm),
+        skipped_layers=tuple(sorted(skipped)),
+        attention=tuple(s.names.attention for s in model.sets),
+        prefix=request.prefix,
+    )
+
+
+def _part(request: Request, model: Model) -> tuple[tuple[int, ...], tuple[int, ...], EditRule]:
+    """The layers of a part that have a product, those that are skipped, and what is done."""
     recipe, tower = model.recipe, model.tower
-    n_heads = tower.layout.n_heads
-    layers = _within(_layers(request, recipe.default_layers, tower.n_layers), tower.n_layers, "layers")
+    default = middle_third(tower.n_layers) if recipe.default_layers == MIDDLE_THIRD else recipe.default_layers
+    layers = _within(request.layers or as_numbers(default, "the recipe's layers"), tower.n_layers, "layers")
     present = tuple(layer for layer in layers if any(s.has(layer) for s in model.sets))
     if not present:
         raise UsageError(
@@ -64,31 +95,24 @@ def resolve(request: Request, model: Model) -> EditSettings:
         )
     skipped = tuple(layer for layer in layers if layer not in present)
     model.check_skipped(skipped)
+    layouts = {s.tower.layout_of(layer) for s in model.sets for layer in present if s.has(layer)}
+    channel, modes = request.channel or Channel.full, request.modes
+    if modes is None and request.energy is not None:
+        # Half of them, in pairs where they come in pairs: as many are left for the random control.
+        pair = 2 if channel is Channel.antisymmetric else 1
+        most = min(channel.max_modes(layout.d_head, layout.d_model) for layout in layouts)
+        modes = max(1, most // (2 * pair) * pair)
     rule = EditRule(
-        channel=request.channel or Channel.full,
+        channel=channel,
         select=request.select or Select.dominant,
-        modes=recipe.default_modes if request.modes is None else request.modes,
+        modes=recipe.default_modes if modes is None else modes,
         alpha=DEFAULT_ALPHA if request.alpha is None else request.alpha,
+        energy=request.energy,
+        min_modes=request.min_modes if request.energy is None else request.min_modes or 1,
     )
-    for layout in {s.tower.layout_of(layer) for s in model.sets for layer in present if s.has(layer)}:
-        check_modes(rule, layout.d_head, layout.d_model)
-    return EditSettings(
-        layers=present,
-        heads=tuple(range(n_heads)) if request.heads is None else _within(request.heads, n_heads, "heads"),
-        rule=rule,
-        seed=request.seed or 0,
-        from_recipe=tuple(name for name in ("layers", "modes") if getattr(request, name) is None),
-        fold_norm=bool(request.fold_norm),
-        skipped_layers=skipped,
-        attention=tuple(s.names.attention for s in model.sets),
-        prefix=request.prefix,
-    )
-
-
-def _layers(request: Request, default: str, n_layers: int) -> tuple[int, ...]:
-    if request.layers is not None:
-        return request.layers
-    return middle_third(n_layers) if default == MIDDLE_THIRD else parse_ranges(default, "the recipe's layers")
+    for layout in layouts:
+        _check_modes(rule, layout.d_head, layout.d_model)
+    return present, skipped, rule
 
 
 def _within(numbers: tuple[int, ...], count: int, what: str) -> tuple[int, ...]:
@@ -100,12 +124,11 @@ def _within(numbers: tuple[int, ...], count: int, what: str) -> tuple[int, ...]:
     return numbers
 
 
-def check_modes(rule: EditRule, d_head: int, d_model: int) -> None:
-    """Refuse more modes than a head of this size has.
-
-    Raises:
-        UsageError: more modes than the channel has, or than random selection leaves.
-    """
+def _check_modes(rule: EditRule, d_head: int, d_model: int) -> None:
+    """Refuse more modes than a head of this size has, or than random selection leaves; a floor above the ceiling."""
+    if rule.min_modes is not None and (rule.energy is None or rule.min_modes > rule.modes):
+        but = "without --energy" if rule.energy is None else f"and at most {rule.modes}"
+        raise UsageError(f"at least {rule.min_modes} modes, {but}", where="--min-modes", fix="leave it out")
     most = rule.channel.max_modes(d_head, d_model)
     if rule.paired_modes > most:
         raise UsageError(

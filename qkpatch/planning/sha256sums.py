@@ -12,11 +12,9 @@ from qkpatch.planning.manifest import Manifest
 def refuse_own_sums(checkpoint: Checkpoint) -> None:
     """Raise :class:`UsageError` where SOURCE has a file of that name, which OUT's would replace."""
     if SUMS_NAME in checkpoint.files:
-        raise UsageError(
-            f"SOURCE has a {SUMS_NAME} of its own, which is carried over and stale in OUT",
-            where="--digest files",
-            fix=f"move {SUMS_NAME} out of SOURCE, or choose --digest edited",
-        )
+        what = f"SOURCE has a {SUMS_NAME} of its own, which is carried over and stale in OUT"
+        fix = f"move {SUMS_NAME} out of SOURCE, or choose --digest edited"
+        raise UsageError(what, where="--digest files", fix=fix)
 
 
 def sums_text(manifest: Manifest, record: bytes) -> str:

@@ -10,7 +10,9 @@ from statistics import mean
 
 from qkpatch.common.json_text import exact
 from qkpatch.common.number_ranges import format_ranges
+from qkpatch.common.strict_yaml import yaml_text
 from qkpatch.common.text import as_word, cut, verify_command
+from qkpatch.common.typed_json import as_json
 from qkpatch.errors import plain
 from qkpatch.planning.blocks import EditBlock
 from qkpatch.planning.manifest import Manifest
@@ -24,6 +26,11 @@ PAPER = "https://arxiv.org/abs/2606.20419"
 FOLLOWS = "<!-- The card of the base model follows, as it was. -->"
 # Figures, addresses, successors and relations of the base model, which are not this one's; YAML's merge of mappings.
 _NOT_INHERITED = ("model-index", "new_version", "eval_results", "base_model_relation", "<<")
+# Of the command that makes an edit again.
+_FLAGS = (
+    "recipe", "prefix", "attention", "config", "layers", "heads", "modes", "min_modes", "energy", "alpha", "channel",
+    "select", "seed", "max_shard_size", "device",
+)  # fmt: skip
 _EDITED = "with the query weights of its language model edited by qkpatch"
 CHECKED = "Made, and checked byte for byte, by"
 _MEASURED = "\nMeasured for this model with lmms-eval, by whoever made it"
@@ -148,12 +155,15 @@ def _edit(manifest: Manifest, *, is_checked: bool) -> Iterator[str]:
         "recipe": manifest.recipe.name,
         "layers": format_ranges(edit.layers),
         "query heads": format_ranges(edit.heads),
-        "selection": f"{edit.select.value}, {edit.modes_edited} mode(s) per head",
-        "factor α": exact(edit.alpha),
-        "channel of `W_Qᵀ W_K`": edit.channel.value
-        + (", gain before attention folded in" if edit.fold_norm else ""),
-        "edited tensors": f"{len(manifest.edits)} in {' and '.join(sorted({e.dtype for e in manifest.edits})) or '-'}",
     }
+    folded = ", gain before attention folded in" if edit.fold_norm else ""
+    for part in edit.parts:
+        where = "" if edit.edits is None else f", layers {format_ranges(part.layers)}"
+        rows[f"selection{where}"] = f"{part.select.value}, {part.counted} mode(s) per head"
+        rows[f"factor α{where}"] = exact(part.alpha)
+        rows[f"channel of `W_Qᵀ W_K`{where}"] = part.channel.value + folded
+    dtypes = " and ".join(sorted({e.dtype for e in manifest.edits})) or "-"
+    rows["edited tensors"] = f"{len(manifest.edits)} in {dtypes}"
     yield "".join(f"| {key} | {_cell(value)} |\n" for key, value in rows.items())
     if any(record.heads for record in manifest.edits):
         yield "\n| layer | tensor | ‖ΔW_Q‖/‖W_Q‖, mean over heads | largest |\n|---|---|---|---|\n"
@@ -171,6 +181,9 @@ def _edit(manifest: Manifest, *, is_checked: bool) -> Iterator[str]:
     made = CHECKED if is_checked else "Made by the first of these; the second checks it"
     has_digests = any(written.sha256_after for record in manifest.edits for written in record.written)
     digests = ", with digests before and after" if has_digests else ""
+    if edit.edits is not None:
+        items = yaml_text({"edits": edit.items})
+        yield f"\nWhat differs by layer, as `edit.yaml`:\n\n```yaml\n{items}```\n"
     yield (
         f"\n`qkpatch.json` records every edited tensor and head{digests}. {made}\n\n"
         f"```\n{plain(_command(manifest))}\n{plain(proof)}\n```\n"
@@ -179,9 +192,10 @@ def _edit(manifest: Manifest, *, is_checked: bool) -> Iterator[str]:
 
 def told(edit: EditBlock) -> str:
     """The settings of an edit in one line."""
-    return (
-        f"layers {format_ranges(edit.layers)}, {edit.modes_edited} {edit.select.value} mode(s), "
-        f"alpha {exact(edit.alpha)}, {edit.channel.value} channel"
+    return "; ".join(
+        f"layers {format_ranges(part.layers)}, {part.counted} {part.select.value} mode(s), "
+        f"alpha {exact(part.alpha)}, {part.channel.value} channel"
+        for part in edit.parts
     )
 
 
@@ -194,21 +208,16 @@ def _recipe(manifest: Manifest) -> str:
 def _command(manifest: Manifest) -> str:
     request, device = manifest.request(), manifest.compute.device
     source = shlex.quote(as_word(manifest.source.address or manifest.source.name))
-    flags = {
-        "recipe": _recipe(manifest),
-        "prefix": request.prefix,
-        "attention": ",".join(request.attention or ()),
-        "layers": format_ranges(request.layers or ()),
-        "heads": format_ranges(request.heads or ()),
-        "modes": request.modes,
-        "alpha": None if request.alpha is None else exact(request.alpha),
-        "channel": None if request.channel is None else request.channel.value,
-        "select": None if request.select is None else request.select.value,
-        "seed": request.seed if request.draws else None,
-        "max-shard-size": request.max_shard_size,
-        "device": None if device == "cpu" else device,
+    said = {
+        key: exact(value) if isinstance(value, float) else value for key, value in as_json(request).items()
     }
-    given = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None]
+    said |= {key: format_ranges(getattr(request, key) or ()) or None for key in ("layers", "heads")}
+    said |= {"recipe": _recipe(manifest), "attention": ",".join(request.attention or ())}
+    said |= {"seed": request.seed if request.draws else None, "device": None if device == "cpu" else device}
+    said |= {"config": None if request.edits is None else "edit.yaml"}
+    given = [
+        f"--{key.replace('_', '-')} {shlex.quote(str(said[key]))}" for key in _FLAGS if said[key] is not None
+    ]
     given += ["--fold-norm"] if request.fold_norm else []
     given += [f"--exclude {shlex.quote(pattern)}" for pattern in request.exclude or ()]
     verb = "apply" if manifest.adapter is None else f"lora --for {manifest.adapter.runtime}"

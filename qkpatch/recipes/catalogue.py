@@ -20,7 +20,7 @@ CHECK = "check"  # `qkpatch recipes check SOURCE`; no recipe can be called so
 @cache
 def shipped_recipes(word: str = "") -> Mapping[str, Recipe]:
     """All shipped recipes by name, sorted, or those whose text holds ``word``: the others need not be parsed."""
-    paths = [path for path in sorted(_config_dir().glob("*.yaml")) if word in recipe_text(path.stem)]
+    paths = [path for path in sorted(config_dir().glob("*.yaml")) if word in recipe_text(path.stem)]
     return {path.stem: _shipped(path) for path in paths}
 
 
@@ -32,7 +32,7 @@ def _shipped(path: Path) -> Recipe:
 @cache
 def backbone(model_type: str) -> Backbone | None:
     """The language model of a text ``model_type``, as a shipped recipe without backbones describes it, if one does."""
-    for path in sorted(_config_dir().glob("*.yaml")):
+    for path in sorted(config_dir().glob("*.yaml")):
         text = source_file(path, path.name).read()
         if model_type.encode() in text and not is_family(text):
             said = load_yaml(text, path.name)
@@ -44,7 +44,7 @@ def backbone(model_type: str) -> Backbone | None:
 @cache
 def language_models() -> tuple[Recipe, ...]:
     """The shipped recipes that describe a language model, such as a family may wrap."""
-    paths = sorted(_config_dir().glob("*.yaml"))
+    paths = sorted(config_dir().glob("*.yaml"))
     return tuple(_shipped(path) for path in paths if not is_family(recipe_text(path.stem).encode()))
 
 
@@ -84,11 +84,12 @@ def is_recipe_file(name: str) -> bool:
 
 def recipe_text(name: str) -> str:
     """The YAML of a recipe, as it stands; ``name`` as of :func:`get_recipe`."""
-    path = Path(name) if is_recipe_file(name) else _config_dir() / f"{name}.yaml"
+    path = Path(name) if is_recipe_file(name) else config_dir() / f"{name}.yaml"
     return source_file(path, path.name).read().decode("utf-8")
 
 
-def _config_dir() -> Path:
+def config_dir() -> Path:
+    """Where the recipes' files are."""
     package = Path(__file__).parent.parent
     installed = package / "configs"  # where the wheel puts them
     return installed if installed.is_dir() else package.parent / "configs"

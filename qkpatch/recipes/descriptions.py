@@ -32,6 +32,8 @@ def attention(recipe: Recipe) -> str:
     kind = " (LayerNorm)" if norms is not None and norms.kind is NormKind.layer else ""
     facts = (
         norms is not None and f"{some}query-key norm{kind}{_OVER[norms.over]}",
+        any(numbers.get("use_qk_norm") for numbers in config.class_defaults.values())
+        and "query-key norm without gains: it rescales logits token by token",
         not names.every_layer and "some layers only",
         bool(recipe.others) and " or ".join(each.attention for each in (names, *recipe.others)),
         config.shared_kv is not None and "last layers share keys",

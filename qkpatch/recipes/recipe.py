@@ -30,6 +30,9 @@ LOGIT_KEYS = (
     "clip_qkv",
 )
 
+# The text model_type of `class_defaults` that stands for whichever config.json names.
+ANY = "*"
+
 ConfigValue = int | float | bool
 
 
@@ -137,7 +140,7 @@ class Recipe:
     title: str
     default_repo: str | None  # a repository that it reads, `org/name[@revision]`; None where none is known
     tested: str  # on what
-    model_types: tuple[str, ...]  # "" stands for a config without one
+    model_types: tuple[str, ...]  # "" stands for a config without one; none: the class alone decides
     architectures: tuple[str, ...]
     config: ConfigReading
     tensors: TensorNames
@@ -146,6 +149,9 @@ class Recipe:
     default_modes: int
     sha256: str  # of the YAML file and those of its backbones
     gated: bool | None = field(default=None, metadata=LEFT_OUT)  # whether default_repo has terms to accept
+    source: tuple[str, ...] | None = field(
+        default=None, metadata=LEFT_OUT
+    )  # the code that it was written from
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as plain JSON values."""
@@ -154,10 +160,10 @@ class Recipe:
     def matches(self, config: Mapping[str, Any]) -> bool:
         """Whether config.json names this family; a config without ``architectures`` goes by its model_type."""
         named = config.get("architectures")
-        architectures = named if isinstance(named, list) and named else self.architectures
-        return (config.get("model_type") or "") in self.model_types and any(
-            a in self.architectures for a in architectures
-        )
+        if isinstance(named, list) and named:
+            is_class = any(a in self.architectures for a in named)
+            return is_class and (not self.model_types or (config.get("model_type") or "") in self.model_types)
+        return (config.get("model_type") or "") in self.model_types
 
     def set_named(self, attention: str) -> TensorNames:
         """The set of tensors called ``attention``.

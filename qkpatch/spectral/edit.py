@@ -121,7 +121,7 @@ def select_modes(spectrum: Spectrum, rule: EditRule, generator: torch.Generator)
     """
     if rule.select is Select.subspace:
         return ()
-    rank, r = spectrum.rank, rule.paired_modes
+    rank, r = spectrum.rank, rule.count(spectrum.S.tolist())
     if rule.select is Select.bottom:
         return tuple(range(max(0, rank - r), rank))
     if rule.select is Select.random:
@@ -226,37 +226,33 @@ def _delta(
 
 
 def _edit_subspace(of: Decomposed, rule: EditRule, generators: Sequence[torch.Generator]) -> QueryEdit:
-    core, counts = haar_subspaces(of, rule, generators)
-    query = of.row_space[0]
+    if rule.channel is not Channel.full:
+        raise UsageError("a random subspace belongs to no channel", fix="drop --channel")
+    query, spectra = of.row_space[0], of.product.spectra(rule.channel)
+    core, counts = haar_subspaces(of, [rule.count(s.S.tolist()) for s in spectra], generators)
     G = query.basis.lift(core)
     W_Q_G = query.R.mT @ core
     A = (rule.alpha - 1) * W_Q_G
     size = W_Q_G.square().sum(-2, keepdim=True)  # 0 where it underflows
     probe = Probe(G, torch.where(size > 0, W_Q_G / size, 0.0))  # how much of it the query still reads
     none, nothing = ((),) * len(counts), (None,) * len(counts)
-    spectra, moved = of.product.spectra(rule.channel), torch.linalg.matrix_norm(A)
-    kept = torch.ones(len(counts), dtype=torch.float64)
+    moved, kept = torch.linalg.matrix_norm(A), torch.ones(len(counts), dtype=torch.float64)
     return QueryEdit(query.W, kept, moved, spectra, none, A, G, counts, (probe,), nothing, nothing)
 
 
 def haar_subspaces(
-    of: Decomposed, rule: EditRule, generators: Sequence[torch.Generator]
+    of: Decomposed, wanted: Sequence[int], generators: Sequence[torch.Generator]
 ) -> tuple[Tensor, tuple[int, ...]]:
     """Uniformly random subspaces of the row spaces of W_Q: coordinates (n, k, r), padded by zeros; how many there are.
 
     The rank of a row space is that under the factor's ``rcond``.
-
-    Raises:
-        UsageError: a channel other than full.
     """
-    if rule.channel is not Channel.full:
-        raise UsageError("a random subspace belongs to no channel", fix="drop --channel")
     query, U, S = of.row_space
-    core, counts = U.new_zeros(*U.shape[:-1], min(rule.modes, U.shape[-1])), []
+    core, counts = U.new_zeros(*U.shape[:-1], min(max(wanted), U.shape[-1])), []
     for i, generator in enumerate(generators):
         # Strictly greater: a zero matrix has rank 0, not full rank.
         rank = int((S[i] > query.rcond * S[i].max()).sum())
-        counts.append(min(rule.modes, rank))
+        counts.append(min(wanted[i], rank))
         # Drawn on the CPU so that every device sees the same numbers.
         gaussian = torch.randn(rank, counts[i], generator=generator, dtype=torch.float64)
         core[i, :, : counts[i]] = U[i, :, :rank] @ torch.linalg.qr(gaussian)[0]

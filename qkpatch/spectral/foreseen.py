@@ -66,7 +66,8 @@ class Foreseen:
 
     def _drawn(self, rule: EditRule, generators: Sequence[torch.Generator]) -> list[list[float]]:
         """``‖W_Q G‖²`` and ``‖(W_Q G)ᵀ W_K‖²`` of each head."""
-        W_Q_G = self.of.row_space[0].R.mT @ haar_subspaces(self.of, rule, generators)[0]
+        wanted = [rule.count(spectrum.S.tolist()) for spectrum, _, _ in self._heads]
+        W_Q_G = self.of.row_space[0].R.mT @ haar_subspaces(self.of, wanted, generators)[0]
         norms = [torch.linalg.matrix_norm(x).square() for x in (W_Q_G, self.of.product.key.R @ W_Q_G)]
         sizes: list[list[float]] = torch.stack(norms, dim=-1).tolist()
         return sizes

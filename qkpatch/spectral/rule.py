@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import accumulate
 from typing import NamedTuple
+
+_SLACK = 1e-9  # relative: what holds a share of the energy but for rounding holds it, on every machine
 
 
 class Channel(str, Enum):
@@ -34,24 +38,36 @@ class Select(str, Enum):
 
 @dataclass(frozen=True)
 class EditRule:
-    """Scale the selected modes of a channel by ``alpha``: ``s_j -> alpha s_j``."""
+    """Scale the selected modes of a channel by ``alpha``: ``s_j -> alpha s_j``.
+
+    With ``energy`` E each head takes ``r = min {k : Σ_{j≤k} s_j² ≥ E Σ_j s_j²}`` of the channel's modes, strongest
+    first, at least ``min_modes`` and at most ``modes``. Controls take as many as the dominant selection would.
+    """
 
     channel: Channel
     select: Select
     modes: int
     alpha: float
+    energy: float | None = None
+    min_modes: int | None = None  # under energy alone
 
     @property
     def paired_modes(self) -> int:
         """``modes``, rounded up to whole pairs in the antisymmetric channel, where values come in pairs."""
-        if self.channel is Channel.antisymmetric and self.select is not Select.subspace:
-            return self.modes + self.modes % 2
-        return self.modes
+        return self._paired(self.modes)
 
-    @property
-    def takes_modes(self) -> bool:
-        """Whether single modes are edited, and not a whole head or a random subspace."""
-        return self.select in (Select.dominant, Select.random, Select.bottom)
+    def _paired(self, modes: int) -> int:
+        is_paired = self.channel is Channel.antisymmetric and self.select is not Select.subspace
+        return modes + modes % 2 if is_paired else modes
+
+    def count(self, values: Sequence[float]) -> int:
+        """How many modes the dominant selection takes of a head of these ``values``, its rank aside."""
+        if self.energy is None:
+            return self.paired_modes
+        held = list(accumulate(value * value for value in values))
+        enough = self.energy * held[-1] * (1 - _SLACK)
+        r = next(r for r, share in enumerate(held, 1) if share >= enough)
+        return self._paired(min(max(r, self.min_modes or 1), self.modes))
 
     @property
     def is_noop(self) -> bool:

@@ -18,7 +18,7 @@ from qkpatch.errors import UsageError
 from qkpatch.planning.request import Request
 from qkpatch.spectral.rule import Channel, Select
 
-AXES = ("layers", "modes", "alpha", "channel", "select", "seed")
+AXES = ("layers", "modes", "min_modes", "energy", "alpha", "channel", "select", "seed")
 MOST, MOST_EVER = 1_000, 20_000  # variants: without being asked twice, and at all
 _DRAWING = (Select.random, Select.subspace)
 _LONGEST = 40  # characters of a list of layers in a name
@@ -102,8 +102,8 @@ def name_of(request: Request) -> str:
     if len(layers) > _LONGEST:
         layers = f"{len(request.layers or ())}of-{hashlib.sha256(layers.encode()).hexdigest()[:8]}"
     parts += [f"L{layers}"] if layers else []
-    parts += [f"m{request.modes}"] if request.modes is not None else []
-    parts += [f"a{exact(request.alpha)}"] if request.alpha is not None else []
+    numbers = (("m", request.modes), ("n", request.min_modes), ("e", request.energy), ("a", request.alpha))
+    parts += [f"{letter}{exact(number)}" for letter, number in numbers if number is not None]
     parts += [request.channel.value] if request.channel not in (None, Channel.full) else []
     parts += [request.select.value] if request.select not in (None, Select.dominant) else []
     parts += [f"s{request.seed or 0}"] if request.draws else []

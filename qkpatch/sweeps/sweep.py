@@ -59,7 +59,7 @@ def sweep(
 
     Args:
         source: as of :func:`qkpatch.plan`; of a repository, headers and the rows that are needed are fetched.
-        grid: a YAML file, or what one says: lists of ``layers``, ``modes``, ``alpha``, ``channel``, ``select`` and
+        grid: a YAML file, or what one says: lists of ``layers``, ``modes``, ``energy``, ``alpha``, ``channel``, ``select`` and
             ``seed``; ``matched``; for all variants ``heads``, ``recipe``, ``prefix``, ``attention``, ``fold_norm``.
         out: the directory of the sweep.
         form: ``lora``, an adapter of each variant that has one; or ``none``, figures alone.
@@ -142,7 +142,12 @@ def _planned(
     kinds = {(request.channel, request.select): request for request in requests.values()}
     fewest = {Channel.antisymmetric: 2}  # a pair
     plans = [
-        plan_of(model, replace(kind, layers=layers, modes=fewest.get(kind.channel or Channel.full, 1)))
+        plan_of(
+            model,
+            replace(
+                kind, layers=layers, modes=fewest.get(kind.channel or Channel.full, 1), energy=None, min_modes=None
+            ),
+        )
         for kind in kinds.values()
     ]
     told, warnings = planned_manifest(plans[0], ""), [warning for plan in plans for warning in plan.warnings]

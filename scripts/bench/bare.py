@@ -112,7 +112,7 @@ def measure(model: Model, rounds: int) -> None:
     works: dict[str, tuple[Callable[..., object], Callable[..., Calls]]] = {
         "edit with report": (lambda weights, batch: edit_batch(weights, batch, RULE, 0), edit_calls),
         "spectrum with share": (
-            lambda weights, batch: list(_head_spectra(weights.target, batch, RULE.modes)),
+            lambda weights, batch: list(_head_spectra(weights.target, batch, RULE)),
             spectrum_calls,
         ),
     }

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,14 +117,12 @@ def contest(
     rounds: int,
     page_cache: PageCache,
     tell: Callable[[str], None],
-) -> tuple[list[Run], list[str]]:
-    """All runs, and notes on who had to leave. Each round begins with the next contestant.
+) -> Iterator[Run | str]:
+    """Each run, and a note on each that had to leave. Each round begins with the next contestant.
 
     Raises:
         BenchError: qkpatch fails, or its first output does not verify.
     """
-    runs: list[Run] = []
-    notes: list[str] = []
     out, is_verified = place.folder / "out", False
     racing = [contestant for contestant in contestants if contestant.is_in(shape)]
     for cache in place.caches:
@@ -139,11 +137,12 @@ def contest(
                 except BenchError as error:
                     if contestant is APPLY:
                         raise
-                    notes.append(f"{contestant.name} left out on {shape.name}, {place.name}: {error}")
-                    tell(notes[-1])
+                    left = f"{contestant.name} left out on {shape.name}, {place.name}: {error}"
+                    tell(left)
+                    yield left
                     racing.remove(contestant)
                     continue
-                runs.append(Run(shape.name, place.name, cache, contestant.name, number, usage))
+                yield Run(shape.name, place.name, cache, contestant.name, number, usage)
                 if contestant is APPLY and not is_verified:
                     verify(shape, source, out)
                     is_verified = True
@@ -153,7 +152,6 @@ def contest(
                     f"peak {usage.peak_rss / 1e6:.0f} MB"
                 )
     _remove(out)
-    return runs, notes
 
 
 def verify(shape: Shape, source: Path, out: Path) -> None:

@@ -1,9 +1,9 @@
 """What a plan costs as a model grows: mixtures of experts of 1 to 1,000 shards, 200,000 tensors, nearly all holes.
 
-python -m scripts.bench.large [--shards 1,10,100,1000] [--apply]
+python -m scripts.bench.large [--shards 1,10,100,1000] [--apply LAYERS]
 
 Headers and configs are those of the Qwen3 MoE family (94 layers, 64 query and 4 key heads of 128, hidden 4096);
-only queries and keys of the edited layers hold numbers, and only with --apply, which edits one layer.
+only queries and keys of the edited layers hold numbers, and only with --apply, which edits LAYERS middle layers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from scripts.markdown import table
 from .measure import Usage, measure
 
 N_LAYERS, HEADS, KV_HEADS, D_HEAD, HIDDEN, MOE = 94, 64, 4, 128, 4096, 1536
-EDITED = 46  # the layer that --apply edits
 TENSORS_A_SHARD = 200
 Sizes = dict[str, tuple[int, ...]]
 
@@ -46,8 +45,14 @@ def layer(number: int, experts: int) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"{name}mlp.experts.{expert}.{which}_proj.weight", shape
 
 
-def build(folder: Path, shards: int, *, with_numbers: bool) -> int:
-    """A checkpoint of about ``shards`` × 200 tensors; how many it has."""
+def edited(count: int) -> range:
+    """``count`` middle layers."""
+    first = (N_LAYERS - count) // 2
+    return range(first, first + count)
+
+
+def build(folder: Path, shards: int, filled: range) -> int:
+    """A checkpoint of about ``shards`` × 200 tensors, with numbers in ``filled`` layers; how many it has."""
     wanted = shards * TENSORS_A_SHARD
     experts = max(1, round((wanted / N_LAYERS - 9) / 3))
     tensors: Sizes = {"model.embed_tokens.weight": (151936, HIDDEN), "model.norm.weight": (HIDDEN,)}
@@ -57,7 +62,7 @@ def build(folder: Path, shards: int, *, with_numbers: bool) -> int:
     for shard in range(shards):
         file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
         part = names[shard * len(names) // shards : (shard + 1) * len(names) // shards]
-        _write(folder / file, {name: tensors[name] for name in part}, with_numbers=with_numbers)
+        _write(folder / file, {name: tensors[name] for name in part}, filled)
         weight_map.update(dict.fromkeys(part, file))
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -71,12 +76,13 @@ def build(folder: Path, shards: int, *, with_numbers: bool) -> int:
     return len(names)
 
 
-def _write(path: Path, tensors: Sizes, *, with_numbers: bool) -> None:
+def _write(path: Path, tensors: Sizes, layers: range) -> None:
     header, position, filled = {}, 0, []
+    full = tuple(f"model.layers.{number}.self_attn.{which}_proj" for number in layers for which in "qk")
     for name, shape in tensors.items():
         end = position + 2 * math.prod(shape)
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [position, end]}
-        if with_numbers and f"layers.{EDITED}.self_attn" in name:
+        if name.startswith(full):
             filled.append((position, (end - position) // 2))
         position = end
     text = json.dumps(header).encode()
@@ -92,18 +98,19 @@ def _write(path: Path, tensors: Sizes, *, with_numbers: bool) -> None:
             file.write((numbers.view(np.uint32) >> 16).astype(np.uint16).tobytes())
 
 
-def main(counts: list[int], *, is_applied: bool) -> None:
+def main(counts: list[int], n_edited: int) -> None:
     """Measure each size."""
     found = []
     for shards in counts:
         with tempfile.TemporaryDirectory(prefix="qkpatch-bench-") as temporary:
             source, out = Path(temporary) / "source", Path(temporary) / "out"
             source.mkdir()
-            n_tensors = build(source, shards, with_numbers=is_applied)
+            n_tensors = build(source, shards, edited(n_edited))
             command: list[str | Path] = [sys.executable, "-m", "qkpatch"]
             usages = [measure([*command, "plan", source, "--json"])[0]]
-            if is_applied:
-                edit = ["--layers", str(EDITED), "--modes", "4", "--quiet"]
+            if n_edited:
+                layers = edited(n_edited)
+                edit = ["--layers", f"{layers[0]}-{layers[-1]}", "--modes", "4", "--quiet"]
                 usages.append(measure([*command, "apply", source, "-o", out, *edit])[0])
             found.append(
                 (f"{shards}", f"{n_tensors:,}", *(cell for usage in usages for cell in _cells(usage)))
@@ -125,6 +132,6 @@ def _cells(usage: Usage) -> tuple[str, str, str]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m scripts.bench.large", description=__doc__)
     parser.add_argument("--shards", default="1,10,100,1000")
-    parser.add_argument("--apply", action="store_true")
+    parser.add_argument("--apply", type=int, default=0, metavar="LAYERS", help="and edit so many")
     asked = parser.parse_args()
-    main([int(count) for count in asked.shards.split(",")], is_applied=asked.apply)
+    main([int(count) for count in asked.shards.split(",")], asked.apply)

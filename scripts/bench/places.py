@@ -42,8 +42,8 @@ def free_memory() -> int:
 
 
 @contextmanager
-def reflink_place(folder: Path, size: int, kind: str) -> Iterator[Path]:
-    """A file system that shares blocks, in an image file of ``size`` bytes below ``folder``, while the block runs.
+def image_place(folder: Path, size: int, kind: str) -> Iterator[Path]:
+    """A file system of a ``kind`` in an image file of ``size`` bytes below ``folder``, while the block runs.
 
     Raises:
         BenchError: it cannot be made or mounted here.

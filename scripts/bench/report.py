@@ -18,12 +18,12 @@ from .contest import APPLY, COPY, HERE, INSPECT, LOOP, REAL_COPY, Run
 from .shapes import ALL
 
 REFLINK = ("btrfs", "xfs")
-MAX_OVER_COPY = 1.15
+MAX_OVER_COPY = 1.0
 MAX_OVER_LOOP_IN_MEMORY = 0.5
 MAX_OVER_LOOP = 1.0
 MAX_OVER_REAL_COPY = 0.05
-MAX_PEAK = 450e6
-MAX_INSPECT_SECONDS = 25.0
+MAX_PEAK = 400e6
+MAX_INSPECT_SECONDS = 5.0
 HEAD = (
     "what", "wall s", "min–max (rounds)", "× copy", "× loop", "CPU s", "RSS", "anonymous",
     "read", "written", "disk",

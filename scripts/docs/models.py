@@ -7,7 +7,8 @@ from pathlib import Path
 
 from qkpatch.recipes.catalogue import shipped_recipes
 from qkpatch.recipes.descriptions import attention, defaults, layout, repository
-from qkpatch.recipes.recipe import Recipe
+from qkpatch.recipes.recipe import ANY, Recipe
+from qkpatch.recipes.refused import refused_kinds
 from qkpatch.recipes.rows import RowLayout
 from scripts.markdown import joined, table
 
@@ -45,16 +46,24 @@ def page(repo: Path) -> str:
         f"The default edit is *{edit}*, in every family: ours, not the paper's. A recipe's name, as SOURCE, stands "
         "for its default repository on the Hub; it is none where none is known that the recipe reads. **No recipe has "
         "been tested on its full released weights.**",
-        "Refused by name: pickled weights; queries or keys quantised otherwise than in FP8; multi-head latent "
-        "attention, delta and lightning attention; queries normalised after RoPE; layers without keys of their own.",
+        "Refused by name: pickled weights; queries or keys quantised otherwise than in FP8; layers without keys of "
+        "their own; and the attention in the last table.",
         *families,
         "## Language models and attention",
         "*Language models* are the text `model_type`s of config.json that a recipe knows. *Rows* is how heads lie in "
         "the tensors, where queries and keys are not simply separate. *Special* is what else is out of the ordinary.",
         table(("recipe", "language models", "rows", "special"), map(_attention, recipes)),
+        "## Refused",
+        "Attention without one product of stored query and key weights per head, and models that store no language "
+        "model. *Classes* are those that are always so; others are recognised by their tensors.",
+        table(
+            ("kind", "reason", "classes"),
+            ((k.name, k.reason, ", ".join(f"`{name}`" for name in k.architectures)) for k in refused_kinds()),
+        ),
     ])  # fmt: skip
 
 
 def _attention(recipe: Recipe) -> Sequence[str]:
     rows = "" if recipe.tensors.rows is RowLayout.separate else layout(recipe)
-    return f"`{recipe.name}`", ", ".join(recipe.config.class_defaults), rows, attention(recipe)
+    models = ", ".join(recipe.config.class_defaults).replace(ANY, "any that its class has")
+    return f"`{recipe.name}`", models, rows, attention(recipe)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -182,6 +184,114 @@ def test_what_the_command_line_itself_is(tiny: Tiny) -> None:
         done = subprocess.run(command(*words), capture_output=True, text=True, check=False, cwd=REPO)
         assert done.returncode == 2
         check(done)
+
+
+# -------- of bounded length
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["x" * 900_000, pytest.param("\x1b" * 900_000, marks=pytest.mark.stress)],
+    ids=["letters", "controls"],
+)
+def test_no_text_of_a_file_fills_the_screen(
+    text: str, tiny: Tiny, tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    """Warnings, errors, names and mismatches are cut where they are shown; JSON has all of them."""
+    out = tmp_path / "out"
+    assert run("apply", tiny.path, "-o", out).exit_code == 0
+    record = json.loads((out / "qkpatch.json").read_bytes())
+    record["warnings"] = [text, *(f"w{i}" for i in range(5000))]
+    (out / "qkpatch.json").write_text(canonical_json(record))
+    again = run("apply", tiny.path, "-o", out)
+    assert again.exit_code == 0
+    assert "Warning: and 4,901 more; --json lists all" in again.stderr
+    assert len(check(again)) < 10_000
+    assert json.loads(run("apply", tiny.path, "-o", out, "--json").stdout)["warnings"] == record["warnings"]
+    record["files"] += [{**record["files"][0], "name": f"{i}{text[:1]}{text[:1000]}"} for i in range(500)]
+    record["model"]["model_type"] = text
+    (out / "qkpatch.json").write_text(json.dumps(record))
+    wrong = run("verify", out, "--source", tiny.path)
+    assert wrong.exit_code == 1
+    assert len(check(wrong)) < 700_000
+    assert len(json.loads(run("verify", out, "--source", tiny.path, "--json").stdout)["mismatches"]) > 500
+
+
+@pytest.mark.parametrize("words", [("plan",), ("diff",), ("recipes", "check")])
+def test_no_name_of_a_tensor_fills_the_screen(
+    words: tuple[str, ...], tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    tinies = [build_tiny(tmp_path / n, extra={n + "x" * 200_000: torch.zeros(2)}) for n in "ab"]
+    result = run(*words, *(tiny.path for tiny in (tinies if words == ("diff",) else tinies[:1])))
+    assert result.exit_code in (0, 1)
+    assert len(check(result)) < 10_000
+
+
+# -------- one document, and an end
+
+
+GONE = "true; exit ${PIPESTATUS[0]}"  # a reader who has left
+
+
+def ended(script: str, *words: object) -> subprocess.CompletedProcess[str]:
+    """A shell's last line, in which Q is the command."""
+    line = script.replace("Q", shlex.join(map(str, command(*words))))
+    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, cwd=REPO)
+
+
+FAULT = """
+import sys
+from qkpatch import api, cli
+def plan(*a, **k): raise KeyError("hf_0123456789abcdefghij\x1b")
+api.plan = plan
+cli.main()
+"""
+
+
+def test_an_unexpected_error_is_a_document_too() -> None:
+    arguments = [sys.executable, "-c", FAULT, "plan", "x", "--json"]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=REPO)
+    assert done.returncode == 5
+    error = json.loads(done.stdout)["error"]
+    assert (error["kind"], error["exit_code"]) == ("fault", 5)
+    assert error["what"].startswith("KeyError: ")
+    assert "hf_0" not in error["what"] + done.stderr
+    assert "Traceback" in done.stderr
+    assert "Please report it" in done.stderr
+    for end in (f"| {GONE}", f"2>&1 | {GONE}", ">/dev/full", ">/dev/full 2>&1"):
+        line = f"{shlex.join(arguments)} {end}"
+        assert subprocess.run(["bash", "-c", line], capture_output=True, check=False).returncode == 5, end
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("plan", "no/such/place", "--json"), 2),
+        (("plan", "no/such/place", "--json", "--debug"), 2),
+        (("plan", "demo/toy-0", "--json", "--layers", "99"), 2),
+        (("plan", "demo/toy-0", "--json", "--bogus"), 2),
+        (("plan", "demo/toy-0", "--json", "--alpha", "x"), 2),
+        (("inspect", "--json"), 2),
+        (("bogus", "--json"), 2),
+    ],
+)
+def test_with_json_every_error_is_one_document_and_its_code_stands(words: tuple[str, ...], code: int) -> None:
+    done = ended("Q", *words)
+    assert done.returncode == code
+    assert json.loads(done.stdout)["error"]["exit_code"] == code
+    for end in (f"| {GONE}", ">/dev/full", ">&-"):
+        assert ended(f"Q {end}", *words).returncode == code, end
+
+
+@pytest.mark.parametrize("words", [("--help",), ("apply", "--help"), ("--version",), ("recipes",), ()])
+def test_a_reader_who_leaves_is_no_error(words: tuple[str, ...]) -> None:
+    quiet = (0, 141) if words else (2, 141)
+    done = ended(f"Q | {GONE}", *words)
+    assert done.returncode in quiet
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert ended(f"Q 2>&1 | {GONE}", *words).returncode in quiet
+    assert ended("Q >/dev/full", *words).returncode == 4
 
 
 # -------- the one place

@@ -237,6 +237,12 @@ LIES: dict[str, tuple[tuple[str, ...], Callable[[Made], object]]] = {
     "a commit of what is no repository": (BOTH, block("source", commit="0" * 40)),
     "a check of what is no repository": (BOTH, block("source", checked=True)),
     "another recipe": (BOTH, block("recipe", name="qwen3")),
+    "another family by the same recipe": (BOTH, block("recipe", title="Qwen")),
+    "a recipe tested on what it was not": (BOTH, block("recipe", tested="everything")),
+    "a device that there is none of": (BOTH, block("compute", device="tpu")),
+    "a time that is none": (BOTH, block("run", finished="tomorrow")),
+    "defaults that no recipe has": (BOTH, edit(from_recipe=["alpha"])),
+    "another digest of SOURCE's file": (FILES, files(lambda some: some[0].update(source_sha256="0" * 64))),
 }  # fmt: skip
 QUICK = {
     "one bit of a planned row", "rows of NaN", "another alpha", "no digest of any edit", "another gap",

@@ -62,10 +62,11 @@ def record(
         return output, weights
     mask = torch.zeros(1, 1, 1, 1) if mask is None else mask
     x, queries, keys, added, given = (t[0].double().numpy() for t in (module.x, query, key, mask, weights))
-    queries = queries * (options["scaling"] / module.scaling)  # OPT scales them first, and then by 1
+    by = getattr(module, "qk_scale_factor", 1)  # Muse, where queries are normed without gains
+    queries = queries * (options["scaling"] / module.scaling) / by  # OPT scales them first, and then by 1
     softcap, gainless = options.get("softcap"), hasattr(module, "qk_norm")
     sinks = module.sinks.detach().double().numpy()[:, None, None] if hasattr(module, "sinks") else None
-    module.seen = Seen(x, queries, keys, added, given, module.scaling, softcap, gainless, sinks)
+    module.seen = Seen(x, queries, keys, added, given, module.scaling * by, softcap, gainless, sinks)
     return output, weights
 
 

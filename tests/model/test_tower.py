@@ -166,12 +166,15 @@ class TestLayerTypes:
         with pytest.raises(RecipeError, match=r"layer_types\.wide"):
             recipe({"layer_types": {"wide": {**WIDE, **fields}}})
 
-    def test_layers_with_other_numbers_of_query_heads_are_refused(self) -> None:
-        reading = {"layer_types": {"wide": {"every": 3, "num_attention_heads": {"key": "wide_heads"}}}}
-        with pytest.raises(UnsupportedError, match="different numbers of query heads"):
-            tower(reading, wide_heads=8)
-        with pytest.raises(UnsupportedError, match="different numbers of query heads"):
-            tower({}, per_layer_config={"1": {"num_attention_heads": 2}})
+    def test_layers_with_other_numbers_of_query_heads_have_no_product_to_edit(self) -> None:
+        reading = {"layer_types": {"wide": {"every": 3, "num_attention_heads": {"key": "other.heads"}}}}
+        found = tower(reading, other={"heads": 2 * H})
+        assert [found.has_product(layer) for layer in range(3)] == [True, True, False]
+        assert found.layout_of(2).n_heads == 2 * H
+        found = tower({}, per_layer_config={"1": {"num_attention_heads": 2 * H}})
+        assert [found.has_product(layer) for layer in range(3)] == [True, False, True]
+        for other in ({}, {"heads": H}, "heads", None, [H]):
+            assert all(tower(reading, other=other).has_product(layer) for layer in range(3))
 
     def test_per_layer_config_takes_the_place_of_types(self) -> None:
         per_layer = {"01": {"head_dim": 32, "num_key_value_heads": 1, "sliding_window": 7}, "2": {"x": 1}}

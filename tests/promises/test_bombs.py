@@ -29,11 +29,15 @@ from typer.testing import Result
 
 from qkpatch.checkpoint.files import open_read
 from qkpatch.checkpoint.header import parse_header
+from qkpatch.checkpoint.names import usual_beside
+from qkpatch.checkpoint.source import Stored
 from qkpatch.common.interrupts import Terminated, unwinding_on_kill
 from qkpatch.common.json_text import MAX_VALUES, load_json
 from qkpatch.common.strict_yaml import load_yaml
-from qkpatch.errors import UNEXPECTED, CheckpointError, HeaderError, QKPatchError, plain, redact
+from qkpatch.compare.renaming import spelled_as
+from qkpatch.errors import CheckpointError, HeaderError, QKPatchError, UnexpectedError, plain, redact
 from qkpatch.hub import answers
+from qkpatch.planning.manifest import Manifest
 
 LONG_NUMBER = "9" * 400
 MIB = 1 << 20
@@ -102,6 +106,48 @@ def tensors(n: int) -> bytes:
     return json.dumps({f"t{i}": entry for i in range(n)}).encode()
 
 
+GOLDEN = json.loads((REPO_ROOT / "tests" / "planning" / "goldens" / "defaults.json").read_bytes())
+
+
+def manifest(part: str) -> Callable[[int], bytes]:
+    """A manifest that has ``n`` of something."""
+    edit, head, file = GOLDEN["edits"][0], GOLDEN["edits"][0]["heads"][0], GOLDEN["files"][0]
+
+    def make(n: int) -> bytes:
+        changes: dict[str, Callable[[], dict[str, Any]]] = {
+            "heads": lambda: {"edits": [{**edit, "heads": [{**head, "head": i} for i in range(n)]}]},
+            "edits": lambda: {"edits": [{**edit, "tensor": f"t{i}", "heads": []} for i in range(n)]},
+            "figures": lambda: {"edits": [{**edit, "heads": [{**head, "values_before": [0.123456789] * n}]}]},
+            "files": lambda: {"files": [{**file, "name": f"f{i}"} for i in range(n)]},
+            "layers": lambda: {"edit": {**GOLDEN["edit"], "layers": [*range(n)], "skipped_layers": []}},
+            "warnings": lambda: {"warnings": [f"w{i}" for i in range(n)]},
+            "keys": lambda: {"recipe": {**GOLDEN["recipe"], "config": {f"k{i}": [i] for i in range(n)}}},
+            "further keys": lambda: {"run": {**GOLDEN["run"], **{f"k{i}": i for i in range(n)}}},
+        }
+        return json.dumps({**GOLDEN, **changes[part]()}).encode()
+
+    return make
+
+
+def prefixes(n: int) -> bytes:
+    """Two models without a name in common, and with as many prefixes as names."""
+    entry = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
+    return json.dumps([{f"{side}{i}z.m{i}.w": entry for i in range(n)} for side in "ab"]).encode()
+
+
+def respell(raw: bytes) -> object:
+    sides = []
+    for side in json.loads(raw):
+        header = json.dumps(side).encode()
+        read = parse_header(header, shard="m", file_size=8 + len(header))
+        sides.append(Stored(where="", root=None, headers={"m": read}, files={}))
+    return spelled_as(*sides)
+
+
+def read_manifest(raw: bytes) -> object:
+    return Manifest.loads(raw, "qkpatch.json")
+
+
 # What is read, how much of it at first, and what reads it.
 LINEAR: dict[str, tuple[Callable[[int], bytes], int, Callable[[bytes], object]]] = {
     "a long name": (lambda n: b'{"' + b"a" * n + b'": 0}', 200_000, as_json),
@@ -115,8 +161,20 @@ LINEAR: dict[str, tuple[Callable[[int], bytes], int, Callable[[bytes], object]]]
     "text with dots": (lambda n: b"." * n, 200_000, redacted),
     "text with questions": (lambda n: b"a://?" * n, 20_000, redacted),
     "text with tokens": (lambda n: b"hf_" * n, 50_000, redacted),
+    "prefixes": (prefixes, 2_000, respell),
+    "rubbish": (
+        lambda n: b" ".join(b"x%d/._a" % i for i in range(n)), 20_000,
+        lambda raw: usual_beside(raw.decode().split()),
+    ),
     "controls": (lambda n: b"\x1b" * n, 100_000, lambda raw: plain(raw.decode())),
-}
+    **{
+        f"{part} of a manifest": (manifest(part), n, read_manifest)
+        for part, n in [
+            ("heads", 1_000), ("edits", 3_000), ("figures", 200_000), ("files", 10_000), ("layers", 50_000),
+            ("warnings", 100_000), ("keys", 20_000), ("further keys", 20_000),
+        ]
+    },
+}  # fmt: skip
 
 
 def seconds(read: Callable[[bytes], object], raw: bytes) -> float:
@@ -139,7 +197,41 @@ def test_four_times_as_much_takes_four_times_as_long(name: str) -> None:
     assert seconds(read, make(2 * n)) < 9 * max(seconds(read, make(n // 2)), 0.01)  # 16 if it were quadratic
 
 
-# torch is there already: while it is imported, signals wait.
+@pytest.mark.parametrize(
+    "part",
+    [
+        "heads",
+        "files",
+        *(pytest.param(p, marks=pytest.mark.stress) for p in ("edits", "figures", "warnings")),
+    ],
+)
+def test_a_manifest_of_ten_megabytes_is_read_in_seconds(part: str) -> None:
+    make = manifest(part)
+    n = 10_000_000 * 1000 // len(make(1000))
+    raw = make(n)
+    assert 9_000_000 < len(raw) < 12_000_000
+    assert seconds(read_manifest, raw) < 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": [{**GOLDEN["files"][0], "name": "a/" * 1_000_000 + "a"}]},
+        {"files": [{**GOLDEN["files"][0], "name": "a" * 5000}]},
+        {"output": {**GOLDEN["output"], "exclude": [f"*a{i}*b" for i in range(100_000)]}},
+        {"output": {**GOLDEN["output"], "exclude": ["*a" * 1_000_000]}},
+    ],
+    ids=["folders", "a long name", "globs", "a long glob"],
+)
+def test_a_manifest_names_nothing_that_would_take_minutes(change: dict[str, Any]) -> None:
+    raw = json.dumps({**GOLDEN, **change}).encode()
+    begun = time.process_time()
+    with pytest.raises(CheckpointError, match=r"no plain path|longer than anybody writes"):
+        read_manifest(raw)
+    assert time.process_time() - begun < 5
+
+
+# torch is there already: it takes seconds to be imported.
 DRIVER = """
 import re, sys
 if sys.argv.pop(1) == "torch": import torch
@@ -327,6 +419,10 @@ HUB = {
     "a size that is true": (TREE, entries({"size": True}), "bytes"),
     "no digest": (TREE, entries({"oid": "../x"}), "no digest"),
     "no digest of a large file": (TREE, entries({"lfs": {**DIGEST, "oid": "x"}}), "no digest"),
+    "folders without end": (TREE, entries(*({"path": "/".join([str(i), *["a" * 30] * 60])} for i in range(20_000))),
+                            "more folders than any file"),
+    "deep folders": (TREE, entries({"path": "a/" * 100_000 + "a"}), "no plain path"),
+    "folders of rubbish": (TREE, entries(*({"path": f"{i}/.DS_Store"} for i in range(20_000))), "no .safetensors"),
     # where it leads
     "controls in an address": (FILE, says(b"", 302, Location="http://\x7f/\x01a"), ""),
     "a port that is none": (FILE, says(b"", 302, Location="http://x:abc/"), ""),
@@ -339,7 +435,7 @@ HUB = {
 ONE_OF_A_KIND = {
     "a compressed listing", "pages without end", "a listing without end", "come again in days", "a list of null",
     "a file without end", "controls in an address", "a file that is a directory", "a negative size", "a long name",
-    "a revision of no commit",
+    "a revision of no commit", "folders without end", "folders of rubbish",
 }  # fmt: skip
 
 
@@ -395,12 +491,54 @@ def test_a_trickle_is_given_up(
     assert time.monotonic() - begun < 20
 
 
+def trickling(begin: bytes, piece: bytes, every: float) -> Callable[[Any], None]:
+    """An answer, all of it raw, that goes on a piece at a time."""
+
+    def answer(handler: Any) -> None:
+        handler.wfile.write(begin)
+        while True:
+            handler.wfile.write(piece)
+            time.sleep(every)
+
+    return answer
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+TRICKLES = {
+    "a status": (b"HTTP/1.1 200 ", b"O"),
+    "a header": (OK + b"X-A: ", b"a"),
+    "headers": (OK, b"X-A: a\r\n"),
+    "a redirect": (b"HTTP/1.1 302 Found\r\nLocation: /", b"a"),
+    "an error": (b"HTTP/1.1 503 Busy\r\nX-A: ", b"a"),
+    "other answers before it": (b"", b"HTTP/1.1 103 Early Hints\r\n\r\n"),
+    "the size of a piece": (OK + b"Transfer-Encoding: chunked\r\n\r\n1;", b"a"),
+    "what follows the last piece": (OK + b"Transfer-Encoding: chunked\r\n\r\n0\r\nX-A: ", b"a"),
+}
+
+
+@pytest.mark.parametrize("path", ["tree", "file"])
+@pytest.mark.parametrize("what", TRICKLES)
+def test_an_answer_that_trickles_before_its_body_is_given_up(
+    what: str, path: str, hub: FakeHub, published: Repo, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setattr(answers, "WINDOW", 1.0)
+    monkeypatch.setattr(answers, "_TIMEOUT", 1.0)
+    hub.answers[{"tree": TREE, "file": FILE}[path]] = trickling(*TRICKLES[what], 0.2)
+    begun = time.monotonic()
+    result = run("plan", "org/tiny")
+    assert result.exit_code == 4, result.output
+    assert "less than 100 bytes a second, or headers without end" in result.stderr
+    assert time.monotonic() - begun < 10
+
+
 @pytest.mark.stress
 @pytest.mark.parametrize("path", [TREE, FILE])
+@pytest.mark.parametrize("part", ["head", "body"])
 def test_a_byte_every_three_seconds_is_given_up(
-    path: str, hub: FakeHub, published: Repo, run: Callable[..., Result]
+    part: str, path: str, hub: FakeHub, published: Repo, run: Callable[..., Result]
 ) -> None:
-    hub.answers[path] = without_end(b" ", every=3)
+    head = trickling(*TRICKLES["a header"], 3)
+    hub.answers[path] = head if part == "head" else without_end(b" ", every=3)
     begun = time.monotonic()
     result = run("plan", "org/tiny")
     assert result.exit_code == 4, result.output
@@ -571,8 +709,8 @@ def test_an_out_that_cannot_be_entered(mode: int, words: tuple[str, ...], run: C
             4,
             "not enough memory",
         ),
-        (RuntimeError("a fault of ours"), UNEXPECTED, "Please report it"),
-        (KeyError("a fault of ours"), UNEXPECTED, "Please report it"),
+        (RuntimeError("a fault of ours"), UnexpectedError.exit_code, "Please report it"),
+        (KeyError("a fault of ours"), UnexpectedError.exit_code, "Please report it"),
     ],
 )
 def test_what_no_command_expects_has_a_code_of_its_own(
@@ -589,7 +727,7 @@ def test_what_no_command_expects_has_a_code_of_its_own(
     )  # fmt: skip
     assert done.returncode == code, done.stderr
     assert message in done.stderr
-    assert ("Traceback" in done.stderr) == (code == UNEXPECTED)
+    assert ("Traceback" in done.stderr) == (code == UnexpectedError.exit_code)
 
 
 def test_tracebacks_that_were_asked_for_keep_the_exit_code(tiny: Tiny) -> None:

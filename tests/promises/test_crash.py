@@ -101,6 +101,31 @@ cli.app()
 """
 
 
+# Runs the command line; while torch is imported, or a host looked up, it stands still, and says so by a file.
+SLOW = """
+import ctypes, socket, sys, time
+from pathlib import Path
+from qkpatch.cli import main
+
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch.types":
+            marker.touch()
+            time.sleep(60)
+
+def stuck(*_):
+    libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    libc.pthread_mutex_lock(mutex)
+    marker.touch()
+    libc.pthread_mutex_lock(mutex)  # in C, as resolvers are, and for good
+
+marker = Path(sys.argv.pop(1))
+sys.meta_path.insert(0, Slow())
+socket.getaddrinfo = stuck
+main()
+"""
+
+
 def heed_signals() -> None:
     """In a child: what the tests' own process ignores (under nohup, in the background) is not ignored there."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -342,6 +367,46 @@ def test_a_signal_that_torch_swallows_while_it_is_imported_is_not_lost(
     assert "Traceback" not in result.stderr
     assert result.returncode == 128 + number
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "number"),
+    [
+        ("apply {source} -o {new}", signal.SIGINT),
+        ("verify {out} --source {source}", signal.SIGINT),
+        ("inspect {source}", signal.SIGTERM),
+        ("diff {source} {out}", signal.SIGHUP),
+        ("plan org/nowhere", signal.SIGINT),
+        pytest.param("apply org/nowhere -o {new}", signal.SIGTERM, marks=pytest.mark.stress),
+        pytest.param("apply {source} -o {new} --resume --json", signal.SIGTERM, marks=pytest.mark.stress),
+        pytest.param("apply {source} -o {out} --overwrite", signal.SIGHUP, marks=pytest.mark.stress),
+        pytest.param("inspect {source} --csv", signal.SIGINT, marks=pytest.mark.stress),
+    ],
+)
+def test_a_signal_is_heard_within_a_second_while_torch_is_imported_or_a_host_looked_up(
+    arguments: str, number: signal.Signals, tiny: Tiny, folder: Path, driver: Driver
+) -> None:
+    out, marker = folder / "out", folder / "marker"
+    assert driver("apply", tiny.path, "-o", out, "--quiet").code == 0
+    before = whole(out)
+    words = arguments.format(source=tiny.path, out=out, new=folder / "new").split()
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW, str(marker), *words], preexec_fn=heed_signals,
+        env={**ENVIRONMENT, "HF_ENDPOINT": "http://nowhere.invalid", "HF_HUB_OFFLINE": "0"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        while not marker.exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        begun = time.monotonic()
+        process.send_signal(number)
+        _, said = process.communicate(timeout=30)
+        took = time.monotonic() - begun
+    assert process.returncode == 128 + number, said
+    assert took < 5  # a second, and what else the machine does
+    assert len(said.strip().splitlines()) == 1
+    assert sorted(path.name for path in folder.iterdir()) == ["marker", "out"]
+    assert whole(out) == before
 
 
 def test_of_two_runs_for_one_out_one_wins_and_the_other_is_refused_or_finds_it_done(

@@ -10,12 +10,14 @@ import families
 import families_more
 import families_older
 import families_recent
+import families_served
 import families_special
 import families_twins
 import numpy as np
 import oracle
 import pytest
 import remote_families
+import remote_served
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -27,8 +29,15 @@ CASES = {
     **families_recent.CASES,
     **families_older.CASES,
     **families_twins.CASES,
+    **families_served.CASES,
 }
-REMOTE = families.REMOTE | families_recent.REMOTE | families_older.REMOTE | remote_families.REMOTE
+REMOTE = (
+    families.REMOTE
+    | families_recent.REMOTE
+    | families_older.REMOTE
+    | remote_families.REMOTE
+    | remote_served.REMOTE
+)
 
 
 @pytest.mark.parametrize("original", [True, False], ids=["Hub names", "module names"])
@@ -58,15 +67,17 @@ def test_the_language_tower_and_nothing_else_is_edited_and_the_model_loads(
     assert list(before) == list(after)
     changed = [name for name in before if not families.same(before[name], after[name])]
     stems = [name.rsplit(".", 2)[0] for name in changed]
-    assert [int(stem.split(".")[-2]) for stem in stems] == list(case.edited)
-    assert len({re.split(r"\.\d+\.", stem)[0] for stem in stems}) == 1
+    parts = [re.split(r"\.(\d+)\.", name, maxsplit=1) for name in changed]
+    assert [int(layer) for _, layer, _ in parts] == list(case.edited)
+    assert len({(tree, module) for tree, _, module in parts}) == 1
     assert "visi" not in stems[0]
     assert "visual" not in stems[0]
     if case.has_vision:
         decoys = [
             name
             for name in before
-            if any(q in name for q in ("q_proj", "qkv", ".wq.")) and case.decoy in name
+            if any(q in name for q in ("q_proj", "qkv", ".wq.", ".query.", ".to_q.", "in_proj"))
+            and case.decoy in name
         ]
         assert decoys, "the vision tower must hold a decoy"
         assert case.decoy not in stems[0]

@@ -66,8 +66,15 @@ def wrong_layers(layer: Layer, others: Matrix | None) -> dict[str, Layer]:
     return wrong
 
 
+# Classes whose attention is no call of transformers' attention functions, or gets more than one set's queries and keys.
+ANOTHER_WAY = {
+    "blip", "git", "falcon", "udop", "vision-encoder-decoder:TrOCR",
+    "diffusion-gemma", "t5gemma2", "pix2struct", "pi0", "step3.7:more query heads",
+}  # fmt: skip
+
+
 @pytest.mark.filterwarnings("ignore:Casting complex values")  # Llama 4's vision tower in bfloat16
-@pytest.mark.parametrize("key", test_families.CASES)
+@pytest.mark.parametrize("key", [key for key in test_families.CASES if key not in ANOTHER_WAY])
 def test_the_forward_pass_meets_the_edited_product(key: str, run: Callable[..., Any], tmp_path: Path) -> None:
     case = test_families.CASES[key]
     source, out = tmp_path / "source", tmp_path / "out"
@@ -78,16 +85,16 @@ def test_the_forward_pass_meets_the_edited_product(key: str, run: Callable[..., 
 
     tensors, patched = test_families.read_all(source), test_families.read_all(out)
     changed = next(name for name in tensors if not torch.equal(tensors[name], patched[name]))
-    prefix, _, attention, _, _ = changed.rsplit(".", 4)  # …layers, 1, self_attn, q_proj, weight
+    prefix, _, attention, query, _ = changed.rsplit(".", 4)  # …layers, 1, self_attn, q_proj, weight
     norms = json.loads((out / "qkpatch.json").read_text())["recipe"]["tensors"]["norms"]
 
     before, logits_before = forward(case, source, f"{prefix}.0.{attention}")
     after, logits_after = forward(case, out, f"{prefix}.0.{attention}")
     possible = logits_before > np.finfo(np.float32).min  # Chameleon's model gives no image tokens
     assert miss(logits_after[possible][None], logits_before[possible][None]) > MOVED
-    stored_in = (re.match(rf"{re.escape(prefix)}\.(\d+)\.{attention}\.", name) for name in tensors)
+    stored_in = (re.match(rf"{re.escape(prefix)}\.(\d+)\.{attention}\.{query}\.", name) for name in tensors)
     assert set(after) == {int(found[1]) for found in stored_in if found}
-    for layer in range(case.edited[0]):
+    for layer in set(range(case.edited[0])) & set(after):
         assert np.array_equal(after[layer].query, before[layer].query)
 
     own = config.num_hidden_layers - getattr(config, "num_kv_shared_layers", 0)

@@ -50,7 +50,8 @@ def apply(
 ) -> None:
     """Write an edited copy of SOURCE to OUT, with a manifest of what was changed."""
     from qkpatch import api
-    from qkpatch.cli.console import bars, note, print_text, show_warnings
+    from qkpatch.cli.console import note, print_text, show_warnings
+    from qkpatch.cli.progress import bars
     from qkpatch.cli.tables import show_applied
     from qkpatch.common.text import size_text
     from qkpatch.model.locate import local_path

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from qkpatch.cli.command import command
-from qkpatch.cli.flags import DebugOpt, JsonOpt, QuietOpt
+from qkpatch.cli.flags import DebugOpt, JsonOpt, MarkdownOpt, QuietOpt
 
 _HELP = "Checkpoint directory, .safetensors file, Hub id or recipe name."
 
@@ -19,6 +19,7 @@ def diff(
         str, typer.Argument(metavar="B", help="What it is compared with; likewise.", show_default=False)
     ],
     as_json: JsonOpt = False,
+    markdown: MarkdownOpt = False,
     quiet: QuietOpt = False,
     debug: DebugOpt = False,
 ) -> None:
@@ -28,8 +29,9 @@ def diff(
     all other files are equal, 1 something differs, 2 usage, 3 not a checkpoint that can be read, 4 I/O.
     """
     from qkpatch.checkpoint.source import open_stored
-    from qkpatch.cli.console import bars, output_width, print_json, print_text, verdict
+    from qkpatch.cli.console import output_width, print_json, print_markdown, print_text, verdict
     from qkpatch.cli.diff_text import text
+    from qkpatch.cli.progress import bars
     from qkpatch.compare.diff import compare
     from qkpatch.compare.diff_types import to_json
     from qkpatch.model.locate import locate
@@ -45,5 +47,7 @@ def diff(
     with verdict(0 if result.equal else 1):
         if as_json:
             print_json({**to_json(result), **said})
+        elif markdown:
+            print_markdown(f"qkpatch diff {a} {b}", text(result, a, b, 100))
         elif not quiet:
             print_text(text(result, a, b, output_width()))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qkpatch.cli.command import command
-from qkpatch.cli.flags import EditFlags, RunFlags, ShowFlags, SourceArg, expanded
+from qkpatch.cli.flags import EditFlags, MarkdownOpt, RunFlags, ShowFlags, SourceArg, expanded
 from qkpatch.output.options import Writing
 from qkpatch.planning.request import check_device_name
 
@@ -28,16 +28,19 @@ def plan(
     run: RunFlags,
     show: ShowFlags,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="OUT may be an earlier output.")] = False,
+    markdown: MarkdownOpt = False,
 ) -> None:
     """Show what `apply` would do, from headers alone: tensors, heads, bytes, disk and memory."""
     from qkpatch import api
 
     check_device_name(run.device)
     made = api.plan(source, edit.request, out=out, writing=Writing(overwrite=overwrite))
-    preview(made, out, run, show)
+    preview(made, out, run, show, is_markdown=markdown)
 
 
-def preview(plan: EditPlan, out: Path | None, run: RunFlags, show: ShowFlags) -> None:
+def preview(
+    plan: EditPlan, out: Path | None, run: RunFlags, show: ShowFlags, *, is_markdown: bool = False
+) -> None:
     """Show a plan and what it would cost.
 
     Args:
@@ -45,6 +48,7 @@ def preview(plan: EditPlan, out: Path | None, run: RunFlags, show: ShowFlags) ->
         out: where OUT would be; None where it is not named.
         run: device and threads, of which cost depends.
         show: what is printed.
+        is_markdown: whether as a block of Markdown, warnings in it.
     """
     from qkpatch.cli.console import print_text, show_warnings
     from qkpatch.cli.tables import show_plan
@@ -62,7 +66,7 @@ def preview(plan: EditPlan, out: Path | None, run: RunFlags, show: ShowFlags) ->
             f"OUT takes {plan.output_bytes:,} bytes, and {free_disk:,} are free here: choose a place with -o"
         )
         plan = replace(plan, warnings=(*plan.warnings, what))
-    if not show.quiet:
+    if not show.quiet and not is_markdown:
         show_warnings(plan.warnings)
     if show.as_json:
         costs = {
@@ -74,4 +78,4 @@ def preview(plan: EditPlan, out: Path | None, run: RunFlags, show: ShowFlags) ->
         }
         print_text(canonical_json({**planned_manifest(plan, run.device).to_json(), "costs": costs}))
     elif not show.quiet:
-        show_plan(plan, free_disk, memory, n_threads)
+        show_plan(plan, free_disk, memory, n_threads, is_markdown=is_markdown)

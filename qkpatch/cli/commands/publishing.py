@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qkpatch.cli.console import bars, show_warnings
+from qkpatch.cli.console import show_warnings
 from qkpatch.cli.flags import PushFlags, ShowFlags
 from qkpatch.errors import UsageError
 
@@ -48,6 +48,8 @@ def push_out(
     def decide(publication: Publication) -> bool:
         show_commit(publication, show)
         return not dry_run
+
+    from qkpatch.cli.progress import bars
 
     with bars(quiet=show.is_bare) as observer:
         return publish_verified(out, wish, source, recipe, observer=observer, decide=decide)

@@ -28,7 +28,8 @@ def verify(
 ) -> None:
     """Prove that OUT is SOURCE with the recorded edit and nothing else: bytes, and arithmetic. Exit 1 if not."""
     from qkpatch import api
-    from qkpatch.cli.console import bars, print_json, verdict
+    from qkpatch.cli.console import print_json, verdict
+    from qkpatch.cli.progress import bars
     from qkpatch.cli.tables import show_verification
 
     check_present(out)
