@@ -18,13 +18,13 @@ from qkpatch.common.observer import Observer
 from qkpatch.errors import NumericalError
 from qkpatch.model.targets import LayerTarget
 from qkpatch.patching.device import choose_device, computing, heads_together
-from qkpatch.patching.edit_heads import edit_of
+from qkpatch.patching.edit_heads import head_generator
 from qkpatch.patching.head_bytes import to_bytes
 from qkpatch.patching.head_products import HeadWeights, LayerWeights, open_layer
 from qkpatch.patching.threads import Crew
 from qkpatch.planning.plan import EditPlan
 from qkpatch.recipes.heads import HeadLayout
-from qkpatch.spectral.edit import QueryEdit
+from qkpatch.spectral.edit import QueryEdit, edit_query
 
 STORED = torch.float32
 _HEAD = struct.Struct("<QQ")  # a head, and the rank of its change
@@ -32,7 +32,7 @@ _HEAD = struct.Struct("<QQ")  # a head, and the rank of its change
 
 @dataclass(frozen=True)
 class HeadFactors:
-    """``ΔW_Q = B A`` of one head."""
+    """Those of one head."""
 
     head: int
     A: Tensor  # (r, d_model)
@@ -53,25 +53,14 @@ class LayerFactors:
     target: LayerTarget
     heads: tuple[HeadFactors, ...]
 
-    @property
-    def rank(self) -> int:
-        """Rows of A."""
-        return sum(len(head.A) for head in self.heads)
-
     def pieces(self, rank: int, layout: HeadLayout) -> tuple[bytearray, bytearray]:
-        """A (rank, d_model) and B (rows of the module, rank).
-
-        Zero: what is past the layer's own rank; rows of keys, values, gates, and heads that are not planned.
-        """
-        A = torch.zeros(rank, layout.d_model, dtype=STORED)
-        B = torch.zeros(layout.query_shape[0] // layout.d_head, layout.d_head, rank, dtype=STORED)
-        at = 0
+        """A (rank, d_model) and B (rows of ``layout``, rank); what no planned head has is zero."""
+        (rows, columns), H, K = layout.query_shape, layout.n_heads, layout.n_kv_heads
+        A, B = torch.zeros(rank, columns, dtype=STORED), torch.zeros(rows, rank, dtype=STORED)
+        blocks, at = B.view(-1, layout.d_head, rank), 0
         for head in self.heads:
-            block, end = (
-                layout.rows.query_block(head.head, layout.n_heads, layout.n_kv_heads),
-                at + len(head.A),
-            )
-            A[at:end], B[block, :, at:end], at = head.A, head.B, end
+            end = at + len(head.A)
+            A[at:end], blocks[layout.rows.query_block(head.head, H, K), :, at:end], at = head.A, head.B, end
         return to_bytes(A), to_bytes(B)
 
 
@@ -104,7 +93,9 @@ def edit_factors(plan: EditPlan, device: str, threads: int, observer: Observer) 
         with computing(where), opened as weights:
             for batch in weights.batches(settings.heads, together):
                 crew.check()
-                done += head_factors(weights, batch, edit_of(weights, batch, rule, settings.seed))
+                own = settings.seed, target.attention, target.layer
+                generators = [head_generator(*own, head) for head in batch.heads]
+                done += head_factors(weights, batch, edit_query(batch.product, rule, generators))
                 observer.edited(len(batch.heads))
         check_factors(layer := LayerFactors(target, tuple(done)))
         return layer

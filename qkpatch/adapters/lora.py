@@ -10,11 +10,12 @@ from qkpatch.common.interrupts import signals_held
 from qkpatch.common.number_ranges import format_ranges
 from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.errors import UnsupportedError, UsageError
-from qkpatch.model.locate import Access
+from qkpatch.model.locate import Access, local_path
+from qkpatch.output.destination import check_out
 from qkpatch.output.options import PLAIN, Writing
 from qkpatch.planning.memory import choose_threads
 from qkpatch.planning.plan import EditPlan, make_plan
-from qkpatch.planning.request import Request, check_device_name, member
+from qkpatch.planning.request import Request, member
 from qkpatch.spectral.rule import Channel, Select
 
 if TYPE_CHECKING:
@@ -56,27 +57,27 @@ def lora(
     Raises:
         UsageError: OUT cannot be written; r is too large; nothing is edited.
         UnsupportedError: an edit of full rank, which is shrink; a class whose modules are unknown, or without adapters.
-        CheckpointError: SOURCE is not what ``recorded`` was made from.
-        NumericalError: NaN or Inf, or a change that is zero or that float32 does not hold.
-        QKPatchError: as :func:`qkpatch.plan`.
+        QKPatchError: as :func:`qkpatch.plan`; SOURCE is not that of ``recorded``; a change is zero, or beyond float32.
     """
     from qkpatch.adapters.recorded import plan_recorded
     from qkpatch.adapters.writing import write_adapter
     from qkpatch.compare.overwrite import standing
     from qkpatch.patching.apply import check_run
-    from qkpatch.planning.manifest import Manifest
+    from qkpatch.planning.manifest import Manifest, planned_manifest
 
     request, loader = Request.asked(request, edit), member(runtime, Runtime, "--for")
-    check_device_name(device)
+    place, name = Path(out), None if source is None else str(source)
     if request.max_shard_size is not None:
         raise UsageError("an adapter has no shards", where="--max-shard-size", fix="leave it out")
-    if source is None and recorded is None:
-        raise UsageError("SOURCE is not named", fix="name it, or what was made from it: --from OUT")
+    if name is None or local_path(name) is None:  # else in `standing`, after whether it is SOURCE
+        check_out(place, overwrite=writing.overwrite, force=writing.force)
     if recorded is not None:
-        plan = plan_recorded(Path(recorded), None if source is None else str(source), request)
+        plan = plan_recorded(Path(recorded), name, request)
+    elif name is not None:
+        plan = make_plan(name, request, Access.ranges)
     else:
-        plan = make_plan(str(source), request, Access.ranges)
-    found = standing(Path(out), plan, writing, is_whole=False)
+        raise UsageError("SOURCE is not named", fix="name it, or what was made from it: --from OUT")
+    found = standing(place, plan, writing, is_whole=False)
     if isinstance(found, Manifest):
         raise UsageError("it is the edited checkpoint itself", where=str(out), fix="choose another -o")
     _check_rank(plan, max_rank, loader)
@@ -88,30 +89,27 @@ def lora(
     with signals_held():  # torch's imports swallow what is raised in their midst
         from qkpatch.adapters.factors import edit_factors
     observer.begins("factor", 0, len(plan.edits) * len(plan.settings.heads))
-    layers = tuple(edit_factors(plan, device, n_threads, observer))
-    return write_adapter(Path(out), plan, layers, modules, loader, device, found)
+    layers = [(each, modules[each.target]) for each in edit_factors(plan, device, n_threads, observer)]
+    return write_adapter(place, plan.model.checkpoint, planned_manifest(plan, device), loader, layers, found)
 
 
 def _check_rank(plan: EditPlan, max_rank: int, runtime: Runtime) -> None:
     """Refuse an edit that no adapter of ``max_rank`` holds, before a weight is read."""
-    most = VLLM_RANKS[-1] if runtime is Runtime.vllm else 1 << 20
+    heads, most = plan.settings.heads, VLLM_RANKS[-1] if runtime is Runtime.vllm else 1 << 20
     if type(max_rank) is not int or not 1 <= max_rank <= most:
         raise UsageError(f"{max_rank!r:.80} is not between 1 and {most}", where="--max-rank")
     if not plan.edits:
         raise UsageError("alpha 1 changes nothing", where="--alpha", fix="choose a smaller one")
-    heads = plan.settings.heads
     for rule in {plan.settings.rule_of(target.layer) for target in plan.edits}:
         if rule.select is Select.shrink:
             what = "shrink scales whole heads: its change has full rank, which no low-rank adapter holds"
-            fix = "edit the checkpoint itself: qkpatch apply"
-            raise UnsupportedError(what, where="--select shrink", fix=fix)
+            raise UnsupportedError(what, where="--select shrink", fix="edit the checkpoint: qkpatch apply")
         modes, rank = rule.paired_modes, rule.paired_modes * len(heads)
         if rank > max_rank:
             step = 2 if rule.channel is Channel.antisymmetric else 1  # whole pairs
             few = modes if modes <= max_rank else step
             fewer, some = max_rank // len(heads) // step * step, heads[: max_rank // few]
-            cures = [f"--modes {fewer}"] if fewer else []
+            cures = [f"--modes {fewer}"] * bool(fewer) + [f"--max-rank {rank}"] * (rank <= most)
             cures += [f"--heads {format_ranges(some)} --modes {few}"] if some else []
-            cures += [f"--max-rank {rank}"] if rank <= most else []
             what = f"{len(heads)} heads of {modes} modes make rank {rank}, more than {max_rank}"
             raise UsageError(what, where="--max-rank", fix=", or ".join(cures))

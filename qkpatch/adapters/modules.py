@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import Enum
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from qkpatch.common.strict_yaml import load_yaml
 from qkpatch.errors import UnsupportedError
@@ -33,8 +34,7 @@ class Runtime(str, Enum):
         return next((most for most in VLLM_RANKS if most >= rank), None) if self is Runtime.vllm else None
 
 
-@dataclass(frozen=True)
-class QueryModule:
+class QueryModule(NamedTuple):
     """The linear module that holds a layer's queries."""
 
     name: str  # its full path
@@ -56,22 +56,20 @@ def query_modules(
         if set(classes) & set(recipe.architectures):
             sets = (recipe.tensors, *recipe.others)
             prefixes |= {(prefix, each.query) for each in sets for prefix in each.prefixes}
-    path, where = paths.pop(), f"--for {runtime.value}"
-    if path == "without":
-        what = f"vLLM's table of supported models has {classes[0]} without LoRA"
-        raise UnsupportedError(what, where=where, fix="serve the edited checkpoint: qkpatch apply")
+    path = paths.pop()
     # Of another stack of layers than those that the class is known to have there, the path says nothing.
-    if paths or not path or any((each.prefix, each.names.query) not in prefixes for each in model.sets):
+    is_known = path and not paths and all((each.prefix, each.names.query) in prefixes for each in model.sets)
+    if not is_known or path == "without":
+        where, fix = f"--for {runtime.value}", "edit the checkpoint itself: qkpatch apply"
         what = f"what {' and '.join(classes)} calls its query modules is not known here, and is not guessed"
-        raise UnsupportedError(what, where=where, fix="edit the checkpoint itself: qkpatch apply")
+        if path == "without":
+            what = f"vLLM's table of supported models has {classes[0]} without LoRA"
+        raise UnsupportedError(what, where=where, fix=fix)
     modules = {}
     for target in targets:
         chosen = next(each for each in model.sets if each.names.attention == target.attention)
-        name, layout, stack = (
-            chosen.prefix + chosen.names.query_module,
-            target.layout,
-            _STACK.search(chosen.prefix),
-        )
+        name, layout = chosen.prefix + chosen.names.query_module, target.layout
+        stack = _STACK.search(chosen.prefix)
         if "{layer}" in path:
             name, layout = path, replace(layout, rows=RowLayout.separate)
         elif path != "stored" and stack is not None:

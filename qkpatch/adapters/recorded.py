@@ -9,7 +9,7 @@ from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import Present
 from qkpatch.checkpoint.source import MANIFEST_NAME
 from qkpatch.compare.recorded import origin_mismatches
-from qkpatch.compare.verify import recorded, recorded_request
+from qkpatch.compare.verify import recorded
 from qkpatch.errors import CheckpointError, UsageError
 from qkpatch.model.locate import Access
 from qkpatch.planning.plan import EditPlan, make_plan
@@ -28,11 +28,11 @@ def plan_recorded(out: Path, source: str | None, asked: Request) -> EditPlan:
     with Rooted(out) as root:
         manifest = recorded(Present(root))
     where, said = f"{out.name}/{MANIFEST_NAME}", manifest.source
-    request = replace(recorded_request(manifest, asked.recipe, where), max_shard_size=None)
-    if source is None and said.address is None:
+    if (source := source or said.address) is None:
         what = f"it was made from the {said.kind} {said.name!r}, and nothing records where that is"
         raise UsageError(what, where=where, fix="name SOURCE too")
-    plan = make_plan(source or str(said.address), request, Access.ranges)
+    recipe = asked.recipe or manifest.recipe.name
+    plan = make_plan(source, replace(manifest.request(), recipe=recipe, max_shard_size=None), Access.ranges)
     others = [mismatch.what for mismatch in origin_mismatches(manifest, plan.model.source)]
     digests = {each.tensor: each.sha256_before for edit in manifest.edits for each in edit.written}
     for ref in () if others else [ref for target in plan.edits for ref in target.written]:

@@ -23,7 +23,6 @@ from qkpatch.model.locate import Access, Source, locate
 from qkpatch.output.layout import Output
 from qkpatch.planning.manifest import Manifest, planned_manifest
 from qkpatch.planning.plan import EditPlan, make_plan
-from qkpatch.planning.request import Request
 from qkpatch.publishing.card import CARD_NAME, CHECKED, card_text, has_results, is_card_of, is_card_over
 from qkpatch.publishing.private_files import is_private
 from qkpatch.recipes.catalogue import shipped_recipes
@@ -76,21 +75,6 @@ def recorded(present: Present) -> Manifest:
     manifest = Manifest.loads(present.read(MANIFEST_NAME), f"{present.root.path.name}/{MANIFEST_NAME}")
     present.set_aside([file.name for file in manifest.files])
     return manifest
-
-
-def recorded_request(manifest: Manifest, recipe: str | None, where: str) -> Request:
-    """The request that leads to the recorded edit; ``recipe`` is the file of one of the user's own.
-
-    Raises:
-        CheckpointError: there is one, and it is not known where; ``where`` is the manifest.
-    """
-    if recipe is None and manifest.recipe.name not in shipped_recipes():
-        raise CheckpointError(
-            f"it was made with a recipe of its own, {manifest.recipe.name!r}",
-            where=where,
-            fix="say where that is: --recipe FILE.yaml",
-        )
-    return replace(manifest.request(), recipe=recipe or manifest.recipe.name)
 
 
 def n_heads(manifest: Manifest) -> int:
@@ -156,12 +140,15 @@ def check(
     """
     manifest = recorded(present)
     if manifest.adapter is not None:
-        what, fix = (
-            "an adapter holds nothing of SOURCE to compare",
-            "make it anew: qkpatch lora, the same bytes",
+        what = "it is an adapter, which holds nothing of SOURCE to compare"
+        raise CheckpointError(what, where=str(present.root.path), fix="make it anew: the bytes are the same")
+    request = replace(manifest.request(), recipe=recipe or manifest.recipe.name)
+    if recipe is None and request.recipe not in shipped_recipes():
+        raise CheckpointError(
+            f"it was made with a recipe of its own, {request.recipe!r}",
+            where=f"{present.root.path.name}/{MANIFEST_NAME}",
+            fix="say where that is: --recipe FILE.yaml",
         )
-        raise CheckpointError(what, where=str(present.root.path), fix=fix)
-    request = recorded_request(manifest, recipe, f"{present.root.path.name}/{MANIFEST_NAME}")
     usual = usual_beside(file.name for file in manifest.files)
     found = [Mismatch(name, f"{what}, which qkpatch never writes") for name, what in present.odd.items()]
     plan, planned, fault = None, None, None

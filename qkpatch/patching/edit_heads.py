@@ -23,7 +23,7 @@ from qkpatch.patching.head_products import HeadWeights, LayerWeights, Opened, op
 from qkpatch.patching.threads import Crew
 from qkpatch.planning.manifest import HeadRecord
 from qkpatch.planning.plan import EditPlan
-from qkpatch.spectral.edit import Decomposed, HeadError, HeadReport, QueryEdit, edit_query, measure
+from qkpatch.spectral.edit import HeadError, HeadReport, edit_query, measure
 from qkpatch.spectral.rule import EditRule
 
 Write = Callable[[str, bytes | bytearray, int], None]
@@ -145,22 +145,14 @@ def edit_batch(
         NumericalError: NaN or Inf, or an edit that cannot be made.
     """
     target = weights.target
+    generators = [head_generator(seed, target.attention, target.layer, head) for head in batch.heads]
     try:
-        edit = edit_of(weights, batch, rule, seed)
+        edit = edit_query(batch.product, rule, generators)
         stored = known or weights.stored.store(batch.heads, weights.unfolded(batch, edit.W_Q))
         return stored, measure(batch.product, edit, weights.folded(stored.values))
     except HeadError as error:
         where = f"head {batch.heads[error.index]} of {target.query.name}, {target.query.dtype}"
         raise NumericalError(error.what, where=where, fix=error.fix) from error
-
-
-def edit_of(
-    weights: LayerWeights, batch: HeadWeights, rule: EditRule, seed: int, known: Decomposed | None = None
-) -> QueryEdit:
-    """The edit of some heads, of which nothing is rounded or measured; as of :func:`edit_batch`."""
-    target = weights.target
-    generators = [head_generator(seed, target.attention, target.layer, head) for head in batch.heads]
-    return edit_query(batch.product, rule, generators, known)
 
 
 def _cpu_model() -> str:

@@ -76,8 +76,7 @@ class Request:
         """``request``, or one of the fields ``edit`` in its place."""
         if request is not None and edit:
             raise UsageError(f"{', '.join(edit)} beside a request", fix="put it into the request")
-        request = cls.of(**edit) if request is None else request
-        request.check_seed()
+        (request := request or cls.of(**edit)).check_seed()
         return request
 
     def __post_init__(self) -> None:

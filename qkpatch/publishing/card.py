@@ -62,9 +62,9 @@ def model_card(
         is_checked: this very OUT was just verified.
     """
     own = [*_edit(manifest, is_checked=is_checked), *_claims(comparison)]
+    tail = _tail(base_card)
     if manifest.adapter is not None:
-        own += ["\n## Loading it\n\n```\n", plain(loading(manifest, title)), "\n```\n"]
-    tail = _tail(base_card) if manifest.adapter is None else ""
+        tail = f"\n## Loading it\n\n```\n{plain(loading(manifest, title))}\n```\n"
     return "".join([_head(manifest, base_card), f"\n# {_heading(title)}\n", *own, tail])
 
 
@@ -73,14 +73,10 @@ def loading(manifest: Manifest, out: str, source: str | None = None) -> str:
     adapter = manifest.adapter
     if adapter is None or adapter.max_lora_rank is None:
         return f"model = peft.PeftModel.from_pretrained(model, {json.dumps(out, ensure_ascii=False)})"
-    serve = [
-        "vllm",
-        "serve",
-        as_word(source or manifest.source.address or manifest.source.name),
-        "--enable-lora",
-    ]
-    serve += ["--max-lora-rank", str(adapter.max_lora_rank), "--lora-modules", f"qkpatch={out}"]
-    return f"{shlex.join(serve)}  # modules are named as in vLLM's sources; vLLM was not run"
+    base = as_word(source or manifest.source.address or manifest.source.name)
+    flags = ["--max-lora-rank", str(adapter.max_lora_rank), "--lora-modules", f"qkpatch={out}"]
+    serve = shlex.join(["vllm", "serve", base, "--enable-lora", *flags])
+    return f"{serve}  # modules are named as in vLLM's sources; vLLM was not run"
 
 
 def is_card_of(card: str, manifest: Manifest, base_card: str | None) -> bool:
@@ -137,15 +133,12 @@ def _edit(manifest: Manifest, *, is_checked: bool) -> Iterator[str]:
     name = _cell(source.name)
     what = f"[{name}](https://huggingface.co/{name})" if source.kind == "hub" else f"`{name}`"
     commit = f" at commit `{_cell(source.commit)}`" if source.commit else ""
-    kind, kept = (
-        "",
-        "Keys, all other tensors and all other files are the base model's; only this card is new.",
-    )
+    kept = "Keys, all other tensors and all other files are the base model's; only this card is new."
     if manifest.adapter is not None:
-        kind = "a low-rank adapter for "
+        what = f"a low-rank adapter for {what}"
         kept = "`W_Q + B A` is the edited weight: A and B are the factors of the edit itself, rounded once."
     yield (
-        f"\nThis is {kind}{what}{commit}, {_EDITED} {_cell(manifest.tool.version)}: *QK Product Steering* "
+        f"\nThis is {what}{commit}, {_EDITED} {_cell(manifest.tool.version)}: *QK Product Steering* "
         f"([arXiv 2606.20419]({PAPER})), a weight edit alone, without training and without data. {kept}\n"
     )
     if (previous := source.previous_edit) is not None:

@@ -9,12 +9,12 @@ from qkpatch.common.observer import Observer
 from qkpatch.errors import NumericalError
 from qkpatch.model.targets import LayerTarget
 from qkpatch.patching.device import choose_device, computing, heads_together
-from qkpatch.patching.edit_heads import edit_of, head_generator
+from qkpatch.patching.edit_heads import head_generator
 from qkpatch.patching.head_products import LayerWeights, open_layer
 from qkpatch.patching.threads import Crew
 from qkpatch.planning.plan import EditPlan
 from qkpatch.planning.settings import EditSettings
-from qkpatch.spectral.edit import Decomposed, HeadError
+from qkpatch.spectral.edit import Decomposed, HeadError, edit_query
 from qkpatch.spectral.foreseen import Foreseen
 from qkpatch.spectral.rule import Channel, Select, Sums
 
@@ -68,26 +68,26 @@ def _of_heads(
 ) -> Iterator[tuple[str, list[Sums]]]:
     target = weights.target
     for batch in weights.batches(heads, together):
+        idle = [head_generator(0, "", 0, 0)] * len(batch.heads)  # for what draws nothing
         for channel in Channel:
             known = Decomposed(batch.product, channel)  # of which one is in memory at a time
             foreseen = Foreseen(known)
             for name, edit in edits.items():
                 if (rule := edit.rule_of(target.layer)).channel is not channel:
                     continue
-                place, drawn = (
-                    (target.attention, target.layer),
-                    rule.select in (Select.random, Select.subspace),
-                )
-                generators = [
-                    head_generator(edit.seed, *place, head) for head in batch.heads[: None if drawn else 1]
-                ]
+                drawn = rule.select in (Select.random, Select.subspace)
+                own = [(edit.seed, target.attention, target.layer, head) for head in batch.heads]
                 try:
-                    yield name, foreseen.sums(rule, generators if drawn else generators * len(batch.heads))
+                    generators = [head_generator(*each) for each in own if drawn] or idle
+                    yield name, foreseen.sums(rule, generators)
                     if keep is not None and rule.select is not Select.shrink:
-                        factors = head_factors(
-                            weights, batch, edit_of(weights, batch, rule, edit.seed, known)
+                        generators = [head_generator(*each) for each in own if drawn] or idle
+                        derived = edit_query(batch.product, rule, generators, known)
+                        keep(
+                            target,
+                            name,
+                            b"".join(one.packed for one in head_factors(weights, batch, derived)),
                         )
-                        keep(target, name, b"".join(head.packed for head in factors))
                 except HeadError as error:
                     at = f"{name}: head {batch.heads[error.index]} of {target.query.name}"
                     raise NumericalError(error.what, where=at, fix=error.fix) from error

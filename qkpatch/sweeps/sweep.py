@@ -59,8 +59,8 @@ def sweep(
 
     Args:
         source: as of :func:`qkpatch.plan`; of a repository, headers and the rows that are needed are fetched.
-        grid: a YAML file, or what one says: lists of ``layers``, ``modes``, ``energy``, ``alpha``, ``channel``, ``select`` and
-            ``seed``; ``matched``; for all variants ``heads``, ``recipe``, ``prefix``, ``attention``, ``fold_norm``.
+        grid: a YAML file, or what one says: lists of ``layers``, ``modes``, ``energy``, ``alpha``, ``channel``,
+            ``select``, ``seed``; ``matched``; for all ``heads``, ``recipe``, ``prefix``, ``attention``, ``fold_norm``.
         out: the directory of the sweep.
         form: ``lora``, an adapter of each variant that has one; or ``none``, figures alone.
         many: whether there may be more than a thousand variants.
@@ -115,11 +115,10 @@ def sweep(
             for name in left:
                 files: dict[str, str | None] = {}
                 if name in plans:
-                    factors = [parts.factors(name, target) for target in plans[name].edits]
-                    replaced = places[name] if isinstance(places[name], Replaced) else None
-                    made = write_adapter(
-                        out / name, plans[name], factors, modules, Runtime.peft, device, replaced
-                    )
+                    pairs = [(parts.factors(name, target), modules[target]) for target in plans[name].edits]
+                    manifest, found = planned_manifest(plans[name], device), places[name]
+                    replaced = found if isinstance(found, Replaced) else None
+                    made = write_adapter(out / name, checkpoint, manifest, Runtime.peft, pairs, replaced)
                     files = {f"{name}/{file.name}": file.sha256 for file in made.files}
                 of_all, by_layer = parts.figures(name)
                 variants[name] = replace(variants[name], figures=of_all, layers=by_layer, files=files)
@@ -145,7 +144,11 @@ def _planned(
         plan_of(
             model,
             replace(
-                kind, layers=layers, modes=fewest.get(kind.channel or Channel.full, 1), energy=None, min_modes=None
+                kind,
+                layers=layers,
+                modes=fewest.get(kind.channel or Channel.full, 1),
+                energy=None,
+                min_modes=None,
             ),
         )
         for kind in kinds.values()

@@ -15,9 +15,12 @@ from qkpatch.errors import UnsupportedError
 from qkpatch.recipes.catalogue import recipe_text, shipped_recipes
 
 TABLE = yaml.safe_load((Path(qkpatch.__file__).parent / "adapters" / "modules.yaml").read_text())
-# Its weights stand in functions, not modules, so that an adapter in the module might do nothing; an older adapter lies
-# beside them; two generations of code under one name.
-NOT_IN_PEFT = {"HfMoondream", "Moondream", "Phi4MMForCausalLM", "Ernie4_5_VL_MoeForConditionalGeneration"}
+NOT_IN_PEFT = {
+    # PEFT 0.21 renames their weights' keys once too often, and leaves the adapter at zero with a warning.
+    "DeepseekOcr2ForConditionalGeneration", "UnlimitedOcrForConditionalGeneration",
+    # Code beside checkpoints that may take a weight out of its module; has adapters of its own; is of two generations.
+    "HfMoondream", "Moondream", "Phi4MMForCausalLM", "Ernie4_5_VL_MoeForConditionalGeneration",
+}  # fmt: skip
 
 # vLLM's hf_to_vllm_mapper of each class that has one: what a name begins with, or holds, and what takes its place.
 LANGUAGE_MODEL = {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head."}

@@ -32,8 +32,8 @@ def contents(root: Path) -> dict[str, bytes]:
     [
         (["--select", "shrink"], 3, "full rank", "qkpatch apply"),
         (["--alpha", "1"], 2, "alpha 1 changes nothing", "smaller"),
-        (["--max-rank", "15"], 2, "modes make rank 16", "--modes 3, or --heads 0-2 --modes 4, or --max-rank 16"),
-        (["--max-rank", "3"], 2, "make rank 16, more than 3", "--heads 0-2 --modes 1, or --max-rank 16"),
+        (["--max-rank", "15"], 2, "modes make rank 16", "--modes 3, or --max-rank 16, or --heads 0-2 --modes 4"),
+        (["--max-rank", "3"], 2, "make rank 16, more than 3", "--max-rank 16, or --heads 0-2 --modes 1"),
         (["--channel", "antisymmetric", "--modes", "3", "--max-rank", "12"], 2, "4 heads of 4 modes", "--modes 2"),
         (["--channel", "antisymmetric", "--max-rank", "1"], 2, "more than 1", "--max-rank 16"),
         (["--max-rank", "0"], 2, "0 is not between 1 and", "-"),

@@ -35,8 +35,10 @@ def lora(
 ) -> None:
     """Write the edit of SOURCE as a low-rank adapter in PEFT's layout, from its factors; SOURCE is only read."""
     from qkpatch import api
-    from qkpatch.adapters.writing import told_of
-    from qkpatch.cli.console import bars, print_text, show_warnings
+    from qkpatch.cli.console import print_text, show_warnings
+    from qkpatch.cli.progress import bars
+    from qkpatch.common.text import size_text
+    from qkpatch.publishing.card import loading, told
 
     writing = Writing(overwrite=overwrite, force=force)
     how = {"recorded": recorded, "runtime": runtime, "max_rank": max_rank, "writing": writing, **vars(run)}
@@ -45,4 +47,6 @@ def lora(
     if not show.quiet:
         show_warnings([*manifest.warnings, *(manifest.run.weaker or ())])
     if show.as_json or not show.quiet:
-        print_text(manifest.dumps() if show.as_json else told_of(manifest, str(out), source))
+        what = f"{len(manifest.edits)} module(s), {size_text(manifest.files[0].size)}; {told(manifest.edit)}"
+        said = f"Wrote {out}: {what}\nLoad it with: {loading(manifest, str(out), source)}\n"
+        print_text(manifest.dumps() if show.as_json else said)

@@ -38,7 +38,8 @@ def sweep(
 ) -> None:
     """Derive many edits of SOURCE from one read, with their figures and what evaluates them."""
     from qkpatch import api
-    from qkpatch.cli.console import bars, print_csv, print_text, show_warnings
+    from qkpatch.cli.console import print_csv, print_text, show_warnings
+    from qkpatch.cli.progress import bars
     from qkpatch.cli.tables import show_sweep
     from qkpatch.errors import UsageError
 
