@@ -15,7 +15,9 @@ from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import Present
 from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.errors import HubError, UsageError
-from qkpatch.model.locate import Access, local_path
+from qkpatch.evaluation import evaluate as evaluate
+from qkpatch.evaluation import tune as tune
+from qkpatch.model.locate import Access, local_path, locate
 from qkpatch.model.model import open_model
 from qkpatch.output.destination import check_out
 from qkpatch.output.options import Writing
@@ -77,8 +79,8 @@ def plan(
     """
     request = Request.asked(request, edit)
     how = Writing() if writing is None else writing
-    if out is not None and local_path(str(source)) is None:  # else in `standing`, after whether it is SOURCE
-        check_out(Path(out), overwrite=how.overwrite, force=how.force)
+    if out is not None:
+        refuse_early(source, out, how)
     made = make_plan(str(source), request, Access.ranges if cache else Access.no_cache)
     # Refuses what the record of the edit could not say, such as a broken record in SOURCE.
     planned_manifest(made, "")
@@ -87,6 +89,12 @@ def plan(
     from qkpatch.compare.overwrite import standing
 
     return replace(made, is_done=isinstance(standing(Path(out), made, how), Manifest))
+
+
+def refuse_early(source: PathLike, out: PathLike, writing: Writing) -> None:
+    """Refuse an OUT that is wrong anyway, before the Hub is asked; where SOURCE is here, :func:`plan` looks at both."""
+    if local_path(str(source)) is None:
+        check_out(Path(out), overwrite=writing.overwrite, force=writing.force)
 
 
 def apply(
@@ -151,15 +159,11 @@ def _downloaded(plan: EditPlan, observer: Observer) -> EditPlan:
     source = plan.model.source
     anew = make_plan(source.text, plan.request)
     if (anew.settings, anew.model.recipe) != (plan.settings, plan.model.recipe):
-        raise UsageError(
-            "the recipe changed after the edit was planned", where=plan.request.recipe, fix="plan again"
-        )
+        what = "the recipe changed after the edit was planned"
+        raise UsageError(what, where=plan.request.recipe, fix="plan again")
     if anew.model.source.commit != source.commit:
-        raise HubError(
-            f"it moved from commit {source.commit} to {anew.model.source.commit} after it was planned",
-            where=source.name,
-            fix="plan again, or name a commit: org/name@commit",
-        )
+        what = f"it moved from commit {source.commit} to {anew.model.source.commit} after it was planned"
+        raise HubError(what, where=source.name, fix="plan again, or name a commit: org/name@commit")
     return anew
 
 
@@ -233,12 +237,9 @@ def diff(a: PathLike, b: PathLike, *, observer: Observer = UNSEEN) -> Difference
     Raises:
         QKPatchError: one of them cannot be read.
     """
-    from qkpatch.checkpoint.source import open_stored
     from qkpatch.compare.diff import compare
-    from qkpatch.model.locate import locate
 
-    stored_a, stored_b = (open_stored(locate(str(side)).place) for side in (a, b))
-    return compare(stored_a, stored_b, observer)
+    return compare(locate(str(a)), locate(str(b)), observer)
 
 
 def recipe_for(source: PathLike) -> Recipe:
@@ -323,5 +324,6 @@ def patched(
 
 
 __all__ = (
-    "apply", "card", "diff", "lora", "patch_model", "patched", "plan", "recipe_for", "spectra", "sweep", "verify",
+    "apply", "card", "diff", "evaluate", "lora", "patch_model", "patched", "plan", "recipe_for", "spectra", "sweep",
+    "tune", "verify",
 )  # fmt: skip

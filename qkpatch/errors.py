@@ -27,12 +27,9 @@ _QUERY = re.compile(rf"({_SCHEME}[^?{_SPACE}]{{0,4096}})\?[^{_SPACE}]*|[?&#][\w.
 # A short one is taken for a token where it is a word by itself: hf_models may be a directory, hf_api.py is a module.
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}|(?<![\w/.\\-])hf_[A-Za-z0-9]{6,}(?![\w/\\-]|\.\w)")
 _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-# What is imported late, and how its build is chosen.
-_LIBRARIES = {
-    "torch": " (a CPU build, where there is no GPU)",
-    "huggingface_hub": "",
-    "safetensors": "",
-    "numpy": "",
+# What is imported late, and how to install it.
+_LIBRARIES = {name: name for name in ("huggingface_hub", "safetensors", "numpy")} | {
+    "torch": "torch (a CPU build, where there is no GPU)"
 }
 _LEAST_TOKEN = 8  # characters; shorter ones are words
 
@@ -90,22 +87,12 @@ class QKPatchError(Exception):
 
     def __str__(self) -> str:
         """All three facts on one line, for logs and tests; ``console`` lays them out for people."""
-        parts = [self.what]
-        if self.where:
-            parts.append(f"[{self.where}]")
-        if self.fix:
-            parts.append(f"-> {self.fix}")
-        return " ".join(parts)
+        where, fix = f" [{self.where}]" if self.where else "", f" -> {self.fix}" if self.fix else ""
+        return self.what + where + fix
 
     def to_json(self) -> dict[str, str | int | None]:
         """The same facts as a JSON object."""
-        return {
-            "kind": self.kind,
-            "what": self.what,
-            "where": self.where,
-            "fix": self.fix,
-            "exit_code": self.exit_code,
-        }
+        return {key: getattr(self, key) for key in ("kind", "what", "where", "fix", "exit_code")}
 
 
 def _fact(text: str | Sequence[str]) -> str:
@@ -123,11 +110,8 @@ class UsageError(QKPatchError):
 
 def no_torch() -> UsageError:
     """The error for what computes where torch is not installed."""
-    return UsageError(
-        "torch is not installed here, and this takes it",
-        where="torch",
-        fix="pip install torch (a CPU build, where there is no GPU)",
-    )
+    fix = f"pip install {_LIBRARIES['torch']}"
+    return UsageError("torch is not installed here, and this takes it", where="torch", fix=fix)
 
 
 def broken_library(error: Exception) -> UsageError | None:
@@ -140,11 +124,8 @@ def broken_library(error: Exception) -> UsageError | None:
     for library in (name.partition(".")[0] for name in modules):
         # An OSError of one that was imported is of its work: a file, a connection.
         if library in _LIBRARIES and (isinstance(error, ImportError) or library not in sys.modules):
-            return UsageError(
-                f"{library} cannot be imported: {error}",
-                where=library,
-                fix=f"install it anew: pip install --force-reinstall {library}{_LIBRARIES[library]}",
-            )
+            fix = f"install it anew: pip install --force-reinstall {_LIBRARIES[library]}"
+            return UsageError(f"{library} cannot be imported: {error}", where=library, fix=fix)
     return None
 
 

@@ -17,12 +17,12 @@ PACKAGE = ROOT / "qkpatch"
 ARROWS = {
     "__main__": {"cli"},
     "cli": {
-        "api", "sweeps", "adapters", "compare", "diagnosis", "reports", "publishing", "patching", "planning", "model",
-        "recipes", "output", "hub", "checkpoint", "spectral", "common", "errors",
+        "api", "sweeps", "adapters", "compare", "evaluation", "diagnosis", "reports", "publishing", "patching",
+        "planning", "model", "recipes", "output", "hub", "checkpoint", "spectral", "common", "errors",
     },
     "api": {
-        "sweeps", "adapters", "compare", "publishing", "patching", "planning", "model", "output", "checkpoint",
-        "common", "errors",
+        "sweeps", "adapters", "compare", "evaluation", "publishing", "patching", "planning", "model", "output",
+        "checkpoint", "common", "errors",
     },
     "sweeps": {
         "adapters", "compare", "patching", "planning", "model", "recipes", "output", "checkpoint", "spectral",
@@ -35,6 +35,7 @@ ARROWS = {
     "compare": {
         "publishing", "patching", "planning", "model", "recipes", "output", "checkpoint", "common", "errors",
     },
+    "evaluation": {"patching", "planning", "model", "spectral", "checkpoint", "common", "errors"},
     "diagnosis": {"model", "recipes", "checkpoint", "common", "errors"},
     "reports": {"errors"},
     "publishing": {"planning", "recipes", "hub", "checkpoint", "common", "errors"},
@@ -57,7 +58,8 @@ ONLY_IN = {
     "yaml": {"common"},
     "huggingface_hub": {"hub", "checkpoint.cache"},
     "safetensors": {"compare.byte_by_byte"},
-    "torch": {"spectral", "patching", "compare.values", "adapters.factors"},
+    "torch": {"spectral", "patching", "compare.values", "adapters.factors", "evaluation.subject"},
+    "numpy": {"evaluation"},
     "click": set(),  # Typer vendors its own
 }
 TORCH_FREE = {"patching.apply", "patching.copier", "patching.inspection", "patching.checked_sources",

@@ -8,7 +8,7 @@ the gain γ before attention is folded in, ``ΔW_Q = C U_rᵀ diag(1/γ)``.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,15 +52,16 @@ class LayerFactors:
 
     target: LayerTarget
     heads: tuple[HeadFactors, ...]
+    rank: int  # rows of A
 
     def pieces(self, rank: int, layout: HeadLayout) -> tuple[bytearray, bytearray]:
         """A (rank, d_model) and B (rows of ``layout``, rank); what no planned head has is zero."""
-        (rows, columns), H, K = layout.query_shape, layout.n_heads, layout.n_kv_heads
+        rows, columns = layout.query_shape
         A, B = torch.zeros(rank, columns, dtype=STORED), torch.zeros(rows, rank, dtype=STORED)
         blocks, at = B.view(-1, layout.d_head, rank), 0
         for head in self.heads:
             end = at + len(head.A)
-            A[at:end], blocks[layout.rows.query_block(head.head, H, K), :, at:end], at = head.A, head.B, end
+            A[at:end], blocks[layout.query_block(head.head), :, at:end], at = head.A, head.B, end
         return to_bytes(A), to_bytes(B)
 
 
@@ -73,8 +74,7 @@ def unpacked(target: LayerTarget, raw: bytearray) -> LayerFactors:
         A, B = values.split([rank * d_model, rank * d_head])
         heads.append(HeadFactors(head, A.view(rank, d_model), B.view(d_head, rank)))
         at += _HEAD.size + values.nbytes
-    check_factors(layer := LayerFactors(target, tuple(heads)))
-    return layer
+    return checked(target, heads)
 
 
 def edit_factors(plan: EditPlan, device: str, threads: int, observer: Observer) -> Iterator[LayerFactors]:
@@ -97,8 +97,7 @@ def edit_factors(plan: EditPlan, device: str, threads: int, observer: Observer) 
                 generators = [head_generator(*own, head) for head in batch.heads]
                 done += head_factors(weights, batch, edit_query(batch.product, rule, generators))
                 observer.edited(len(batch.heads))
-        check_factors(layer := LayerFactors(target, tuple(done)))
-        return layer
+        return checked(target, done)
 
     with Crew(threads) as crew:
         yield from crew.map(of_layer, plan.edits)
@@ -113,13 +112,14 @@ def head_factors(weights: LayerWeights, batch: HeadWeights, edit: QueryEdit) -> 
     return [HeadFactors(head, A[i, :r].clone(), B[i, :, :r].clone()) for i, (head, r) in enumerate(ranks)]
 
 
-def check_factors(layer: LayerFactors) -> None:
-    """Raise :class:`NumericalError` where a change is none, or one that F32 does not hold."""
-    query, parts = layer.target.query, [part for head in layer.heads for part in (head.A, head.B)]
-    is_finite = all(bool(part.isfinite().all()) for part in parts)
-    if is_finite and any(bool(head.B.any()) for head in layer.heads):
-        return
-    what = "the edit leaves every value as it is: the product is zero"
-    what = what if is_finite else "float32 does not hold the change"
-    fix = f"leave layer {layer.target.layer} out"
-    raise NumericalError(what, where=f"{query.name} in {query.shard}", fix=fix)
+def checked(target: LayerTarget, heads: Sequence[HeadFactors]) -> LayerFactors:
+    """The factors of a layer, or :class:`NumericalError` where its change is none, or F32 does not hold it."""
+    is_finite = all(bool(part.isfinite().all()) for head in heads for part in (head.A, head.B))
+    if not is_finite or not any(bool(head.B.any()) for head in heads):
+        zero, query = "the edit leaves every value as it is: the product is zero", target.query
+        what, fix = (
+            zero if is_finite else "float32 does not hold the change",
+            f"leave layer {target.layer} out",
+        )
+        raise NumericalError(what, where=f"{query.name} in {query.shard}", fix=fix)
+    return LayerFactors(target, tuple(heads), sum(len(head.A) for head in heads))

@@ -11,6 +11,7 @@ from qkpatch.common.number_ranges import format_ranges
 from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.errors import UnsupportedError, UsageError
 from qkpatch.model.locate import Access, local_path
+from qkpatch.model.targets import LayerTarget
 from qkpatch.output.destination import check_out
 from qkpatch.output.options import PLAIN, Writing
 from qkpatch.planning.memory import choose_threads
@@ -20,6 +21,8 @@ from qkpatch.spectral.rule import Channel, Select
 
 if TYPE_CHECKING:
     from qkpatch.planning.manifest import Manifest
+
+_Ranks = dict[LayerTarget, int]
 
 
 def lora(
@@ -71,18 +74,15 @@ def lora(
         raise UsageError("an adapter has no shards", where="--max-shard-size", fix="leave it out")
     if name is None or local_path(name) is None:  # else in `standing`, after whether it is SOURCE
         check_out(place, overwrite=writing.overwrite, force=writing.force)
-    if recorded is not None:
-        plan = plan_recorded(Path(recorded), name, request)
-    elif name is not None:
-        plan = make_plan(name, request, Access.ranges)
-    else:
+    if name is None and recorded is None:
         raise UsageError("SOURCE is not named", fix="name it, or what was made from it: --from OUT")
+    from_out = None if recorded is None else plan_recorded(Path(recorded), name, request)
+    plan = from_out or make_plan(str(name), request, Access.ranges)
     found = standing(place, plan, writing, is_whole=False)
     if isinstance(found, Manifest):
         raise UsageError("it is the edited checkpoint itself", where=str(out), fix="choose another -o")
     _check_rank(plan, max_rank, loader)
     modules = query_modules(plan.model, plan.edits, loader)
-    # What is read of a repository waits in memory.
     per_thread = plan.head_memory + max(target.read_bytes(plan.settings.heads) for target in plan.edits)
     n_threads = choose_threads(threads, per_thread, len(plan.model.checkpoint.tensors))
     check_run(plan, device, n_threads)
@@ -90,26 +90,30 @@ def lora(
         from qkpatch.adapters.factors import edit_factors
     observer.begins("factor", 0, len(plan.edits) * len(plan.settings.heads))
     layers = [(each, modules[each.target]) for each in edit_factors(plan, device, n_threads, observer)]
+    _check_rank(plan, max_rank, loader, {layer.target: layer.rank for layer, _ in layers})
     return write_adapter(place, plan.model.checkpoint, planned_manifest(plan, device), loader, layers, found)
 
 
-def _check_rank(plan: EditPlan, max_rank: int, runtime: Runtime) -> None:
-    """Refuse an edit that no adapter of ``max_rank`` holds, before a weight is read."""
+def _check_rank(plan: EditPlan, max_rank: int, runtime: Runtime, ranks: _Ranks | None = None) -> None:
+    """Refuse an edit that no adapter of ``max_rank`` holds; of an ``energy``, once its ``ranks`` are known."""
     heads, most = plan.settings.heads, VLLM_RANKS[-1] if runtime is Runtime.vllm else 1 << 20
     if type(max_rank) is not int or not 1 <= max_rank <= most:
         raise UsageError(f"{max_rank!r:.80} is not between 1 and {most}", where="--max-rank")
     if not plan.edits:
         raise UsageError("alpha 1 changes nothing", where="--alpha", fix="choose a smaller one")
-    for rule in {plan.settings.rule_of(target.layer) for target in plan.edits}:
+    for target in plan.edits:
+        rule = plan.settings.rule_of(target.layer)
         if rule.select is Select.shrink:
             what = "shrink scales whole heads: its change has full rank, which no low-rank adapter holds"
             raise UnsupportedError(what, where="--select shrink", fix="edit the checkpoint: qkpatch apply")
-        modes, rank = rule.paired_modes, rule.paired_modes * len(heads)
-        if rank > max_rank:
+        planned = 0 if rule.energy is not None else rule.paired_modes * len(heads)
+        if (rank := planned if ranks is None else ranks[target]) > max_rank:
             step = 2 if rule.channel is Channel.antisymmetric else 1  # whole pairs
-            few = modes if modes <= max_rank else step
-            fewer, some = max_rank // len(heads) // step * step, heads[: max_rank // few]
-            cures = [f"--modes {fewer}"] * bool(fewer) + [f"--max-rank {rank}"] * (rank <= most)
-            cures += [f"--heads {format_ranges(some)} --modes {few}"] if some else []
-            what = f"{len(heads)} heads of {modes} modes make rank {rank}, more than {max_rank}"
+            fewer, some = max_rank // len(heads) // step * step, heads[: max_rank // step]
+            named = "--modes {}" if plan.request.edits is None else "modes: {} in its edits"
+            part = "" if fewer else f"--heads {format_ranges(some or heads)} "
+            cures = [part + named.format(fewer or step)] * bool(some) + [f"--max-rank {rank}"] * (
+                rank <= most
+            )
+            what = f"{len(heads)} heads make rank {rank} in layer {target.layer}, more than {max_rank}"
             raise UsageError(what, where="--max-rank", fix=", or ".join(cures))

@@ -15,8 +15,7 @@ from qkpatch.errors import UnsupportedError
 from qkpatch.model.model import Model
 from qkpatch.model.targets import LayerTarget
 from qkpatch.recipes.catalogue import shipped_recipes
-from qkpatch.recipes.heads import HeadLayout
-from qkpatch.recipes.rows import RowLayout
+from qkpatch.recipes.heads import HeadLayout, RowLayout
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank may be
 # What belongs to a stack of layers, and not to the path of the language model that it lies in.

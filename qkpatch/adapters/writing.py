@@ -56,7 +56,7 @@ def write_adapter(
     Raises:
         QKPatchError: writing, or space; OUT came into being, or SOURCE changed, meanwhile.
     """
-    rank = max(sum(len(head.A) for head in layer.heads) for layer, _ in layers)
+    rank = max(layer.rank for layer, _ in layers)
     names = tuple(module.name for _, module in layers)
     adapter = AdapterBlock(runtime.value, rank, DTYPE, names, runtime.max_lora_rank(rank))
     manifest = replace(manifest, adapter=adapter)

@@ -60,16 +60,14 @@ def snapshot_at(path: Path) -> Snapshot | None:
     return Snapshot(folder.name.removeprefix("models--").replace("--", "/"), real.name)
 
 
-def listing_at(snapshot: Path) -> dict[str, Content] | None:
-    """What the Hub lists of a snapshot, as huggingface_hub noted it; None where it did not, or in another way."""
+def listing_at(snapshot: Path) -> dict[str, tuple[int, Content]] | None:
+    """Bytes and contents that the Hub lists of a snapshot's files, as huggingface_hub noted; None where it did not."""
     noted = snapshot.parent.parent / "trees" / f"{snapshot.name}.json"
     try:
         files = load_json(noted.read_bytes(), noted.name)["files"]
+        large = {name: Content("sha256", e["lfs_sha256"]) for name, e in files.items() if "lfs_sha256" in e}
         return {
-            name: Content("sha256", entry["lfs_sha256"])
-            if "lfs_sha256" in entry
-            else Content("git", entry["blob_id"])
-            for name, entry in files.items()
+            name: (e["size"], large.get(name) or Content("git", e["blob_id"])) for name, e in files.items()
         }
     except (OSError, CheckpointError, AttributeError, KeyError, TypeError):
         return None

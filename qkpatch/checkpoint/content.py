@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
-from qkpatch.checkpoint.files import Digesting, OpenFile
+from qkpatch.checkpoint.files import Digesting, OpenFile, gaps
 from qkpatch.errors import HubError
 
 if TYPE_CHECKING:
@@ -59,11 +59,8 @@ class Content:
 
 def damaged(where: str) -> HubError:
     """What is said of a file that came with other bytes than the Hub lists."""
-    return HubError(
-        "what came is not what the Hub lists: its digest is another",
-        where=where,
-        fix="run again; if it stays, the file on the Hub is damaged, or something on the way changes it",
-    )
+    fix = "run again; if it stays, the file on the Hub is damaged, or something on the way changes it"
+    return HubError("what came is not what the Hub lists: its digest is another", where=where, fix=fix)
 
 
 class Parts:
@@ -99,18 +96,6 @@ class Held(NamedTuple):
 Opened = Callable[[str], AbstractContextManager[OpenFile]]
 
 
-def gaps(size: int, held: Iterable[Held]) -> list[tuple[int, int]]:
-    """What of a file of ``size`` bytes OUT does not hold, ascending."""
-    found, position = [], 0
-    for begin, end, _, _ in sorted(held):
-        if position < begin:
-            found.append((position, begin))
-        position = end
-    if position < size:
-        found.append((position, size))
-    return found
-
-
 def feed_source(digest: Digesting, source: OpenFile, held: Sequence[Held], opened: Opened) -> None:
     """Feed a file of SOURCE to ``digest``, as OUT has it: what OUT does not hold is read from ``source``.
 
@@ -118,11 +103,14 @@ def feed_source(digest: Digesting, source: OpenFile, held: Sequence[Held], opene
 
     Args:
         digest: of the whole file.
-        source: the file, open, of which only the :func:`gaps` are read.
+        source: the file, open, of which only what OUT does not hold is read.
         held: what OUT holds of it.
         opened: opens a file of OUT, by name.
     """
-    rest = [Held(begin, end, "", begin) for begin, end in gaps(source.size, held)]  # no file has that name
+    taken = ((part.begin, part.end) for part in held)
+    rest = [
+        Held(begin, end, "", begin) for begin, end in gaps(0, source.size, taken)
+    ]  # no file has that name
     for name, parts in groupby(sorted([*held, *rest]), attrgetter("name")):
         with opened(name) if name else nullcontext(source) as file:
             for begin, end, _, at in parts:
@@ -130,30 +118,12 @@ def feed_source(digest: Digesting, source: OpenFile, held: Sequence[Held], opene
 
 
 class HeldFile(OpenFile):
-    """A file of SOURCE to be read out of what OUT holds of it; the rest, such as a header, is in memory."""
+    """A file of SOURCE to be read out of what OUT holds of it, and for the rest, such as a header, out of itself."""
 
-    def __init__(
-        self,
-        where: str,
-        size: int,
-        held: Sequence[Held],
-        rest: Mapping[int, bytes],
-        opened: Mapping[str, OpenFile],
-    ) -> None:
-        """Open it.
-
-        Args:
-            where: what messages call it.
-            size: of the file.
-            held: what of it can be read; asking for anything else is an error.
-            rest: what OUT does not hold, by offset.
-            opened: OUT's files, by name.
-        """
+    def __init__(self, where: str, size: int, parts: Iterable[tuple[int, int, OpenFile, int]]) -> None:
+        """Of ``parts``, each the bytes ``begin:end``, and an open file that has them from an offset on."""
         self.where, self._size = where, size
-        self._opened = opened
-        own = [(begin, begin + len(data), data, 0) for begin, data in rest.items()]
-        self._parts: list[tuple[int, int, bytes | str, int]] = sorted([*own, *held], key=itemgetter(0))
-        self._begins = [part[0] for part in self._parts]
+        self._parts = sorted(parts, key=itemgetter(0))
 
     @property
     def size(self) -> int:
@@ -165,15 +135,12 @@ class HeldFile(OpenFile):
         done = 0
         while done < len(buffer):
             position = offset + done
-            begin, end, place, at = self._parts[bisect_right(self._begins, position) - 1]
-            n = min(end - position, len(buffer) - done)
-            if position < begin or n <= 0:
+            part = bisect_right(self._parts, position, key=itemgetter(0)) - 1
+            begin, end, file, at = self._parts[part]
+            if not begin <= position < end:
                 raise ValueError(f"byte {position} is not held")
-            piece = buffer[done : done + n]
-            if isinstance(place, bytes):
-                piece[:] = place[position - begin : position - begin + n]
-            else:
-                self._opened[place].read_into(piece, at + position - begin)
+            n = min(end - position, len(buffer) - done)
+            file.read_into(buffer[done : done + n], at + position - begin)
             done += n
 
 
@@ -190,19 +157,13 @@ def held_file(
         opened: opens a file of OUT, by name.
     """
     spans = ranges or [(0, file.size)]
-    missing = sorted(
-        {
-            (max(begin, first), min(end, last))
-            for begin, end in gaps(file.size, held)
-            for first, last in spans
-            if first < end and begin < last
-        }
-    )
+    taken = [(part.begin, part.end) for part in held]
+    missing = sorted({gap for span in spans for gap in gaps(*span, taken)})
     needed = [part for part in held if any(b < part.end and part.begin < e for b, e in spans)]
     with ExitStack() as stack:
-        rest = {}
-        if missing:
-            with file.open(missing) as elsewhere:
-                rest = {begin: bytes(elsewhere.read(end - begin, begin)) for begin, end in missing}
         places = {name: stack.enter_context(opened(name)) for name in {part.name for part in needed}}
-        yield HeldFile(file.where, file.size, needed, rest, places)
+        parts = [(begin, end, places[name], at) for begin, end, name, at in needed]
+        if missing:
+            elsewhere = stack.enter_context(file.open(missing))
+            parts += [(begin, end, elsewhere, begin) for begin, end in missing]
+        yield HeldFile(file.where, file.size, parts)

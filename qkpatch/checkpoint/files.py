@@ -8,7 +8,7 @@ import os
 import re
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,20 +46,13 @@ class Digesting(Protocol):
         """Take the next bytes."""
 
 
-class Digests:
-    """Some digests of the same bytes, by name."""
-
-    def __init__(self) -> None:
-        self.kinds: dict[str, hashlib._Hash] = {}
+class Digests(list[Digesting]):
+    """Some digests of the same bytes."""
 
     def update(self, data: bytes | bytearray | memoryview, /) -> None:
         """Take the next bytes."""
-        for digest in self.kinds.values():
+        for digest in self:
             digest.update(data)
-
-    def hex(self, kind: str) -> str | None:
-        """One of them; None where it was not taken."""
-        return self.kinds[kind].hexdigest() if kind in self.kinds else None
 
 
 @contextmanager
@@ -72,11 +65,8 @@ def os_errors(doing: str, where: str | Path, to: str | Path | None = None) -> It
         yield
     except OSError as error:
         failed = where if to is None or error.errno not in _OF_WRITING else to
-        raise FileSystemError(
-            f"cannot {doing}: {error.strerror or error}",
-            where=str(failed),
-            fix=_ADVICE.get(error.errno or 0),
-        ) from error
+        what = f"cannot {doing}: {error.strerror or error}"
+        raise FileSystemError(what, where=str(failed), fix=_ADVICE.get(error.errno or 0)) from error
 
 
 # A library that cannot be mapped, a thread that cannot be started, and how torch says MemoryError.
@@ -133,6 +123,16 @@ class FileId:
         return self == before or (
             self.n_links != before.n_links and self.but_for_links == before.but_for_links
         )
+
+
+def gaps(begin: int, end: int, taken: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """What of the bytes ``begin:end`` lies in none of the ranges ``taken``, ascending."""
+    for first, last in sorted(taken):
+        if begin < (upto := min(first, end)):
+            yield begin, upto
+        begin = max(begin, last)
+    if begin < end:
+        yield begin, end
 
 
 class OpenFile(ABC):
@@ -205,11 +205,7 @@ class LocalOpenFile(OpenFile):
             while done < size:
                 n = os.preadv(self.fd, [buffer[done:]], offset + done)
                 if n == 0:
-                    raise FileSystemError(
-                        f"the file ends {size - done} bytes early",
-                        where=self.where,
-                        fix="is it being written to?",
-                    )
+                    raise changed(f"the file ends {size - done} bytes early", self.where)
                 done += n
 
     def data(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
@@ -255,11 +251,12 @@ def regular(fd: int, where: str | Path) -> Iterator[LocalOpenFile]:
 
 def _check_unchanged(opened: LocalOpenFile, expected: FileId | None) -> None:
     if expected is not None and not FileId.of(os.fstat(opened.fd)).is_still(expected):
-        raise FileSystemError(
-            "the source changed while qkpatch was running",
-            where=opened.where,
-            fix="run again when nothing writes to it",
-        )
+        raise changed("the source changed while qkpatch was running", opened.where)
+
+
+def changed(what: str, where: str) -> FileSystemError:
+    """The error for a file that somebody else writes to meanwhile."""
+    return FileSystemError(what, where=where, fix="run again when nothing writes to it")
 
 
 def synced(fd: int, where: str | Path) -> bool:

@@ -198,9 +198,8 @@ def _tensor(name: str, entry: object, shard: str, data_start: int) -> TensorRef:
         raise _fault("data_offsets is missing or not two whole numbers below 2^64", shard, name)
     if fields:
         _check_undefined(fields, shard, name, depth=1)
-    tensor = TensorRef(
-        name, shard, sys.intern(dtype), tuple(shape), data_start + offsets[0], data_start + offsets[1]
-    )
+    begin, end = (data_start + offset for offset in offsets)
+    tensor = TensorRef(name, shard, sys.intern(dtype), tuple(shape), begin, end)
     if tensor.nbytes < 0:
         raise _fault("data_offsets end before they begin", shard, name)
     if dtype in DTYPE_BITS:

@@ -211,13 +211,11 @@ def _listed(fd: int) -> list[str]:
 
 def check_extent(where: Path, n_levels: int, n_names: int) -> None:
     """Refuse a directory that is no checkpoint's: a tree that was made to trip programs, or ``/``."""
-    if n_levels > MOST_LEVELS or n_names > MOST_NAMES:
-        what = (
-            f"{MOST_LEVELS} directories inside each other"
-            if n_levels > MOST_LEVELS
-            else f"{MOST_NAMES} files"
-        )
-        raise FileSystemError(f"more than {what}, which no checkpoint has", where=cut(str(where), 200))
+    levels, names = (n_levels, MOST_LEVELS, "directories inside each other"), (n_names, MOST_NAMES, "files")
+    for n, most, kind in (levels, names):
+        if n > most:
+            what = f"more than {most} {kind}, which no checkpoint has"
+            raise FileSystemError(what, where=cut(str(where), 200))
 
 
 def _umask() -> int:

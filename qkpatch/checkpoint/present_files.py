@@ -7,12 +7,12 @@ import stat
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
-from qkpatch.checkpoint.files import FileId, LocalOpenFile, os_errors
+from qkpatch.checkpoint.files import FileId, LocalOpenFile, changed, os_errors
 from qkpatch.checkpoint.names import BOOKKEEPING, came_by_itself
 from qkpatch.checkpoint.open_directory import Rooted
-from qkpatch.checkpoint.tree import MAX_JSON_BYTES
-from qkpatch.errors import CheckpointError, FileSystemError
+from qkpatch.checkpoint.tree import MAX_JSON_BYTES, check_size
 
+_CHANGED = "it changed while qkpatch was reading it"
 _KINDS = {
     stat.S_IFLNK: "is a link",
     stat.S_IFIFO: "is a named pipe",
@@ -86,7 +86,7 @@ class Present:
         with os_errors("read", opened.where):
             status = os.fstat(opened.fd)
         if FileId.of(status) != self.files.get(name):
-            raise self._changed(name)
+            raise changed(_CHANGED, self.where(name))
 
     def confirm(self, name: str) -> None:
         """Raise :class:`FileSystemError` where a file is not, or no longer, the one that was listed."""
@@ -96,16 +96,9 @@ class Present:
     def check_still(self) -> None:
         """Raise :class:`FileSystemError` where anything is not as it was listed, whether it was used or not."""
         with Rooted(self.root.path) as root:
-            changed = first_change(self.identities, Present(root).identities)
-        if changed is not None:
-            raise self._changed(ascii(changed)[1:-1])
-
-    def _changed(self, name: str) -> FileSystemError:
-        return FileSystemError(
-            "it changed while qkpatch was reading it",
-            where=self.where(name),
-            fix="run again when nothing writes to it",
-        )
+            name = first_change(self.identities, Present(root).identities)
+        if name is not None:
+            raise changed(_CHANGED, self.where(ascii(name)[1:-1]))
 
     def read(self, name: str, limit: int = MAX_JSON_BYTES) -> bytes:
         """All of a small file.
@@ -115,12 +108,8 @@ class Present:
             FileSystemError: as :meth:`open`.
         """
         with self.open(name) as opened:
-            size = opened.size
-            if size > limit:
-                raise CheckpointError(
-                    f"{size} bytes, more than any real file of this kind", where=opened.where
-                )
-            return bytes(opened.read(size, 0))
+            check_size(opened.size, limit, opened.where)
+            return bytes(opened.read(opened.size, 0))
 
     def sha256(self, name: str) -> str:
         """SHA-256 of a whole file, read once: whoever uses the file afterwards meets the same one, or an error."""

@@ -93,11 +93,8 @@ class Stored:
         if self.root is not None and not self.single_file:
             files = walk_files(self.root, self.exclude).files
             if new := sorted(files.keys() - {*self.files, MANIFEST_NAME, SUMS_NAME}):
-                raise FileSystemError(
-                    "it came into being while qkpatch was running, or after it had planned",
-                    where=str(self.root / new[0]),
-                    fix="plan again",
-                )
+                what = "it came into being while qkpatch was running, or after it had planned"
+                raise FileSystemError(what, where=str(self.root / new[0]), fix="plan again")
         for file in self.files.values():
             if isinstance(file, LocalFile):
                 with file.open():
@@ -146,9 +143,10 @@ def open_stored(place: Path | Repository, exclude: Collection[str] = tuple(RUBBI
     """
     files: dict[str, SourceFile]
     left_out: dict[str, int] = {}
+    root: Path | None = None
+    mode = 0o777
     if isinstance(place, Repository):
-        files, directories, where, root = dict(place.files), dict(place.directories), place.where, None
-        mode = 0o777
+        files, directories, where = dict(place.files), dict(place.directories), place.where
         for name in list(files):
             if (entry := matching(name, exclude)) is not None:
                 left_out[entry] = left_out.get(entry, 0) + files.pop(name).size
@@ -214,11 +212,9 @@ def _check_homes(headers: Mapping[str, Header]) -> dict[str, str]:
     for shard, header in headers.items():
         for name in header.tensors:
             if name in home:
-                raise CheckpointError(
-                    f"stored twice, in {home[name]} and {shard}, as by a shard that is to replace values of another",
-                    where=name,
-                    fix="make one of them: load the model as you use it, and save_pretrained(...)",
-                )
+                what = f"stored twice, in {home[name]} and {shard}, as where one replaces values of another"
+                fix = "make one of them: load the model as you use it, and save_pretrained(...)"
+                raise CheckpointError(what, where=name, fix=fix)
             home[name] = shard
     return home
 
@@ -262,12 +258,10 @@ def _config_file(stored: Stored) -> SourceFile:
     if file is None:
         where = str(stored.root or stored.where)
         refuse_folder(where, stored.files)
+        left_out = name in stored.left_out
+        cure = "leave it in: what --exclude says means it" if left_out else "put it beside the weights"
         raise CheckpointError(
-            "there is no config.json, which says how many heads the model has",
-            where=where,
-            fix="leave it in: what --exclude says means it"
-            if name in stored.left_out
-            else "put the model's config.json beside the weights",
+            f"there is no {name}, which says how many heads the model has", where=where, fix=cure
         )
     return file
 

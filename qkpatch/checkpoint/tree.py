@@ -59,16 +59,15 @@ class SourceFile(ABC):
         Raises:
             CheckpointError: it has more than ``limit`` bytes.
         """
-        self.check_size(limit)
+        check_size(self.size, limit, self.where)
         with self.open([(0, self.size)]) as opened:
             return bytes(opened.read(self.size, 0))
 
-    def check_size(self, limit: int) -> None:
-        """Raise :class:`CheckpointError` where it has more than ``limit`` bytes."""
-        if self.size > limit:
-            raise CheckpointError(
-                f"{self.size} bytes, more than any real file of this kind", where=self.where
-            )
+
+def check_size(size: int, limit: int, where: str) -> None:
+    """Raise :class:`CheckpointError` where a file that is to be small has more than ``limit`` bytes."""
+    if size > limit:
+        raise CheckpointError(f"{size} bytes, more than any real file of this kind", where=where)
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def walk_files(root: Path, exclude: Collection[str] = ()) -> Folder:
     Raises:
         FileSystemError: something cannot be read, or is no regular file; far more, or far deeper, than any checkpoint.
     """
-    found = Folder({}, {}, {})
+    found, real_root = Folder({}, {}, {}), os.path.realpath(root)
     entered: dict[str, Path] = {}
     waiting = [root]
     while waiting:
@@ -135,29 +134,23 @@ def walk_files(root: Path, exclude: Collection[str] = ()) -> Folder:
         name = where.relative_to(root).as_posix()
         first = entered.setdefault(os.path.realpath(where), where)
         if first != where:  # links could multiply directories without end
-            back = (
-                "leads back to a directory above it, "
-                if first in where.parents
-                else "to the same directory as "
-            )
-            raise FileSystemError(f"a link {back}{first}", where=str(where), fix=_without(name))
+            is_above = first in where.parents
+            back = "leads back to a directory above it," if is_above else "to the same directory as"
+            raise FileSystemError(f"a link {back} {first}", where=str(where), fix=_without(name))
         with os_errors("list", where):
             entries = sorted(os.listdir(where))
         check_extent(where, len(where.relative_to(root).parts), len(found.files) + len(entries))
         inner = []
         for path in map(where.joinpath, entries):
             name = path.relative_to(root).as_posix()
-            linked = (
-                os.path.relpath(os.path.realpath(path), os.path.realpath(root)) if path.is_symlink() else name
-            )
+            linked = os.path.relpath(os.path.realpath(path), real_root) if path.is_symlink() else name
             is_inside = not linked.startswith("../")
             if name in BOOKKEEPING or matching(name, exclude) or (is_inside and matching(linked, exclude)):
                 found.left_out[name] = 0 if name in BOOKKEEPING else _bytes_of(path)
                 continue
             if any("\ud800" <= c <= "\udfff" for c in name):  # how Python holds bytes that are not UTF-8
-                raise FileSystemError(
-                    "the file's name is not UTF-8", where=ascii(path)[1:-1], fix="rename it"
-                )
+                what = "the file's name is not UTF-8"
+                raise FileSystemError(what, where=ascii(path)[1:-1], fix="rename it")
             with os_errors("read", path):
                 if path.is_symlink() and not path.exists():
                     what = f"a dangling link, to {path.readlink()}"

@@ -35,14 +35,12 @@ class Weights:
     @property
     def notes(self) -> tuple[str, ...]:
         """The same, and how transformers loads what it does not load by itself."""
-        variant = _VARIANT.fullmatch(self.stem)
-        how = f"transformers loads {self.stem}* with variant={variant[2]!r} alone" if variant else ""
-        other = (
-            ""
-            if variant or self.stem == "model"
-            else f"transformers loads model.safetensors, not {self.stem}*"
-        )
-        return tuple(note for note in (self.note, how, other) if note)
+        variant, how = _VARIANT.fullmatch(self.stem), ""
+        if variant is not None:
+            how = f"transformers loads {self.stem}* with variant={variant[2]!r} alone"
+        elif self.stem != "model":
+            how = f"transformers loads model.safetensors, not {self.stem}*"
+        return tuple(filter(None, (self.note, how)))
 
 
 def is_index(name: str) -> bool:
@@ -52,10 +50,8 @@ def is_index(name: str) -> bool:
 
 def index_name(stem: str) -> str:
     """What transformers calls the index of shards whose names begin with ``stem``."""
-    variant = _VARIANT.fullmatch(stem)
-    return (
-        f"{variant[1]}.safetensors.index.{variant[2]}.json" if variant else f"{stem}.safetensors.index.json"
-    )
+    name, *variant = stem.split(".", 1) if _VARIANT.fullmatch(stem) else [stem]
+    return ".".join([name, "safetensors", "index", *variant, "json"])
 
 
 def find_weights(where: str, files: Mapping[str, SourceFile], left_out: Collection[str]) -> Weights:
@@ -108,15 +104,10 @@ def _unindexed(where: str, files: Mapping[str, SourceFile], singles: list[str]) 
     parts = [(part[1], part[3]) for name in singles if (part := _SHARD.fullmatch(name))]
     if parts and len(set(parts)) == 1:
         (stem, n), *_ = parts
-        missing = [
-            name for i in range(int(n)) if (name := f"{stem}-{i + 1:05}-of-{n}.safetensors") not in files
-        ]
-        if missing:
-            raise CheckpointError(
-                f"{len(missing)} shard(s) are not there: {some(missing)}",
-                where=where,
-                fix=f"download them and {index_name(stem)}",
-            )
+        due = [f"{stem}-{i + 1:05}-of-{n}.safetensors" for i in range(int(n))]
+        if missing := [name for name in due if name not in files]:
+            what = f"{len(missing)} shard(s) are not there: {some(missing)}"
+            raise CheckpointError(what, where=where, fix=f"download them and {index_name(stem)}")
         if len(parts) == len(singles):
             note = f"there is no index: it is derived from the shards' headers, and OUT gets it: {index_name(stem)}"
             return Weights(tuple(singles), stem, note=note)

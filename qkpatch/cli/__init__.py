@@ -16,6 +16,7 @@ from qkpatch.cli.commands.apply import apply
 from qkpatch.cli.commands.card import card
 from qkpatch.cli.commands.diff import diff
 from qkpatch.cli.commands.doctor import doctor
+from qkpatch.cli.commands.evaluate import evaluate, tune
 from qkpatch.cli.commands.inspect import inspect
 from qkpatch.cli.commands.lora import lora
 from qkpatch.cli.commands.plan import plan
@@ -75,7 +76,7 @@ def root(
         raise typer.Exit()
 
 
-for _command in (apply, plan, inspect, lora, sweep, verify, diff, recipes, card, doctor):
+for _command in (apply, plan, inspect, lora, sweep, verify, diff, recipes, card, evaluate, tune, doctor):
     app.command()(_command)
 
 

@@ -40,7 +40,7 @@ def command(function: Command) -> Command:
         with unwinding_on_kill():
             try:
                 with machine_errors():
-                    function(**gathered(kwargs))
+                    function(**gathered({**kwargs}))
             except (KeyboardInterrupt, Terminated) as end:
                 number = end.number if isinstance(end, Terminated) else signal.SIGINT
                 what = "Interrupted" if number == signal.SIGINT else "Terminated"
@@ -71,6 +71,7 @@ def command(function: Command) -> Command:
 
 
 def _going_on() -> str:
-    """This very command, taking over what it left."""
+    """This very command, taking over what it left; only ``apply`` has to be told."""
     command, *rest = sys.argv[1:] or ["apply"]
-    return shlex.join(["qkpatch", command, *(() if "--resume" in rest else ("--resume",)), *rest])
+    is_told = "--resume" in rest or command in ("evaluate", "tune")
+    return shlex.join(["qkpatch", command, *(() if is_told else ("--resume",)), *rest])

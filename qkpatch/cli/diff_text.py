@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.common.number_ranges import some
 from qkpatch.common.text import cut, wrapped
-from qkpatch.compare.diff_types import Difference, Files, TensorDifference, Uncompared
+from qkpatch.compare.diff_types import Difference, FileDifference, Files, TensorDifference, Uncompared
 from qkpatch.errors import plain
 
 if TYPE_CHECKING:
@@ -22,44 +22,40 @@ _CUT = "and {} more; --json lists all"
 def text(result: Difference, a: str, b: str, width: int) -> str:
     """The difference between the checkpoints that the user calls ``a`` and ``b``, for ``width`` columns."""
     lines = [f"A  {a}", f"B  {b}", _summary(result)]
-    lines += _section(
-        "Compared under A's names", [f"{r.a} is {r.b} in B: {r.tensors} tensor(s)" for r in result.renamed]
-    )
+    renamed = [f"{r.a} is {r.b} in B: {r.tensors} tensor(s)" for r in result.renamed]
+    lines += _section("Compared under A's names", renamed)
     if result.changed:
         lines += ["", "Changed", *_table(result.changed, width), *_histograms(result.changed)]
-    lines += _section("Of another dtype or shape", [_retyped(d) for d in result.retyped])
-    lines += _section("Only in A", [_stored(ref) for ref in result.only_in_a])
-    lines += _section("Only in B", [_stored(ref) for ref in result.only_in_b])
-    lines += _section(
-        "__metadata__", [f"{m.key}: {_values(m.a)}, {_values(m.b)} in B" for m in result.metadata]
-    )
-    if result.files is not None:
-        lines += _files(result.files)
+    metadata = [f"{m.key}: {_values(m.a)}, {_values(m.b)} in B" for m in result.metadata]
+    sections: dict[str, Sequence[str]] = {
+        "Of another dtype or shape": [_retyped(d) for d in result.retyped],
+        "Only in A": [_stored(ref) for ref in result.only_in_a],
+        "Only in B": [_stored(ref) for ref in result.only_in_b],
+        "__metadata__": metadata,
+    }
+    if (files := result.files) is not None:
+        sections |= {
+            "Files changed": [_file(file) for file in files.changed],
+            "Files only in A": files.only_in_a,
+            "Files only in B": files.only_in_b,
+        }
+    for title, items in sections.items():
+        lines += _section(title, items)
     lines += ["", *_remarks(result)]
     return "\n".join(wrapped(line, width) for line in lines).rstrip() + "\n"
 
 
 def _summary(result: Difference) -> str:
-    tensors = _told(
-        (len(result.changed), "changed"),
-        (len(result.retyped), "of another dtype or shape"),
-        (len(result.only_in_a), "only in A"),
-        (len(result.only_in_b), "only in B"),
-    )
-    facts = [_joined(f"{result.equal_tensors} tensor(s) equal", tensors)]
-    if result.files is not None:
-        files = result.files
-        others = _told(
-            (len(files.changed), "changed"),
-            (len(files.only_in_a), "only in A"),
-            (len(files.only_in_b), "only in B"),
-        )
-        facts.append(_joined(f"{files.equal} other file(s) equal", others))
+    files, retyped = result.files, (len(result.retyped), "of another dtype or shape")
+    facts = [_counted(result.equal_tensors, "tensor(s)", result, retyped)]
+    facts += [] if files is None else [_counted(files.equal, "other file(s)", files)]
     return f"{'Equal' if result.equal else 'Different'}: {'; '.join(facts)}"
 
 
-def _joined(*facts: str) -> str:
-    return ", ".join(filter(None, facts))
+def _counted(equal: int, what: str, found: Difference | Files, *also: tuple[int, str]) -> str:
+    only = (len(found.only_in_a), "only in A"), (len(found.only_in_b), "only in B")
+    told = _told((len(found.changed), "changed"), *also, *only)
+    return ", ".join(filter(None, (f"{equal} {what} equal", told)))
 
 
 def _table(changed: Sequence[TensorDifference], width: int) -> list[str]:
@@ -86,8 +82,7 @@ def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 def _cells(d: TensorDifference) -> tuple[str, ...]:
     change = d.change
-    if change is None:
-        raise AssertionError(f"{d.name} is listed as changed without a change")
+    assert change is not None  # what is listed as changed
     if change.elements is None:
         differ = f"{change.n_bytes} B {_share(change.n_bytes or 0, d.a.nbytes)}"
     else:
@@ -98,11 +93,11 @@ def _cells(d: TensorDifference) -> tuple[str, ...]:
     return (
         d.a.dtype,
         differ,
-        f"{values.largest:.3g}",
-        f"{values.distance:.3g}",
+        f"{values.max_abs:.3g}",
+        f"{values.frobenius:.3g}",
         _relative(values),
         "-" if values.median_bucket is None else _range(values.median_bucket),
-        f"{values.most_ulps:.3g}" if values.most_ulps >= 10**7 else f"{values.most_ulps}",
+        f"{values.max_ulps:.3g}" if values.max_ulps >= 10**7 else f"{values.max_ulps}",
     )
 
 
@@ -144,7 +139,7 @@ def _histograms(changed: Iterable[TensorDifference]) -> list[str]:
     found: dict[str, list[Bucket]] = {}
     for d in changed:
         values = None if d.change is None else d.change.values
-        if values is not None and values.values:
+        if values is not None and values.differing:
             found.setdefault(d.a.dtype, []).extend(values.buckets or ())
     lines = []
     for dtype, buckets in found.items():
@@ -152,9 +147,7 @@ def _histograms(changed: Iterable[TensorDifference]) -> list[str]:
         counts: dict[str, int] = {}
         for bucket in sorted(buckets, key=lambda bucket: bucket.first):
             counts[_range(bucket)] = counts.get(_range(bucket), 0) + bucket.count
-        shares = [
-            f"{ulps}: {_share(count, total)}" for ulps, count in counts.items() if count >= total / 1000
-        ]
+        shares = [f"{ulps}: {_share(n, total)}" for ulps, n in counts.items() if n >= total / 1000]
         few = ["others <0.1% each"] if len(shares) < len(counts) else []
         lines.append(f"  {dtype} moved by ULPs  {', '.join(shares + few)}")
     return lines
@@ -173,7 +166,7 @@ def _retyped(d: TensorDifference) -> str:
     if d.change.elements == 0:
         return f"{kinds}; equal in value"
     values = d.change.values
-    figures = f"{values.values} values differ, max |Δ| {values.largest:.3g}, ‖Δ‖/‖A‖ {_relative(values)}"
+    figures = f"{values.differing} values differ, max |Δ| {values.max_abs:.3g}, ‖Δ‖/‖A‖ {_relative(values)}"
     return "; ".join(filter(None, (kinds, figures, _specials(d.change))))
 
 
@@ -185,16 +178,9 @@ def _values(values: Sequence[str | None]) -> str:
     return " or ".join("none" if value is None else repr(cut(value, 60)) for value in values) or "none"
 
 
-def _files(files: Files) -> list[str]:
-    changed = [
-        f"{f.name}: {f.size_a} bytes, {'as many' if f.size_a == f.size_b else f.size_b} in B, first at byte {f.first}"
-        for f in files.changed
-    ]
-    return [
-        *_section("Files changed", changed),
-        *_section("Files only in A", files.only_in_a),
-        *_section("Files only in B", files.only_in_b),
-    ]
+def _file(f: FileDifference) -> str:
+    size_b = "as many" if f.size_a == f.size_b else f.size_b
+    return f"{f.name}: {f.size_a} bytes, {size_b} in B, first at byte {f.first}"
 
 
 def _section(title: str, items: Sequence[str]) -> list[str]:

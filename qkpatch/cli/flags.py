@@ -6,7 +6,7 @@ import inspect
 import os
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args, get_type_hints
 
@@ -71,12 +71,8 @@ PrefixOpt = Annotated[
     ),
 ]
 ConfigOpt = Annotated[
-    Path | None, typer.Option(help="As a YAML file; flags win, not over its edits.", metavar="EDIT.yaml")
-]
-DeviceOpt = Annotated[str, typer.Option(help="cpu, cuda, cuda:i, or auto: cuda where there is one.")]
-ThreadsOpt = Annotated[
-    int | None,
-    typer.Option(help="Heads that are computed side by side.", show_default="processors, within 450 MiB"),
+    Path | None,
+    typer.Option(help="The settings as a YAML file; flags win, not over its edits.", metavar="EDIT.yaml"),
 ]
 ShardOpt = Annotated[
     str | None,
@@ -107,26 +103,6 @@ LinkCacheOpt = Annotated[bool, typer.Option("--link-cache", help="The same, even
 ResumeOpt = Annotated[
     bool, typer.Option("--resume", help="Keep what is done where the run ends early, and take it over.")
 ]
-PushOpt = Annotated[
-    str | None,
-    typer.Option("--push", metavar="ORG/NAME", help="Publish OUT there, in one commit.", show_default=False),
-]
-PrivateOpt = Annotated[bool, typer.Option("--private", help="With --push: a new repository is private.")]
-CreatePrOpt = Annotated[
-    bool, typer.Option("--create-pr", help="With --push: a pull request instead of a commit.")
-]
-IncludeOpt = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--include",
-        metavar="NAME",
-        help="With --push: also this file, or glob, that SOURCE has by a link to elsewhere; repeatable.",
-        show_default=False,
-    ),
-]
-IncludeHiddenOpt = Annotated[
-    bool, typer.Option("--include-hidden", help="With --push: also files that are private by name.")
-]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 CsvOpt = Annotated[bool, typer.Option("--csv", help="Print the result as a table for programs.")]
 MarkdownOpt = Annotated[
@@ -147,6 +123,16 @@ def _named(text: str) -> Path:
     return Path(text)
 
 
+OutOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        "-o",
+        help="Directory to write.",
+        show_default="SOURCE's name, qkpatch, a hash of the edit",
+        callback=expanded,
+    ),
+]
 OutArg = Annotated[
     Path, typer.Argument(metavar="OUT", help="What `apply` wrote.", show_default=False, parser=_named)
 ]
@@ -200,8 +186,11 @@ class EditFlags:
 class RunFlags:
     """Where heads are computed."""
 
-    device: DeviceOpt = "cpu"
-    threads: ThreadsOpt = None
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:i, or auto: cuda where there is one.")] = "cpu"
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Heads that are computed side by side.", show_default="processors, within 450 MiB"),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -220,11 +209,27 @@ class WriteFlags:
 class PushFlags:
     """What is published, and where."""
 
-    push: PushOpt = None
-    private: PrivateOpt = False
-    create_pr: CreatePrOpt = False
-    include: IncludeOpt = None
-    include_hidden: IncludeHiddenOpt = False
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="ORG/NAME", help="Publish OUT there, in one commit.", show_default=False),
+    ] = None
+    private: Annotated[bool, typer.Option("--private", help="With --push: a new repository is private.")] = (
+        False
+    )
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="With --push: a pull request instead of a commit.")
+    ] = False
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="With --push: also this file, or glob, that SOURCE has by a link to elsewhere; repeatable.",
+            show_default=False,
+        ),
+    ] = None
+    include_hidden: Annotated[
+        bool, typer.Option("--include-hidden", help="With --push: also files that are private by name.")
+    ] = False
 
 
 @dataclass(frozen=True)
@@ -239,6 +244,12 @@ class ShowFlags:
     def is_bare(self) -> bool:
         """Whether nothing is drawn for people."""
         return self.as_json or self.quiet
+
+
+def _with_help(hint: Any, field: Field[Any]) -> Any:
+    """The hint of a field that says itself what it is for."""
+    name, text = f"--{field.name.replace('_', '-')}", field.metadata.get("help")
+    return hint if text is None else Annotated[hint, typer.Option(name, help=text)]
 
 
 def _drawn(hint: Any, panel: str | None) -> Any:
@@ -269,24 +280,22 @@ def spread(
         groups[parameter.name] = cast("type[Any]", hint)
         panel = groups[parameter.name].__name__.removesuffix("Flags")
         inner = get_type_hints(hint, include_extras=True)
+        kind = inspect.Parameter.KEYWORD_ONLY
         shown += [
             inspect.Parameter(
                 field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=field.default,
-                annotation=_drawn(inner[field.name], panel),
+                kind,
+                default=inspect.Parameter.empty if field.default is MISSING else field.default,
+                annotation=_drawn(_with_help(inner[field.name], field), panel),
             )
             for field in fields(hint)
         ]
 
     def gathered(given: dict[str, Any]) -> dict[str, Any]:
-        given = dict(given)
-        made = {
-            name: group(
-                **{field.name: given.pop(field.name) for field in fields(group) if field.name in given}
-            )
-            for name, group in groups.items()
-        }
+        made = {}
+        for name, group in groups.items():
+            said = {field.name: given.pop(field.name) for field in fields(group) if field.name in given}
+            made[name] = group(**said)
         return {**given, **made}
 
     return inspect.Signature(shown), gathered

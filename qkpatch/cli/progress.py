@@ -40,13 +40,13 @@ class _Bars:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
 
-    def begins(self, what: str, n_bytes: int, n_heads: int) -> None:
+    def begins(self, what: str, n_bytes: int, n_heads: int, of: str = "heads") -> None:
         """Bars of another part of the work, in place of those of the one before; none for what has bars of its own."""
         for task in self._progress.task_ids:
             self._progress.remove_task(task)
         add = self._progress.add_task
         self._bytes = add(f"{what} {size_text(n_bytes)}", total=n_bytes, visible=n_bytes > 0, unit="B")
-        self._heads = add(f"{n_heads} heads", total=n_heads, visible=n_heads > 0, unit="heads")
+        self._heads = add(f"{n_heads} {of}", total=n_heads, visible=n_heads > 0, unit=of)
         if n_bytes or n_heads:
             self._progress.start()
         else:
@@ -68,9 +68,9 @@ class _Lines:
         self._lock = Lock()
         self.begins("", 0, 0)
 
-    def begins(self, what: str, n_bytes: int, n_heads: int) -> None:
+    def begins(self, what: str, n_bytes: int, n_heads: int, of: str = "heads") -> None:
         """Another part of the work."""
-        self._what, self._wanted, self._done = what, (n_bytes, n_heads), [0, 0]
+        self._what, self._of, self._wanted, self._done = what, of, (n_bytes, n_heads), [0, 0]
         self._began = self._told = time.monotonic()
 
     def copied(self, n_bytes: int) -> None:
@@ -92,7 +92,7 @@ class _Lines:
         gone, share = now - self._began, min(shares, default=0.0)
         left = gone / share - gone if share else None
         n_bytes = f"{size_text(self._done[0])} of {size_text(self._wanted[0])}" if self._wanted[0] else ""
-        n_heads = f"{self._done[1]} of {self._wanted[1]} heads" if self._wanted[1] else ""
+        n_heads = f"{self._done[1]} of {self._wanted[1]} {self._of}" if self._wanted[1] else ""
         note(
             f"{self._what}: {', '.join(filter(None, (n_bytes, n_heads)))}, {_clock(gone)} gone, {_clock(left)} left"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from qkpatch.errors import plain
 
 if TYPE_CHECKING:
     from qkpatch.compare.verify import Verification
+    from qkpatch.evaluation.bench import Evaluation
     from qkpatch.model.model import Model
     from qkpatch.patching.spectra import LayerSpectra
     from qkpatch.planning.manifest import Manifest
@@ -32,16 +33,8 @@ if TYPE_CHECKING:
     from qkpatch.sweeps.record import Sweep
 
 
-def show_plan(plan: EditPlan, free_disk: int | None, memory: int, threads: int, *, is_markdown: bool) -> None:
-    """Print a plan: what is edited, where, and what it costs.
-
-    Args:
-        plan: the plan.
-        free_disk: bytes that are free where OUT will be, where that is known.
-        memory: expected peak of resident memory in bytes.
-        threads: heads that are computed side by side.
-        is_markdown: whether as a block of Markdown, warnings in it.
-    """
+def show_plan(plan: EditPlan, costs: Mapping[str, int], *, is_markdown: bool) -> None:
+    """Print a plan: what is edited, where, and what it costs; as a block of Markdown, with warnings in it."""
     title = f"qkpatch plan {plan.model.source.name}"
     with markdown_results(title) if is_markdown else results() as console:
         for warning in plan.warnings if is_markdown else ():
@@ -70,24 +63,18 @@ def show_plan(plan: EditPlan, free_disk: int | None, memory: int, threads: int, 
             f"{len(plan.edits)} tensor(s) in {dtypes}, {len(plan.edits) * len(plan.settings.heads)} head(s), "
             f"{size_text(plan.edited_bytes)} rewritten in {len(plan.edits_by_file)} of {n_files} file(s)"
         )
+        free = size_text(costs["free_disk_bytes"]) if "free_disk_bytes" in costs else "unknown"
+        memory, threads = size_text(costs["expected_peak_memory_bytes"]), costs["threads"]
         console.print(
-            f"OUT {size_text(plan.output_bytes)}, "
-            f"free disk {'unknown' if free_disk is None else size_text(free_disk)}, "
-            f"expected peak memory {size_text(memory)} ({threads} thread(s))"
+            f"OUT {size_text(plan.output_bytes)}, free disk {free}, expected peak memory {memory} "
+            f"({threads} thread(s))"
         )
         if plan.is_done:
             console.print("OUT is that already, as its manifest records: nothing would be written")
 
 
-def show_applied(plan: EditPlan, manifest: Manifest, source: str, out: Path) -> None:
-    """Print what was done, layer by layer, and how to prove it.
-
-    Args:
-        plan: what was planned.
-        manifest: what was done.
-        source: SOURCE, as the user wrote it.
-        out: OUT.
-    """
+def show_applied(plan: EditPlan, manifest: Manifest, out: Path) -> None:
+    """Print what was done, layer by layer, and how to prove it."""
     with results() as console:
         _heading(console, plan)
         table = _table("layer", "heads", "‖ΔW_Q‖/‖W_Q‖ mean", "max", "‖M‖ after/before", "gap min")
@@ -112,7 +99,7 @@ def show_applied(plan: EditPlan, manifest: Manifest, source: str, out: Path) -> 
                 f"{mean(changes):.4f}",
                 f"{max(changes):.4f}",
                 f"{mean(norms):.4f}" if norms else "-",
-                f"{min(gaps):.2g}" if gaps else "-",
+                _least(gaps),
                 *([format_ranges(sorted(counts))] if by_energy else []),
                 *([f"{mean(shares):.3f}" if shares else "-"] if has_shares else []),
                 *([f"{mean(head.rounding_error for head in edit.heads):.3f}"] if is_coarse else []),
@@ -122,16 +109,15 @@ def show_applied(plan: EditPlan, manifest: Manifest, source: str, out: Path) -> 
         n_of = Counter(file.action for file in manifest.files)
         anew = f", {n_of['resharded']} written anew" if n_of["resharded"] else ""
         run = manifest.run
-        what = (
-            "Already done, as its manifest records; nothing was written to" if run.already_done else "Wrote"
-        )
+        done = "Already done, as its manifest records; nothing was written to"
+        what = done if run.already_done else "Wrote"
         resumed = (run.copied_by or {}).get("resumed")
         taken_over = f"; {resumed} of these files taken over from the run before" if resumed else ""
         console.print(
             f"{what} {safe(str(out))}: {len(manifest.edits)} tensor(s) edited in {n_of['patched']} file(s), "
             f"{n_of['copied']} file(s) copied{anew}, {size_text(plan.output_bytes)}{taken_over}"
         )
-        command = verify_command(str(out), source, plan.model.recipe_file)
+        command = verify_command(str(out), plan.model.source.text, plan.model.recipe_file)
         console.print(f"Prove it with: {plain(command)}", soft_wrap=True, markup=False)
 
 
@@ -203,15 +189,17 @@ def show_spectra(model: Model, settings: EditSettings, sides: Sequence[Side], *,
         console.print(table)
         console.print(
             f"Means over heads. Energy: share of ‖M‖². Symmetric share 0.5: both halves weigh the same. "
-            f"Gap: (s_{modes} − s_{modes + 1}) / s_{modes}.",
+            f"Gap: {'(s_r − s_r+1) / s_r' if by_energy else f'(s_{modes} − s_{modes + 1}) / s_{modes}'}.",
             style="dim",
         )
         few = [(layer, head) for layer in sides[0].layers for head in layer.heads][: _DRAWN + 1]
         for layer, head in few if len(few) <= _DRAWN else ():
             console.print(f"Layer {layer.layer}, head {head.head}: singular values")
-            for line in draw_spectrum(head, modes, console.width, is_ascii=_is_ascii(console)):
+            for line in draw_spectrum(head, head.modes or modes, console.width, is_ascii=_is_ascii(console)):
                 console.print(line, highlight=False, markup=False)
-        for remark in remarks(sides[0].layers, modes):
+        for remark in (
+            () if by_energy else remarks(sides[0].layers, modes)
+        ):  # which are of one cut for all heads
             console.print(f"[yellow]Note:[/] {remark}", soft_wrap=True)
 
 
@@ -257,10 +245,8 @@ def show_publication(publication: Publication) -> None:
     kind = "Pull request to" if repository.create_pr else "Commit to"
     private = " (private)" if repository.private else ""
     with results() as console:
-        console.print(
-            f"{kind} [bold]{safe(repository.name)}[/]{private}: {safe(publication.summary)}",
-            soft_wrap=True,
-        )
+        where = f"[bold]{safe(repository.name)}[/]{private}"
+        console.print(f"{kind} {where}: {safe(publication.summary)}", soft_wrap=True)
         table = _table("action", "size", "file")
         for step in publication.steps:
             how = f"copy from {base.repo}@{base.commit[:12]}" if step.is_copy and base else "upload"
@@ -298,24 +284,41 @@ def _arithmetic(result: Verification) -> str:
     return said + f"{done.differing_values} number(s) differ by what another stack may make of them"
 
 
+def _least(gaps: Sequence[float]) -> str:
+    return f"{min(gaps):.2g}" if gaps else "-"
+
+
+def show_evaluation(result: Evaluation) -> None:
+    """Print the figures of one model, or of each pair with what chance and stopping earlier could do."""
+    with results() as console:
+        console.print(f"{len(result.task.pictures.present)} pictures")
+        if not result.comparisons:
+            table = _table("figure", "value")
+            for name, value in result.to_json()["sides"][0]["figures"].items():
+                table.add_row(name, f"{value:.4f}")
+            console.print(table)
+        for one in result.comparisons:
+            model, base = (safe(result.sides[i].label) for i in (one.model, one.base))
+            console.print(f"[bold]{model}[/] against [bold]{base}[/]", soft_wrap=True)
+            table = _table("figure", "base", "model", "difference", "95 % interval", "p", "detectable")
+            for name, figure in one.figures.items():
+                d = figure.difference
+                cells = (figure.base, figure.model), (d.p, figure.smallest_detectable)
+                left, right = ([f"{x:.4f}" for x in some] for some in cells)
+                table.add_row(name, *left, f"{d.estimate:+.4f}", f"{d.low:+.4f} to {d.high:+.4f}", *right)
+            console.print(table)
+            tests = (f"{name} {t.only_base} : {t.only_model}, p {t.p:.4f}" for name, t in one.mcnemar.items())
+            console.print(f"McNemar, base alone : model alone: {'; '.join(tests)}", soft_wrap=True)
+            kept = (f"{name} {value:.4f}" for name, value in one.kept.items())
+            console.print(f"Kept: {', '.join(kept)}", soft_wrap=True)
+        for line in result.verdict:
+            console.print(line, soft_wrap=True)
+
+
 def _table(*columns: str) -> Table:
     """Plain columns, no frame: fits 80 characters, survives copying; numbers to the right, names folded, not cut."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        is_text = column.startswith(
-            (
-                "recipe",
-                "rows",
-                "default",
-                "tested",
-                "dtype",
-                "shard",
-                "key",
-                "attention",
-                "action",
-                "file",
-                "variant",
-            )
-        )
+        is_text = column.startswith(("shard", "key", "attention", "action", "file", "figure", "variant"))
         table.add_column(column, justify="left" if is_text else "right", overflow="fold")
     return table

@@ -56,17 +56,14 @@ def as_numbers(given: Numbers, what: str) -> tuple[int, ...]:
     """
     if isinstance(given, str):
         return parse_ranges(given, what)
+    several = given if isinstance(given, Iterable) else [given]
     try:
-        numbers = [-1 if n is True or n is False else index(n) for n in _several(given)]
+        numbers = [-1 if n is True or n is False else index(n) for n in several]
     except TypeError:
         numbers = [-1]
     if not numbers or min(numbers) < 0 or len(numbers) > _MOST:
         raise UsageError(f"{given!r:.80} is no list of numbers from 0 on", where=what)
     return parse_ranges(",".join(map(str, numbers)), what)
-
-
-def _several(given: int | Iterable[int]) -> Iterable[int]:
-    return given if isinstance(given, Iterable) else [given]
 
 
 def format_ranges(numbers: Sequence[int]) -> str:

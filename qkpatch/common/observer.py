@@ -8,8 +8,8 @@ from typing import Protocol
 class Observer(Protocol):
     """Hears of progress, from any thread; whoever shows it decides how."""
 
-    def begins(self, what: str, n_bytes: int, n_heads: int) -> None:
-        """A part of the work begins: ``n_bytes`` will be copied or compared and ``n_heads`` edited."""
+    def begins(self, what: str, n_bytes: int, n_heads: int, of: str = "heads") -> None:
+        """A part of the work begins: ``n_bytes`` will be copied or compared and ``n_heads`` (or others) done."""
         return
 
     def copied(self, n_bytes: int) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
-from functools import cache, partial
-from itertools import count, repeat
+from functools import cache
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -16,16 +15,6 @@ from qkpatch.common.json_text import Json
 FURTHER = "further"
 # What marks a field that is no key in JSON where it is None: ``field(default=None, metadata=LEFT_OUT)``.
 LEFT_OUT = {"left_out": True}
-
-_Read = Callable[[Json], Any]
-
-
-class _WrongError(ValueError):
-    """What is wrong with a value, and the steps that lead to it, the last one first."""
-
-    def __str__(self) -> str:
-        what, *steps = self.args
-        return f"${''.join(reversed(steps))}: {what}"
 
 
 def as_json(value: Any) -> Json:
@@ -41,85 +30,75 @@ def as_json(value: Any) -> Json:
     return value.value if isinstance(value, Enum) else value
 
 
-def from_json(kind: Any, value: Json) -> Any:
+def from_json(kind: Any, value: Json, path: str = "$") -> Any:
     """``value`` as a ``kind``: a dataclass, or a type hint in one. An int counts as float, and stays as it is written.
 
     Raises:
         ValueError: another type, a key that is missing or unknown, and where: ``$.edit.modes: expected int, got str``.
     """
-    return _reader(kind)[1](value)
+    if kind is Any:
+        return value
+    if isinstance(kind, UnionType):
+        kind = _choices(kind).get(type(value), get_args(kind)[0])
+    shape = _shape(kind)
+    is_whole = shape is float and type(value) is int and abs(value) < 2**1023
+    if type(value) is not shape and not is_whole:
+        raise ValueError(f"{path}: expected {shape.__name__}, got {type(value).__name__}")
+    if shape is kind:
+        return value
+    if shape is list:
+        return _read_items(get_args(kind), value, path)
+    if is_dataclass(kind):
+        return _read_fields(kind, value, path)
+    if shape is dict:
+        return {key: from_json(get_args(kind)[1], item, f"{path}.{key}") for key, item in value.items()}
+    if value not in (known := [item.value for item in kind]):
+        raise ValueError(f"{path}: {value!r} is not one of {', '.join(known)}")
+    return kind(value)
+
+
+# Kept, as below: records come by the hundred thousand.
+@cache
+def _choices(kind: Any) -> dict[Any, Any]:
+    return {_shape(one): one for one in reversed(get_args(kind))}
 
 
 @cache
-def _reader(kind: Any) -> tuple[Any, _Read]:
-    """What JSON has for a ``kind``, and what reads it. Made once: records come by the hundred thousand."""
-    origin, args = get_origin(kind), get_args(kind)
-    shape, read = kind, None
-    if isinstance(kind, UnionType):
-        (_, first), of_type = _reader(args[0]), dict(map(_reader, reversed(args)))
-        return None, lambda value: of_type.get(type(value), first)(value)
-    if kind is Any:
-        return None, lambda value: value
-    if is_dataclass(kind):
-        shape, read = dict, _fields_reader(kind)
-    elif origin is Mapping:
-        shape, read = dict, partial(_read_values, _reader(args[1])[1])
-    elif origin is tuple:
-        shape, read = list, partial(_read_items, args, [_reader(one)[1] for one in args if one is not ...])
-    elif issubclass(kind, Enum):
-        shape, read = str, partial(_read_member, {item.value: item for item in kind})
-
-    def checked(value: Json) -> Any:
-        is_whole = shape is float and type(value) is int and abs(value) < 2**1023
-        if type(value) is not shape and not is_whole:
-            raise _WrongError(f"expected {shape.__name__}, got {type(value).__name__}")
-        return value if read is None else read(value)
-
-    return shape, checked
+def _shape(kind: Any) -> Any:
+    """What JSON has for a ``kind``."""
+    if is_dataclass(kind) or get_origin(kind) is Mapping:
+        return dict
+    if get_origin(kind) is tuple:
+        return list
+    return str if issubclass(kind, Enum) else kind
 
 
-def _each(parts: Iterable[tuple[str | int, _Read, Json]]) -> Iterator[Any]:
-    for place, read, value in parts:
-        try:
-            yield read(value)
-        except _WrongError as error:
-            error.args += (f"[{place}]" if isinstance(place, int) else f".{place}",)
-            raise
-
-
-def _fields_reader(kind: Any) -> _Read:
+@cache
+def _fields(kind: Any) -> list[tuple[str, Any, bool]]:
+    """Name, type, and whether it must be there."""
     hints = get_type_hints(kind)
-    known = {f.name: _reader(hints[f.name])[1] for f in fields(kind) if f.name != FURTHER}
-    needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
-
-    def read(value: dict[str, Json]) -> Any:
-        there = [name for name in known if name in value]
-        made = dict(zip(there, _each((name, known[name], value[name]) for name in there), strict=True))
-        if missing := [name for name in needed if name not in made]:
-            raise _WrongError("missing", f".{missing[0]}")
-        rest = {} if len(made) == len(value) else {key: value[key] for key in value if key not in made}
-        if rest and FURTHER not in hints:
-            raise _WrongError("unknown key", f".{min(rest)}")
-        return kind(**made, **({FURTHER: rest} if rest else {}))
-
-    return read
+    is_needed = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(kind)}
+    return [(name, hints[name], needed) for name, needed in is_needed.items() if name != FURTHER]
 
 
-def _read_values(read: _Read, value: dict[str, Json]) -> dict[str, Any]:
-    return dict(zip(value, _each((key, read, item) for key, item in value.items()), strict=True))
+def _read_fields(kind: Any, value: dict[str, Json], path: str) -> Any:
+    rest, made = dict(value), {}
+    for name, hint, is_needed in _fields(kind):
+        if name in rest:
+            made[name] = from_json(hint, rest.pop(name), f"{path}.{name}")
+        elif is_needed:
+            raise ValueError(f"{path}.{name}: missing")
+    if rest and FURTHER not in {f.name for f in fields(kind)}:
+        raise ValueError(f"{path}.{min(rest)}: unknown key")
+    return kind(**made, **({FURTHER: rest} if rest else {}))
 
 
-def _read_items(kinds: tuple[Any, ...], readers: Iterable[_Read], items: list[Json]) -> tuple[Any, ...]:
+def _read_items(kinds: tuple[Any, ...], items: list[Json], path: str) -> tuple[Any, ...]:
     if kinds[-1] is ...:
+        # Figures come by the hundred thousand.
         if all(type(item) is kinds[0] for item in items):
             return tuple(items)
-        readers = repeat(*readers)
-    elif len(kinds) != len(items):
-        raise _WrongError(f"expected {len(kinds)} items, got {len(items)}")
-    return tuple(_each(zip(count(), readers, items, strict=False)))
-
-
-def _read_member(known: Mapping[str, Enum], value: str) -> Enum:
-    if value not in known:
-        raise _WrongError(f"{value!r} is not one of {', '.join(known)}")
-    return known[value]
+        kinds = kinds[:1] * len(items)
+    if len(kinds) != len(items):
+        raise ValueError(f"{path}: expected {len(kinds)} items, got {len(items)}")
+    return tuple(from_json(kinds[i], item, f"{path}[{i}]") for i, item in enumerate(items))

@@ -20,6 +20,8 @@ from qkpatch.checkpoint.tree import LocalFile
 from qkpatch.output.layout import Output, OutputFile
 from qkpatch.planning.plan import EditPlan
 
+_DIFFERS = "differs outside the planned rows"
+
 
 @dataclass(frozen=True)
 class Mismatch:
@@ -30,11 +32,7 @@ class Mismatch:
 
 
 def side_by_side(
-    wanted: OutputFile,
-    present: Present,
-    planned: list[tuple[int, int]],
-    source: Stored,
-    progress: Progress,
+    wanted: OutputFile, present: Present, planned: list[tuple[int, int]], source: Stored, progress: Progress
 ) -> Iterator[Mismatch]:
     """The first byte of a file outside ``planned`` that is neither our own header's nor SOURCE's, where that is local.
 
@@ -63,9 +61,7 @@ def side_by_side(
                     n_equal = reader.first_difference(theirs, ours, progress)
                     if n_equal is not None:
                         where = f"{extent.at + n_equal}{_place(source, file.name, extent.begin + n_equal)}"
-                        yield Mismatch(
-                            wanted.name, f"differs outside the planned rows, first at byte {where}"
-                        )
+                        yield Mismatch(wanted.name, f"{_DIFFERS}, first at byte {where}")
                         return
         progress(len(wanted.own) + sum(end - begin for begin, end in planned))
 
@@ -118,7 +114,7 @@ class Listing:
                 names = sorted({piece.name for piece in held})
                 more = "" if len(names) == 1 else f" (and {len(names) - 1} more)"
                 what = f"it is not {file.where} as the Hub lists it, by its digest"
-                yield Mismatch(names[0], f"differs outside the planned rows: {what}{more}")
+                yield Mismatch(names[0], f"{_DIFFERS}: {what}{more}")
 
     @contextmanager
     def open(self, name: str, ranges: Sequence[tuple[int, int]] = ()) -> Iterator[OpenFile]:
@@ -146,13 +142,10 @@ class Listing:
 def _place(source: Stored, shard: str, offset: int) -> str:
     """What lies at an offset of a file of SOURCE."""
     header = source.headers.get(shard)
-    if header is not None:
-        if offset < header.data_start:
-            return ", in its header"
-        for ref in header.tensors.values():
-            if ref.begin <= offset < ref.end:
-                return f", in {ref.name}"
-    return ""
+    if header is not None and offset < header.data_start:
+        return ", in its header"
+    refs = () if header is None else header.tensors.values()
+    return next((f", in {ref.name}" for ref in refs if ref.begin <= offset < ref.end), "")
 
 
 def library_verdict(wanted: OutputFile, present: Present) -> Iterator[Mismatch]:

@@ -14,7 +14,7 @@ from qkpatch.checkpoint.files import Progress
 from qkpatch.checkpoint.header import Header, TensorRef
 from qkpatch.checkpoint.names import BOOKKEEPING
 from qkpatch.checkpoint.pairs import Reader, Span
-from qkpatch.checkpoint.source import MANIFEST_NAME, Stored
+from qkpatch.checkpoint.source import MANIFEST_NAME, Stored, open_stored
 from qkpatch.checkpoint.tree import SourceFile
 from qkpatch.common.interrupts import import_torch
 from qkpatch.common.observer import Observer
@@ -29,19 +29,22 @@ from qkpatch.compare.diff_types import (
     natural,
 )
 from qkpatch.compare.renaming import spelled_as
+from qkpatch.model.locate import Source
 
 if TYPE_CHECKING:
     from qkpatch.compare.values import Change
 
 _T = TypeVar("_T")
+_Pair = tuple[TensorRef, TensorRef]
 
 # The formats that are compared by value where dtypes differ; ``spectral.change`` knows them, but is torch.
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 
 
-def compare(a: Stored, b: Stored, observer: Observer) -> Difference:
+def compare(source_a: Source, source_b: Source, observer: Observer) -> Difference:
     """As :func:`difference`, of tensors under A's names where B spells them with other prefixes."""
-    b, renamed = spelled_as(a, b)
+    a = open_stored(source_a.place)
+    b, renamed = spelled_as(a, open_stored(source_b.place))
     observer.begins("compare", bytes_to_compare(a, b), 0)
     return replace(difference(a, b, observer.copied), renamed=renamed)
 
@@ -63,9 +66,8 @@ def difference(a: Stored, b: Stored, progress: Progress) -> Difference:
     """
     reader = Reader()
     differing: dict[str, TensorDifference] = {}
-    for pairs in _by_shards(_common(a.tensors, b.tensors)):
-        file_a, file_b = a.files[pairs[0][0].shard], b.files[pairs[0][1].shard]
-        with file_a.open() as opened_a, file_b.open() as opened_b:
+    for (shard_a, shard_b), pairs in _by_shards(_common(a.tensors, b.tensors)).items():
+        with a.files[shard_a].open() as opened_a, b.files[shard_b].open() as opened_b:
             for x, y in pairs:
                 change = None
                 if _is_comparable(x, y):
@@ -137,12 +139,12 @@ def _only(a: Mapping[str, TensorRef], b: Mapping[str, TensorRef]) -> tuple[Tenso
     return tuple(a[name] for name in sorted(a.keys() - b.keys(), key=natural))
 
 
-def _by_shards(pairs: Iterable[tuple[TensorRef, TensorRef]]) -> list[list[tuple[TensorRef, TensorRef]]]:
+def _by_shards(pairs: Iterable[_Pair]) -> dict[tuple[str, str], list[_Pair]]:
     """Pairs of tensors by the two files they are in, of which no more are open at a time; in A's order on disk."""
-    groups: dict[tuple[str, str], list[tuple[TensorRef, TensorRef]]] = {}
+    groups: dict[tuple[str, str], list[_Pair]] = {}
     for a, b in sorted(pairs, key=lambda pair: (pair[0].shard, pair[0].begin)):
         groups.setdefault((a.shard, b.shard), []).append((a, b))
-    return list(groups.values())
+    return groups
 
 
 def _others(stored: Stored) -> dict[str, SourceFile]:
@@ -194,7 +196,11 @@ def _layout(reader: Reader, a: Stored, b: Stored) -> Layout:
     if len(a.headers) == len(b.headers) == 1:
         pairs = list(zip(a.headers, b.headers, strict=True))  # whatever they are called
     same = [(x, y) for x, y in pairs if _contents(a.headers[x]) == _contents(b.headers[y])]
-    rewritten = [x for x, y in same if _is_rewritten(reader, a.files[x], b.files[y], a.headers[x])]
+    rewritten = []
+    for x, y in same:
+        end = a.headers[x].data_start
+        if _first_difference(reader, a.files[x], b.files[y], lambda _: None, end) is not None:
+            rewritten.append(x)
     equal = len(same) == len(a.headers) == len(b.headers)
     return Layout(equal, len(a.headers), len(b.headers), tuple(sorted(rewritten, key=natural)))
 
@@ -203,10 +209,6 @@ def _contents(header: Header) -> tuple[object, ...]:
     """All that a header says, but for the name of its file."""
     tensors = {name: (ref.dtype, ref.shape, ref.begin, ref.end) for name, ref in header.tensors.items()}
     return header.data_start, header.metadata, tensors
-
-
-def _is_rewritten(reader: Reader, a: SourceFile, b: SourceFile, header: Header) -> bool:
-    return _first_difference(reader, a, b, lambda _: None, header.data_start) is not None
 
 
 def _uncompared(a: Stored, b: Stored) -> Iterator[Uncompared]:

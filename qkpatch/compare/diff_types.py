@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qkpatch.checkpoint.header import TensorRef
+from qkpatch.common.typed_json import as_json
 
 if TYPE_CHECKING:
     from qkpatch.compare.values import Change, Values
@@ -136,21 +137,9 @@ def to_json(result: Difference) -> dict[str, Any]:
             "retyped": [_tensor(d) for d in result.retyped],
             "only_in_a": [{"name": ref.name, **_stored(ref)} for ref in result.only_in_a],
             "only_in_b": [{"name": ref.name, **_stored(ref)} for ref in result.only_in_b],
-            "renamed": [vars(renaming) for renaming in result.renamed],
+            "renamed": as_json(result.renamed),
         },
-        "metadata": [{"key": m.key, "a": list(m.a), "b": list(m.b)} for m in result.metadata],
-        "files": None if result.files is None else _files(result.files),
-        "layout": {**vars(result.layout), "rewritten": list(result.layout.rewritten)},
-        "uncompared": [vars(u) for u in result.uncompared],
-    }
-
-
-def _files(files: Files) -> dict[str, Any]:
-    return {
-        "equal": files.equal,
-        "changed": [vars(file) for file in files.changed],
-        "only_in_a": list(files.only_in_a),
-        "only_in_b": list(files.only_in_b),
+        **{key: as_json(getattr(result, key)) for key in ("metadata", "files", "layout", "uncompared")},
     }
 
 
@@ -173,23 +162,8 @@ def _tensor(d: TensorDifference) -> dict[str, Any]:
 
 
 def _values(values: Values) -> dict[str, Any]:
-    buckets = values.buckets
-    return {
-        "differing": values.values,
-        "zero_signs": values.zero_signs,
-        "infinite": values.infinite,
-        "nan_only_in_a": values.nan_only_in_a,
-        "nan_only_in_b": values.nan_only_in_b,
-        "nan_payloads": values.nan_payloads,
-        "max_abs": _finite(values.largest),
-        "frobenius": _finite(values.distance),
-        "frobenius_a": _finite(values.norm),
-        "relative": _finite(values.relative),
-        "max_ulps": None if buckets is None else values.most_ulps,
-        "ulps": None if buckets is None else [vars(bucket) for bucket in buckets],
-    }
-
-
-def _finite(x: float | None) -> float | None:
-    """None for what float64 cannot hold, since JSON has no infinity."""
-    return x if x is not None and math.isfinite(x) else None
+    said = {**vars(values), "relative": values.relative, "ulps": as_json(values.buckets)}
+    if values.ulps is None:
+        said["max_ulps"] = None
+    # JSON has no infinity.
+    return {k: None if isinstance(x, float) and not math.isfinite(x) else x for k, x in said.items()}

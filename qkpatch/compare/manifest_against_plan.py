@@ -32,11 +32,8 @@ def differences(
         keys, theirs, ours = _RECIPE_KEYS, _deciding(theirs), _deciding(ours)
     other = [key for key in sorted(keys) if theirs[key] != ours[key]]
     if other:
-        yield Mismatch(
-            MANIFEST_NAME,
-            f"it was made with another recipe called {recipe.name} ({', '.join(other)} differ); "
-            "if that is a file of yours, say --recipe FILE.yaml",
-        )
+        what = f"it was made with another recipe called {recipe.name} ({', '.join(other)} differ)"
+        yield Mismatch(MANIFEST_NAME, f"{what}; if that is a file of yours, say --recipe FILE.yaml")
     for block in ("edit", "model"):
         ours, theirs = (as_json(getattr(m, block)) for m in (planned, manifest))
         # The flags may have said the same as the recipe.
@@ -44,9 +41,7 @@ def differences(
             if (said := theirs.get(key)) != (planned_one := ours.get(key)):
                 yield Mismatch(MANIFEST_NAME, f"{block}.{key} is {said!r}, planned {planned_one!r}")
     if manifest.source.previous_edit != planned.source.previous_edit:
-        yield Mismatch(
-            MANIFEST_NAME, "source.previous_edit is not the edit that SOURCE's own manifest records"
-        )
+        yield Mismatch(MANIFEST_NAME, "source.previous_edit is not what SOURCE's own manifest records")
     files = {file.name: file for file in manifest.files}
     for file in planned.files:
         noted = files.pop(file.name, None)
@@ -102,7 +97,7 @@ def _contradictions(manifest: Manifest, planned: Manifest, plan: EditPlan) -> It
     digests = [d for e in manifest.edits for w in e.written for d in (w.sha256_before, w.sha256_after)]
     if None in digests and (any(digests) if digest is None else digest is not Digest.none):
         yield Mismatch(
-            MANIFEST_NAME, "digests of edited tensors are missing, and the manifest says that they are there"
+            MANIFEST_NAME, "digests of edited tensors are missing, and it says that they are there"
         )
 
 

@@ -46,7 +46,6 @@ def standing(
 
     Every file whose digest is recorded has it. What else there is, is what the recorded edit makes of this SOURCE, by
     ``verify``, and the edited tensors have their digests. ``writing.force`` takes it as it is.
-    Whether a checkpoint fits is not asked where OUT ``is_whole`` none, but an adapter.
 
     Raises:
         UsageError: OUT is no place to write to, or holds something else.
@@ -85,14 +84,9 @@ def _present(out: Path, plan: EditPlan, writing: Writing, observer: Observer) ->
             replaced.check()  # which says so, where another run has replaced OUT meanwhile
             raise
     if first is not None:
-        raise occupied(
-            out,
-            first.where,
-            first.what,
-            overwrite=writing.overwrite,
-            by_edit=isinstance(first, _ByEdit),
-            or_source=isinstance(first, _OrBySource),
-        )
+        by_edit, or_source = isinstance(first, _ByEdit), isinstance(first, _OrBySource)
+        why = {"overwrite": writing.overwrite, "by_edit": by_edit, "or_source": or_source}
+        raise occupied(out, first.where, first.what, **why)
     return replaced
 
 
@@ -143,10 +137,10 @@ def _by_digest(manifest: Manifest, present: Present, progress: Progress) -> Iter
     for name, what in present.odd.items():
         yield Mismatch(name, what)
     for name in sorted({*present.files, *known} - {MANIFEST_NAME, *({SUMS_NAME} if has_sums else ())}):
-        if name not in known or name not in present.files:
-            yield Mismatch(
-                name, "is not one of the files that the manifest lists" if name not in known else "is gone"
-            )
+        if name not in known:
+            yield Mismatch(name, "is not one of the files that the manifest lists")
+        elif name not in present.files:
+            yield Mismatch(name, "is gone")
         elif present.sha256(name) != known[name]:
             yield Mismatch(name, "does not have the recorded digest (sha256)")
         else:

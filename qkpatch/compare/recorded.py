@@ -54,10 +54,8 @@ def another_source(
         digest = listing.sha256(ref)
         if None in (query.sha256_before, digest) or query.sha256_before == digest:
             return None
-        why = (
-            why
-            or f"{edit.tensor} has SHA-256 {str(digest)[:12]}… there, and had {str(query.sha256_before)[:12]}…"
-        )
+        here, there = (str(sha256)[:12] for sha256 in (digest, query.sha256_before))
+        why = why or f"{edit.tensor} has SHA-256 {here}… there, and had {there}…"
     if why is None:
         return None
     cannot = "" if fault is None else f"; its edit cannot be made there: {fault.what}"
@@ -117,6 +115,4 @@ def check_edits(
             if before == after and not written.may_stay:
                 yield Mismatch(ref.name, "is the same in SOURCE and OUT: the edit is not there")
             if as_written and written.sha256_after is None and files[place.shard].sha256 is None:
-                yield Mismatch(
-                    ref.name, "no digest of it is recorded, so nothing shows that it is as written"
-                )
+                yield Mismatch(ref.name, "no digest of it is recorded: nothing shows that it is as written")

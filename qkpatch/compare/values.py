@@ -6,10 +6,11 @@ The figures of a tensor are the sum (``+``) of those of its chunks, so that none
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,7 +46,6 @@ _MOST = 2**63 - 1
 # Numbers at a time: what is computed on the way stays in the cache, and torch does not share out so few among
 # threads, so that the bits are the same whatever the machine.
 _PIECE = 1 << 15
-_COUNTABLE = 10  # bits of a significand up to which distances are counted one by one
 _FEW_DIGITS = 1e-140  # the square of what is smaller has lost some
 
 
@@ -60,41 +60,28 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Values:
-    """Floating point numbers that differ; figures are over pairs of finite numbers, ``norm`` over all such of A."""
+    """Floating point numbers that differ; figures are over pairs of finite ones, ``frobenius_a`` over all of A."""
 
-    values: int = 0  # pairs of finite numbers of different value
+    differing: int = 0  # pairs of finite numbers of different value
     zero_signs: int = 0  # +0 here and -0 there
     infinite: int = 0  # at least one of the two, and neither is NaN
     nan_only_in_a: int = 0
     nan_only_in_b: int = 0
     nan_payloads: int = 0  # NaN on both sides, of different bits
-    largest: float = 0.0  # max |B − A|
-    distance: float = 0.0  # ‖B − A‖_F
-    norm: float = 0.0  # ‖A‖_F
-    most_ulps: int = 0
+    max_abs: float = 0.0  # max |B − A|
+    frobenius: float = 0.0  # ‖B − A‖_F
+    frobenius_a: float = 0.0  # ‖A‖_F
+    max_ulps: int = 0
     ulps: tuple[int, ...] | None = None  # by bucket; None where the dtypes differ
 
     def __add__(self, other: Values) -> Values:
-        return Values(
-            values=self.values + other.values,
-            zero_signs=self.zero_signs + other.zero_signs,
-            infinite=self.infinite + other.infinite,
-            nan_only_in_a=self.nan_only_in_a + other.nan_only_in_a,
-            nan_only_in_b=self.nan_only_in_b + other.nan_only_in_b,
-            nan_payloads=self.nan_payloads + other.nan_payloads,
-            largest=max(self.largest, other.largest),
-            distance=math.hypot(self.distance, other.distance),
-            norm=math.hypot(self.norm, other.norm),
-            most_ulps=max(self.most_ulps, other.most_ulps),
-            ulps=None
-            if self.ulps is None or other.ulps is None
-            else tuple(map(int.__add__, self.ulps, other.ulps)),
-        )
+        mine, theirs = vars(self), vars(other)
+        return Values(**{name: _TOGETHER.get(name, _sum)(mine[name], theirs[name]) for name in mine})
 
     @property
     def relative(self) -> float | None:
         """``‖B − A‖_F / ‖A‖_F``; None where A is zero."""
-        return self.distance / self.norm if self.norm else None
+        return self.frobenius / self.frobenius_a if self.frobenius_a else None
 
     @property
     def median_bucket(self) -> Bucket | None:
@@ -102,7 +89,7 @@ class Values:
         reached, buckets = 0, self.buckets or ()
         for bucket in buckets:
             reached += bucket.count
-            if 2 * reached >= self.values:
+            if 2 * reached >= self.differing:
                 return bucket
         return None
 
@@ -112,9 +99,8 @@ class Values:
         if self.ulps is None:
             return None
         edges = [0, *(2**k for k in range(len(self.ulps) - 1)), None]
-        return tuple(
-            Bucket((edges[k] or 0) + 1, edges[k + 1], count) for k, count in enumerate(self.ulps) if count
-        )
+        counted = zip(pairwise(edges), self.ulps, strict=True)
+        return tuple(Bucket((first or 0) + 1, last, count) for (first, last), count in counted if count)
 
 
 @dataclass(frozen=True)
@@ -126,11 +112,21 @@ class Change:
     values: Values | None  # None where the dtype is no floating point format
 
     def __add__(self, other: Change) -> Change:
-        return Change(
-            None if self.n_bytes is None or other.n_bytes is None else self.n_bytes + other.n_bytes,
-            None if self.elements is None or other.elements is None else self.elements + other.elements,
-            None if self.values is None or other.values is None else self.values + other.values,
-        )
+        return Change(*map(_sum, vars(self).values(), vars(other).values()))
+
+
+def _sum(a: Any, b: Any) -> Any:
+    """None where one of them is."""
+    return None if a is None or b is None else a + b
+
+
+def _sums(a: tuple[int, ...] | None, b: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    return None if a is None or b is None else tuple(map(int.__add__, a, b))
+
+
+_TOGETHER: dict[str, Callable[[Any, Any], Any]] = {
+    "max_abs": max, "max_ulps": max, "frobenius": math.hypot, "frobenius_a": math.hypot, "ulps": _sums,
+}  # fmt: skip
 
 
 def unchanged(a: Buffer, dtype: str) -> Change:
@@ -138,7 +134,7 @@ def unchanged(a: Buffer, dtype: str) -> Change:
     if dtype not in FLOATS:
         return Change(0, 0 if dtype in _ELEMENTS else None, None)
     norm = math.hypot(*(_norm(_values(bits, dtype)) for bits in _pieces(a, FLOATS[dtype].bits)))
-    return Change(0, 0, Values(norm=norm, ulps=(0,) * (FLOATS[dtype].fraction + 2)))
+    return Change(0, 0, Values(frobenius_a=norm, ulps=(0,) * (FLOATS[dtype].fraction + 2)))
 
 
 def changed(a: Buffer, b: Buffer, dtype: str) -> Change:
@@ -191,12 +187,12 @@ def _total(parts: Sequence[tuple[int, Values]]) -> tuple[int, Values]:
 
 def _changed(bits_a: Tensor, bits_b: Tensor, dtype: str) -> tuple[int, Values]:
     elements, values = _compared(_values(bits_a, dtype), _values(bits_b, dtype), bits_a != bits_b)
-    if elements != values.values:  # only pairs of finite numbers have a distance, and ±0 have none
+    if elements != values.differing:  # only pairs of finite numbers have a distance, and ±0 have none
         moved = _moved(_values(bits_a, dtype), _values(bits_b, dtype))
         bits_a, bits_b = bits_a[moved], bits_b[moved]
     apart = _steps(bits_a, bits_b)
     most = int(apart.max()) if len(apart) else 0
-    return elements, replace(values, most_ulps=most, ulps=_histogram(apart, FLOATS[dtype].fraction))
+    return elements, replace(values, max_ulps=most, ulps=_histogram(apart, FLOATS[dtype].fraction))
 
 
 def _compared(x: Tensor, y: Tensor, differs: Tensor) -> tuple[int, Values]:
@@ -206,20 +202,22 @@ def _compared(x: Tensor, y: Tensor, differs: Tensor) -> tuple[int, Values]:
     distance = float(torch.linalg.vector_norm(delta))
     if math.isfinite(distance):  # all numbers are
         moved = _count(delta)
-        plain = Values(moved, elements - moved, largest=_largest(delta), distance=_norm(delta), norm=norm)
+        plain = Values(
+            moved, elements - moved, max_abs=_largest(delta), frobenius=_norm(delta), frobenius_a=norm
+        )
         return elements, plain
     x, y, delta = x[differs], y[differs], delta[_moved(x, y)]
     nan_x, nan_y = torch.isnan(x), torch.isnan(y)
     return elements, Values(
-        values=len(delta),
+        differing=len(delta),
         zero_signs=_count(x == y),  # of different bits, and equal: no other numbers are
         infinite=_count((torch.isinf(x) | torch.isinf(y)) & ~nan_x & ~nan_y),
         nan_only_in_a=_count(nan_x & ~nan_y),
         nan_only_in_b=_count(nan_y & ~nan_x),
         nan_payloads=_count(nan_x & nan_y),
-        largest=_largest(delta),
-        distance=_norm(delta, finite=True),
-        norm=norm,
+        max_abs=_largest(delta),
+        frobenius=_norm(delta, finite=True),
+        frobenius_a=norm,
     )
 
 
@@ -242,12 +240,6 @@ def _steps(a: Tensor, b: Tensor) -> Tensor:
 def _histogram(apart: Tensor, fraction: int) -> tuple[int, ...]:
     """Counts of distances by the length in bits of the distance less one; zeros are left out."""
     capped = apart.clamp(max=2**fraction + 1)
-    if fraction <= _COUNTABLE:
-        counts = torch.bincount(capped, minlength=2**fraction + 2).tolist()
-        return (
-            *(sum(counts[(2**k >> 1) + 1 : 2**k + 1]) for k in range(fraction + 1)),
-            counts[-1],
-        )
     exponent = torch.frexp((capped - 1).to(torch.float64)).exponent  # exact up to here, and 1 for -1
     by_length = torch.bincount(exponent, minlength=fraction + 2).tolist()
     by_length[1] -= len(apart) - _count(apart)

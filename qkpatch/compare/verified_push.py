@@ -65,18 +65,12 @@ def _verified(
         if result.plan is None or not result.ok:
             raise _mismatch(result, present.root.path, place, recipe)
         if place == claim and result.plan.model.source.kind != "hub":
-            raise UsageError(
-                "a path here bears the repository's name and hides it",
-                where=claim,
-                fix="call it from elsewhere",
-            )
+            hidden = "a path here bears the repository's name and hides it"
+            raise UsageError(hidden, where=claim, fix="call it from elsewhere")
         verified = verified or result.plan
     if verified is None:
-        raise UsageError(
-            f"nothing says where {said.name!r} is, and only what was verified is published",
-            where="--push",
-            fix="say what OUT was made from: --source SOURCE",
-        )
+        what = f"nothing says where {said.name!r} is, and only what was verified is published"
+        raise UsageError(what, where="--push", fix="say what OUT was made from: --source SOURCE")
     return verified
 
 

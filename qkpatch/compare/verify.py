@@ -23,7 +23,8 @@ from qkpatch.model.locate import Access, Source, locate
 from qkpatch.output.layout import Output
 from qkpatch.planning.manifest import Manifest, planned_manifest
 from qkpatch.planning.plan import EditPlan, make_plan
-from qkpatch.publishing.card import CARD_NAME, CHECKED, card_text, has_results, is_card_of, is_card_over
+from qkpatch.publishing.card import CARD_NAME, CHECKED, card_text, has_results, is_card_of, is_ours
+from qkpatch.publishing.front_matter import FrontMatter
 from qkpatch.publishing.private_files import is_private
 from qkpatch.recipes.catalogue import shipped_recipes
 
@@ -65,10 +66,9 @@ def recorded(present: Present) -> Manifest:
     """
     if MANIFEST_NAME not in present.files:
         odd = present.odd.get(MANIFEST_NAME)
+        nothing = f"there is no {MANIFEST_NAME}, so nothing says what should differ"
         raise CheckpointError(
-            f"{MANIFEST_NAME} {odd}"
-            if odd
-            else f"there is no {MANIFEST_NAME}, so nothing says what should differ",
+            f"{MANIFEST_NAME} {odd}" if odd else nothing,
             where=str(present.root.path),
             fix="is this the directory that qkpatch apply wrote?",
         )
@@ -96,11 +96,8 @@ def read_out(out: Path) -> tuple[Manifest, str | None]:
         if odd is None and not card and any(file.name == CARD_NAME and file.size for file in manifest.files):
             odd = "is empty, or gone, and had the text of SOURCE's"
         if odd is not None:
-            raise FileSystemError(
-                f"{CARD_NAME} {odd}",
-                where=present.where(CARD_NAME),
-                fix="copy SOURCE's there, then write the card: qkpatch card OUT --write",
-            )
+            fix = "copy SOURCE's there, then write the card: qkpatch card OUT --write"
+            raise FileSystemError(f"{CARD_NAME} {odd}", where=present.where(CARD_NAME), fix=fix)
         return manifest, card_text(card) if card else None
 
 
@@ -181,9 +178,9 @@ def check(
         }
     if plan is not None and planned is not None:
         found += differences(manifest, planned, plan, unpublished)
-    is_ours = {MANIFEST_NAME, *({SUMS_NAME} - output.files.keys()), *(() if card is None else {CARD_NAME})}
-    names = present.files.keys() - is_ours
-    found += _file_sets(output, names, {*unpublished, *is_ours, *present.odd})
+    own = {MANIFEST_NAME, *({SUMS_NAME} - output.files.keys()), *(() if card is None else {CARD_NAME})}
+    names = present.files.keys() - own
+    found += _file_sets(output, names, {*unpublished, *own, *present.odd})
     found += check_files(manifest, present, output, is_published=is_published, is_other_card=card is not None)
     common = sorted(output.files.keys() & names)
     shards = output.made_of(checkpoint.headers)
@@ -271,7 +268,7 @@ def _other_card(manifest: Manifest, output: Output, present: Present) -> _Card |
     if raw == theirs:
         return None
     card, text = card_text(raw), None if theirs is None else card_text(theirs)
-    if not is_card_over(card, None):
+    if not is_ours(FrontMatter.of(card)):
         return _Card(False, True, "is neither SOURCE's nor a card of qkpatch's: somebody wrote it")
     if any(is_card_of(card, manifest, base_card) for base_card in (text, None)):
         notes = (

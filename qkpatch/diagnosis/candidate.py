@@ -101,16 +101,14 @@ def examine(recipe: Recipe, checkpoint: Checkpoint) -> Candidate:
     refused = _grouped(errors)
     editable = tuple(n for n in present if n not in errors)
     # Quantised layers and the like leave the others as they are; a contradiction with config.json does not.
-    is_usable = all(isinstance(e, UnsupportedError) for e in errors.values()) and (
-        bool(editable) or not present
-    )
+    is_whole = all(isinstance(e, UnsupportedError) for e in errors.values())
+    is_usable = is_whole and bool(editable or not present)
     numbers = (
         f"{tower.n_layers} layers, {layout.n_heads} query / {layout.n_kv_heads} key heads "
         f"of {layout.d_head}, hidden {layout.d_model}, {tower.text_model_type}"
     )
-    layers = Finding(
-        "layers", is_usable, format_ranges(editable) or "none", None if is_usable else refused[0].reason
-    )
+    reason = None if is_usable else refused[0].reason
+    layers = Finding("layers", is_usable, format_ranges(editable) or "none", reason)
     return Candidate(
         recipe,
         (*identity, Finding("tensor names", True, there), Finding("numbers", True, numbers), layers),

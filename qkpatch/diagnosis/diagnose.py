@@ -73,9 +73,8 @@ def diagnose(source: str) -> Diagnosis:
         if (config.get("model_type") or "") in recipe.model_types
         or any(a in recipe.architectures for a in classes)
     ]
-    candidates = tuple(
-        sorted(held, key=lambda c: (not c.fits, -sum(f.fits for f in c.findings), c.recipe.name))
-    )
+    held.sort(key=lambda c: (not c.fits, -sum(f.fits for f in c.findings), c.recipe.name))
+    candidates = tuple(held)
     names = tuple(query_like(tensors, _MOST_NAMES))
     further: dict[str, Any] = {}
     if not any(candidate.fits for candidate in candidates):
@@ -91,16 +90,8 @@ def diagnose(source: str) -> Diagnosis:
             is_repo = located.kind == "hub" and located.name.count("/") == 1
             text = draft_text(config, names, located.name if is_repo else "org/name") if names else None
             further = {"offers": flags} if flags else {"near": _near(checkpoint), "draft": text}
-    return Diagnosis(
-        located.name,
-        config.get("model_type"),
-        named,
-        len(tensors),
-        len(checkpoint.headers),
-        candidates,
-        names,
-        **further,
-    )
+    counts = len(tensors), len(checkpoint.headers)
+    return Diagnosis(located.name, config.get("model_type"), named, *counts, candidates, names, **further)
 
 
 def _near(checkpoint: Checkpoint) -> tuple[tuple[QKPatchError, list[str]], ...]:

@@ -25,11 +25,8 @@ def explanation(diagnosis: Diagnosis, width: int) -> str:
         lines += ["", f"Tensors named like query projections:{'' if diagnosis.query_like else ' none'}"]
         lines += [f"  {name}" for name in diagnosis.query_like]
     for error, recipes in diagnosis.near[:_MOST]:
-        lines += [
-            "",
-            f"As a language model of recipe {abbreviate(recipes, 4)}, it does not fit:",
-            *_reason(error),
-        ]
+        what = f"As a language model of recipe {abbreviate(recipes, 4)}, it does not fit:"
+        lines += ["", what, *_reason(error)]
     lines += ["", *_conclusion(diagnosis)]
     return "\n".join(wrapped(line, width) for line in lines) + "\n"
 

@@ -69,9 +69,8 @@ def check_repository(repository: PushRepository, names: Sequence[str]) -> None:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     if get_token() is None:
-        raise HubError(
-            "publishing needs a token", where=repository.name, fix="hf auth login, or set HF_TOKEN"
-        )
+        fix = "hf auth login, or set HF_TOKEN"
+        raise HubError("publishing needs a token", where=repository.name, fix=fix)
     try:
         files = listing(repository.name, None, repository.name)
         with hub_errors(repository.name):
@@ -82,18 +81,12 @@ def check_repository(repository: PushRepository, names: Sequence[str]) -> None:
             return  # it will be made
         raise
     if is_public and repository.private:
-        raise UsageError(
-            "the repository is there already, and public",
-            where=repository.name,
-            fix="choose a new name, or make it private on the Hub",
-        )
+        fix = "choose a new name, or make it private on the Hub"
+        raise UsageError("the repository is there already, and public", where=repository.name, fix=fix)
     others = [f.name for f in files if f.name.endswith(WEIGHT_SUFFIXES) and f.name not in names]
     if others:
-        raise UsageError(
-            f"it holds other weights, {others[0]} for one, which would stay beside the patched ones",
-            where=repository.name,
-            fix="choose a new repository, or remove them",
-        )
+        what = f"it holds other weights, {others[0]} for one, which would stay beside the patched ones"
+        raise UsageError(what, where=repository.name, fix="choose a new repository, or remove them")
 
 
 def publish(
@@ -133,16 +126,13 @@ def publish(
             if step.is_copy and base is not None
         ]
         api.create_repo(repository.name, private=repository.private or None, exist_ok=True)
+        name, is_pr = repository.name, repository.create_pr
         # An empty list of patterns: the repository's own .gitignore must not leave anything out.
-        api.preupload_lfs_files(
-            repository.name, additions, create_pr=repository.create_pr, gitignore_content=""
-        )
+        api.preupload_lfs_files(name, additions, create_pr=is_pr, gitignore_content="")
         for step in steps:
             if step.content is None:
                 present.confirm(step.name)
-        done = api.create_commit(
-            repository.name, [*additions, *copies], commit_message=summary, create_pr=repository.create_pr
-        )
+        done = api.create_commit(name, [*additions, *copies], commit_message=summary, create_pr=is_pr)
     return plain(redact(str(done.pr_url or done.commit_url)))
 
 
@@ -159,7 +149,6 @@ def _addition(step: Step, present: Present, stack: ExitStack) -> CommitOperation
         content = f"/dev/fd/{stack.enter_context(present.open(step.name)).fd}"
     operation = CommitOperationAdd(path_in_repo=step.name, path_or_fileobj=content)
     if operation.upload_info.sha256.hex() != step.sha256:
-        raise MismatchError(
-            "it is not what was verified any more", where=step.name, fix="run again when nothing writes to it"
-        )
+        fix = "run again when nothing writes to it"
+        raise MismatchError("it is not what was verified any more", where=step.name, fix=fix)
     return operation

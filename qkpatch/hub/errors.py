@@ -57,7 +57,7 @@ def _explained(error: Exception, where: str) -> HubError:
     if is_tls_failure(error):
         what = f"no secure connection to the Hub: {_root(error)}"
         fix = "if a proxy signs with its own, name its CA in SSL_CERT_FILE; check the machine's clock too"
-    elif isinstance(error, errors.GatedRepoError):  # a kind of RepositoryNotFoundError: must come first
+    elif isinstance(error, errors.GatedRepoError):  # a kind of RepositoryNotFoundError: comes first
         what, fix = "the repository is gated", "accept its terms on the Hub, then set HF_TOKEN"
     elif _status(error) == 401 and _is_token_refused(error):
         what = "the Hub does not accept the token"
@@ -120,12 +120,5 @@ def is_out_of_reach(error: BaseException | None) -> bool:
     """Whether no answer came at all: offline, or no connection."""
     from huggingface_hub import errors
 
-    library = httpx()
-    kinds = (
-        errors.LocalEntryNotFoundError,
-        errors.OfflineModeIsEnabled,
-        errors.RevisionResolutionError,
-        library.ConnectError,
-        library.TimeoutException,
-    )
-    return isinstance(error, kinds)
+    kinds = errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.RevisionResolutionError
+    return isinstance(error, (*kinds, httpx().ConnectError, httpx().TimeoutException))

@@ -58,18 +58,13 @@ def _fault(file: Listed) -> str | None:
     if not isinstance(file.name, str) or not is_plain_relative(file.name):
         return "is no plain path"
     parts = [len(part.encode(errors="surrogatepass")) for part in file.name.split("/")]
-    if (
-        max(parts) > _LONGEST_PART
-        or sum(parts) + len(parts) > _LONGEST
-        or re.search("[\ud800-\udfff]", file.name)
-    ):
+    is_long = max(parts) > _LONGEST_PART or sum(parts) + len(parts) > _LONGEST
+    if is_long or re.search("[\ud800-\udfff]", file.name):
         return "no file can be called"
     if type(file.size) is not int or not 0 <= file.size < 2**63:
         return f"has {file.size!r:.40} bytes"
-    digests = f"git:{file.blob}", f"sha256:{file.sha256}"
-    return (
-        None if all(map(_DIGEST.fullmatch, digests[: 1 if file.sha256 is None else 2])) else "has no digest"
-    )
+    digests = [f"git:{file.blob}"] + ([] if file.sha256 is None else [f"sha256:{file.sha256}"])
+    return None if all(map(_DIGEST.fullmatch, digests)) else "has no digest"
 
 
 def _unsound(name: object, why: str, where: str) -> CheckpointError:

@@ -6,7 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from qkpatch.checkpoint.files import OpenFile
+from qkpatch.checkpoint.files import OpenFile, gaps
 from qkpatch.common.interrupts import check_stop, signals_masked
 
 BLOCK = 8 << 20  # bytes of one request at most: a layer's weights come in several, side by side
@@ -117,12 +117,8 @@ class RangeReader(OpenFile):
         """As :meth:`OpenFile.read_into`."""
         upto = offset + len(buffer)
         known = [block for block in self._kept if block.begin < upto and block.end > offset]
-        gaps, position = [], offset
-        for block in known:
-            gaps.append((position, block.begin))
-            position = block.end
-        gaps.append((position, upto))
-        more = [self._start(*span) for span in blocks(gap for gap in gaps if gap[0] < gap[1])]
+        missing = gaps(offset, upto, ((block.begin, block.end) for block in known))
+        more = [self._start(*span) for span in blocks(missing)]
         for block in (*known, *more):
             first, last = max(block.begin, offset), min(block.end, upto)
             data = block.data()

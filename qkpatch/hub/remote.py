@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import PurePosixPath
 
 from qkpatch.checkpoint.content import Content, damaged
-from qkpatch.checkpoint.tree import MAX_JSON_BYTES, Repository, SourceFile
+from qkpatch.checkpoint.tree import MAX_JSON_BYTES, Repository, SourceFile, check_size
 from qkpatch.hub.listing import Listed
 from qkpatch.hub.range_reader import Fetchers, RangeReader
 from qkpatch.hub.transfer import Transfer
@@ -49,7 +49,7 @@ class RemoteFile(SourceFile):
         Raises:
             HubError: it does not come, or is not what was listed.
         """
-        self.check_size(limit)
+        check_size(self.size, limit, self.where)
         data = self.transfer.whole(self.entry)
         if not self.listed.is_of(data):
             raise damaged(self.where)

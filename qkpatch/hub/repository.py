@@ -6,6 +6,7 @@ from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from qkpatch.checkpoint.cache import blob_of, blobs_of, listing_at
 from qkpatch.checkpoint.content import Content, damaged
@@ -45,13 +46,10 @@ class HubId:
         return self.repo + (f"@{self.revision}" if self.revision else "")
 
 
-@dataclass(frozen=True)
-class Found:
-    """A revision of a repository, and where its files are."""
+class Found(NamedTuple):
+    """Where the files of a revision are, and its commit."""
 
     place: Path | RemoteRepo
-    repo: str
-    requested_revision: str | None
     commit: str
     checked: frozenset[str] = frozenset()  # files that are what the Hub lists, by their digests
 
@@ -67,8 +65,7 @@ def download(hub_id: HubId) -> Found:
         path = Path(hub_api().snapshot_download(hub_id.repo, revision=hub_id.revision))
     # snapshots/<commit>: the cache's layout names the commit that the revision resolved to.
     check_snapshot(path)
-    checked = _check_new(path, before)
-    return Found(path, hub_id.repo, hub_id.revision, path.name, checked)
+    return Found(path, path.name, _check_new(path, before))
 
 
 def _check_new(snapshot: Path, before: Collection[str]) -> frozenset[str]:
@@ -94,8 +91,7 @@ def _check_new(snapshot: Path, before: Collection[str]) -> frozenset[str]:
             raise damaged(f"{snapshot.parent.parent.name}: {name}")
 
     with ThreadPoolExecutor(_HASHING) as pool:
-        for _ in pool.map(check, blobs):
-            pass
+        list(pool.map(check, blobs))
     return frozenset(blobs)
 
 
@@ -105,7 +101,7 @@ def check_snapshot(snapshot: Path) -> None:
     Raises:
         HubError: it is; where the cache has no listing of it, nothing can be said.
     """
-    for name, content in (listing_at(snapshot) or {}).items():
+    for name, (_, content) in (listing_at(snapshot) or {}).items():
         blob = blob_of(snapshot / name)
         if blob is not None and blob.name != content.digest:
             raise HubError(
@@ -129,34 +125,34 @@ def open_repository(hub_id: HubId, *, use_cache: bool = True) -> Found:
     commit = found.resolved
     if Content.of_name(commit) is None:
         raise HubError(f"the Hub names no commit: {commit!r:.80}", where=str(hub_id), fix="check HF_ENDPOINT")
-    cached = _cached(hub_id, commit) if use_cache else None
-    if cached is None:
-        try:
-            listed = listing(hub_id.repo, commit, str(hub_id))
-        except HubError as error:
-            if use_cache and is_out_of_reach(error.__cause__):
-                with hub_errors(str(hub_id)):  # it may be whole, where nothing says that it is not
-                    cached = Path(api.snapshot_download(hub_id.repo, revision=commit, local_files_only=True))
-                return Found(cached, hub_id.repo, hub_id.revision, commit)
+    if use_cache and (cached := _cached(hub_id, commit)) is not None:
+        return Found(cached, commit)
+    try:
+        return Found(RemoteRepo.of(hub_id.repo, commit, listing(hub_id.repo, commit, str(hub_id))), commit)
+    except HubError as error:
+        if not use_cache or not is_out_of_reach(error.__cause__):
             raise
-        return Found(RemoteRepo.of(hub_id.repo, commit, listed), hub_id.repo, hub_id.revision, commit)
-    return Found(cached, hub_id.repo, hub_id.revision, commit)
+    # It may be whole, where nothing says that it is not.
+    return Found(_in_cache(hub_id, commit), commit)
+
+
+def _in_cache(hub_id: HubId, commit: str) -> Path:
+    with hub_errors(str(hub_id)):
+        return Path(hub_api().snapshot_download(hub_id.repo, revision=commit, local_files_only=True))
 
 
 def _cached(hub_id: HubId, commit: str) -> Path | None:
     """The snapshot of a commit, where the cache has all of it and knows that it has."""
-    from huggingface_hub import get_cached_repo_tree
-    from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        with hub_errors(str(hub_id)):
-            path = Path(hub_api().snapshot_download(hub_id.repo, revision=commit, local_files_only=True))
-            tree = get_cached_repo_tree(hub_id.repo, revision=commit)
-    except (HubError, CachedRepoTreeNotFoundError) as error:
-        if isinstance(error, HubError) and not isinstance(error.__cause__, LocalEntryNotFoundError):
+        path = _in_cache(hub_id, commit)
+    except HubError as error:
+        if not isinstance(error.__cause__, LocalEntryNotFoundError):
             raise
         return None
-    is_whole = all((path / e.path).is_file() and (path / e.path).stat().st_size == e.size for e in tree)
-    if is_whole:
-        check_snapshot(path)
-    return path if is_whole else None
+    sizes = {path / name: size for name, (size, _) in (listing_at(path) or {}).items()}
+    if not sizes or not all(file.is_file() and file.stat().st_size == size for file, size in sizes.items()):
+        return None
+    check_snapshot(path)
+    return path

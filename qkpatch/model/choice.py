@@ -40,38 +40,29 @@ def choose_recipe(
         return fits[0]
     identity = f"model_type {config.get('model_type')!r}, architectures {config.get('architectures')!r}"
     if fits:
-        raise AmbiguousError(
-            f"{len(fits)} recipes fit {identity}: {', '.join(r.name for r in fits)}",
-            where="config.json",
-            fix="choose one with --recipe",
-        )
+        what = f"{len(fits)} recipes fit {identity}: {', '.join(r.name for r in fits)}"
+        raise AmbiguousError(what, where="config.json", fix="choose one with --recipe")
     refuse_unknown(names, config)
     known = " or ".join(commands()[:_MOST])
+    looks = f"if its language model is what its tensors look like: {known}"
     if not config.get("model_type") and not config.get("architectures"):
         what = "config.json says neither model_type nor architectures: is it the model's?"
-        fix = "restore the model's own" + (
-            f"; if its language model is what its tensors look like: {known}" if known else ""
-        )
+        fix = "restore the model's own" + (f"; {looks}" if known else "")
         raise AmbiguousError(what, where="config.json", fix=fix)
-    if claimed and not (known and all(recipe.config.sections == (TOP_LEVEL,) for recipe in claimed)):
-        expected = "; ".join(
-            f"{r.name} expects {p}{r.tensors.query}" for r in claimed for p in r.tensors.prefixes
-        )
+    is_text = all(recipe.config.sections == (TOP_LEVEL,) for recipe in claimed)
+    if claimed and not (known and is_text):
+        places = [(r, prefix) for r in claimed for prefix in r.tensors.prefixes]
+        expected = "; ".join(f"{r.name} expects {prefix}{r.tensors.query}" for r, prefix in places)
         found = f"the checkpoint holds, for example: {', '.join(query_like(names)) or 'no q_proj at all'}"
         if any(name.startswith(_OF_MLX) for name in names):
-            is_text = all(recipe.config.sections == (TOP_LEVEL,) for recipe in claimed)
             found += "; MLX saves such names, and other gains of norms: patch the original checkpoint"
             if is_text and any(not name.startswith("language_model.") for name in names):
                 found = (
                     "config.json is the text model's alone, and the weights are a whole model's: restore its"
                 )
-        raise AmbiguousError(
-            f"{identity} is known, but no query tensor has the expected name: {expected}",
-            where="tensor names",
-            fix=found,
-        )
-    what = f"no recipe is made for {identity}"
-    fix = f"if its language model is what its tensors look like: {known}"
+        what = f"{identity} is known, but no query tensor has the expected name: {expected}"
+        raise AmbiguousError(what, where="tensor names", fix=found)
+    what, fix = f"no recipe is made for {identity}", looks
     if claimed:
         what = f"{identity} names a language model, whose layers lie here as in a larger model"
         fix = f"config.json is the text model's alone, as it seems: restore the whole model's; or: {known}"

@@ -76,11 +76,9 @@ def locate(text: str, access: Access = Access.download) -> Source:
     elif text in shipped_recipes():
         recipe = get_recipe(text)
         if recipe.default_repo is None:
-            raise UsageError(
-                f"recipe {text} stands for no repository: none is known that it reads",
-                where=text,
-                fix="name the checkpoint itself: org/name[@revision], or a directory",
-            )
+            what = f"recipe {text} stands for no repository: none is known that it reads"
+            fix = "name the checkpoint itself: org/name[@revision], or a directory"
+            raise UsageError(what, where=text, fix=fix)
         hub_id = HubId.parse(recipe.default_repo)
     else:
         hub_id = HubId.parse(text)
@@ -94,18 +92,14 @@ def locate(text: str, access: Access = Access.download) -> Source:
         meant = f"{page['id']}@{revision}" if revision else page["id"]
         raise UsageError("an address, not a Hub id", where=text, fix=f"write org/name[@revision]: {meant}")
     if hub_id is None or (path is None and text.startswith((".", "/", "~"))):
-        raise UsageError(
-            "no such file or directory, recipe, or Hub id (org/name)",
-            where=text,
-            fix=f"check the path; {near_names(text, shipped_recipes())}",
-        )
+        fix = f"check the path; {near_names(text, shipped_recipes())}"
+        raise UsageError("no such file or directory, recipe, or Hub id (org/name)", where=text, fix=fix)
     if access is Access.download:
         found = download(hub_id)
     else:
         found = open_repository(hub_id, use_cache=access is Access.ranges)
-    return Source(
-        found.place, "hub", found.repo, found.requested_revision, found.commit, recipe, found.checked, text
-    )
+    place, commit, checked = found
+    return Source(place, "hub", hub_id.repo, hub_id.revision, commit, recipe, checked, text)
 
 
 def near_paths(text: str) -> list[str]:
@@ -128,9 +122,8 @@ def local_path(text: str) -> Path | None:
     try:
         path.stat()
     except PermissionError as error:
-        raise FileSystemError(
-            "no permission to look it up", where=str(path), fix="check the permissions of its parents"
-        ) from error
+        fix = "check the permissions of its parents"
+        raise FileSystemError("no permission to look it up", where=str(path), fix=fix) from error
     except (OSError, ValueError):  # also names that no file can have: too long, or with a NUL
         return None
     return path

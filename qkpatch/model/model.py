@@ -62,15 +62,10 @@ class Model:
             CheckpointError: nothing is stored of one.
         """
         for layer in layers:
-            stems = tuple(s.prefix.format(layer=layer) for s in self.sets)
-            if not self.checkpoint.single_file and not any(
-                n.startswith(stems) for n in self.checkpoint.tensors
-            ):
-                raise CheckpointError(
-                    f"nothing is stored of layer {layer}",
-                    where=stems[0],
-                    fix="download the missing shard, or leave the layer out of --layers",
-                )
+            stems, stored = tuple(s.prefix.format(layer=layer) for s in self.sets), self.checkpoint.tensors
+            if not self.checkpoint.single_file and not any(name.startswith(stems) for name in stored):
+                fix = "download the missing shard, or leave the layer out of --layers"
+                raise CheckpointError(f"nothing is stored of layer {layer}", where=stems[0], fix=fix)
 
 
 def open_model(
@@ -113,15 +108,13 @@ def understood(
     """As :func:`open_model`, of a checkpoint whose headers are read."""
     named = get_recipe(recipe_name) if recipe_name is not None else None
     if prefix is not None and named is None:
-        raise UsageError(
-            "it goes with --recipe", where="--prefix", fix="say which recipe the layers there fit"
-        )
+        fix = "say which recipe the layers there fit"
+        raise UsageError("it goes with --recipe", where="--prefix", fix=fix)
     recipe = named or located.recipe or _chosen(located, checkpoint)
     notes: tuple[str, ...] = ()
+    is_foreign = not recipe.matches(checkpoint.config) and recipe in language_models()
     try:
-        if named is not None and (
-            prefix is not None or (not named.matches(checkpoint.config) and named in language_models())
-        ):
+        if named is not None and (prefix is not None or is_foreign):
             placed = place(named, checkpoint, prefix)
             recipe, notes = placed.recipe, (placed.told,)
         wanted = [recipe.tensors.attention] if attention is None else attention
@@ -168,9 +161,9 @@ def open_set(recipe: Recipe, names: TensorNames, checkpoint: Checkpoint, *, insi
     norms = (s.norms for s in (recipe.tensors, *recipe.others))
     declared = tuple(name for norm in norms if norm is not None for name in (norm.query, norm.key))
     # Where only some layers have these tensors, the others may have attention of any kind.
-    own: tuple[str, ...] = (prefixes[0].partition("{layer}")[0],)
-    own = own if names.every_layer else tuple(prefixes[0].format(layer=n) for n in within)
-    refuse_known((name for name in stored if name.startswith(own)), checkpoint.config)
+    own = prefixes[0].partition("{layer}")[0]
+    stems = (own,) if names.every_layer else tuple(prefixes[0].format(layer=n) for n in within)
+    refuse_known((name for name in stored if name.startswith(stems)), checkpoint.config)
     return AttentionSet(recipe.name, names, prefixes[0], tower, checkpoint.tensors, within, declared)
 
 
@@ -179,39 +172,27 @@ def _check_count(
 ) -> None:
     """The layers that are stored must be those that config.json, or the class default, counts."""
     where = f"config.json: {tower.section}{names.keys.get('num_hidden_layers', 'num_hidden_layers')}"
-    beyond = [layer for layer in layers if layer >= tower.n_layers]
-    if beyond and not names.mtp_layers:
-        raise CheckpointError(
-            f"{tower.n_layers} layers, but queries are stored for {max(layers) + 1} (0-{max(layers)})",
-            where=where,
-            fix=f"config.json belongs to another model, or recipe {recipe.name} does not fit",
-        )
+    last, why = max(layers), ""
+    if last >= tower.n_layers and not names.mtp_layers:
+        why = f"recipe {recipe.name} does not fit"
     # One shard by itself may hold any of the layers.
-    is_cut = not checkpoint.single_file and names.every_layer and max(layers) + 1 < tower.n_layers
-    if is_cut and layers == list(range(len(layers))):
-        raise CheckpointError(
-            f"{tower.n_layers} layers, but queries are stored for {len(layers)} (0-{max(layers)})",
-            where=where,
-            fix="config.json belongs to another model, or the last shards are missing",
-        )
+    elif not checkpoint.single_file and names.every_layer and last + 1 < tower.n_layers:
+        why = "the last shards are missing" if layers == [*range(last + 1)] else ""
+    if why:
+        what = f"{tower.n_layers} layers, but queries are stored for {last + 1} (0-{last})"
+        raise CheckpointError(what, where=where, fix=f"config.json belongs to another model, or {why}")
 
 
 def _check_together(sets: tuple[AttentionSet, ...]) -> None:
     """Sets that are edited in one run must agree on what a layer and a head is, and not share a query tensor."""
     sizes = {(s.tower.n_layers, s.tower.layout.n_heads) for s in sets}
-    is_shared = any(
-        a.prefix + a.names.query in (b.prefix + b.names.query, b.prefix + b.names.key)
-        for a in sets
-        for b in sets
-        if a is not b
-    )
+    queries = [s.prefix + s.names.query for s in sets]
+    keys = {s.prefix + s.names.key for s in sets if s.names.key != s.names.query}
+    is_shared = len({*queries}) < len(queries) or not keys.isdisjoint(queries)
     if len(sizes) > 1 or is_shared:
         reason = "they differ in layers or heads" if len(sizes) > 1 else "they share a query tensor"
-        raise UsageError(
-            f"{' and '.join(s.names.attention for s in sets)} cannot be edited together: {reason}",
-            where="--attention",
-            fix="edit one, then the other on top of it",
-        )
+        what = f"{' and '.join(s.names.attention for s in sets)} cannot be edited together: {reason}"
+        raise UsageError(what, where="--attention", fix="edit one, then the other on top of it")
 
 
 def _prefix_error(
@@ -227,8 +208,5 @@ def _prefix_error(
     refuse_wrapped(checkpoint.tensors)
     expected = ", ".join(p + names.query for p in names.prefixes)
     like = ", ".join(query_like(checkpoint.tensors)) or "nothing like a query projection"
-    return AmbiguousError(
-        f"recipe {recipe.name} matches no tensor: it expects {expected}; the checkpoint has {like}",
-        where=checkpoint.where.rpartition("/")[2],
-        fix=ANOTHER,
-    )
+    what = f"recipe {recipe.name} matches no tensor: it expects {expected}; the checkpoint has {like}"
+    return AmbiguousError(what, where=checkpoint.where.rpartition("/")[2], fix=ANOTHER)

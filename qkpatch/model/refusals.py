@@ -44,19 +44,14 @@ def refuse_quantised(module: str, weight: TensorRef | None, suffixes: Collection
     present = set(suffixes)
     for companions, method in _COMPANIONS:
         if companions <= present:
-            raise UnsupportedError(
-                f"quantised with {method}: stored as {', '.join(sorted(present))}", where=module, fix=_WAY_OUT
-            )
+            what = f"quantised with {method}: stored as {', '.join(sorted(present))}"
+            raise UnsupportedError(what, where=module, fix=_WAY_OUT)
     if any(suffix.startswith("base_layer.") for suffix in present) and weight is None:
-        raise UnsupportedError(
-            "wrapped by an adapter (base_layer)", where=module, fix="merge the adapter into the weights first"
-        )
+        fix = "merge the adapter into the weights first"
+        raise UnsupportedError("wrapped by an adapter (base_layer)", where=module, fix=fix)
     if weight is not None and weight.dtype not in EDITABLE_DTYPES:
-        raise UnsupportedError(
-            f"stored as {weight.dtype}, not as one of {', '.join(EDITABLE_DTYPES)}",
-            where=weight.name,
-            fix=_WAY_OUT,
-        )
+        what = f"stored as {weight.dtype}, not as one of {', '.join(EDITABLE_DTYPES)}"
+        raise UnsupportedError(what, where=weight.name, fix=_WAY_OUT)
 
 
 def quantised_by_name(config: Mapping[str, Any], tensors: Iterable[TensorRef]) -> str | None:
@@ -110,11 +105,8 @@ def refuse_wrapped(names: Iterable[str]) -> None:
     for name in names:
         for pattern, (prefix, who, cure) in wrappers:
             if pattern.search(name):
-                raise CheckpointError(
-                    f"names hold {prefix!r}, which {who} left there",
-                    where=name,
-                    fix=f"{cure}, or rename the tensors without it: no loader knows them so",
-                )
+                fix = f"{cure}, or rename the tensors without it: no loader knows them so"
+                raise CheckpointError(f"names hold {prefix!r}, which {who} left there", where=name, fix=fix)
 
 
 def is_qk_norm(name: str) -> bool:

@@ -109,11 +109,9 @@ def placements(
         except QKPatchError as error:
             refused[prefix] = error
     whole = frozenset(placed.prefix.partition("{layer}")[0] for placed in fitting)
+    gaps = (p for p, n in stacks.items() if p in refused and len(n) <= n[-1] and not says_other(p))
     # One shard by itself may hold any of the layers.
-    gaps = (
-        [] if checkpoint.single_file else [p for p, n in stacks.items() if p in refused and len(n) <= n[-1]]
-    )
-    cut = next((p for p in gaps if not says_other(p)), None)
+    cut = None if checkpoint.single_file else next(gaps, None)
     placed = []
     for p in fitting:
         told, rival = names.rival(p.prefix.partition("{layer}")[0], p.vocabulary or 0, whole)
@@ -206,17 +204,13 @@ def _check_names(
     modules = tuple(f"{stems[0]}{part.removesuffix('.weight')}" for part in norms)
     bias = "" if names.input_norm is None else names.input_norm.weight.removesuffix("weight") + "bias"
     # With a bias, the norm before attention is a LayerNorm.
-    odd = (
-        n
-        for n in reversed(stored.under(stems[0]))
-        if n == stems[0] + bias or (is_qk_norm(n) and not n.startswith(modules))
-    )
+    under, bias = reversed(stored.under(stems[0])), stems[0] + bias
+    odd = (n for n in under if n == bias or (is_qk_norm(n) and not n.startswith(modules)))
     found = next(odd, "").removeprefix(stems[0])
     if other or found:
         why = f"have no {other}" if other else f"have {found}"
-        raise AmbiguousError(
-            f"the layers {prefix} {why}, unlike {recipe.name}", where="tensor names", fix=ANOTHER
-        )
+        what = f"the layers {prefix} {why}, unlike {recipe.name}"
+        raise AmbiguousError(what, where="tensor names", fix=ANOTHER)
     is_renamed = recipe.matches(checkpoint.config) and prefix not in recipe.tensors.prefixes
     if is_renamed and names.norms is not None and names.norms.plus_one:
         raise UnsupportedError(
@@ -232,10 +226,8 @@ def _placed(
 ) -> Placed:
     """The recipe with the section of config.json whose numbers agree with what the layers store."""
     known, told, cure = recipe.config.class_defaults, [], ""
-    agreeing = []
-    for name, section in sections(
-        checkpoint.config, [recipe.tensors.keys.get(key, key) for key in COUNT_KEYS]
-    ):
+    agreeing, keys = [], [recipe.tensors.keys.get(key, key) for key in COUNT_KEYS]
+    for name, section in sections(checkpoint.config, keys):
         kind = str(section.get("model_type") or "")
         is_found = is_own and name in recipe.config.sections
         moved = recipe if is_found else _moved(recipe, prefix, name, kind)
@@ -257,19 +249,15 @@ def _placed(
             where="config.json",
             fix=cure or "config.json is another model's, or lacks these numbers: restore this one's",
         )
-    agreeing.sort(
-        key=lambda p: (p.kind not in known, p.section not in recipe.config.sections, not p.vocabulary)
+    own = recipe.config.sections
+    best, *others = sorted(
+        agreeing, key=lambda p: (p.kind not in known, p.section not in own, not p.vocabulary)
     )
-    best = agreeing[0]
     # A section without tokens is no language model's where another has some.
-    rivals = [
-        p for p in agreeing if p.tower.layout != best.tower.layout and (p.vocabulary or not best.vocabulary)
-    ]
-    if rivals:
-        said = [
-            f"{p.section}: {p.tower.layout.n_heads} heads × {p.tower.layout.d_head}"
-            for p in (best, rivals[0])
-        ]
+    tokens = [p for p in others if p.vocabulary or not best.vocabulary]
+    if rivals := [p for p in tokens if p.tower.layout != best.tower.layout]:
+        layouts = ((p.section, p.tower.layout) for p in (best, rivals[0]))
+        said = [f"{section}: {layout.n_heads} heads × {layout.d_head}" for section, layout in layouts]
         raise AmbiguousError(
             f"two sections agree with the layers {prefix} and contradict each other: {'; '.join(said)}",
             where="config.json",
@@ -311,10 +299,8 @@ def _check_stored(
 
 def _check_kind(recipe: Recipe, placed: Placed) -> None:
     """Refuse a section that names another language model, whose tensors of the same names mean something else."""
-    ours, kind = recipe.tensors, placed.kind
-    named = [
-        r for r in language_models() if kind in r.config.class_defaults and r.tensors.query == ours.query
-    ]
+    query, kind = recipe.tensors.query, placed.kind
+    named = [r for r in language_models() if kind in r.config.class_defaults and r.tensors.query == query]
     meaning = {r.name: (r.tensors.rows, r.tensors.norms, r.tensors.input_norm) for r in (*named, recipe)}
     is_known = kind in recipe.config.class_defaults
     if named and not is_known and meaning[recipe.name] not in [meaning[r.name] for r in named]:

@@ -124,23 +124,18 @@ class AttentionSet:
         if query is None:
             refuse_known(name for name in tensors if name.startswith(stem))
             if suffixes := self._stored_under.get(stem + names.query_module):
-                raise UnsupportedError(
-                    f"stored as {', '.join(sorted(suffixes))}, a form that qkpatch does not know",
-                    where=stem + names.query_module,
-                    fix="patch the unquantised checkpoint, or merge what stands beside the weight into it",
-                )
+                what = f"stored as {', '.join(sorted(suffixes))}, a form that qkpatch does not know"
+                fix = "patch the unquantised checkpoint, or merge what stands beside the weight into it"
+                raise UnsupportedError(what, where=stem + names.query_module, fix=fix)
+            what, fix = f"layer {layer} has no {stem + names.query}", "download the missing shard"
             raise CheckpointError(
-                f"layer {layer} has no {stem + names.query}",
-                where=f"recipe {self.recipe}",
-                fix="leave the layer out of --layers, or download the missing shard",
+                what, where=f"recipe {self.recipe}", fix=f"{fix}, or leave the layer out of --layers"
             )
         if key is None:
             refuse_known(name for name in tensors if name.startswith(stem))
-            raise UnsupportedError(
-                f"layer {layer} has a query weight and no key weight {stem + names.key}",
-                where=query.name,
-                fix="if it shares another layer's keys, leave it out of --layers",
-            )
+            what = f"layer {layer} has a query weight and no key weight {stem + names.key}"
+            fix = "if it shares another layer's keys, leave it out of --layers"
+            raise UnsupportedError(what, where=query.name, fix=fix)
         check_shapes(query, key, layout)
         query_norm, key_norm = self._norms(layer, stem, layout)
         weights = (ref.name for ref in (query, key, query_norm, key_norm) if ref is not None)
@@ -163,14 +158,11 @@ class AttentionSet:
 
     def _norms(self, layer: int, stem: str, layout: HeadLayout) -> tuple[TensorRef | None, TensorRef | None]:
         """The layer's query and key norms; stored and declared must agree, since they change the product."""
-        undeclared = [name for name in self._undeclared_norms if name.startswith(stem)]
-        if undeclared:
-            # The product would be another one.
-            raise UnsupportedError(
-                f"queries or keys are normalised, which recipe {self.recipe} does not declare",
-                where=undeclared[0],
-                fix="choose a recipe for this family with --recipe",
-            )
+        # The product would be another one.
+        if undeclared := [name for name in self._undeclared_norms if name.startswith(stem)]:
+            what = f"queries or keys are normalised, which recipe {self.recipe} does not declare"
+            fix = "choose a recipe for this family with --recipe"
+            raise UnsupportedError(what, where=undeclared[0], fix=fix)
         norms = self.names.norms
         if norms is None or (norms.optional and not self._stores_norms):
             return None, None
@@ -186,9 +178,8 @@ class AttentionSet:
         found = []
         for name in self.tensors:
             if name.startswith(head) and is_qk_norm(name):
-                relative = (
-                    name[len(head) :].partition(tail)[2] if tail else name[len(head) :].lstrip("0123456789")
-                )
+                rest = name[len(head) :]
+                relative = rest.partition(tail)[2] if tail else rest.lstrip("0123456789")
                 if not relative.startswith(modules):
                     found.append(name)
         return tuple(found)
@@ -208,24 +199,16 @@ class AttentionSet:
         ]
         missing = [name for name in wanted if name not in self.tensors]
         if missing and len(missing) < len(wanted):
-            raise CheckpointError(
-                f"{len(wanted) - len(missing)} norms of queries and keys, and {len(missing)} are missing",
-                where=missing[0],
-                fix="download the missing shard",
-            )
+            what = f"{len(wanted) - len(missing)} norms of queries and keys, and {len(missing)} are missing"
+            raise CheckpointError(what, where=missing[0], fix="download the missing shard")
         return not missing
 
     def _gain(self, layer: int, name: str, n_heads: int, d_head: int, over: NormSpan) -> TensorRef:
         ref = self.tensors.get(name)
         if ref is None:
             raise CheckpointError(f"layer {layer} has no {name}", where=f"recipe {self.recipe}")
-        by_head: list[tuple[int, ...]] = [(d_head,), (n_heads, d_head)]
-        by_projection: list[tuple[int, ...]] = [(n_heads * d_head,)]
-        shapes = {
-            NormSpan.head: by_head,
-            NormSpan.projection: by_projection,
-            NormSpan.stored: by_head + by_projection,
-        }[over]
+        shapes: list[tuple[int, ...]] = [(d_head,), (n_heads, d_head), (n_heads * d_head,)]
+        shapes = {NormSpan.head: shapes[:2], NormSpan.projection: shapes[2:]}.get(over, shapes)
         if ref.shape not in shapes or ref.dtype not in EDITABLE_DTYPES:
             expected = " or ".join(str(list(shape)) for shape in shapes)
             raise CheckpointError(
@@ -239,19 +222,15 @@ class AttentionSet:
         norm = self.names.input_norm
         if norm is None or not self.tower.has_input_norm:
             reason = "this model has it after attention" if norm else f"recipe {self.recipe} declares none"
-            raise UnsupportedError(
-                f"no RMSNorm before attention, so there is no gain to fold: {reason}",
-                where="--fold-norm",
-                fix="leave the flag out",
-            )
+            what = f"no RMSNorm before attention, so there is no gain to fold: {reason}"
+            raise UnsupportedError(what, where="--fold-norm", fix="leave the flag out")
         ref = self.tensors.get(stem + norm.weight)
         if ref is None or ref.shape != (layout.d_model,) or ref.dtype not in EDITABLE_DTYPES:
             found = "nothing" if ref is None else f"{ref.dtype} {list(ref.shape)}"
-            raise CheckpointError(
-                f"--fold-norm needs the gain before attention, [{layout.d_model}] numbers; there is {found}",
-                where=stem + norm.weight,
-                fix="leave the flag out",
+            what = (
+                f"--fold-norm needs the gain before attention, [{layout.d_model}] numbers; there is {found}"
             )
+            raise CheckpointError(what, where=stem + norm.weight, fix="leave the flag out")
         return ref
 
     @cached_property

@@ -9,7 +9,7 @@ from typing import Any
 
 from qkpatch.common.json_text import measured
 from qkpatch.errors import CheckpointError, UnsupportedError
-from qkpatch.recipes.heads import HeadLayout
+from qkpatch.recipes.heads import HeadLayout, RowLayout
 from qkpatch.recipes.recipe import (
     ANY,
     COUNT_KEYS,
@@ -20,7 +20,6 @@ from qkpatch.recipes.recipe import (
     Recipe,
     TensorNames,
 )
-from qkpatch.recipes.rows import RowLayout
 
 # Far above any real model; a config.json beyond it is broken or hostile.
 MAX_COUNT = 1 << 20
@@ -131,21 +130,18 @@ class _Counts:
         n_heads = self.number("num_attention_heads")
         n_kv_heads = self.number("num_key_value_heads", n_heads)
         d_model = self.number("hidden_size")
+        key, what = "num_key_value_heads", ""
         if n_heads % n_kv_heads:
-            raise CheckpointError(
-                f"{n_heads} query heads cannot share {n_kv_heads} key heads evenly",
-                where=self.place("num_key_value_heads"),
-            )
-        if self.numbers.get("head_dim") is None and d_model % n_heads:
-            raise CheckpointError(
+            what = f"{n_heads} query heads cannot share {n_kv_heads} key heads evenly"
+        elif self.numbers.get("head_dim") is None and d_model % n_heads:
+            key, what = (
+                "head_dim",
                 f"no head_dim, and hidden_size {d_model} is not a multiple of {n_heads} heads",
-                where=self.place("head_dim"),
             )
-        if self.names.rows is RowLayout.per_head_qkv and n_heads != n_kv_heads:
-            raise CheckpointError(
-                f"per-head [q, k, v] rows need as many key heads as query heads, not {n_kv_heads} for {n_heads}",
-                where=self.place("num_key_value_heads"),
-            )
+        elif self.names.rows is RowLayout.per_head_qkv and n_heads != n_kv_heads:
+            what = f"per-head [q, k, v] rows need as many key heads as query heads, not {n_kv_heads} for {n_heads}"
+        if what:
+            raise CheckpointError(what, where=self.place(key))
         d_head = self.number("head_dim", d_model // n_heads)
         return HeadLayout(n_heads, n_kv_heads, d_head, d_model, self.names.rows)
 
@@ -157,9 +153,8 @@ def _exceptions(
     # What transformers writes itself for such models takes the place of the family's own keys.
     per_layer = section.get("per_layer_config")
     if per_layer is not None:
-        if not isinstance(per_layer, dict) or not all(
-            _LAYER.fullmatch(k) and isinstance(v, dict) for k, v in per_layer.items()
-        ):
+        entries = per_layer.items() if isinstance(per_layer, dict) else [("", None)]
+        if not all(_LAYER.fullmatch(k) and isinstance(v, dict) for k, v in entries):
             raise CheckpointError(
                 "not a mapping by layer number", where=f"config.json: {where}per_layer_config"
             )
@@ -199,11 +194,9 @@ def _first_shared(recipe: Recipe, section: Mapping[str, Any], where: str, n_laye
     n_shared = None if source is None else _overridden(source, section)
     if source is None or n_shared is None or (type(n_shared) is int and n_shared == 0):
         return None
-    n_shared = _positive(n_shared, f"config.json: {where}{source.key}")
-    if n_shared >= n_layers:
-        raise CheckpointError(
-            f"{n_shared} of {n_layers} layers share keys", where=f"config.json: {where}{source.key}"
-        )
+    place = f"config.json: {where}{source.key}"
+    if (n_shared := _positive(n_shared, place)) >= n_layers:
+        raise CheckpointError(f"{n_shared} of {n_layers} layers share keys", where=place)
     return n_layers - n_shared
 
 

@@ -1,4 +1,4 @@
-"""``Passage``: bytes from one open file to another by the best means there is, with their SHA-256 on the way."""
+"""``Passage`` and ``Arrival``: bytes from one open file to another by the best means there is, hashed on the way."""
 
 from __future__ import annotations
 
@@ -9,10 +9,19 @@ import os
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
 from itertools import cycle, pairwise
 
-from qkpatch.checkpoint.files import Digesting, LocalOpenFile, Progress, os_errors
+from qkpatch.checkpoint.files import (
+    CANNOT,
+    Digesting,
+    LocalOpenFile,
+    OpenFile,
+    Progress,
+    os_errors,
+    write_exact,
+)
 from qkpatch.errors import FileSystemError
 
 # One system call copies at most this much, so that progress moves and Ctrl-C is heard.
@@ -26,15 +35,7 @@ LEAST_DIRECT = 4 * PIECE  # below this there is nothing to gain
 _FICLONE = 0x40049409  # linux/fs.h; in the fcntl module only since Python 3.12
 
 # Means of copying decline with these where the file systems cannot do it; other errnos are real.
-_DECLINED = {
-    errno.EXDEV,
-    errno.EOPNOTSUPP,
-    errno.ENOSYS,
-    errno.EINVAL,
-    errno.EBADF,
-    errno.ETXTBSY,
-    errno.EPERM,
-}
+_DECLINED = {*CANNOT, errno.EXDEV, errno.EBADF, errno.ETXTBSY, errno.EPERM}
 
 
 def clone(source: int, destination: int) -> bool:
@@ -167,6 +168,34 @@ class Passage:
         return done
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """From a file elsewhere to an open one, in order; a few pieces are in memory and none is on the disk twice."""
+
+    source: OpenFile
+    destination: int
+    where: str  # what messages call the destination
+
+    def copy(self, begin: int, end: int, at: int, progress: Progress, digest: Digesting | None = None) -> str:
+        """As :meth:`Passage.copy`; raises :class:`HubError` where they do not come."""
+        for piece in self.source.pieces(begin, end):
+            if digest is not None:
+                digest.update(piece)
+            write_exact(self.destination, piece, at, self.where)
+            at += len(piece)
+            progress(len(piece))
+        return "download"
+
+
+def passage_for(
+    lane: Lane, source: OpenFile, destination: int, where: str
+) -> AbstractContextManager[Passage | Arrival]:
+    """What copies from ``source`` to ``destination``, both open; through ``lane`` where both are on this machine."""
+    if isinstance(source, LocalOpenFile):
+        return Passage(lane, source, destination, where)
+    return nullcontext(Arrival(source, destination, where))
+
+
 def _is_aligned(piece: memoryview, offset: int) -> bool:
     return offset % ALIGN == 0 and len(piece) % ALIGN == 0
 
@@ -204,14 +233,10 @@ def copy_range(
     continues where the one before declined. They arrive ``shift`` bytes further on. ``progress`` may raise to stop it;
     ``where`` is what messages call the destination.
     """
-    done = begin
-    used = "none"
+    done, used = begin, "none"
     with os_errors("copy", source.where, where):
-        for name, step in (
-            ("copy_file_range", _copy_file_range),
-            ("sendfile", _sendfile),
-            ("read_write", _read_write),
-        ):
+        for step in (_copy_file_range, _sendfile, _read_write):
+            name = step.__name__[1:]
             while done < end:
                 try:
                     n = step(source.fd, destination, done, done + shift, min(COPY_CHUNK, end - done))

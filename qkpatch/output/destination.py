@@ -6,7 +6,7 @@ import fcntl
 import os
 import shlex
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import Present, first_change
 from qkpatch.checkpoint.source import MANIFEST_NAME, Checkpoint
 from qkpatch.checkpoint.tree import LocalFile
-from qkpatch.common.text import as_word
+from qkpatch.common.text import as_word, cut
 from qkpatch.errors import FileSystemError, UsageError
 
 _GETFLAGS, _APPEND_ONLY = 0x80086601, 0x20  # of linux/fs.h
@@ -54,36 +54,36 @@ def check_apart(out: Path, checkpoint: Checkpoint) -> None:
     files = [file.path for file in checkpoint.files.values() if isinstance(file, LocalFile)]
     if not checkpoint.single_file:
         directories.append(checkpoint.root)
-    _refuse_overlap(out, inside=directories, holding=[*directories, *files])
+    real_out, relation = Path(os.path.realpath(out)), None
+    for real in (Path(os.path.realpath(place)) for place in directories):
+        if real_out == real or real in real_out.parents:
+            relation = "OUT is SOURCE" if real_out == real else "OUT lies in SOURCE"
+    for part in (*directories, *files):
+        if real_out in Path(os.path.realpath(part)).parents:
+            relation = f"OUT holds SOURCE or a part of it ({part.name})"
+    if relation:
+        what = f"{relation}, which is never written to"
+        raise UsageError(what, where=str(out), fix="choose an OUT beside SOURCE")
 
 
 def check_out(out: Path, *, overwrite: bool, force: bool) -> None:
     """Refuse an OUT that is known to be wrong before anything is read, downloaded or asked of the Hub.
 
-    Args:
-        out: OUT.
-        overwrite: an earlier output may be replaced.
-        force: whatever is there may be.
-
     Raises:
         UsageError: OUT has no name of its own (``.``), is a file, or holds what qkpatch did not write.
         FileSystemError: what is there of OUT's parents is no directory or not writable.
     """
-    if out.name in ("", ".."):
+    where, parent, name = str(out), present_parent(out), out.name
+    if name in ("", ".."):
+        raise UsageError("OUT needs a name of its own", where=where, fix="name a new directory: -o patched")
+    if len(os.fsencode(name)) > (most := longest_name(parent)):
         raise UsageError(
-            "OUT needs a name of its own", where=str(out), fix="name a new directory: -o patched"
+            f"the name of OUT is longer than {most} bytes", where=cut(name, 40), fix="shorten it"
         )
-    parent = present_parent(out)
-    if len(os.fsencode(out.name)) > (most := longest_name(parent)):
-        raise UsageError(
-            f"the name of OUT is longer than {most} bytes", where=out.name[:40] + "…", fix="shorten it"
-        )
-    if out.name.endswith(".safetensors"):
-        raise UsageError(
-            "OUT is a directory; the patched files keep their names in it",
-            where=str(out),
-            fix=f"write {shlex.join(['-o', as_word(str(out.with_suffix('')))])}",
-        )
+    if name.endswith(".safetensors"):
+        what = "OUT is a directory; the patched files keep their names in it"
+        fix = f"write {shlex.join(['-o', as_word(str(out.with_suffix('')))])}"
+        raise UsageError(what, where=where, fix=fix)
     if not parent.is_dir():
         raise FileSystemError(f"{parent} is not a directory", where=str(out), fix="choose another -o")
     if not os.access(parent, os.W_OK | os.X_OK):
@@ -96,9 +96,8 @@ def check_out(out: Path, *, overwrite: bool, force: bool) -> None:
     with os_errors("look into OUT", out):
         names = [name for name in os.listdir(out) if not came_by_itself(name, ())]
     if names and not force and MANIFEST_NAME not in names:
-        raise occupied(
-            out, MANIFEST_NAME, "there is none, so qkpatch did not write this", overwrite=overwrite
-        )
+        why = "there is none, so qkpatch did not write this"
+        raise occupied(out, MANIFEST_NAME, why, overwrite=overwrite)
 
 
 def _check_renames(parent: Path, out: Path) -> None:
@@ -114,22 +113,6 @@ def _check_renames(parent: Path, out: Path) -> None:
         raise FileSystemError(why, where=str(out), fix="choose another -o")
 
 
-def _refuse_overlap(out: Path, *, inside: Iterable[Path], holding: Iterable[Path]) -> None:
-    real_out = Path(os.path.realpath(out))
-    relation = None
-    for place in inside:
-        real = Path(os.path.realpath(place))
-        if real_out == real or real in real_out.parents:
-            relation = "OUT is SOURCE" if real_out == real else "OUT lies in SOURCE"
-    for part in holding:
-        if real_out in Path(os.path.realpath(part)).parents:
-            relation = f"OUT holds SOURCE or a part of it ({part.name})"
-    if relation:
-        raise UsageError(
-            f"{relation}, which is never written to", where=str(out), fix="choose an OUT beside SOURCE"
-        )
-
-
 @dataclass(frozen=True)
 class Replaced:
     """An OUT that may be replaced, as it was when that was found."""
@@ -142,9 +125,8 @@ class Replaced:
         with Rooted(place or self.out) as root:
             changed = first_change(self.entries, Present(root).identities)
         if changed is not None:
-            raise occupied(
-                self.out, ascii(changed)[1:-1], "it changed while qkpatch was running", overwrite=True
-            )
+            why = "it changed while qkpatch was running"
+            raise occupied(self.out, ascii(changed)[1:-1], why, overwrite=True)
 
 
 def occupied(

@@ -48,12 +48,9 @@ class Journal:
     def state(self, status: os.stat_result | None, file: OutputFile) -> State | None:
         """How far the staged copy of ``file`` was when the journal was left; None where nothing is sure."""
         note = self._done.get(file.name)
-        if (
-            status is None
-            or note is None
-            or status.st_size != file.size
-            or note != {**note, **_facts(status)}
-        ):
+        if status is None or note is None or status.st_size != file.size:
+            return None
+        if note != {**note, **_facts(status)}:
             return None
         state = State(note["state"])
         # ctime cannot be set by hand: nothing has touched the copy since. The rows of the others may have changed.

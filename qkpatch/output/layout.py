@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from qkpatch.checkpoint.content import Held
+from qkpatch.checkpoint.files import gaps
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.source import Stored
 from qkpatch.checkpoint.tree import SourceFile
@@ -67,14 +68,10 @@ class OutputFile:
                     yield extent.within(first, last)
 
     def around(self, ranges: Sequence[tuple[int, int]]) -> Iterator[Extent]:
-        """The extents less ``ranges`` of this file, which are ascending and apart."""
+        """The extents less ``ranges`` of this file."""
         for extent in self.extents:
-            position = extent.at
-            for begin, end in [*ranges, (extent.upto, extent.upto)]:
-                first, last = min(begin, extent.upto), min(end, extent.upto)
-                if position < first:
-                    yield extent.within(position, first)
-                position = max(position, last)
+            for first, last in gaps(extent.at, extent.upto, ranges):
+                yield extent.within(first, last)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -39,10 +39,9 @@ class Writing:
         except ValueError:
             fix = f"choose one of {', '.join(kind.value for kind in Digest)}"
             raise UsageError(f"{self.digest!r:.80} is none of them", where="--digest", fix=fix) from None
-        for field in fields(self):
-            given = getattr(self, field.name)
-            if field.name != "digest" and type(given) is not bool:
-                where = f"--{field.name.replace('_', '-')}"
+        for name, given in vars(self).items():
+            if name != "digest" and type(given) is not bool:
+                where = f"--{name.replace('_', '-')}"
                 raise UsageError(f"{given!r:.80} is neither true nor false", where=where)
         if self.force and not self.overwrite:
             raise UsageError("--force goes with --overwrite", fix="add --overwrite, or leave it out")

@@ -28,21 +28,14 @@ def reshard(source: Stored, max_bytes: int) -> Output:
         CheckpointError: the shards' metadata contradict each other; a name is taken by another file of SOURCE.
     """
     groups = list(_groups(_in_order(source), max_bytes))
-    if len(groups) > MOST_SHARDS:
-        raise UsageError(
-            f"that makes {len(groups)} shards", where="--max-shard-size", fix="allow larger ones"
-        )
-    stem = source.stem
+    n, stem = len(groups), source.stem
+    if n > MOST_SHARDS:
+        raise UsageError(f"that makes {n} shards", where="--max-shard-size", fix="allow larger ones")
     names = (
-        [f"{stem}.safetensors"]
-        if len(groups) <= 1
-        else [f"{stem}-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
+        [f"{stem}-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)] if n > 1 else [f"{stem}.safetensors"]
     )
-    kept = {
-        name: file
-        for name, file in source.files.items()
-        if name not in source.headers and name not in (source.index, index_name(source.stem))
-    }
+    replaced = {*source.headers, source.index, index_name(stem)}
+    kept = {name: OutputFile.copy_of(file) for name, file in source.files.items() if name not in replaced}
     moved: dict[str, TensorRef] = {}
     made: dict[str, OutputFile] = {}
     mode = source.files[next(iter(source.headers))].mode
@@ -50,17 +43,13 @@ def reshard(source: Stored, max_bytes: int) -> Output:
         own, places = shard_header(name, group, _metadata(source, group))
         moved.update(places)
         made[name] = OutputFile(name, mode, own, tuple(_extents(source, group, places)))
-    if len(groups) > 1:
+    if n > 1:
         index = index_file(source, moved)
         made[index.name] = index
     if taken := sorted(made.keys() & kept.keys()):
-        raise CheckpointError(
-            "a new shard would bear the name of this file, which is none of the weights qkpatch reads",
-            where=taken[0],
-            fix="move it out of SOURCE",
-        )
-    files = {**{name: OutputFile.copy_of(file) for name, file in kept.items()}, **made}
-    return Output(dict(sorted(files.items())), moved)
+        what = "a new shard would bear the name of this file, which is none of the weights qkpatch reads"
+        raise CheckpointError(what, where=taken[0], fix="move it out of SOURCE")
+    return Output(dict(sorted({**kept, **made}.items())), moved)
 
 
 def _in_order(source: Stored) -> Iterator[TensorRef]:
@@ -99,18 +88,13 @@ def shard_header(
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _FORMAT_ALIGNMENT)
     if len(text) > MAX_HEADER_SIZE:
-        raise UsageError(
-            f"a header of {len(text)} bytes, more than the format allows",
-            where="--max-shard-size",
-            fix="allow smaller ones",
-        )
+        what = f"a header of {len(text)} bytes, more than the format allows"
+        raise UsageError(what, where="--max-shard-size", fix="allow smaller ones")
     own = len(text).to_bytes(8, "little") + text
-    places = {
-        ref.name: replace(
-            ref, shard=name, begin=len(own) + offsets[ref.name][0], end=len(own) + offsets[ref.name][1]
-        )
-        for ref in group
-    }
+    places = {}
+    for ref in group:
+        begin, end = (len(own) + offset for offset in offsets[ref.name])
+        places[ref.name] = replace(ref, shard=name, begin=begin, end=end)
     return own, places
 
 
@@ -124,11 +108,8 @@ def _metadata(source: Stored, group: Sequence[TensorRef]) -> dict[str, str]:
     for shard in dict.fromkeys(ref.shard for ref in group):
         for key, value in (source.headers[shard].metadata or {}).items():
             if merged.setdefault(key, value) != value:
-                raise CheckpointError(
-                    f"the shards' headers disagree on {key!r} in __metadata__, so they cannot be joined",
-                    where=shard,
-                    fix="leave --max-shard-size out",
-                )
+                what = f"the shards' headers disagree on {key!r} in __metadata__, so they cannot be joined"
+                raise CheckpointError(what, where=shard, fix="leave --max-shard-size out")
     return merged
 
 

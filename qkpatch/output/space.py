@@ -36,13 +36,10 @@ def check_space(out: Path, files: Collection[OutputFile]) -> None:
     # What dead runs left is taken over, or removed.
     if free is None or needed <= free or needed <= free + left_bytes(out):
         return
-    if _shares_blocks(present_parent(out), [extent.file for file in files for extent in file.extents]):
-        return
-    raise FileSystemError(
-        f"OUT needs {needed:,} bytes, and {free:,} are free",
-        where=str(out.absolute().parent),
-        fix="free some space, or write to another file system with -o",
-    )
+    if not _shares_blocks(present_parent(out), [extent.file for file in files for extent in file.extents]):
+        what = f"OUT needs {needed:,} bytes, and {free:,} are free"
+        fix = "free some space, or write to another file system with -o"
+        raise FileSystemError(what, where=str(out.absolute().parent), fix=fix)
 
 
 def _written_bytes(file: OutputFile) -> int:

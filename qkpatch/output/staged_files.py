@@ -8,11 +8,13 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 
-from qkpatch.checkpoint.files import FileId, LocalOpenFile, os_errors, synced, write_exact
+from qkpatch.checkpoint.files import FileId, LocalOpenFile, changed, os_errors, synced, write_exact
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.tree import LocalFile
 from qkpatch.errors import FileSystemError
 from qkpatch.output.layout import OutputFile
+
+_CHANGED = "changed after it was written"
 
 
 class StagedFiles:
@@ -75,7 +77,7 @@ class StagedFiles:
         with self._files.reading(name) as opened:
             done = self._done.get(name)
             if done is not None and not FileId.of(os.fstat(opened.fd)).is_still(done):
-                raise self._changed(name)
+                raise self._error(name, _CHANGED)
             yield opened
 
     def link(self, file: LocalFile, name: str) -> bool:
@@ -99,13 +101,11 @@ class StagedFiles:
 
     def write_new(self, name: str, data: bytes, more: Iterable[bytes | bytearray] = ()) -> None:
         """Write a file that SOURCE does not have, ``more`` piece by piece, and sync it."""
-        at = 0
         with os_errors("write", self._files.path / name):
             fd = self._files.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             try:
                 for piece in chain((data,), more):
-                    write_exact(fd, piece, at, self._files.path / name)
-                    at += len(piece)
+                    write_exact(fd, piece, os.fstat(fd).st_size, self._files.path / name)
                 synced(fd, self._files.path / name)
                 self.is_done(name, os.fstat(fd))
             finally:
@@ -127,7 +127,7 @@ class StagedFiles:
             if status is None:
                 raise self._error(name, "is gone")
             if not stat.S_ISREG(status.st_mode) or not FileId.of(status).is_still(done):
-                raise self._changed(name)
+                raise self._error(name, _CHANGED)
         for name in directories:
             status = found.pop(name, None)
             if status is None or not stat.S_ISDIR(status.st_mode):
@@ -135,12 +135,5 @@ class StagedFiles:
         if found:
             raise self._error(min(found), "came from elsewhere")
 
-    def _changed(self, name: str) -> FileSystemError:
-        return self._error(name, "changed after it was written")
-
     def _error(self, name: str, what: str) -> FileSystemError:
-        return FileSystemError(
-            f"a file of the unfinished OUT {what}",
-            where=str(self._files.path / name),
-            fix="run again when nothing else writes there",
-        )
+        return changed(f"a file of the unfinished OUT {what}", self.where(name))

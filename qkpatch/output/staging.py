@@ -46,13 +46,7 @@ class Staging:
     files: Rooted  # what becomes OUT
 
     def __init__(self, out: Path, resume: str | None = None, mode: int = 0o777) -> None:
-        """Name a new one.
-
-        Args:
-            out: where it will be published.
-            resume: the fingerprint of the run whose leftovers are taken over, where there are any.
-            mode: of OUT, less the umask.
-        """
+        """Name a new one; ``resume`` is the fingerprint of the run whose leftovers are taken over."""
         self.out = destination_path(out)
         self.path = self.out.with_name(f".{out.name}.qkpatch-{secrets.token_hex(4)}")
         self._resume, self._mode = resume, mode | 0o700
@@ -117,11 +111,8 @@ class Staging:
         inner = room.status(journal.NAME)
         if inner is None or os.fstat(room.fd).st_uid != inner.st_uid:
             self._is_held = False  # nor is it to be removed
-            raise FileSystemError(
-                "somebody else put a directory in place of the staging directory",
-                where=str(self.path),
-                fix="choose an -o where only you may write",
-            )
+            what = "somebody else put a directory in place of the staging directory"
+            raise FileSystemError(what, where=str(self.path), fix="choose an -o where only you may write")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -130,11 +121,8 @@ class Staging:
             self._let_go()
             return
         if not self._clean() and error is None:
-            raise FileSystemError(
-                "OUT is whole, but the directory it replaced could not be removed",
-                where=str(self.path),
-                fix="remove it yourself",
-            )
+            what = "OUT is whole, but the directory it replaced could not be removed"
+            raise FileSystemError(what, where=str(self.path), fix="remove it yourself")
 
     def _clean(self) -> bool:
         with signals_held():  # a second Ctrl-C must not leave half of it behind
@@ -170,7 +158,7 @@ class Staging:
             if self._parent.status(self.out.name) is None:
                 self._move(_RENAME_NOREPLACE)
             elif not any(self.out.iterdir()):
-                self._rename()  # replaces an empty directory, fails on any other
+                self._rename(FILES, self.out.name)  # replaces an empty directory, fails on any other
             elif still_replaceable is not None:
                 still_replaceable(self.out)
                 aside = self._move(_RENAME_EXCHANGE)  # the old output is now in staging, and goes on exit
@@ -179,20 +167,21 @@ class Staging:
                 except BaseException:
                     self._move_back(aside)
                     raise
-                with suppress(OSError):  # but a history that git keeps there is the user's
-                    os.rename(
-                        f"{aside}/.git",
-                        f"{self.out.name}/.git",
-                        src_dir_fd=self.room.fd,
-                        dst_dir_fd=self._parent.fd,
-                    )
+                for name in (".git", ".gitattributes"):  # but what git keeps there is the user's
+                    with suppress(OSError):
+                        if self.files.status(name) is None:
+                            self._rename(f"{aside}/{name}", f"{self.out.name}/{name}")
             else:
                 raise self._raced()
         if not all([*synced, self.room.sync(), self._parent.sync()]):
             self.lacks[NO_SYNC] = None
 
-    def _rename(self) -> None:
-        os.rename(FILES, self.out.name, src_dir_fd=self.room.fd, dst_dir_fd=self._parent.fd)
+    def _rename(self, name: str, to: str) -> None:
+        """From staging to beside it."""
+        os.rename(name, to, src_dir_fd=self.room.fd, dst_dir_fd=self._parent.fd)
+
+    def _rename_back(self, name: str, to: str) -> None:
+        os.rename(name, to, src_dir_fd=self._parent.fd, dst_dir_fd=self.room.fd)
 
     def _move(self, flag: int) -> str:
         """Make the staged directory OUT; the name in staging of what was there."""
@@ -213,30 +202,26 @@ class Staging:
     def _move_plainly(self, flag: int) -> None:
         """The nearest that a file system without renameat2 can do (some network and FUSE mounts)."""
         if flag == _RENAME_NOREPLACE:
-            self._rename()  # refuses all but an empty directory
+            self._rename(FILES, self.out.name)  # refuses all but an empty directory
             return
         self.lacks[NO_EXCHANGE] = None
-        aside = {"src_dir_fd": self._parent.fd, "dst_dir_fd": self.room.fd}
-        os.rename(self.out.name, _REPLACED, **aside)
+        self._rename_back(self.out.name, _REPLACED)
         try:
-            self._rename()
+            self._rename(FILES, self.out.name)
         except BaseException:
-            os.rename(_REPLACED, self.out.name, src_dir_fd=self.room.fd, dst_dir_fd=self._parent.fd)
+            self._rename(_REPLACED, self.out.name)
             raise
 
     def _move_back(self, aside: str) -> None:
         if aside == FILES:
             _renameat2(self.room.fd, FILES, self._parent.fd, self.out.name, _RENAME_EXCHANGE)
             return
-        os.rename(self.out.name, FILES, src_dir_fd=self._parent.fd, dst_dir_fd=self.room.fd)
-        os.rename(aside, self.out.name, src_dir_fd=self.room.fd, dst_dir_fd=self._parent.fd)
+        self._rename_back(self.out.name, FILES)
+        self._rename(aside, self.out.name)
 
     def _raced(self) -> UsageError:
-        return UsageError(
-            "came into being while qkpatch was running; nothing was written to it",
-            where=str(self.out),
-            fix="is another qkpatch writing to it?",
-        )
+        what = "came into being while qkpatch was running; nothing was written to it"
+        return UsageError(what, where=str(self.out), fix="is another qkpatch writing to it?")
 
 
 def _stale(parent: Rooted, out: Path) -> Iterator[Rooted]:

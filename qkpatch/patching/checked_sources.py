@@ -48,8 +48,7 @@ class Sources:
         Raises:
             HubError: one is not.
         """
-        for _ in crew.map(self._check, [name for name in self._held if self.wanted(self._files[name])]):
-            pass
+        list(crew.map(self._check, [name for name in self._held if self.wanted(self._files[name])]))
         if not self.is_download:
             return
         for shard, header in self._plan.model.checkpoint.headers.items():

@@ -19,8 +19,7 @@ from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.tree import LocalFile
 from qkpatch.common.observer import Observer
 from qkpatch.errors import HubError
-from qkpatch.output.copying import Lane, clone
-from qkpatch.output.downloading import passage_for
+from qkpatch.output.copying import Lane, clone, passage_for
 from qkpatch.output.journal import Journal, State
 from qkpatch.output.layout import OutputFile
 from qkpatch.output.options import Digest, Writing
@@ -129,20 +128,14 @@ class Copier:
             carried |= lane.result()
         try:
             self._sources.check(crew)
-        except (
-            HubError,
-            Stopped,
-        ) as error:  # of several that are checked side by side, either may be met first
+        except (HubError, Stopped) as error:  # of several that are checked at once, either may be met first
             # Made of several files, and some of them damaged: not to be taken over.
             made = [file for file in self._plan.output.files.values() if file.original is None]
             for file in made:
                 self._journal.forget(file)
             if isinstance(error, HubError) and any(file.name in self._taken_over for file in made):
-                raise HubError(
-                    "what an earlier run had left in staging is not, or no longer, what the Hub lists",
-                    where=error.where,
-                    fix="run again: it comes anew",
-                ) from error
+                what = "what an earlier run had left in staging is not, or no longer, what the Hub lists"
+                raise HubError(what, where=error.where, fix="run again: it comes anew") from error
             raise
         return carried
 
@@ -188,13 +181,11 @@ class Copier:
     def _fill(self, file: OutputFile, fd: int, lane: Lane, crew: Crew) -> tuple[str, str | None]:
         """Copy what is not left out; the means of most of it, and the digest of the whole, edited rows too."""
         ranges = [] if self._sources.is_download else self._plan.written_ranges(file.name)
-        digests, whole = Digests(), file.original
-        if self._writing.digest is Digest.files and (ranges or file.name not in self._edited):
-            digests.kinds["out"] = hashlib.sha256()
+        whole, is_hashed = file.original, self._writing.digest is Digest.files
+        out = hashlib.sha256() if is_hashed and (ranges or file.name not in self._edited) else None
         wanted = None if whole is None or ranges else self._sources.wanted(whole)
-        if wanted is not None:
-            digests.kinds["source"] = wanted.hasher(file.size)
-        digest = digests if digests.kinds else None
+        theirs = None if wanted is None else wanted.hasher(file.size)
+        digest = Digests(one for one in (out, theirs) if one is not None) or None
         if digest is not None:
             digest.update(file.own)
         used: Counter[str] = Counter()
@@ -214,11 +205,11 @@ class Copier:
             with whole.open():  # nothing is read of it, and it must be empty still
                 pass
         used.setdefault("none", 0)
-        if whole is not None and wanted is not None:
-            if digests.hex("source") != wanted.digest:
+        if whole is not None and wanted is not None and theirs is not None:
+            if theirs.hexdigest() != wanted.digest:
                 raise damaged_file(whole)
             self._sources.proven.add(whole.name)
-        return used.most_common(1)[0][0], digests.hex("out")
+        return used.most_common(1)[0][0], None if out is None else out.hexdigest()
 
     def _pass(
         self,

@@ -31,11 +31,8 @@ def choose_device(name: str) -> torch.device:
     check_device_name(name)
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"{name} is not there: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA device(s)",
-            where="--device",
-            fix="use --device cpu",
-        )
+        seen = f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA device(s)"
+        raise UsageError(f"{name} is not there: {seen}", where="--device", fix="use --device cpu")
     return device
 
 
@@ -77,8 +74,5 @@ def computing(device: torch.device) -> Iterator[None]:
         with torch.cuda.stream(_OF_THREAD.stream):
             yield
     except torch.cuda.OutOfMemoryError as error:
-        raise UsageError(
-            f"{device} has no memory left for a few heads: {error}",
-            where="--device",
-            fix="use fewer --threads, or --device cpu",
-        ) from error
+        what = f"{device} has no memory left for a few heads: {error}"
+        raise UsageError(what, where="--device", fix="use fewer --threads, or --device cpu") from error

@@ -95,17 +95,16 @@ class HeadBytes:
         query, scale = self.target.query, self.target.query_scale
         if scale is None:
             rounded = round_once(W, DTYPES[query.dtype])
-            codes = rounded.cpu()
-            return StoredHeads(_computed(rounded), tuple({query: to_bytes(of_head)} for of_head in codes))
+            pieces = tuple({query: to_bytes(of_head)} for of_head in rounded.cpu())
+            return StoredHeads(_computed(rounded), pieces)
         at = [self.target.layout.query_range(query, head) for head in heads]
         flat, before = W.flatten(0, 1), self._scales(query, scale, at)
         block = (len(flat), flat.shape[1]) if is_shared(scale) else block_of(query, scale)
         rows, scales = requantise(flat, before, block)
         values, codes = dequantise(rows, scales, block).view(W.shape), rows.cpu().view(W.shape)
         if not is_shared(scale):
-            by_head = self._stored_scales(scale, scales.cpu()).view(len(W), -1)
-            pieces = ({query: to_bytes(c), scale: to_bytes(s)} for c, s in zip(codes, by_head, strict=True))
-            return StoredHeads(values, tuple(pieces))
+            by_head = zip(codes, self._stored_scales(scale, scales.cpu()).view(len(W), -1), strict=True)
+            return StoredHeads(values, tuple({query: to_bytes(c), scale: to_bytes(s)} for c, s in by_head))
         if not torch.equal(scales, before):
             raise self._too_large(scale, "with the whole tensor's one scale, which must stay")
         return StoredHeads(values, tuple({query: to_bytes(of_head)} for of_head in codes))

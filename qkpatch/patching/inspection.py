@@ -58,9 +58,8 @@ class Inspection:
         from qkpatch.patching.device import choose_device
         from qkpatch.patching.spectra import layer_spectra
 
-        where, settings = choose_device(device), self.settings
-        observer.begins("look", 0, len(self.targets) * len(settings.heads))
-        rule = settings.rule_of(settings.layers[0])
-        for layer in layer_spectra(self.model, self.targets, settings.heads, rule, where, n_threads):
+        where = choose_device(device)
+        observer.begins("look", 0, len(self.targets) * len(self.settings.heads))
+        for layer in layer_spectra(self, where, n_threads):
             observer.edited(len(layer.heads))
             yield layer

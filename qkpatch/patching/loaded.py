@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qkpatch.checkpoint.content import Held, HeldFile
 from qkpatch.checkpoint.files import OpenFile
 from qkpatch.checkpoint.header import Header, TensorRef
 from qkpatch.checkpoint.source import Checkpoint
@@ -46,20 +45,18 @@ class LoadedEdit:
             _write(tensor, at, data)
 
 
-def edit_loaded(model: torch.nn.Module, request: Request, threads: int | None = None) -> LoadedEdit:
+def edit_loaded(model: torch.nn.Module, request: Request) -> LoadedEdit:
     """As :func:`qkpatch.api.patch_model`."""
-    for what in ("max_shard_size", "exclude"):
-        if getattr(request, what) is not None:
-            raise UsageError("a loaded model has no files", where=what, fix="leave it out")
+    check_loadable(request)
     model = getattr(model, _COMPILED, model)
-    tensors = _tensors(model)
-    where = type(model).__name__
+    where, tensors = type(model).__name__, _tensors(model)
     refs = _refs(tensors)
+    memory = _Tensors(where, refs, tensors)
     checkpoint = Checkpoint(
         where=where,
         root=None,
-        headers={_FILE: Header(_FILE, 0, _end(refs), refs, None)},
-        files={_FILE: _Memory(_FILE, _end(refs), 0o600, where)},
+        headers={_FILE: Header(_FILE, 0, memory.size, refs, None)},
+        files={_FILE: _Memory(_FILE, memory.size, 0o600, where, memory)},
         config=_config(model),
     )
     source = Source(_Loaded(), "memory", where)
@@ -72,17 +69,9 @@ def edit_loaded(model: torch.nn.Module, request: Request, threads: int | None = 
         ref = next(ref for target in plan.edits for ref in target.written if ref.begin <= at < ref.end)
         written.append((tensors[ref.name], at - ref.begin, bytes(data)))
 
-    @contextmanager
-    def opened(shard: str, ranges: Sequence[tuple[int, int]]) -> Iterator[OpenFile]:
-        """Copies of the tensors that the ranges lie in."""
-        needed = [ref for ref in refs.values() if any(ref.begin < e and b < ref.end for b, e in ranges)]
-        rest = {ref.begin: _bytes(tensors[ref.name]) for ref in needed}
-        yield HeldFile(where, _end(refs), list[Held](), rest, {})
-
     heads: dict[str, tuple[HeadRecord, ...]] = {}
-    n_threads = choose_threads(threads, plan.head_memory, len(tensors))
-    with Crew(n_threads) as crew:
-        for target, records in Editor.on("cpu").edited(plan, opened, crew, write, UNSEEN):
+    with Crew(choose_threads(None, plan.head_memory, len(tensors))) as crew:
+        for target, records in Editor.on("cpu").edited(plan, checkpoint.opened, crew, write, UNSEEN):
             heads[target.query.name] = records
     # Not before all heads are computed: what fails leaves the model as it was.
     before = tuple((tensor, at, _read(tensor, at, len(data))) for tensor, at, data in written)
@@ -96,6 +85,13 @@ def edit_loaded(model: torch.nn.Module, request: Request, threads: int | None = 
     return made
 
 
+def check_loadable(request: Request) -> None:
+    """Raise :class:`UsageError` where it says something of files, which a loaded model has none of."""
+    for what in ("max_shard_size", "exclude"):
+        if getattr(request, what) is not None:
+            raise UsageError("a loaded model has no files", where=what, fix="leave it out")
+
+
 class _Loaded(Repository):
     """In place of a repository: a loaded model has no files."""
 
@@ -107,15 +103,36 @@ class _Loaded(Repository):
         return {}
 
 
+@dataclass(frozen=True)
+class _Tensors(OpenFile):
+    """A model's tensors as if they lay one after the other in a file; no read crosses from one to the next."""
+
+    where: str
+    refs: Mapping[str, TensorRef]
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def size(self) -> int:
+        return max((ref.end for ref in self.refs.values()), default=0)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        ref = next(ref for ref in self.refs.values() if ref.begin <= offset < ref.end)
+        data = _read(self.tensors[ref.name], offset - ref.begin, len(buffer))
+        torch.frombuffer(buffer, dtype=torch.uint8).copy_(data)
+
+
+@dataclass(frozen=True)
 class _Memory(SourceFile):
-    """In place of a file; it is read by other means."""
+    """In place of the file."""
+
+    tensors: _Tensors
 
     @property
     def content(self) -> str:
         return self.where
 
     def open(self, ranges: Sequence[tuple[int, int]] = ()) -> AbstractContextManager[OpenFile]:
-        raise NotImplementedError("tensors of a loaded model are no files")
+        return nullcontext(self.tensors)
 
 
 def _tensors(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -124,28 +141,21 @@ def _tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     Raises:
         UnsupportedError: they are not where they can be written.
     """
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
-        raise UnsupportedError(
-            "the model was quantised when it was loaded",
-            where=type(model).__name__,
-            fix="load it without quantization_config, or edit the checkpoint with `qkpatch apply`",
-        )
     stored = model.state_dict(keep_vars=True).items()
     tensors = {name.replace(f"{_COMPILED}.", ""): tensor.detach() for name, tensor in stored}
     places = sorted({str(tensor.device) for tensor in tensors.values()})
-    if "meta" in places:
-        raise UnsupportedError(
-            "its weights are on the meta device, where there is nothing to edit",
-            where=type(model).__name__,
-            fix="load it with weights, and without offloading to disk",
-        )
-    if len(places) > 1:
-        raise UnsupportedError(
-            f"its weights are on several devices: {', '.join(places)}",
-            where=type(model).__name__,
-            fix="load it on one, or edit the checkpoint with `qkpatch apply`",
-        )
-    return tensors
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
+        what = "the model was quantised when it was loaded"
+        fix = "load it without quantization_config, or edit the checkpoint with `qkpatch apply`"
+    elif "meta" in places:
+        what = "its weights are on the meta device, where there is nothing to edit"
+        fix = "load it with weights, and without offloading to disk"
+    elif len(places) > 1:
+        what = f"its weights are on several devices: {', '.join(places)}"
+        fix = "load it on one, or edit the checkpoint with `qkpatch apply`"
+    else:
+        return tensors
+    raise UnsupportedError(what, where=type(model).__name__, fix=fix)
 
 
 def _refuse_shared(tensors: Mapping[str, Tensor], edited: Collection[str]) -> None:
@@ -180,24 +190,13 @@ def _refs(tensors: Mapping[str, Tensor]) -> dict[str, TensorRef]:
     return refs
 
 
-def _end(refs: Mapping[str, TensorRef]) -> int:
-    return max((ref.end for ref in refs.values()), default=0)
-
-
 def _config(model: torch.nn.Module) -> Mapping[str, object]:
     """The model's config.json, as ``save_pretrained`` would write it."""
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
-        raise CheckpointError(
-            "it has no config that says what it is",
-            where=type(model).__name__,
-            fix="give a model of transformers",
-        )
+        what, where = "it has no config that says what it is", type(model).__name__
+        raise CheckpointError(what, where=where, fix="give a model of transformers")
     return {**config.to_dict(), "architectures": [type(model).__name__]}
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return bytes(_read(tensor, 0, tensor.numel() * tensor.element_size()).numpy(force=True).data)
 
 
 def _read(tensor: Tensor, at: int, size: int) -> Tensor:

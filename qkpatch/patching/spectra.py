@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from qkpatch.model.model import Model
 from qkpatch.model.targets import LayerTarget
 from qkpatch.patching.device import computing, heads_together
 from qkpatch.patching.head_products import HeadWeights, LayerWeights, open_layer
+from qkpatch.patching.inspection import Inspection
 from qkpatch.patching.threads import Crew
 from qkpatch.planning.memory import head_memory
 from qkpatch.spectral.product import effective_rank, energy_share
@@ -30,7 +30,7 @@ class HeadSpectrum:
     energy_share: float  # of the strongest `modes` modes in ‖M‖²
     effective_rank: float  # exp of the entropy of the normalised singular values
     gap: float | None  # (s_r − s_r+1) / s_r at r = modes
-    modes: int | None  # by energy; else as asked for, of every head
+    modes: int | None = None  # by energy; else as asked for, of every head
 
 
 @dataclass(frozen=True)
@@ -42,30 +42,16 @@ class LayerSpectra:
     heads: tuple[HeadSpectrum, ...]
 
 
-def layer_spectra(
-    model: Model,
-    targets: tuple[LayerTarget, ...],
-    heads: tuple[int, ...],
-    rule: EditRule,
-    device: torch.device,
-    threads: int = 1,
-) -> Iterator[LayerSpectra]:
-    """The spectra of each layer in turn.
-
-    Args:
-        model: SOURCE.
-        targets: the layers' tensors.
-        heads: query heads.
-        rule: says the r of energy share and gap.
-        device: where heads are computed.
-        threads: how many layers are read and decomposed side by side.
-    """
+def layer_spectra(looked_at: Inspection, device: torch.device, threads: int) -> Iterator[LayerSpectra]:
+    """The spectra of each layer in turn; ``threads`` layers are read and decomposed side by side."""
+    targets, heads, settings = looked_at.targets, looked_at.settings.heads, looked_at.settings
+    rule = settings.rule_of(settings.layers[0])  # says the r of energy share and gap
 
     def opened() -> Iterator[tuple[LayerWeights, ExitStack]]:
         for target in targets:
             layer = ExitStack()
             everything.callback(layer.close)
-            yield layer.enter_context(open_layer(model.checkpoint.opened, target, device, heads)), layer
+            yield layer.enter_context(open_layer(shards, target, device, heads)), layer
 
     def of_layer(item: tuple[LayerWeights, ExitStack]) -> LayerSpectra:
         weights, target, found = item[0], item[0].target, list[HeadSpectrum]()
@@ -75,6 +61,7 @@ def layer_spectra(
                 found += _head_spectra(target, batch, rule)
         return LayerSpectra(target.layer, target.attention, tuple(found))
 
+    shards = looked_at.model.checkpoint.opened
     together = heads_together(device, head_memory(target.layout for target in targets), threads)
     # Layers are opened here, one ahead of the crew: what is elsewhere arrives while the one before is computed.
     with ExitStack() as everything, Crew(threads) as crew:

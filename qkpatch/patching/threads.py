@@ -49,12 +49,9 @@ class Crew:
                 self._pool.shutdown(wait=True, cancel_futures=True)
                 if not isinstance(error, RuntimeError):
                     raise  # Ctrl-C in a host process
-                # The system has no more threads for us.
-                raise UsageError(
-                    f"{together.parties} threads cannot be started: {error}",
-                    where="--threads",
-                    fix="use fewer, or raise the limits of processes and memory (ulimit)",
-                ) from error
+                what = f"{together.parties} threads cannot be started: {error}"
+                fix = "use fewer, or raise the limits of processes and memory (ulimit)"
+                raise UsageError(what, where="--threads", fix=fix) from error
         return self
 
     def __exit__(

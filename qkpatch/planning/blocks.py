@@ -11,8 +11,8 @@ from qkpatch.common.number_ranges import format_ranges
 from qkpatch.common.typed_json import LEFT_OUT, as_json
 from qkpatch.output.options import Digest
 from qkpatch.planning.request import ITEM_KEYS
+from qkpatch.recipes.heads import RowLayout
 from qkpatch.recipes.recipe import ConfigValue
-from qkpatch.recipes.rows import RowLayout
 from qkpatch.spectral.rule import Channel, Select
 
 

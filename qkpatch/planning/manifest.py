@@ -7,22 +7,25 @@ nothing of the machine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import distributions, version
 from typing import NamedTuple
 
+from qkpatch.checkpoint.source import MANIFEST_NAME
+from qkpatch.checkpoint.tree import is_plain_relative
 from qkpatch.common.json_text import Json, canonical_json, load_json
 from qkpatch.common.typed_json import LEFT_OUT, as_json, from_json
 from qkpatch.errors import CheckpointError, UsageError
 from qkpatch.model.targets import LayerTarget
 from qkpatch.output.layout import Output, OutputFile
 from qkpatch.planning import blocks
-from qkpatch.planning.manifest_check import check_manifest
 from qkpatch.planning.plan import EditPlan
 from qkpatch.planning.request import Request
 
 SCHEMA = "qkpatch/1"
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -181,10 +184,28 @@ class Manifest:
             # Finite numbers, and no lists in lists without end.
             canonical_json(known)
             manifest: Manifest = from_json(cls, known)
-            check_manifest(manifest)
+            manifest._check()
         except (UsageError, ValueError) as error:
             raise CheckpointError(f"malformed manifest: {error}", where=where) from error
         return manifest
+
+    def _check(self) -> None:
+        """Refuse what ``verify`` could not work with: UsageError for no such edit, ValueError for anything else."""
+        self.request()
+        source, model = self.source, self.model
+        if min(model.num_attention_heads, model.num_key_value_heads, model.head_dim, model.hidden_size) < 1:
+            raise ValueError("a size of the model is not at least 1")
+        names, files = [edit.tensor for edit in self.edits], [file.name for file in self.files]
+        shards = (shard for e in self.edits for shard in (e.shard, e.key_shard, e.scale_shard or e.shard))
+        # A backslash is a letter like others on this system; where it is not, publishing refuses it.
+        if not all(is_plain_relative(path.replace("\\", "_")) for path in (*files, *shards)):
+            raise ValueError("the name of a file is no plain path inside OUT")
+        if len(set(names)) != len(names) or len({*files, MANIFEST_NAME}) != len(files) + 1:
+            raise ValueError("a tensor or a file is recorded twice, or the manifest itself")
+        if source.kind not in ("directory", "file", "hub"):
+            raise ValueError("the source is of no known kind")
+        if source.kind == "hub" and not _COMMIT.fullmatch(source.commit or ""):
+            raise ValueError("the source is a repository, and its commit is none")
 
     def request(self) -> Request:
         """The request that leads to the recorded edit on the same SOURCE."""
@@ -233,21 +254,19 @@ def planned_manifest(plan: EditPlan, device: str) -> Manifest:
         ),
         output=blocks.OutputBlock(plan.max_shard_size, plan.request.exclude),
         edits=tuple(EditRecord.planned(target, plan.output) for target in plan.edits),
-        files=tuple(
-            FileRecord(name, file.size, _action(name, plan), None, _source_digest(file), name in outside)
-            for name, file in plan.output.files.items()
-        ),
+        files=tuple(_planned_file(file, plan, outside) for file in plan.output.files.values()),
         warnings=plan.warnings,
         run=blocks.RunBlock(already_done=plan.is_done or None),
     )
 
 
-def _action(name: str, plan: EditPlan) -> str:
-    if name in plan.edits_by_file:
-        return "patched"
-    return "copied" if plan.output.files[name].original is not None else "resharded"
-
-
-def _source_digest(file: OutputFile) -> str | None:
+def _planned_file(file: OutputFile, plan: EditPlan, outside: Collection[str]) -> FileRecord:
+    action = "resharded" if file.original is None else "copied"
     listed = None if file.original is None else file.original.listed
-    return None if listed is None else listed.sha256
+    return FileRecord(
+        file.name,
+        file.size,
+        "patched" if file.name in plan.edits_by_file else action,
+        source_sha256=None if listed is None else listed.sha256,
+        outside=file.name in outside,
+    )

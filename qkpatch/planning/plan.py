@@ -174,11 +174,8 @@ def _refuse_disputed(model: Model, settings: EditSettings, targets: tuple[LayerT
     ]
     for name in (*used, *(name for target in targets for name in target.names)):
         if (what := model.checkpoint.disputed.get(name)) is not None:
-            raise CheckpointError(
-                f"the index disagrees with the shards' headers: {what}",
-                where=name,
-                fix="download the checkpoint again, or re-save it",
-            )
+            what = f"the index disagrees with the shards' headers: {what}"
+            raise CheckpointError(what, where=name, fix="download the checkpoint again, or re-save it")
 
 
 def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, ...]) -> list[str]:

@@ -36,7 +36,7 @@ _SHARES = {
 }
 # What an item of ``edits`` may say: what may differ from layer to layer.
 ITEM_KEYS = ("layers", "modes", "min_modes", "energy", "alpha", "channel", "select")
-_MOST_TWICE = 1000  # layers: a short text can name a million in each of ten thousand items
+_MOST = 1000  # items, and layers of one: a short text could name a million in each of many thousands
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,8 @@ def parse_request(text: bytes, where: str) -> Request:
     said = {key: root.take_optional(key, kind) for key, kind in kinds.items() if key not in said} | said
     said |= {"channel": root.take_member("channel", Channel), "select": root.take_member("select", Select)}
     said["exclude"] = root.take_list("exclude", str)
-    if "edits" in root:
-        said["edits"] = _items(root.take("edits", list, default=[]), fault=root.fault)
+    listed = root.take("edits", list, default=[])
+    said["edits"] = _items(listed, fault=root.fault) if "edits" in root else None
     root.finish()
     return Request.of(**said)
 
@@ -217,10 +217,10 @@ def _items(
     faults: list[str] = []
     tell = fault or (lambda what, key: faults.append(f"{key}: {what}"))
     is_list = isinstance(given, Iterable) and not isinstance(given, str | Mapping)
-    if not (listed := list(given) if is_list else []):
-        tell("it is no list of edits, or an empty one", "edits")
+    if not 0 < len(listed := list(given) if is_list else []) <= _MOST:
+        tell(f"it is no list of 1 to {_MOST} edits", "edits")
     items, owners = list[Request](), dict[int, int]()
-    for i, item in enumerate(listed):
+    for i, item in enumerate(listed[:_MOST]):
         at, told = f"edits[{i}]", item.said if isinstance(item, Request) else item
         if not isinstance(told, Mapping):
             tell(f"{told!r:.80} is no mapping", at)
@@ -243,7 +243,7 @@ def _items(
             tell("missing", f"{at}.layers")
         if twice := [n for n in made.layers or () if owners.setdefault(n, i) != i]:
             tell(f"{format_ranges(twice)} named in edits[{owners[twice[0]]}] too", f"{at}.layers")
-        if len(twice) > _MOST_TWICE:
+        if len(twice) > _MOST:
             break
     if faults:
         raise UsageError(faults, fix="say a thing once: in an item, or beside edits for all of them")

@@ -33,10 +33,11 @@ _FLAGS = (
 )  # fmt: skip
 _EDITED = "with the query weights of its language model edited by qkpatch"
 CHECKED = "Made, and checked byte for byte, by"
-_MEASURED = "\nMeasured for this model with lmms-eval, by whoever made it"
+_MEASURED = "\nMeasured for this model with "
 _RESULTS = re.compile(
-    _MEASURED + r", both .*\n\n(?:\|.*\n)+(?:\n(?:Paired: |The samples |\*\*Not the model alone).*\n)+"
-)
+    _MEASURED + r"(?:lmms-eval|qkpatch evaluate), by whoever made it, both .*\n\n(?:\|.*\n)+"
+    r"(?:\n(?:Paired: |The samples |\*\*Not the model alone).*\n)+"
+)  # fmt: skip
 
 
 def card_text(raw: bytes) -> str:
@@ -96,12 +97,8 @@ def has_results(card: str) -> bool:
     return _MEASURED in card.partition(FOLLOWS)[0]
 
 
-def is_card_over(card: str, base_card: str | None) -> bool:
-    """Whether ``card`` is one of ours, with the whole text of the base model's, where that has one."""
-    return _is_ours(FrontMatter.of(card)) and card.endswith(_tail(base_card))
-
-
-def _is_ours(card: FrontMatter) -> bool:
+def is_ours(card: FrontMatter) -> bool:
+    """Whether a card says that it is one of ours."""
     return TAG in card.listed("tags") and _EDITED in card.text.partition(FOLLOWS)[0]
 
 
@@ -120,7 +117,7 @@ def _head(manifest: Manifest, base_card: str | None) -> str:
 def _tail(base_card: str | None) -> str:
     """The base model's text; where its card is one of ours, whose figures are not this one's, the text below."""
     base = FrontMatter.of(base_card or "")
-    text = base.text.partition(f"{FOLLOWS}\n\n")[2] if _is_ours(base) else base.text
+    text = base.text.partition(f"{FOLLOWS}\n\n")[2] if is_ours(base) else base.text
     fault = None if "license" in base.entries else FrontMatter.of(text).fault
     lost = (
         f"\nThe head of the base model's card is {plain(fault)}: no license is inherited.\n" if fault else ""
@@ -163,6 +160,9 @@ def _edit(manifest: Manifest, *, is_checked: bool) -> Iterator[str]:
         for record in manifest.edits:
             changes = [head.relative_change for head in record.heads]
             yield f"| {record.layer} | `{_cell(record.tensor)}` | {mean(changes):.4f} | {max(changes):.4f} |\n"
+    if edit.edits is not None:
+        items = yaml_text({"edits": edit.items})
+        yield f"\nWhat differs by layer, as `edit.yaml`:\n\n```yaml\n{items}```\n"
     if (adapter := manifest.adapter) is not None:
         yield (
             f"\nRank {adapter.rank}, scale 1, {adapter.dtype}, modules named for {adapter.runtime}. Made by:\n\n```\n"
@@ -174,9 +174,6 @@ def _edit(manifest: Manifest, *, is_checked: bool) -> Iterator[str]:
     made = CHECKED if is_checked else "Made by the first of these; the second checks it"
     has_digests = any(written.sha256_after for record in manifest.edits for written in record.written)
     digests = ", with digests before and after" if has_digests else ""
-    if edit.edits is not None:
-        items = yaml_text({"edits": edit.items})
-        yield f"\nWhat differs by layer, as `edit.yaml`:\n\n```yaml\n{items}```\n"
     yield (
         f"\n`qkpatch.json` records every edited tensor and head{digests}. {made}\n\n"
         f"```\n{plain(_command(manifest))}\n{plain(proof)}\n```\n"
@@ -232,7 +229,7 @@ def _claims(comparison: Comparison | None) -> Iterator[str]:
     below = "; what else may be behind a difference is told below"
     how = below if comparison.doubts else " with the same call"
     yield (
-        f"{_MEASURED}, both models{how}. Base: "
+        f"{_MEASURED}{comparison.tool}, by whoever made it, both models{how}. Base: "
         f"`{_cell(comparison.base)}`; patched: `{_cell(comparison.patched)}`.\n\n"
         "| task | metric | questions | base | patched | difference | paired, 95 % interval | questions that differ |\n"
         "|---|---|---|---|---|---|---|---|\n"
@@ -251,7 +248,7 @@ def _row(metric: Metric) -> str:
     base, patched = ("-" if figure is None else f"{figure:.4f}" for figure in figures)
     difference = "-" if metric.difference is None else f"{metric.difference:+.4f}"
     interval = "-" if paired is None else f"{paired.mean:+.4f} ± {paired.half_width:.4f}"
-    differing = "-" if paired is None else f"{paired.changed} of {paired.n}"
+    differing = "-" if paired is None or paired.changed is None else f"{paired.changed} of {paired.n}"
     n = "-" if metric.n is None else str(metric.n)
     return (
         f"| {_cell(metric.task)} | {_cell(metric.name)} | {n} | {base} | {patched} "

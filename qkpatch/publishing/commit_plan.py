@@ -79,7 +79,8 @@ def plan_publication(wish: Wish, manifest: Manifest, plan: EditPlan, present: Pr
         MismatchError: a file does not have the digest on record.
         HubError: as :func:`copyable` and :func:`check_repository`.
     """
-    base, repository = _base(manifest), wish.repository
+    source, repository = manifest.source, wish.repository
+    base = Base(source.name, source.commit) if source.kind == "hub" and source.commit else None
     if base is not None and base.repo.lower() == repository.name.lower():
         raise UsageError("that is the base model's own repository", where="--push", fix="choose another name")
     records = (manifest, planned_manifest(plan, ""))
@@ -93,11 +94,8 @@ def plan_publication(wish: Wish, manifest: Manifest, plan: EditPlan, present: Pr
     kept = [file for file in manifest.files if file.name not in {*names, SUMS_NAME}]
     folded = {file.name: set(file.name.casefold().split("/")) for file in kept}
     if odd := [name for name in folded if not is_plain_relative(name) or folded[name] & _NOT_ON_HUB]:
-        raise UsageError(
-            "no name for a file on the Hub",
-            where=repr(odd[0]),
-            fix="rename it in SOURCE, or leave out what insists on it: --include-hidden",
-        )
+        fix = "rename it in SOURCE, or leave out what insists on it: --include-hidden"
+        raise UsageError("no name for a file on the Hub", where=repr(odd[0]), fix=fix)
     on_hub = {} if base is None else copyable(base)
     steps = []
     for file in kept:
@@ -122,21 +120,16 @@ def _refuse_lame(withheld: dict[str, list[str]], plan: EditPlan) -> None:
     needed |= {name for name in output.files if is_index(name)}
     for flag, names in withheld.items():
         if lost := [name for name in names if name in needed]:
+            insist = [flag] if flag == "--include-hidden" else [f"{flag} {shlex.quote(n)}" for n in lost]
             raise UsageError(
                 f"the model cannot do without {abbreviate(lost, 5)}, {_WHY[flag]}",
                 where="--push",
-                fix="if the world may have that, insist: "
-                + " ".join(
-                    [flag] if flag == "--include-hidden" else [f"{flag} {shlex.quote(n)}" for n in lost]
-                ),
+                fix=f"if the world may have that, insist: {' '.join(insist)}",
             )
 
 
 _NOT_ON_HUB = {".git", ".cache"}  # folders that huggingface_hub refuses, when all is done
-_WHY = {
-    "--include": "reached by links that lead out of SOURCE",
-    "--include-hidden": "private by name",
-}
+_WHY = {"--include": "reached by links that lead out of SOURCE", "--include-hidden": "private by name"}
 
 
 def _warnings(withheld: dict[str, list[str]]) -> list[str]:
@@ -163,8 +156,3 @@ def _card(wish: Wish, manifest: Manifest, plan: EditPlan, *, is_withheld: bool, 
     base_card = None if file is None else card_text(file.read())
     title = wish.repository.name.partition("/")[2]
     return model_card(manifest, title, base_card, wish.comparison, is_checked=is_checked).encode()
-
-
-def _base(manifest: Manifest) -> Base | None:
-    source = manifest.source
-    return Base(source.name, source.commit) if source.kind == "hub" and source.commit else None

@@ -58,19 +58,17 @@ class FrontMatter:
 
     def _worth(self, key: str) -> str:
         lines, texts = self.entries[key]
-        is_of_repositories = key in _OF_REPOSITORIES
-        is_good = _REPOSITORY.fullmatch if is_of_repositories else lambda text: not _LOCAL.match(text)
-        good = [text for text in self.listed(key) if is_good(text)]
-        if len(good) == len(texts or ()) and (texts is not None or not is_of_repositories):
+        is_name = key in _OF_REPOSITORIES
+        good = [t for t in self.listed(key) if (_REPOSITORY.fullmatch(t) if is_name else not _LOCAL.match(t))]
+        if len(good) == len(texts or ()) and (texts is not None or key not in _OF_REPOSITORIES):
             return lines if lines.endswith("\n") else lines + "\n"
         return _lines(key, good) if good else ""
 
 
 def _lines(key: str, value: str | list[str]) -> str:
-    items = (
-        [f" {_scalar(value)}\n"] if isinstance(value, str) else ["\n", *(f"- {_scalar(v)}\n" for v in value)]
-    )
-    return "".join([f"{_scalar(key)}:", *items])
+    if isinstance(value, str):
+        return f"{_scalar(key)}: {_scalar(value)}\n"
+    return "".join([f"{_scalar(key)}:\n", *(f"- {_scalar(item)}\n" for item in value)])
 
 
 def _scalar(text: str) -> str:

@@ -36,6 +36,7 @@ _OF_A_QUESTION: dict[str, Callable[[Any], Any]] = {
 _LARGEST = 1e15  # no metric is larger, and digits by the hundred are none
 _PART = re.compile(r"[^,;=\"']+")  # of a model's arguments
 _LOCAL = re.compile(r"\s*(?:file:)?(?:/|~|[A-Za-z]:[\\/]|\\\\)")
+_MOST_BYTES = 1 << 30  # of an evaluation, which has all captions
 _SUFFIX = "results.json"
 _NORMAL_95 = 1.96
 
@@ -45,7 +46,7 @@ class Paired:
     """The mean of the differences, question by question, and half of its 95 % interval."""
 
     n: int
-    changed: int  # questions whose figure differs
+    changed: int | None  # questions whose figure differs, where that is known
     mean: float
     half_width: float
 
@@ -75,6 +76,7 @@ class Comparison:
     patched: str
     metrics: tuple[Metric, ...]
     doubts: tuple[str, ...] = ()  # what else may be behind a difference
+    tool: str = "lmms-eval"
 
 
 def compare_both(results: str | Path | None, base_results: str | Path | None) -> Comparison | None:
@@ -87,10 +89,11 @@ def compare_both(results: str | Path | None, base_results: str | Path | None) ->
     """
     if results is None and base_results is None:
         return None
+    if results is not None and base_results is None and (found := _evaluated(Path(results))) is not None:
+        return found
     if results is None or base_results is None:
-        raise UsageError(
-            "an effect is a difference: --results and --base-results go together", fix="run both models"
-        )
+        what = "an effect is a difference: --results and --base-results go together"
+        raise UsageError(what, fix="run both models")
     base, patched = Path(base_results), Path(results)
     a, b = _read(base), _read(patched)
     _check_alike(a, b, base, patched)
@@ -115,6 +118,32 @@ def compare_both(results: str | Path | None, base_results: str | Path | None) ->
     return Comparison(_what_ran(a), _what_ran(b), metrics, tuple(doubts))
 
 
+def _evaluated(path: Path) -> Comparison | None:
+    """What ``qkpatch evaluate`` or ``tune`` wrote, which holds both models; None where it is something else."""
+    document = load_json(source_file(path, path.name).read(_MOST_BYTES), path.name)
+    if not isinstance(document, dict) or "comparisons" not in document:
+        return None
+    try:
+        one, n = document["comparisons"][0], int(document["pictures"]["n"])
+        metrics = []
+        for name, figure in one["figures"].items():
+            found = {key: float(figure["difference"][key]) for key in ("estimate", "low", "high")}
+            paired = Paired(n, None, found["estimate"], (found["high"] - found["low"]) / 2)
+            metrics.append(
+                Metric("pictures", str(name), n, float(figure["base"]), float(figure["model"]), paired)
+            )
+        doubts = [str(warning) for warning in document["warnings"]]
+        tuned = document["tuned"] or {"beaten": {}}
+        doubts += [f"not found better than {name}" for name, beaten in tuned["beaten"].items() if not beaten]
+        if "looked" in tuned:
+            doubts.append(f"the held-out half was looked at {int(tuned['looked'])} time(s) in all")
+        base, model = (str(document["sides"][one[which]]["model"]) for which in ("base", "model"))
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise CheckpointError(f"no comparison of qkpatch evaluate: {error!r}", where=path.name) from error
+    base, model = (_PART.sub(_without_folder, name) for name in (base, model))
+    return Comparison(base, model, tuple(metrics), tuple(doubts), "qkpatch evaluate")
+
+
 def _read(path: Path) -> dict[str, Any]:
     document = load_json(source_file(path, path.name).read(), path.name)
     results = document.get("results") if isinstance(document, dict) else None
@@ -129,26 +158,18 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _check_alike(a: Mapping[str, Any], b: Mapping[str, Any], base: Path, patched: Path) -> None:
     if json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True):
-        raise UsageError(
-            "they are the same run, and no comparison",
-            where=f"{base}, {patched}",
-            fix="give the run on OUT to --results, that on SOURCE to --base-results",
-        )
-    differing = []
-    if a["results"].keys() != b["results"].keys():
-        differing.append("tasks")
+        fix = "give the run on OUT to --results, that on SOURCE to --base-results"
+        raise UsageError("they are the same run, and no comparison", where=f"{base}, {patched}", fix=fix)
+    tasks_a, tasks_b = a["results"].keys(), b["results"].keys()
+    differing = [] if tasks_a == tasks_b else ["tasks"]
     differing += [key for key in _MUST_AGREE if a.get(key) != b.get(key)]
-    differing += [
-        f"generation of {task}"
-        for task in a["results"].keys() & b["results"].keys()
-        if _of(a, "configs", task, "generation_kwargs") != _of(b, "configs", task, "generation_kwargs")
-    ]
+    for task in tasks_a & tasks_b:
+        one, other = (_of(said, "configs", task, "generation_kwargs") for said in (a, b))
+        differing += [] if one == other else [f"generation of {task}"]
     if differing:
-        raise UsageError(
-            f"the two runs cannot be compared; they differ in {', '.join(differing)}",
-            where=f"{base.name}, {patched.name}",
-            fix="run lmms-eval on both models with the same call",
-        )
+        what = f"the two runs cannot be compared; they differ in {', '.join(differing)}"
+        fix = "run lmms-eval on both models with the same call"
+        raise UsageError(what, where=f"{base.name}, {patched.name}", fix=fix)
 
 
 def _of(document: Any, *keys: str) -> Any:
@@ -166,9 +187,8 @@ def _what_ran(document: Mapping[str, Any]) -> str:
     model, arguments = _of(document, "config", "model"), _of(document, "config", "model_args")
     if isinstance(arguments, dict):
         arguments = ",".join(f"{key}={value}" for key, value in arguments.items())
-    parts = [
-        part for part in (model, arguments, document.get("model_name")) if isinstance(part, str) and part
-    ]
+    said = model, arguments, document.get("model_name")
+    parts = [part for part in said if isinstance(part, str) and part]
     # The arguments may have had a token among them; and where models lie on a machine is nobody's business.
     told = (_PART.sub(_without_folder, part) for part in parts)
     return redact(", ".join(dict.fromkeys(told))) or "not said"
@@ -193,14 +213,9 @@ def _without_folder(found: re.Match[str]) -> str:
 
 def _figures(figures: Mapping[str, Any]) -> dict[str, float | None]:
     """All metrics by key; None for what is no finite number."""
-    return {
-        key: _number(value)
-        for key, value in figures.items()
-        if isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and not key.partition(",")[0].endswith("_stderr")
-        and key.partition(",")[0] not in _MEANINGLESS
-    }
+    names = {key: key.partition(",")[0] for key, value in figures.items() if type(value) in (int, float)}
+    meant = (key for key, name in names.items() if name not in _MEANINGLESS and not name.endswith("_stderr"))
+    return {key: _number(figures[key]) for key in meant}
 
 
 def _number(value: Any) -> float | None:

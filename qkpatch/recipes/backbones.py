@@ -34,9 +34,8 @@ def completed(said: Mapping[str, Any], backbones: Sequence[Backbone]) -> tuple[d
         mine = said.get(part, {})
         if not isinstance(mine, dict):
             continue  # a fault, which the reader tells
-        theirs = [
-            {**b.said[part], **({"class_defaults": known} if part == "config" else {})} for b in backbones
-        ]
+        also = {"class_defaults": known} if part == "config" else {}
+        theirs = [{**b.said[part], **also} for b in backbones]
         for key in {key: None for they in theirs for key in they if key not in (*mine, *_OWN)}:
             values = [they.get(key) for they in theirs]
             if key == "norms" and None in values:

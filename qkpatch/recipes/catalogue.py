@@ -20,8 +20,13 @@ CHECK = "check"  # `qkpatch recipes check SOURCE`; no recipe can be called so
 @cache
 def shipped_recipes(word: str = "") -> Mapping[str, Recipe]:
     """All shipped recipes by name, sorted, or those whose text holds ``word``: the others need not be parsed."""
-    paths = [path for path in sorted(config_dir().glob("*.yaml")) if word in recipe_text(path.stem)]
-    return {path.stem: _shipped(path) for path in paths}
+    return {path.stem: _shipped(path) for path, text in _texts().items() if word.encode() in text}
+
+
+@cache
+def _texts() -> Mapping[Path, bytes]:
+    """The files of all shipped recipes, sorted."""
+    return {path: source_file(path, path.name).read() for path in sorted(config_dir().glob("*.yaml"))}
 
 
 @cache
@@ -32,8 +37,7 @@ def _shipped(path: Path) -> Recipe:
 @cache
 def backbone(model_type: str) -> Backbone | None:
     """The language model of a text ``model_type``, as a shipped recipe without backbones describes it, if one does."""
-    for path in sorted(config_dir().glob("*.yaml")):
-        text = source_file(path, path.name).read()
+    for path, text in _texts().items():
         if model_type.encode() in text and not is_family(text):
             said = load_yaml(text, path.name)
             if model_type in said["config"]["class_defaults"]:
@@ -44,8 +48,7 @@ def backbone(model_type: str) -> Backbone | None:
 @cache
 def language_models() -> tuple[Recipe, ...]:
     """The shipped recipes that describe a language model, such as a family may wrap."""
-    paths = sorted(config_dir().glob("*.yaml"))
-    return tuple(_shipped(path) for path in paths if not is_family(recipe_text(path.stem).encode()))
+    return tuple(_shipped(path) for path, text in _texts().items() if not is_family(text))
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -71,10 +74,8 @@ def get_recipe(name: str) -> Recipe:
     try:
         return shipped_recipes(name)[name]
     except KeyError:
-        raise UsageError(
-            f"no recipe is called {name!r}",
-            fix=f"{near_names(name, shipped_recipes())}; a recipe of yours is named by its file, ./NAME.yaml",
-        ) from None
+        fix = f"{near_names(name, shipped_recipes())}; a recipe of yours is named by its file, ./NAME.yaml"
+        raise UsageError(f"no recipe is called {name!r}", fix=fix) from None
 
 
 def is_recipe_file(name: str) -> bool:

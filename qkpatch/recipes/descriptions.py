@@ -12,11 +12,7 @@ from qkpatch.recipes.recipe import NormKind, NormSpan, Recipe
 _HEADER = ("recipe", "rows, attention", "default repo, layers, modes", "tested on")
 _TITLE = 36  # columns of titles, which are wrapped
 _LEAST = 24  # columns for the facts that are wrapped, lest a table be unreadable
-_OVER = {
-    NormSpan.head: "",
-    NormSpan.projection: " over all heads",
-    NormSpan.stored: " over one or all heads",
-}
+_OVER = {NormSpan.projection: " over all heads", NormSpan.stored: " over one or all heads"}
 
 
 def layout(recipe: Recipe) -> str:
@@ -31,7 +27,7 @@ def attention(recipe: Recipe) -> str:
     some = "some: " if norms is not None and norms.optional else ""
     kind = " (LayerNorm)" if norms is not None and norms.kind is NormKind.layer else ""
     facts = (
-        norms is not None and f"{some}query-key norm{kind}{_OVER[norms.over]}",
+        norms is not None and f"{some}query-key norm{kind}{_OVER.get(norms.over, '')}",
         any(numbers.get("use_qk_norm") for numbers in config.class_defaults.values())
         and "query-key norm without gains: it rescales logits token by token",
         not names.every_layer and "some layers only",

@@ -15,6 +15,7 @@ from qkpatch.common.number_ranges import MIDDLE_THIRD, parse_ranges
 from qkpatch.common.strict_yaml import Fields, load_yaml
 from qkpatch.errors import UsageError
 from qkpatch.recipes.backbones import Backbone, completed
+from qkpatch.recipes.heads import RowLayout
 from qkpatch.recipes.recipe import (
     COUNT_KEYS,
     LOGIT_KEYS,
@@ -30,7 +31,6 @@ from qkpatch.recipes.recipe import (
     TensorNames,
     is_prefix,
 )
-from qkpatch.recipes.rows import RowLayout
 
 DEFAULT_MODES = 4  # ours, not the paper's, as is the middle third of the layers
 UNTESTED = "untested"
@@ -96,12 +96,11 @@ def _fields(said: Any, where: str, backbone: _Backbones) -> tuple[Fields, tuple[
 
 def _config_reading(fields: Fields) -> ConfigReading:
     types = fields.take_mapping("layer_types")
+    by_type = {kind: _layer_type(types.take_mapping(kind)) for kind in types.string_keys()}
     return ConfigReading(
         sections=fields.take_list("sections", str, required=True),
         class_defaults=_class_defaults(fields.take_mapping("class_defaults", required=True)),
-        layer_types=MappingProxyType(
-            {kind: _layer_type(types.take_mapping(kind)) for kind in types.string_keys()}
-        ),
+        layer_types=MappingProxyType(by_type),
         shared_kv=_key_or_default(fields.take_mapping("shared_kv"), 0) if "shared_kv" in fields else None,
     )
 
@@ -177,14 +176,12 @@ def _tensor_names(
         keys=keys,
     )
     if names.rows.is_fused != (names.query == names.key):
-        fields.fault(
-            f"rows {names.rows.value} {'need' if names.rows.is_fused else 'exclude'} query = key", "rows"
-        )
+        verb = "need" if names.rows.is_fused else "exclude"
+        fields.fault(f"rows {names.rows.value} {verb} query = key", "rows")
     for i, prefix in enumerate(names.prefixes):
         if not is_prefix(prefix):
-            fields.fault(
-                f"must hold {{layer}} exactly once and no other brace, got {prefix!r}", f"prefixes[{i}]"
-            )
+            what = f"must hold {{layer}} exactly once and no other brace, got {prefix!r}"
+            fields.fault(what, f"prefixes[{i}]")
     if names.orientation != "out_in":
         fields.fault(f"only out_in is supported, got {names.orientation!r}", "orientation")
     return names if base is None else replace(names, prefixes=names.prefixes or base.prefixes)

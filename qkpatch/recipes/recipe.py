@@ -10,16 +10,10 @@ from typing import Any
 
 from qkpatch.common.typed_json import LEFT_OUT, as_json
 from qkpatch.errors import UsageError
-from qkpatch.recipes.rows import RowLayout
+from qkpatch.recipes.heads import RowLayout
 
 TOP_LEVEL = "."  # the config section that stands for config.json itself
-COUNT_KEYS = (
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
+COUNT_KEYS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 # These rescale or clip logits and leave the product's modes as they are: recorded, not used.
 LOGIT_KEYS = (
     "query_pre_attn_scalar",
@@ -173,11 +167,8 @@ class Recipe:
         """
         sets = {names.attention: names for names in (self.tensors, *self.others)}
         if attention not in sets:
-            raise UsageError(
-                f"recipe {self.name} has no attention {attention!r}",
-                where="--attention",
-                fix=f"choose from: {', '.join(sets)}",
-            )
+            what = f"recipe {self.name} has no attention {attention!r}"
+            raise UsageError(what, where="--attention", fix=f"choose from: {', '.join(sets)}")
         return sets[attention]
 
 

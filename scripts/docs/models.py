@@ -7,10 +7,12 @@ from pathlib import Path
 
 from qkpatch.recipes.catalogue import shipped_recipes
 from qkpatch.recipes.descriptions import attention, defaults, layout, repository
+from qkpatch.recipes.heads import RowLayout
 from qkpatch.recipes.recipe import ANY, Recipe
 from qkpatch.recipes.refused import refused_kinds
-from qkpatch.recipes.rows import RowLayout
 from scripts.markdown import joined, table
+
+FEW = 3  # classes
 
 TESTED = {
     "transformers class": "a tiny random model of its own class, patched, compared with a dense float64 computation, "
@@ -56,11 +58,15 @@ def page(repo: Path) -> str:
         "## Refused",
         "Attention without one product of stored query and key weights per head, and models that store no language "
         "model. *Classes* are those that are always so; others are recognised by their tensors.",
-        table(
-            ("kind", "reason", "classes"),
-            ((k.name, k.reason, ", ".join(f"`{name}`" for name in k.architectures)) for k in refused_kinds()),
-        ),
+        *(f"**{k.name}**: {'. '.join(filter(None, (k.reason, _classes(k.architectures))))}." for k in refused_kinds()),
+        "## Classes",
+        f"Those of recipes with more than {FEW}; `qkpatch recipes NAME` shows any recipe's.",
+        *(f"`{r.name}`: {_classes(r.architectures)}." for r in recipes if len(r.architectures) > FEW),
     ])  # fmt: skip
+
+
+def _classes(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _attention(recipe: Recipe) -> Sequence[str]:

@@ -12,12 +12,12 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process per core; and sums come out the same everywhere
 
+from qkpatch.evaluation.statistics import REPLICATES
 from scripts.evidence import language, toy
 from scripts.evidence.edits import Edit
 from scripts.evidence.findings import Findings
 from scripts.evidence.jobs import Job, run_all, tell, timings
 from scripts.evidence.report import write_report
-from scripts.evidence.statistics import REPLICATES
 
 REPO = Path(__file__).resolve().parent.parent.parent
 TINY = (

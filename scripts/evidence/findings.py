@@ -9,18 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from qkpatch.evaluation.statistics import REPLICATES, Array, ratio
 from qkpatch.spectral.rule import Channel
 from scripts.evidence.edits import Edit
-from scripts.evidence.statistics import (
-    REPLICATES,
-    Array,
-    Difference,
-    difference,
-    excess_over_curve,
-    holm,
-    ratio,
-    smallest_detectable,
-)
+from scripts.evidence.statistics import Difference, difference, excess_over_curve, holm
 from scripts.evidence.toy import CHOSEN, Budget, Measured, Subject, companions, grid
 from scripts.toy_vlm.scenes import ABILITIES
 
@@ -184,7 +176,7 @@ class Findings:
     def power(self, comparisons: Sequence[Comparison]) -> dict[str, float]:
         """Per comparison of CHAIR_s, the difference that would have been found four times in five."""
         return {
-            f"{c.setting}: {c.question}": smallest_detectable(c.found.scenes_only)
+            f"{c.setting}: {c.question}": c.found.scenes_only.smallest_detectable
             for c in comparisons
             if c.figure == "chair_s"
         }

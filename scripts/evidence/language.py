@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qkpatch.evaluation.records import Store
+from qkpatch.evaluation.statistics import Array
 from scripts.evidence.edits import DRAWN, Edit, Editor, How, applied, thirds
-from scripts.evidence.statistics import Array
-from scripts.evidence.store import Store
 from scripts.evidence.toy import CHANNELS
 
 VERSION = 1
@@ -59,7 +59,7 @@ class Reader:
     def __init__(self, path: Path, results: Path, budget: Budget) -> None:
         self._path, self._budget = path, budget
         identity = f"{hashlib.sha256(text().encode()).hexdigest()[:12]} {budget.windows}"
-        self.store = Store(results / f"{path.name}-v{VERSION}.jsonl")
+        self.store = Store(results / f"{path.name}-v{VERSION}.jsonl", {})
         self._identity = identity
         self._prefix: tuple[int, list[Tensor]] | None = None
 
@@ -96,7 +96,7 @@ class Reader:
             with nullcontext() if edited is None else applied(self._model.model.layers, edited):
                 return {"change": edited.change if edited else 0.0, "losses": self._read(first, windows)}
 
-        raw = self.store.get(key, make)
+        raw = self.store.once(key, make)
         return raw["change"], np.array(raw["losses"], float)
 
     @torch.inference_mode()

@@ -13,12 +13,12 @@ import torch
 
 from qkpatch.common.json_text import exact
 from qkpatch.common.number_ranges import format_ranges
+from qkpatch.evaluation.statistics import Interval
 from scripts.evidence import language, toy
 from scripts.evidence.edits import thirds
 from scripts.evidence.findings import Findings
 from scripts.evidence.plots import Point, effect_by_change, trade_off
 from scripts.evidence.prose import language_rows, prose_of_language
-from scripts.evidence.statistics import Interval
 from scripts.markdown import joined, table
 from scripts.toy_vlm.scenes import ABILITIES
 

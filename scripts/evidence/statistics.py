@@ -8,34 +8,16 @@ models are few: an interval over models is a rough one, and is given beside the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from qkpatch.evaluation.statistics import REPLICATES, Array, Interval, above_curve, ratio, resampled, weighted
+
 # From sums over scenes to one figure: ``CHAIR_i`` is a ratio of sums, not a mean of ratios.
 Figure = Callable[[Array], Array]
-
-REPLICATES = 10_000
-_AT_A_TIME = 500
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate, its 95 % percentile interval, and a two-sided bootstrap p-value against zero."""
-
-    estimate: float
-    low: float
-    high: float
-    p: float
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the interval does."""
-        return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True)
@@ -45,12 +27,6 @@ class Difference:
     crossed: Interval
     scenes_only: Interval
     by_model: tuple[float, ...]
-
-
-def ratio(sums: Array) -> Array:
-    """First column over second; sums are (..., 2)."""
-    top, bottom = sums[..., 0], sums[..., 1]
-    return np.divide(top, bottom, out=np.zeros_like(top), where=bottom != 0)
 
 
 def difference(
@@ -64,8 +40,8 @@ def difference(
     each = _by_model(a, figure) - _by_model(b, figure)
     n_models, n_scenes = a.shape[0], a.shape[2]
     everything, scenes_only = [], []
-    for weights in _resampled(n_scenes, replicates, rng):
-        both = figure(_weighted(a, weights)), figure(_weighted(b, weights))  # (replicates, models, draws)
+    for weights in resampled(n_scenes, replicates, rng):
+        both = figure(weighted(a, weights)), figure(weighted(b, weights))  # (replicates, models, draws)
         scenes_only.append((both[0].mean(2) - both[1].mean(2)).mean(1))
         n, models = len(weights), rng.integers(n_models, size=(len(weights), n_models, 1))
         drawn = []
@@ -95,17 +71,11 @@ def excess_over_curve(
     n_models, n_scenes = columns.shape[2:4]
 
     def excess(sums: Array) -> Array:
-        effect, place = ratio(sums)[:, 0], ratio(sums)[:, 1]  # (settings, models)
-        found = []
-        for model in range(n_models):
-            order = np.argsort(place[1:, model])
-            expected = np.interp(place[0, model], place[1:, model][order], effect[1:, model][order])
-            found.append(effect[0, model] - expected)
-        return np.array(found)
+        return np.array([above_curve(sums[:, :, model]) for model in range(n_models)])
 
     everything, scenes_only = [], []
-    for weights in _resampled(n_scenes, replicates, rng):
-        found = np.array([excess(sums) for sums in _weighted(columns, weights)])  # (replicates, models)
+    for weights in resampled(n_scenes, replicates, rng):
+        found = np.array([excess(sums) for sums in weighted(columns, weights)])  # (replicates, models)
         scenes_only.append(found.mean(1))
         models = rng.integers(n_models, size=(len(weights), n_models))
         everything.append(np.take_along_axis(found, models, 1).mean(1))
@@ -122,13 +92,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def smallest_detectable(interval: Interval, power: float = 0.8, level: float = 0.05) -> float:
-    """The effect that a comparison of this precision finds with ``power``: ``(z_α/2 + z_power) · SE``."""
-    z = NormalDist().inv_cdf
-    standard_error = (interval.high - interval.low) / (2 * z(0.975))
-    return standard_error * (z(1 - level / 2) + z(power))
-
-
 def scenes_needed(
     rate: float, relative: float, discordance: float, power: float = 0.8, level: float = 0.05
 ) -> int:
@@ -143,33 +106,12 @@ def scenes_needed(
     return math.ceil((root / delta) ** 2)
 
 
-def _resampled(n_scenes: int, replicates: int, rng: np.random.Generator) -> Iterator[Array]:
-    """How often each scene was drawn, (some replicates, scenes): a product of matrices in place of copies."""
-    for first in range(0, replicates, _AT_A_TIME):
-        n = min(_AT_A_TIME, replicates - first)
-        drawn = rng.integers(n_scenes, size=(n, n_scenes))
-        yield np.stack([np.bincount(row, minlength=n_scenes) for row in drawn]).astype(np.float64)
-
-
-def _weighted(x: Array, weights: Array) -> Array:
-    """Sums over scenes: (..., scenes, columns) and (replicates, scenes) to (replicates, ..., columns)."""
-    sums: Array = np.tensordot(weights, x, axes=(1, x.ndim - 2))
-    return sums
-
-
 def _difference(each: Array, everything: Sequence[Array], scenes_only: Sequence[Array]) -> Difference:
     estimate = float(each.mean())
-    intervals = [_interval(estimate, np.concatenate(parts)) for parts in (everything, scenes_only)]
+    intervals = [Interval.of(estimate, np.concatenate(parts)) for parts in (everything, scenes_only)]
     return Difference(intervals[0], intervals[1], tuple(float(x) for x in each))
 
 
 def _by_model(x: Array, figure: Figure) -> Array:
     means: Array = figure(x.sum(2)).mean(1)
     return means
-
-
-def _interval(estimate: float, replicates: Array) -> Interval:
-    low, high = np.percentile(replicates, [2.5, 97.5])
-    n = len(replicates)
-    tail = min(int((replicates <= 0).sum()), int((replicates >= 0).sum()))
-    return Interval(estimate, float(low), float(high), min(1.0, 2 * (tail + 1) / (n + 1)))

@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 
 from qkpatch.common.json_text import exact
+from qkpatch.evaluation.chair import chair_columns
+from qkpatch.evaluation.records import Store
+from qkpatch.evaluation.statistics import Array
 from qkpatch.spectral.rule import Channel
 from scripts.evidence.edits import DRAWN, Edit, Editor, How, applied, thirds
-from scripts.evidence.statistics import Array
-from scripts.evidence.store import Store
 from scripts.toy_vlm.captioning import Seen, answers, caption_losses, captions
 from scripts.toy_vlm.model import load_model
 from scripts.toy_vlm.scenes import ABILITIES, ASKED_OF_EACH, scenes
-from scripts.toy_vlm.scoring import CaptionScore
+from scripts.toy_vlm.scoring import score
 from scripts.toy_vlm.training import sha256
 
 VERSION = 1  # raise it when what is measured changes: it makes stored results stale
@@ -73,8 +74,6 @@ class Measured:
 
     def columns(self, figure: str) -> Array:
         """Numerator and denominator of a figure, (scenes, 2)."""
-        mentions, absent, found, present = self.scores.T
-        ones = np.ones_like(mentions)
         if figure == "perplexity":
             assert self.losses is not None
             return self.losses
@@ -82,13 +81,7 @@ class Measured:
             assert self.right is not None
             right = self.right[:, ABILITIES.index(figure)]
             return np.stack([right, np.full_like(right, ASKED_OF_EACH)], -1)
-        pairs = {
-            "chair_s": ((absent > 0).astype(float), ones),
-            "chair_i": (absent, mentions),
-            "recall": (found, present),
-            "length": (mentions, ones),
-        }
-        return np.stack(pairs[figure], -1)
+        return chair_columns(self.scores)[figure]
 
     def figure(self, name: str) -> float:
         """The figure over all scenes."""
@@ -103,7 +96,7 @@ class Subject:
     def __init__(self, path: Path, results: Path, budget: Budget) -> None:
         self.name, self._path, self._budget = path.name, path, budget
         digest = sha256(path / "model.safetensors")
-        self.store = Store(results / f"toy-v{VERSION}-{digest[:12]}.jsonl")
+        self.store = Store(results / f"toy-v{VERSION}-{digest[:12]}.jsonl", {})
 
     @cached_property
     def editor(self) -> Editor:
@@ -141,7 +134,7 @@ class Subject:
 
     def wrong_picture(self) -> Measured:
         """The unedited model's test captions, scored against the next scene: what it says without looking."""
-        return Measured.read(self.store.get(f"{self._sizes('test')} wrong picture", self._wrong_picture))
+        return Measured.read(self.store.once(f"{self._sizes('test')} wrong picture", self._wrong_picture))
 
     def _sizes(self, part: str) -> str:
         n = self._budget.validation_scenes if part == "validation" else self._budget.test_scenes
@@ -166,7 +159,7 @@ class Subject:
                 "right": right and [[counts[ability] for ability in ABILITIES] for counts in right],
             }
 
-        return Measured.read(self.store.get(key, make))
+        return Measured.read(self.store.once(key, make))
 
     def _wrong_picture(self) -> dict[str, Any]:
         seen = self._test
@@ -176,8 +169,7 @@ class Subject:
 
 
 def _scores(said: list[tuple[str, ...]], seen: Seen) -> list[tuple[int, int, int, int]]:
-    scores = [CaptionScore.of(words, scene.names) for words, scene in zip(said, seen.scenes, strict=True)]
-    return [(s.mentions, s.absent, s.found, s.present) for s in scores]
+    return [score(words, scene.names) for words, scene in zip(said, seen.scenes, strict=True)]
 
 
 def grid(budget: Budget, n_layers: int) -> Iterator[Edit]:

@@ -38,8 +38,8 @@ from qkpatch.planning import blocks
 from qkpatch.planning.manifest import EditRecord, FileRecord, HeadRecord, Manifest
 from qkpatch.planning.request import parse_request
 from qkpatch.recipes.catalogue import backbone, shipped_recipes
+from qkpatch.recipes.heads import RowLayout
 from qkpatch.recipes.reading import parse_recipe
-from qkpatch.recipes.rows import RowLayout
 from qkpatch.spectral.rule import Channel, Select
 
 U64 = 2**64

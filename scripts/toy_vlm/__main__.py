@@ -2,6 +2,7 @@
 
 python -m scripts.toy_vlm train --seed 0 --out DIR
 python -m scripts.toy_vlm compare BEFORE AFTER --picture PNG
+python -m scripts.toy_vlm album FOLDER --scenes 200
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read by the libraries when they are import
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+from scripts.toy_vlm.album import write_album
 from scripts.toy_vlm.compare import compare
 from scripts.toy_vlm.training import Schedule, sha256, train
 
@@ -38,6 +40,13 @@ def main() -> None:
     comparing.add_argument(
         "--scenes", type=int, default=500, help="how many are scored; default: %(default)s"
     )
+    album = commands.add_parser("album", help="write scenes as a folder of pictures and what is in them")
+    album.add_argument("folder", type=Path)
+    album.add_argument("--scenes", type=int, default=200, help="default: %(default)s")
+    album.add_argument("--seed", type=int, default=2026, help="default: %(default)s")
+    album.add_argument(
+        "--stream", type=int, default=4, help="scenes that others have not seen; default: %(default)s"
+    )
     arguments = parser.parse_args()
     if arguments.command == "train":
         train(
@@ -47,6 +56,8 @@ def main() -> None:
             tell=lambda line: print(line, flush=True),
         )
         print(f"{sha256(arguments.out / 'model.safetensors')}  {arguments.out / 'model.safetensors'}")
+    elif arguments.command == "album":
+        write_album(arguments.folder, arguments.scenes, arguments.seed, arguments.stream)
     else:
         compare(arguments.before, arguments.after, arguments.picture, arguments.scenes)
 

@@ -13,7 +13,7 @@ from scripts.toy_vlm.captioning import Seen, captions
 from scripts.toy_vlm.glyphs import OBJECTS
 from scripts.toy_vlm.model import load_model
 from scripts.toy_vlm.scenes import Scene, scenes
-from scripts.toy_vlm.scoring import CaptionScore, Chair
+from scripts.toy_vlm.scoring import chair, score
 
 DEMO_SEED, DEMO_STREAM = 2026, 3
 SHOWN = 3
@@ -33,9 +33,9 @@ def compare(before: Path, after: Path, picture: Path, n_scenes: int) -> None:
             print(f"{name + ':':8}{describe(captions_[i], chosen[i])}")
     print(f"\non {n_scenes} scenes   CHAIR_s   CHAIR_i   recall   objects named")
     for name, captions_ in zip(("before", "after"), said, strict=True):
-        scores = [CaptionScore.of(words, scene.names) for words, scene in zip(captions_, chosen, strict=True)]
-        chair = Chair.of(scores)
-        print(f"{name:15} {chair.chair_s:9.1%} {chair.chair_i:9.1%} {chair.recall:8.1%} {chair.length:15.2f}")
+        found = chair([score(words, scene.names) for words, scene in zip(captions_, chosen, strict=True)])
+        shares = f"{found['chair_s']:9.1%} {found['chair_i']:9.1%} {found['recall']:8.1%}"
+        print(f"{name:15} {shares} {found['length']:15.2f}")
     draw([(chosen[i], said[0][i], said[1][i]) for i in shown], picture)
     print(f"\nThe three scenes, with what is made up in red: {picture}")
     print(

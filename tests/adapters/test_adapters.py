@@ -12,7 +12,7 @@ import test_families
 import torch
 from adapters import CHANNELS, Agreement, agreement, save_source
 from safetensors.torch import load_file, save_file
-from test_modules import NOT_IN_PEFT
+from test_modules import classes
 
 import qkpatch
 
@@ -35,7 +35,7 @@ def config_of(adapter: Path) -> dict[str, Any]:
     return json.loads((adapter / "adapter_config.json").read_text())
 
 
-CASES = [key for key, case in test_families.CASES.items() if case.model_class not in NOT_IN_PEFT]
+CASES = [key for key, case in test_families.CASES.items() if case.model_class in classes("peft")]
 
 
 @pytest.mark.parametrize(
@@ -63,6 +63,11 @@ def test_an_adapter_is_the_edited_checkpoint_in_every_channel(key: str, tmp_path
         ("phi3", {"select": "bottom", "alpha": 0.5}),
         ("phi3", {"select": "subspace", "seed": 1}),
         ("phi3", {"heads": "1,3", "modes": 3}),
+        ("phi3", {"energy": 0.5, "modes": 6}),
+        (
+            "llava-1.5",
+            {"edits": [{"layers": 1, "modes": 1}, {"layers": 2, "modes": 3, "channel": "symmetric"}]},
+        ),
         ("gemma3", {"fold_norm": True}),
         ("gemma3", {"fold_norm": True, "channel": "antisymmetric", "modes": 1}),
         ("mllama", {"attention": "self,cross", "layers": "1-3"}),

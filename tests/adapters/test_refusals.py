@@ -32,9 +32,9 @@ def contents(root: Path) -> dict[str, bytes]:
     [
         (["--select", "shrink"], 3, "full rank", "qkpatch apply"),
         (["--alpha", "1"], 2, "alpha 1 changes nothing", "smaller"),
-        (["--max-rank", "15"], 2, "modes make rank 16", "--modes 3, or --max-rank 16, or --heads 0-2 --modes 4"),
-        (["--max-rank", "3"], 2, "make rank 16, more than 3", "--max-rank 16, or --heads 0-2 --modes 1"),
-        (["--channel", "antisymmetric", "--modes", "3", "--max-rank", "12"], 2, "4 heads of 4 modes", "--modes 2"),
+        (["--max-rank", "15"], 2, "make rank 16 in layer 1", "--modes 3, or --max-rank 16"),
+        (["--max-rank", "3"], 2, "more than 3", "--heads 0-2 --modes 1, or --max-rank 16"),
+        (["--channel", "antisymmetric", "--modes", "3", "--max-rank", "12"], 2, "make rank 16", "--modes 2"),
         (["--channel", "antisymmetric", "--max-rank", "1"], 2, "more than 1", "--max-rank 16"),
         (["--max-rank", "0"], 2, "0 is not between 1 and", "-"),
         (["--for", "vllm", "--max-rank", "513"], 2, "513 is not between 1 and 512", "-"),
@@ -59,6 +59,21 @@ def test_what_no_adapter_holds_is_refused_with_what_does(
             rest = flags[: flags.index("--max-rank")] if "--max-rank" in each else flags
             again = run("lora", tiny.path, "--layers", "1", *rest, *each.split(), "-o", tmp_path / each)
             assert again.exit_code == 0, again.output
+
+
+def test_of_an_energy_the_rank_is_known_once_modes_are_counted(tiny: Tiny, tmp_path: Path, run: Run) -> None:
+    flags = ("lora", tiny.path, "--layers", "1", "--energy", "0.9", "--modes", "8")
+    made = run(*flags, "-o", tmp_path / "a", "--json")
+    rank = json.loads(made.stdout)["adapter"]["rank"]
+    assert 4 < rank < 32
+    result = run(*flags, "--max-rank", rank - 1, "-o", tmp_path / "b")
+    assert result.exit_code == 2
+    assert f"make rank {rank} in layer 1" in result.stderr
+    assert not (tmp_path / "b").exists()
+    assert (
+        run(*flags[:-2], "--modes", (rank - 1) // 4, "--max-rank", rank - 1, "-o", tmp_path / "b").exit_code
+        == 0
+    )
 
 
 def test_weights_that_are_none_are_refused_and_nothing_is_left(tmp_path: Path, run: Run) -> None:

@@ -79,7 +79,8 @@ def test_what_systems_leave_is_left_out_and_does_not_matter_in_out(
     assert ".DS_Store" in proof.output
     again = run("apply", tiny.path, "-o", tmp_path / "out", *EDIT, "--overwrite")
     assert again.exit_code == 0, again.output
-    assert names(tmp_path / "out") == {*KEPT, "sub/kept", ".git/config"}  # the history in it is the user's
+    # What git keeps there is the user's.
+    assert names(tmp_path / "out") == {*KEPT, "sub/kept", ".git/config", ".gitattributes"}
 
 
 def test_an_output_that_git_keeps_is_proved_and_replaced_with_its_history(
@@ -118,7 +119,7 @@ def test_an_output_that_was_downloaded_is_proved_and_replaced(
     assert run("verify", tmp_path / "back", "--source", tiny.path).exit_code == 0
     again = run("apply", tiny.path, "-o", tmp_path / "back", "--layers", "2", "--modes", "2", "--overwrite")
     assert again.exit_code == 0, again.output
-    assert names(tmp_path / "back") == KEPT
+    assert names(tmp_path / "back") == {*KEPT, ".gitattributes"}
 
 
 def test_only_what_is_never_loaded_is_ignored_in_out(tiny: Tiny, tmp_path: Path, run: Run) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import warm
 from conftest import Tiny, build_tiny
 
 from qkpatch.common.json_text import canonical_json
@@ -389,7 +390,7 @@ class TestOutput:
         assert isinstance(run("plan", tiny.path).exception, ZeroDivisionError)
 
     def test_a_reader_that_leaves_early_is_no_traceback(self, tiny: Tiny) -> None:
-        command = f"{sys.executable} -m qkpatch inspect {tiny.path} --csv | head -n 1"
+        command = f"{warm.shell('inspect', tiny.path, '--csv')} | head -n 1"
         done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
         assert done.stdout == "layer,attention,head,kv_head,mode,singular_value\n"
         assert done.stderr == ""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from conftest import Tiny, build_tiny
 from typer.testing import Result
 
@@ -94,15 +95,14 @@ def test_bars_on_stderr_do_not_take_csv_from_stdout(tiny: Tiny, tmp_path: Path) 
     """A progress bar on a terminal puts itself in the place of sys.stdout."""
     import os
     import pty
-    import subprocess
-    import sys
 
     master, slave = pty.openpty()
     out = tmp_path / "out.csv"
     with out.open("w") as stdout:
-        command = [sys.executable, "-m", "qkpatch", "inspect", str(tiny.path), "--modes", "2", "--csv"]
-        done = subprocess.run(command, stdout=stdout, stderr=slave, check=False)
+        arguments = ["inspect", str(tiny.path), "--modes", "2", "--csv"]
+        streams = [slave, stdout.fileno(), slave]
+        code = warm.call(warm.started(), arguments, os.environ, Path.cwd(), streams)
     os.close(slave)
     os.close(master)
-    assert done.returncode == 0
+    assert code == 0
     assert len(out.read_text().splitlines()) == 1 + 3 * 4 * 8

@@ -156,7 +156,6 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "a published card": lambda out: (out / "README.md").write_text(
         "---\ntags:\n- qkpatch\n---\n\n<!-- The card of the base model follows, as it was. -->\n\n# Base\n"
     ),
-    "attributes of the Hub": lambda out: (out / ".gitattributes").write_text("x"),
     "a small file": lambda out: (out / "tokenizer.json").write_text("[]"),
     "a file less": lambda out: (out / "tokenizer.json").unlink(),
     "a file more": lambda out: (out / "mine.txt").write_text("mine"),

@@ -344,13 +344,15 @@ ABSENT = object()
 NONSENSE = [ABSENT, None, "text", -1, [], {}]
 
 
+@pytest.mark.parametrize("each", [False, pytest.param(True, marks=pytest.mark.stress)])
 def test_a_manifest_with_nonsense_anywhere_is_refused_or_does_not_matter(
-    tiny: Tiny, out: Path, run: Callable[..., Result]
+    tiny: Tiny, out: Path, run: Callable[..., Result], each: bool
 ) -> None:
+    """At every place one kind of it in turn; under ``stress`` each."""
     text = (out / "qkpatch.json").read_text()
     stumbles = []
-    for path in paths_in(json.loads(text)):
-        for value in NONSENSE:
+    for i, path in enumerate(paths_in(json.loads(text))):
+        for value in NONSENSE if each else [NONSENSE[i % len(NONSENSE)]]:
             manifest = json.loads(text)
             parent = manifest
             for step in path[:-1]:

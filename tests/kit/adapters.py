@@ -76,7 +76,8 @@ def load(case: Case, path: Path) -> Any:
 
 def agreement(case: Case, source: Path, scratch: Path, **edit: Any) -> Agreement:
     """Make the adapter and the checkpoint of an edit of ``source``, load both, and compare them."""
-    edit = {"layers": f"{case.edited[0]}-{case.edited[-1]}", "modes": 2, "alpha": 0.0, **edit}
+    usual = {"layers": f"{case.edited[0]}-{case.edited[-1]}", "modes": 2, "alpha": 0.0}
+    edit = edit if "edits" in edit else {**usual, **edit}
     manifest = qkpatch.lora(source, scratch / "adapter", **edit)
     qkpatch.apply(qkpatch.plan(source, **edit), scratch / "out")
     before, after = load(case, source), load(case, scratch / "out")

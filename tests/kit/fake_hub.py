@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import warm
+
 TOKEN = "hf_secret"
 REPO_ROOT = Path(__file__).resolve().parents[2]
 PIECE = 1 << 20
@@ -216,16 +218,8 @@ def command(*arguments: object) -> list[str]:
 def run_qkpatch(
     environment: dict[str, str], *arguments: object, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """The real command in a process of its own."""
-    return subprocess.run(
-        command(*arguments),
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        cwd=cwd,
-    )
+    """The real command in a process of its own, which has torch already."""
+    return warm.run(environment, [str(argument) for argument in arguments], cwd)
 
 
 class _Base(BaseHTTPRequestHandler):

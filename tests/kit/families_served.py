@@ -146,6 +146,17 @@ def granite_speech(name: str) -> Any:
     )
 
 
+def vibevoice_asr() -> Any:
+    """Its encoders are convolutions, so no tower that could be a decoy."""
+    encoder = {"hidden_size": 8, "num_filters": 4, "downsampling_ratios": [2, 2], "depths": [1, 1, 1]}
+    return transformers.VibeVoiceAsrConfig(
+        text_config=transformers.Qwen2Config(**SIZE),
+        acoustic_tokenizer_encoder_config={"model_type": "vibevoice_acoustic_tokenizer_encoder", **encoder},
+        semantic_tokenizer_encoder_config={"model_type": "vibevoice_acoustic_tokenizer_encoder", **encoder},
+        audio_token_id=3,
+    )
+
+
 def pixels(size: int, **more: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.ones(1, 3, size, size), **more}
 
@@ -393,6 +404,18 @@ CASES: dict[str, Case] = {
                  "num_mel_bins": 16, "max_source_positions": 16}, audio_token_index=3), separate),
             ("AudioFlamingo3", lambda: with_audio(
                 "AudioFlamingo3", transformers.Qwen2Config(**SIZE), WHISPER, audio_token_id=3), separate),
+            ("MusicFlamingo", lambda: with_audio(
+                "MusicFlamingo", transformers.Qwen2Config(**SIZE), {"model_type": "audioflamingo3_encoder", **WHISPER},
+                audio_token_id=3), separate),
+            ("GlmAsr", lambda: with_audio(
+                "GlmAsr", transformers.LlamaConfig(**SIZE, head_dim=16), WHISPER, audio_token_id=3), separate),
+            ("MossTranscribeDiarize", lambda: with_audio(
+                "MossTranscribeDiarize", transformers.Qwen3Config(**SIZE, head_dim=16), WHISPER,
+                audio_token_id=3), rms),
+            ("Qwen3ASR", lambda: with_audio(
+                "Qwen3ASR", transformers.Qwen3Config(**SIZE, head_dim=16),
+                {"d_model": 32, "encoder_layers": 3, "encoder_attention_heads": 4, "encoder_ffn_dim": 32,
+                 "num_mel_bins": 16, "output_dim": 32, "downsample_hidden_size": 8}, audio_token_id=3), rms),
             ("Voxtral", lambda: with_audio(
                 "Voxtral", transformers.LlamaConfig(**SIZE, head_dim=16), WHISPER, audio_token_id=3), separate),
         )
@@ -401,6 +424,7 @@ CASES: dict[str, Case] = {
         f"audio:{name}": case(name, lambda name=name: granite_speech(name), has_vision=False)
         for name in ("GraniteSpeech", "GraniteSpeechPlus")
     },
+    "audio:VibeVoiceAsr": case("VibeVoiceAsr", vibevoice_asr, has_vision=False),
     **{
         f"llama-kin:{name}": text_only(name, lambda name=name, more=more: getattr(transformers, f"{name}Config")(
             **SIZE, **IDS, **more))

@@ -327,6 +327,45 @@ CASES: dict[str, Remote] = {
         fused_and_normed,
         ("talker.layers.1.attention.query_key_value.weight",),
     ),
+    # exllamav3: hyperclovax_v2.py (key_prefix); copies of the remote class build `language_model` of text_config.
+    "hyperclovax-vision:2": wrapped(
+        "HCXVisionV2ForCausalLM", "hyperclovax", ("model.vision_model.blocks.1.attn.qkv.weight",),
+        stem="model.language_model.model.layers.{}.", model_type="vlm",
+    ),
+    "hyperclovax-vision:1": wrapped(
+        "HCXVisionForCausalLM", "llama", ("vision_model.vision_model.encoder.layers.1.self_attn.q_proj.weight",),
+        section="language_config", model_type="hyperclovax_vlm",
+    ),
+    # vLLM: lightonocr.py (hf_to_vllm_mapper), for the class of its first repository.
+    "lighton-ocr:first": wrapped(
+        "LightOnOCRForConditionalGeneration", "qwen3",
+        ("model.vision_encoder.transformer.layers.1.attention.q_proj.weight",), stem=MLM, model_type="mistral3",
+    ),
+    # vLLM: cosmos3.py drops the generator's `_moe_gen` beside the reasoner's, as unified checkpoints have them.
+    "cosmos3:unified": wrapped(
+        "Cosmos3ForConditionalGeneration", "qwen3_vl_text", ("blocks.1.attn.qkv.weight",), stem=ML, shapes=BAGEL,
+        model_type="cosmos3_omni",
+    ),
+    # transformers: conversion_mapping.py (nemotron_h: backbone), and llm_config among the Omni class's legacy names.
+    "nemotron-h:nano vl 2": Remote(
+        {
+            "model_type": "NemotronH_Nano_VL_V2", "architectures": ["NemotronH_Nano_VL_V2"],
+            "llm_config": {**NUMBERS, "model_type": "nemotron_h"},
+        },
+        "language_model.backbone.layers.{}.",
+        "mixer.q_proj.weight",
+        {
+            "norm.weight": (D_MODEL,),
+            **{n.replace("self_attn", "mixer"): s for n, s in projections().items() if "self_attn" in n},
+        },
+        lambda tensors, stem: separate({n.replace("mixer", "self_attn"): t for n, t in tensors.items()}, stem),
+        ("vision_model.radio_model.model.blocks.1.attn.qkv.weight",),
+    ),
+    # Copies of modeling_deepseek.py (DeepseekAttention); a published config.json of a DeepSeek 1 model, with head_dim.
+    "llama-kin:deepseek": wrapped(
+        "DeepseekForCausalLM", "deepseek", ("mtp.layers.1.self_attn.q_proj.weight",), stem=ML, section=None,
+        model_type="deepseek",
+    ),
     # A published config.json of a retrieval model on Qwen3.5.
     "qwen3.5:colqwen": replace(
         wrapped("ColQwen3_5", "qwen3_5_text", QWEN_VIT, stem=MLM, model_type="qwen3_5", shapes=QWEN35), split=gated

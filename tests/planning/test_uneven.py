@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Callable
 from importlib import resources
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ import qkpatch
 from qkpatch.errors import QKPatchError, UsageError
 from qkpatch.planning.request import Request
 
+ABSENT = object()
+LAYERS_KEYS = ("layers", "modes", "modes_edited", "alpha", "channel", "select", "energy", "min_modes")
 Run = Callable[..., Any]
 Item = dict[str, Any]
 SCHEMA = json.loads((resources.files("qkpatch") / "planning" / "manifest.schema.json").read_text())
@@ -165,7 +168,7 @@ def test_a_flag_holds_for_every_item_and_is_refused_where_one_says_otherwise(
 
 
 WRONG = {
-    "an empty list": ("edits: []", ["$.edits: it is no list of edits, or an empty one"]),
+    "an empty list": ("edits: []", ["$.edits: it is no list of 1 to 1000 edits"]),
     "no list": ("edits: {layers: 1}", ["$.edits: expected list"]),
     "nothing": ("edits:", ["$.edits: expected list"]),
     "no mapping": ("edits: [1, {layers: 0}]", ["$.edits[0]: 1 is no mapping"]),
@@ -254,9 +257,11 @@ def test_a_request_made_by_hand_is_checked_too() -> None:
     assert Request.of(edits=items).edits == items == (Request(layers=(1,), alpha=0),)
 
 
-def test_a_short_text_that_names_all_numbers_over_and_over_takes_no_time() -> None:
+def test_a_short_text_takes_no_time() -> None:
     with pytest.raises(UsageError, match="named in edits"):
-        Request.of(edits=[{"layers": "0-999999"}] * 10_000)
+        Request.of(edits=[{"layers": "0-999999"}] * 1000)
+    with pytest.raises(UsageError, match="no list of 1 to 1000"):
+        Request.of(edits=[{"layers": i} for i in range(100_000)])
 
 
 # -------- by energy
@@ -349,6 +354,24 @@ def test_by_default_half_of_the_modes_is_the_most_so_that_a_random_control_is_as
             assert (edit.modes, edit.min_modes, edit.from_recipe) == (most, 1, ("layers",))
 
 
+def test_a_file_says_energy_as_flags_do(source: Tiny, tmp_path: Path, run: Run) -> None:
+    config = tmp_path / "edit.yaml"
+    for text, flags in (
+        ("energy: 0.25\nmin_modes: 2\nmodes: 3\n", ("--energy", 0.25, "--min-modes", 2, "--modes", 3)),
+        ("energy: 1\nalpha: 0\n", ("--energy", 1, "--alpha", 0)),
+        ("edits: [{layers: 1-2, energy: 1, alpha: 0}]", ("--layers", "1-2", "--energy", 1, "--alpha", 0)),
+    ):
+        config.write_text(text)
+        told = [("--config", config), flags]
+        one, other = (json.loads(run("plan", source.path, *way, "--json").stdout)["edit"] for way in told)
+        assert repr(one) == repr(other)  # 0 and 0.0 are two texts
+    for text in ("energy: half\n", "energy: true\n", "energy:\n", "min_modes: 1.5\n"):
+        config.write_text(text)
+        result = run("plan", source.path, "--config", config)
+        assert result.exit_code == 2
+        assert f"$.{text.partition(':')[0]}: expected" in result.stderr
+
+
 def test_inspect_tells_how_many_modes_hold_the_energy(source: Tiny, run: Run) -> None:
     shown = json.loads(run("inspect", source.path, "--energy", 0.5, "--modes", 8, "--json").stdout)
     assert shown["energy"] == 0.5
@@ -417,6 +440,26 @@ def test_verify_finds_an_item_that_is_not_what_was_done(
     result = run("verify", tmp_path / "out", "--source", source.path)
     assert result.exit_code in (1, 3), result.output
     assert isinstance(result.exception, SystemExit)
+
+
+def test_nonsense_in_what_is_recorded_of_items_is_refused_or_does_not_matter(
+    source: Tiny, tmp_path: Path, run: Run
+) -> None:
+    made(source, tmp_path / "out", edits=THREE[:1] + THREE[2:])
+    text = (tmp_path / "out" / "qkpatch.json").read_text()
+    for i, key, value in product((0, 1), (None, *LAYERS_KEYS), (ABSENT, None, "text", -1, [], {})):
+        document = json.loads(text)
+        items = document["edit"]["edits"]
+        at, name = (items, i) if key is None else (items[i], key)
+        at[name] = value
+        if value is ABSENT:
+            del at[name]
+        (tmp_path / "out" / "qkpatch.json").write_text(json.dumps(document))
+        result = run("verify", tmp_path / "out", "--source", source.path, "--no-recompute", "--quiet")
+        assert isinstance(result.exception, SystemExit | None), (i, key, value, result.exception)
+        # Null is what the first item says of energy anyway, which it does not have.
+        is_so = document == json.loads(text) or (i == 0 and value is None and key in ("energy", "min_modes"))
+        assert result.exit_code in ((0,) if is_so else (1, 3)), (i, key, value)
 
 
 def test_weights_of_another_item_are_found(source: Tiny, tmp_path: Path, run: Run) -> None:

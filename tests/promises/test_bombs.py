@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from conftest import Tiny, build_tiny
 from fake_hub import TOKEN, FakeHub, Repo, command
 from typer.testing import Result
 
-from qkpatch.checkpoint.files import open_read
+from qkpatch.checkpoint.files import machine_errors, open_read
 from qkpatch.checkpoint.header import parse_header
 from qkpatch.checkpoint.names import usual_beside
 from qkpatch.checkpoint.source import Stored
@@ -35,7 +36,15 @@ from qkpatch.common.interrupts import Terminated, unwinding_on_kill
 from qkpatch.common.json_text import MAX_VALUES, load_json
 from qkpatch.common.strict_yaml import load_yaml
 from qkpatch.compare.renaming import spelled_as
-from qkpatch.errors import CheckpointError, HeaderError, QKPatchError, UnexpectedError, plain, redact
+from qkpatch.errors import (
+    CheckpointError,
+    FileSystemError,
+    HeaderError,
+    QKPatchError,
+    UnexpectedError,
+    plain,
+    redact,
+)
 from qkpatch.hub import answers
 from qkpatch.planning.manifest import Manifest
 
@@ -698,19 +707,33 @@ def test_an_out_that_cannot_be_entered(mode: int, words: tuple[str, ...], run: C
     assert left == ["out", "source"]
 
 
+STARVED = [
+    (MemoryError(), "not enough memory"),
+    (OSError(24, "Too many open files", "x"), "ulimit -n"),
+    (RuntimeError("can't start new thread"), "not enough memory"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9"), "not enough memory"),
+]
+
+
+@pytest.mark.parametrize(("raised", "message"), STARVED)
+def test_what_the_machine_refuses_is_an_error_of_ours(raised: Exception, message: str) -> None:
+    with pytest.raises(FileSystemError) as caught, machine_errors():
+        raise raised
+    assert message in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("raised", "code", "message"),
     [
         (MemoryError(), 4, "not enough memory"),
-        (OSError(24, "Too many open files", "x"), 4, "ulimit -n"),
-        (RuntimeError("can't start new thread"), 4, "not enough memory"),
-        (
-            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9"),
-            4,
-            "not enough memory",
-        ),
-        (RuntimeError("a fault of ours"), UnexpectedError.exit_code, "Please report it"),
         (KeyError("a fault of ours"), UnexpectedError.exit_code, "Please report it"),
+        *(pytest.param(raised, 4, said, marks=pytest.mark.stress) for raised, said in STARVED[1:]),
+        pytest.param(
+            RuntimeError("a fault of ours"),
+            UnexpectedError.exit_code,
+            "Please report it",
+            marks=pytest.mark.stress,
+        ),
     ],
 )
 def test_what_no_command_expects_has_a_code_of_its_own(
@@ -745,7 +768,7 @@ def test_a_mismatch_is_not_hidden_where_nothing_can_be_printed(
 ) -> None:
     out = tmp_path / "out"
     assert run("apply", tiny.path, "-o", out).exit_code == 0
-    words = " ".join(command("verify", out, "--source", tiny.path))
+    words = warm.shell("verify", out, "--source", tiny.path)
     shell = ["bash", "-c", f"{words} {flags} {to}"]
     assert subprocess.run(shell, capture_output=True, check=False).returncode in (4, 141, 0)
     (out / "tokenizer.json").write_text("{ }")

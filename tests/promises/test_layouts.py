@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qkpatch.checkpoint.header import TensorRef
-from qkpatch.recipes.heads import HeadLayout
-from qkpatch.recipes.rows import RowLayout
+from qkpatch.recipes.heads import HeadLayout, RowLayout
 
 SIZES = [(4, 4), (4, 2), (6, 2), (4, 1)]
 D_HEAD, D_MODEL = 3, 5

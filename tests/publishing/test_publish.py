@@ -5,54 +5,27 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
-import shlex
 import shutil
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from conftest import REPO, Tiny, build_tiny
-from fake_hub import TOKEN, FakeHub, Repo, command, hub_environment, run_qkpatch
+import warm
+from cards import BASE_CARD, PATCHED, UNTOUCHED, base_model, edited_copy, lmms, parts, verified
+from conftest import REPO, Tiny
+from fake_hub import TOKEN, FakeHub, Repo, hub_environment, run_qkpatch
 from typer.testing import Result
 
 from qkpatch.planning.manifest import Manifest
 from qkpatch.publishing.card import CHECKED, FOLLOWS, is_card_of, model_card
-from qkpatch.publishing.front_matter import FrontMatter
-
-SHARDS = [["layers.0."], ["layers.1."], [""]]
-PATCHED, UNTOUCHED = "model-00002-of-00003.safetensors", "model-00001-of-00003.safetensors"
-BASE_CARD = """---
-# kept
-license: other
-license_name: tongue-twister  # kept too
-language:
-- en
-tags: [vision, 'chat']
-base_model: org/older
-model-index:
-- name: base
-  results:
-  - task: {type: x}
-pipeline_tag: image-text-to-text
----
-
-# Base
-
-It is *good*. --- or so.
-"""
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    tiny = build_tiny(tmp_path_factory.mktemp("base") / "base", shards=SHARDS)
-    (tiny.path / "README.md").write_text(BASE_CARD)
-    return tiny
+    return base_model(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture
@@ -68,213 +41,7 @@ def environment(hub: FakeHub, tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def out(base: Tiny, tmp_path: Path, run: Callable[..., Result]) -> Path:
-    """An edited copy of the directory."""
-    assert run("apply", base.path, "-o", tmp_path / "out", "--quiet").exit_code == 0
-    return tmp_path / "out"
-
-
-def card_over(
-    readme: str | bytes, base: Tiny, tmp_path: Path, run: Callable[..., Result], *flags: object
-) -> str:
-    """What `card` prints for an edit of a model whose card is ``readme``."""
-    source, out = tmp_path / "source", tmp_path / "out"
-    shutil.copytree(base.path, source)
-    (source / "README.md").write_bytes(readme.encode() if isinstance(readme, str) else readme)
-    assert run("apply", source, "-o", out, "--quiet", *flags).exit_code == 0
-    result = run("card", out)
-    assert result.exit_code == 0, result.stderr
-    return result.stdout
-
-
-def parts(card: str) -> tuple[dict[str, Any], str]:
-    """Front matter, as YAML reads it, and the text."""
-    _, block, text = card.split("---\n", 2)
-    return yaml.safe_load(block), text
-
-
-# -------- front matter
-
-
-def test_front_matter_is_kept_but_for_what_is_set_and_dropped() -> None:
-    matter = FrontMatter.of(BASE_CARD)
-    assert matter.text == "\n# Base\n\nIt is *good*. --- or so.\n"
-    changed = matter.changed({"base_model": "org/base", "tags": ["a", "no", "1.5"]}, ["model-index"])
-    read = yaml.safe_load(changed)
-    assert read == {
-        "license": "other",
-        "license_name": "tongue-twister",
-        "language": ["en"],
-        "pipeline_tag": "image-text-to-text",
-        "base_model": "org/base",
-        "tags": ["a", "no", "1.5"],
-    }
-    assert "license_name: tongue-twister  # kept too\n" in changed
-    assert changed.startswith("# kept\n")
-
-
-@pytest.mark.parametrize(
-    ("block", "expected"),
-    [
-        ("tags: [vision, 'chat']", ["vision", "chat"]),
-        ("tags: [vision,\n  chat]\nx: 1", ["vision", "chat"]),
-        ("tags:\n- vision # yes\n- \"chat\"\nx: 1", ["vision", "chat"]),
-        ("tags:\n  - vision\n", ["vision"]),
-        ("tags: vision", ["vision"]),
-        ("tags: [null, ~, 2024, no]", ["2024", "no"]),
-        ("{license: mit, 'tags': [vision]}", ["vision"]),
-        ("tags:\n", []),
-        ("tags: [{a: b}]", []),
-        ("x: 1", []),
-        ("", []),
-    ],
-)  # fmt: skip
-def test_lists_are_read_in_each_of_their_forms(block: str, expected: list[str]) -> None:
-    assert FrontMatter.of(f"---\n{block}\n---\n").listed("tags") == expected
-
-
-@pytest.mark.parametrize(
-    "card",
-    [
-        "# no front matter\n",
-        "",
-        "--- no\n---\n",
-        "---\nunclosed\n",
-        "---\n\nTwo words: three\n",
-        "---\nbetween two rules\n---\n",
-    ],
-)
-def test_a_card_without_front_matter_is_all_text(card: str) -> None:
-    assert FrontMatter.of(card) == FrontMatter(card)
-
-
-@pytest.mark.parametrize(
-    ("card", "keys", "text"),
-    [
-        ("---\r\na: 1\r\n---\r\ntext", ["a"], "text"),
-        ("---\n---\ntext", [], "text"),
-        ("\ufeff---\na: 1\n---\ntext", ["a"], "text"),
-        ("\ufefftext", [], "text"),
-        ("\n\n---  \na: 1\n---\t\ntext", ["a"], "text"),
-        ("---\na: 1\n...\nb: 2\n---\ntext", ["a"], "b: 2\n---\ntext"),
-        ("---\na: 1\n---", ["a"], ""),
-    ],
-)
-def test_front_matter_ends_where_it_ends(card: str, keys: list[str], text: str) -> None:
-    matter = FrontMatter.of(card)
-    assert (list(matter.entries), matter.text) == (keys, text)
-
-
-FIGURES = "[{name: base, results: [{task: {type: x}}]}]"
-
-
-@pytest.mark.parametrize(
-    "block",
-    [
-        f"license: mit\nmodel-index: {FIGURES}\n",
-        f'license: mit\n"model-index": {FIGURES}\n',
-        f"license: mit\n'model-index' : {FIGURES}\n",
-        f'license: mit\n"model\\x2dindex": {FIGURES}\n',
-        f"license: mit\n? model-index\n: {FIGURES}\n",
-        f"{{license: mit, model-index: {FIGURES}}}\n",
-        f"{{license: mit,\n model-index: {FIGURES}}}\n",
-        f"  license: mit\n  model-index: {FIGURES}\n",
-        f"license: mit\n<<: {{model-index: {FIGURES}}}\n",
-        f"license: mit\n...\nmodel-index: {FIGURES}\n",
-        f"license: mit\nmodel-index: {FIGURES}\nmodel-index: {FIGURES}\n",
-    ],
-)
-def test_the_bases_figures_are_inherited_in_no_spelling(
-    base: Tiny, tmp_path: Path, run: Callable[..., Result], block: str
-) -> None:
-    data, _ = parts(card_over(f"---\n{block}---\n# Base\n", base, tmp_path, run))
-    assert data == {"license": "mit", "tags": ["qkpatch"]}
-
-
-@pytest.mark.parametrize(
-    ("block", "kept"),
-    [
-        ("base_model: /home/me/llama", {}),
-        ("base_model: ./llama", {}),
-        ("base_model: [~/llama, org/older, null]", {"base_model": ["org/older"]}),
-        ("base_model: org/older  # yes\nbase_model_relation: merge", {"base_model": "org/older"}),
-        ("base_model: gpt2", {"base_model": "gpt2"}),
-        ("datasets: [null]", {}),
-        ("datasets:\n- null\n- org/data\n-", {"datasets": ["org/data"]}),
-        ("license: null", {}),
-        ("license_link: /home/me/LICENSE\nthumbnail: file:///home/me/x.png", {}),
-        (
-            "license_link: ~/LICENSE\nthumbnail: 'C:\\me\\x.png'\nlanguage: [en, /home/me/x]",
-            {"language": ["en"]},
-        ),
-        (
-            "license_link: LICENSE\nthumbnail: https://h/x.png",
-            {"license_link": "LICENSE", "thumbnail": "https://h/x.png"},
-        ),
-        ("datasets: [{name: x}]\nbase_model: {a: b}", {}),
-        ("a: &x [1, *x]\nmodel-index: &y [base]\nb: *y\nc: &z R&D", {"b": ["base"], "c": "R&D"}),
-        ("language: [no, en, ~]", {"language": ["no", "en"]}),
-        ("widget: [{text: null}]\ndate: 2024-05-01\nx: 010\n", {"widget": [{"text": None}], "x": 8}),
-        ("language: no", {"language": False}),  # as it was written: the Hub reads another YAML
-    ],
-)
-def test_what_the_hub_rejects_is_left_out_and_what_it_knows_nothing_of_stays(
-    base: Tiny, tmp_path: Path, run: Callable[..., Result], block: str, kept: dict[str, Any]
-) -> None:
-    card = card_over(f"---\n{block}\n---\n# Base\n", base, tmp_path, run)
-    data, _ = parts(card)
-    assert data.pop("tags") == ["qkpatch"]
-    for key in ("date", "a"):  # which is a list in itself
-        data.pop(key, None)
-    assert data == kept
-    assert ("date: 2024-05-01\nx: 010\n" in card) == ("date" in block)
-
-
-def test_a_head_that_cannot_be_read_is_told_and_kept(
-    base: Tiny, tmp_path: Path, run: Callable[..., Result]
-) -> None:
-    card = card_over("---\nlicense: mit: x\n---\n# Base\n", base, tmp_path, run)
-    assert parts(card)[0] == {"tags": ["qkpatch"]}
-    assert "The head of the base model's card is not YAML: mapping values are not allowed here" in card
-    assert card.endswith("as it was. -->\n\n---\nlicense: mit: x\n---\n# Base\n")
-
-
-@pytest.mark.parametrize(
-    "readme",
-    ["---\nlicense: mit\ntags: [x]\n# Base\n", "---\n# head\n\nlicense: mit\n", "---\r\nlicense: mit"],
-)
-def test_a_head_without_an_end_is_told_and_verify_knows_the_card(
-    base: Tiny, tmp_path: Path, run: Callable[..., Result], readme: str
-) -> None:
-    card = card_over(readme, base, tmp_path, run)
-    assert parts(card)[0] == {"tags": ["qkpatch"]}
-    assert "card is not closed by a second ---: no license is inherited.\n" in card
-    assert run("card", tmp_path / "out", "--write").exit_code == 0
-    verified(run, tmp_path / "out", tmp_path / "source")
-
-
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
-def test_a_card_in_whichever_unicode_keeps_license_and_tags(
-    base: Tiny, tmp_path: Path, run: Callable[..., Result], encoding: str
-) -> None:
-    card = card_over("---\nlicense: mit\ntags: [a]\n---\n# Bäse\n".encode(encoding), base, tmp_path, run)
-    data, text = parts(card)
-    assert data == {"license": "mit", "tags": ["a", "qkpatch"]}
-    assert text.endswith("as it was. -->\n\n# Bäse\n")
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["tags: [a{}b]", "tags:{}\n- a", "- {}x", "x: '{}'", "[{}", "{}"],
-)
-@pytest.mark.parametrize("filler", [" ", "- ", "a\n", "#\n", "[", "a: 1\n"])
-def test_the_time_of_reading_a_head_grows_with_it_alone(text: str, filler: str) -> None:
-    def seconds(n: int) -> float:
-        card = f"---\n{text.format(filler * (n // len(filler)))}\n---\n"
-        begun = time.process_time()
-        FrontMatter.of(card)
-        return time.process_time() - begun
-
-    assert seconds(80_000) < 3 * seconds(40_000) + 0.5
+    return edited_copy(base, tmp_path, run)
 
 
 # -------- the card
@@ -315,259 +82,6 @@ def test_the_command_in_the_card_makes_the_same_edit(
     assert {p.name: p.read_bytes() for p in (tmp_path / "one").iterdir()} == {
         p.name: p.read_bytes() for p in (tmp_path / "two").iterdir()
     }
-
-
-# -------- results
-
-
-def lmms(folder: Path, accuracy: list[float], chair: list[bool], **more: object) -> Path:
-    """Results and samples as lmms-eval writes them."""
-    folder.mkdir()
-    n = len(accuracy)
-    document = {
-        "results": {
-            "pope": {
-                "alias": "pope",
-                "pope_accuracy,none": sum(accuracy) / n,
-                "pope_accuracy_stderr,none": 0.01,
-                "pope_yes_ratio,none": 0.5,
-            },
-            "coco_cap_chair": {"coco_cap_chair_s,none": 100 * sum(chair) / len(chair), "alias": "coco"},
-        },
-        "versions": {"pope": "Yaml", "coco_cap_chair": "Yaml"},
-        "n-samples": {"pope": {"original": n, "effective": n}},
-        "configs": {"pope": {"generation_kwargs": {"max_new_tokens": 128}}},
-        "config": {"model": "llava_hf", "model_args": f"pretrained={folder.name}"},
-        **more,
-    }
-    path = folder / "20261127_results.json"
-    path.write_text(json.dumps(document))
-    pope = [{"doc_id": i, "pope_accuracy": {"score": a, "prediction": "yes"}} for i, a in enumerate(accuracy)]
-    things = [{"answer": ["cat"], "pred": ["cat", "dog"] if c else ["cat"]} for c in chair]
-    coco = [{"doc_id": i, "coco_cap_chair_s": thing} for i, thing in enumerate(things)]
-    for task, samples in (("pope", pope), ("coco_cap_chair", coco)):
-        text = "".join(json.dumps(sample) + "\n" for sample in samples)
-        (folder / f"20261127_samples_{task}.jsonl").write_text(text)
-    return path
-
-
-def test_results_are_shown_side_by_side_with_the_paired_difference(
-    out: Path, tmp_path: Path, run: Callable[..., Result]
-) -> None:
-    before = lmms(tmp_path / "b", [1.0, 0.0, 1.0, 0.0], [True, True, False, False])
-    after = lmms(tmp_path / "p", [1.0, 1.0, 1.0, 0.0], [False, True, False, False])
-    result = run("card", out, "--results", after, "--base-results", before)
-    assert result.exit_code == 0, result.stderr
-    assert "Nothing was measured" not in result.stdout
-    rows = {line.split(" | ")[1]: line for line in result.stdout.splitlines() if line.startswith("| pope |")}
-    half = 1.96 * 0.5 / math.sqrt(4)  # of 0, 1, 0, 0: a standard deviation of one half
-    assert rows["pope_accuracy"] == (
-        f"| pope | pope_accuracy | 4 | 0.5000 | 0.7500 | +0.2500 | +0.2500 ± {half:.4f} | 1 of 4 |"
-    )
-    assert "pope_yes_ratio" not in result.stdout
-    coco = next(line for line in result.stdout.splitlines() if "coco_cap_chair_s" in line)
-    assert coco == (
-        "| coco_cap_chair | coco_cap_chair_s | - | 50.0000 | 25.0000 | -25.0000 "
-        f"| -25.0000 ± {100 * half:.4f} | 1 of 4 |"
-    )
-    assert "llava_hf, pretrained=b" in result.stdout
-    assert ", both models with the same call. Base: " in result.stdout
-
-
-def test_without_samples_there_is_no_interval(out: Path, tmp_path: Path, run: Callable[..., Result]) -> None:
-    before, after = lmms(tmp_path / "b", [1.0, 0.0], [True]), lmms(tmp_path / "p", [1.0, 1.0], [True])
-    for path in tmp_path.glob("?/*.jsonl"):
-        path.unlink()
-    result = run("card", out, "--results", after, "--base-results", before)
-    assert "| pope | pope_accuracy | 2 | 0.5000 | 1.0000 | +0.5000 | - | - |" in result.stdout
-    assert "small differences may be chance" in result.stdout
-
-
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [
-        ({"n-samples": {"pope": {"effective": 9}}}, "n-samples"),
-        ({"versions": {}}, "versions"),
-        ({"configs": {"pope": {"generation_kwargs": {"max_new_tokens": 16}}}}, "generation of pope"),
-        ({"results": {"pope": {"pope_accuracy,none": 1.0}}}, "tasks"),
-    ],
-)
-def test_runs_that_differ_in_more_than_the_model_are_not_compared(
-    out: Path, tmp_path: Path, run: Callable[..., Result], more: dict[str, object], said: str
-) -> None:
-    before, after = lmms(tmp_path / "b", [1.0], [True]), lmms(tmp_path / "p", [1.0], [True], **more)
-    result = run("card", out, "--results", after, "--base-results", before)
-    assert result.exit_code == 2
-    assert f"they differ in {said}" in result.stderr
-
-
-def of_pope(**figures: Any) -> dict[str, object]:
-    return {"results": {"pope": figures, "coco_cap_chair": {}}}
-
-
-BIG = 10**400
-
-
-@pytest.mark.parametrize(
-    ("left", "right", "cells"),
-    [
-        (0.5, math.nan, "0.5000 | - | -"),
-        (math.nan, 0.5, "- | 0.5000 | -"),
-        (0.5, math.inf, "0.5000 | - | -"),
-        (BIG, 0.5, "- | 0.5000 | -"),
-        (0.5, -BIG, "0.5000 | - | -"),
-        (0.5, None, "0.5000 | - | -"),
-        ("N/A", 0.5, "- | 0.5000 | -"),
-    ],
-)
-def test_a_figure_that_one_run_lacks_is_a_dash_on_either_side(
-    out: Path, tmp_path: Path, run: Callable[..., Result], left: Any, right: Any, cells: str
-) -> None:
-    alike = {"f1,none": 0.25}
-    before = lmms(tmp_path / "b", [1.0], [True], **of_pope(**{"acc,none": left, **alike}))
-    after = lmms(tmp_path / "p", [1.0], [True], **of_pope(**{"acc,none": right, **alike}))
-    result = run("card", out, "--results", after, "--base-results", before)
-    if result.exit_code and {BIG, -BIG} & {left, right}:
-        assert (result.exit_code, "digits" in result.stderr) == (3, True), result.stderr
-        return
-    assert result.exit_code == 0, result.stderr
-    assert f"| pope | acc | 1 | {cells} | - | - |\n" in result.stdout
-    assert "| pope | f1 | 1 | 0.2500 | 0.2500 | +0.0000 | - | - |" in result.stdout
-    lone = lmms(tmp_path / "l", [1.0], [True], **of_pope(acc=math.nan))
-    nothing = run("card", out, "--results", lone, "--base-results", before)
-    assert nothing.exit_code == 2
-    assert "no figure in common" in nothing.stderr
-
-
-def test_one_run_is_no_comparison(out: Path, tmp_path: Path, run: Callable[..., Result]) -> None:
-    path = lmms(tmp_path / "b", [1.0, math.nan], [True])
-    copy = tmp_path / "copy.json"
-    copy.write_text(json.dumps(json.loads(path.read_text()), indent=4))
-    (tmp_path / "link").symlink_to(path)
-    for other in (path, copy, tmp_path / "link"):
-        result = run("card", out, "--results", other, "--base-results", path)
-        assert result.exit_code == 2
-        assert "they are the same run" in result.stderr
-        assert result.stdout == ""
-
-
-def test_what_else_differs_is_told(out: Path, tmp_path: Path, run: Callable[..., Result]) -> None:
-    config = {"model": "llava_hf", "model_args": "pretrained=/models/x"}
-    before = lmms(tmp_path / "b", [1.0], [True], config={**config, "limit": 8}, transformers_version="4.57")
-    after = lmms(tmp_path / "p", [0.0], [True], config={**config, "limit": None}, transformers_version="5.0")
-    result = run("card", out, "--results", after, "--base-results", before)
-    assert result.exit_code == 0, result.stderr
-    said = "**Not the model alone:** the runs differ in config.limit, transformers_version; both name the same model."
-    assert said in result.stdout
-    assert "same call" not in result.stdout
-
-
-@pytest.mark.parametrize(
-    ("left", "right", "said"),
-    [
-        ("pretrained=a,load_in_4bit=True", "pretrained=b", "the runs differ in load_in_4bit of model_args."),
-        ({"pretrained": "a", "x": True}, '{"pretrained": "b", "x": false}', "the runs differ in x of model_args."),
-        ("pretrained=a,/home/me/x", "pretrained=b,y", "the runs differ in model_args."),
-        ("pretrained=o,dtype=float16", "pretrained=o,dtype=float32", "dtype of model_args; both name the same model."),
-        ("pretrained=./o/", "dtype=a, pretrained=o", "dtype of model_args; both name the same model."),
-        ("pretrained=o,revision=x", "pretrained=o,revision=y", None),
-        ({"pretrained": "a", "x": 1}, "x=1,pretrained=b", None),
-        ("", "", None),
-    ],
-)  # fmt: skip
-def test_arguments_that_differ_and_models_that_do_not(
-    out: Path, tmp_path: Path, run: Callable[..., Result], left: object, right: object, said: str | None
-) -> None:
-    before = lmms(tmp_path / "b", [1.0], [True], config={"model": "m", "model_args": left})
-    after = lmms(tmp_path / "p", [0.0], [True], config={"model": "m", "model_args": right})
-    result = run("card", out, "--results", after, "--base-results", before)
-    assert result.exit_code == 0, result.stderr
-    assert ("both models with the same call." in result.stdout) == (said is None)
-    assert ("Not the model alone" in result.stdout) == (said is not None)
-    assert (said or "") in result.stdout
-    assert "/me" not in result.stdout
-    manifest = Manifest.loads((out / "qkpatch.json").read_bytes(), "")
-    assert is_card_of(result.stdout, manifest, BASE_CARD)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "shown"),
-    [
-        ("pretrained=/home/me/My models/x,dtype=float16", "pretrained=x,dtype=float16"),
-        ("pretrained=~/x/,device_map=auto", "pretrained=x,device_map=auto"),
-        ("pretrained=C:\\models\\x", "pretrained=x"),
-        ("pretrained=file:///home/me/x", "pretrained=x"),
-        ('{"pretrained": "/home/me/x", "n": 1}', '{"pretrained": "x", "n": 1}'),
-        ({"pretrained": "/home/me/x", "n": 1}, "pretrained=x,n=1"),
-        ("pretrained=org/name,revision=main", "pretrained=org/name,revision=main"),
-        ("pretrained=org/name,base_url=https://host/v1", "pretrained=org/name,base_url=https://host/v1"),
-    ],
-)
-def test_no_path_of_this_machine_is_in_a_card(
-    out: Path, tmp_path: Path, run: Callable[..., Result], arguments: object, shown: str
-) -> None:
-    config = {"model": "llava_hf", "model_args": arguments}
-    before = lmms(tmp_path / "b", [1.0], [True], config=config, model_name="/home/me/x")
-    after = lmms(tmp_path / "p", [0.0], [True], model_name="/home/me/y")
-    result = run("card", out, "--results", after, "--base-results", before)
-    assert result.exit_code == 0, result.stderr
-    assert f"Base: `llava_hf, {shown}, x`; patched:" in result.stdout
-    assert "/me" not in result.stdout
-
-
-@pytest.mark.parametrize("task", ["a/b", "../b", "/", "", "\0", "x" * 300, "a|b`\n# Measured: 100 %", ".."])
-def test_a_task_may_be_called_what_no_file_is(
-    out: Path, tmp_path: Path, run: Callable[..., Result], task: str
-) -> None:
-    more: dict[str, Any] = {"n-samples": {}, "versions": {}, "configs": {}}
-    before = lmms(tmp_path / "b", [1.0], [True], results={task: {"pope_accuracy,none": 0.5}}, **more)
-    after = lmms(tmp_path / "p", [0.0], [True], results={task: {"pope_accuracy,none": 0.75}}, **more)
-    result = run("card", out, "--results", after, "--base-results", before)
-    assert result.exit_code == 0, result.stderr
-    (row,) = [line for line in result.stdout.splitlines() if "+0.2500" in line]
-    assert row.endswith("| pope_accuracy | - | 0.5000 | 0.7500 | +0.2500 | - | - |")
-    assert "\n# Measured" not in result.stdout
-
-
-@pytest.mark.parametrize(
-    ("sample", "code"),
-    [
-        (b"{", 3),
-        (b"\xff", 3),
-        (b"[" * 100_000, 3),
-        (b"1", 3),
-        (b'{"doc_id": 0}', 3),
-        (b'{"doc_id": 0, "pope_accuracy": {"score": "high"}}', 3),
-        (b'{"doc_id": 0, "pope_accuracy": {"score": null}}', 3),
-        (b'{"doc_id": 0, "pope_accuracy": {"score": NaN}}', 0),
-        (b'{"doc_id": 0, "pope_accuracy": {"score": ' + b"9" * 400 + b"}}", 0),
-        (b'{"doc_id": 0, "pope_accuracy": {"score": ' + b"9" * 5000 + b"}}", 3),
-    ],
-)
-def test_a_sample_that_is_none_is_told_or_gives_no_interval(
-    out: Path, tmp_path: Path, run: Callable[..., Result], sample: bytes, code: int
-) -> None:
-    before, after = lmms(tmp_path / "b", [1.0, 0.0], [True]), lmms(tmp_path / "p", [1.0, 1.0], [True])
-    (tmp_path / "p" / "20261127_samples_pope.jsonl").write_bytes(sample + b"\n")
-    result = run("card", out, "--results", after, "--base-results", before)
-    assert result.exit_code == code, result.stderr
-    if code:
-        assert "not a sample of pope" in result.stderr
-    else:
-        assert "| pope | pope_accuracy | 2 | 0.5000 | 1.0000 | +0.5000 | - | - |" in result.stdout
-
-
-def test_a_result_without_its_base_and_a_file_of_another_kind_are_refused(
-    out: Path, tmp_path: Path, run: Callable[..., Result]
-) -> None:
-    path = lmms(tmp_path / "b", [1.0], [True])
-    alone = run("card", out, "--results", path)
-    assert alone.exit_code == 2
-    assert "go together" in alone.stderr
-    other = run("card", out, "--results", out / "config.json", "--base-results", path)
-    assert other.exit_code == 3
-    assert "not the results of a run of lmms-eval" in other.stderr
-    assert run("card", tmp_path).exit_code == 3
 
 
 # -------- one commit
@@ -727,11 +241,6 @@ def test_an_output_that_was_cut_is_not_published(
 # -------- the card in OUT
 
 
-def verified(run: Callable[..., Result], out: Path, source: Path) -> None:
-    result = run("verify", out, "--source", source)
-    assert result.exit_code == 0, result.stdout
-
-
 def test_no_text_of_a_manifest_or_a_title_is_markup_in_a_card(
     base: Tiny, tmp_path: Path, run: Callable[..., Result]
 ) -> None:
@@ -868,13 +377,13 @@ def test_a_card_is_not_printed_into_itself(out: Path, tmp_path: Path, redirectio
 
     # A pipe is not seen through, but the card that it has emptied is missed.
     emptied = f": > {name}; " if "tee" in redirection else ""
-    done = bash(f"set -o pipefail; {emptied}{shlex.join(command('card', 'out'))} {redirection} {name}")
+    done = bash(f"set -o pipefail; {emptied}{warm.shell('card', 'out')} {redirection} {name}")
     assert done.returncode == (4 if emptied else 2), done.stderr
     assert "qkpatch card out --write" in done.stderr.replace("OUT", "out")
     assert (out / "README.md").read_text() == (BASE_CARD if redirection == ">>" else "")
     # The cure.
     (out / "README.md").write_text(BASE_CARD)
-    cured = bash(shlex.join(command("card", "out", "--write")))
+    cured = bash(warm.shell("card", "out", "--write"))
     assert cured.returncode == 0, cured.stderr
     assert "license: other\n" in (out / "README.md").read_text()
 

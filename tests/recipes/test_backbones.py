@@ -229,7 +229,7 @@ def test_every_language_model_is_described_once() -> None:
     for name in shipped_recipes():
         said = load_yaml(recipe_text(name).encode(), name)
         assert is_family(recipe_text(name).encode()) == ("backbones" in said)
-        described += [] if "backbones" in said else said["config"]["class_defaults"]
+        described += [] if "backbones" in said else [t for t in said["config"]["class_defaults"] if t != "*"]
     assert len(described) == len(set(described))
     for model_type in described:
         found = backbone(model_type)
@@ -252,6 +252,6 @@ def test_no_family_repeats_what_its_backbones_say() -> None:
                 except RecipeError:
                     continue
                 whole = get_recipe(name)
-                assert as_json((recipe.tensors, recipe.others)) != as_json((whole.tensors, whole.others)) or (
-                    list(recipe.config.class_defaults) != list(whole.config.class_defaults)
-                ), f"{name}: {part}.{key} says nothing new"
+                kept = as_json((recipe.tensors, recipe.others, recipe.config.class_defaults))
+                told = as_json((whole.tensors, whole.others, whole.config.class_defaults))
+                assert kept != told, f"{name}: {part}.{key} says nothing new"

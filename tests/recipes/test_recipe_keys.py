@@ -18,8 +18,8 @@ from qkpatch.recipes import reading as recipe_file
 from qkpatch.recipes import recipe
 from qkpatch.recipes.backbones import Backbone
 from qkpatch.recipes.catalogue import shipped_recipes
+from qkpatch.recipes.heads import RowLayout
 from qkpatch.recipes.recipe import COUNT_KEYS, LOGIT_KEYS, NormKind, NormSpan
-from qkpatch.recipes.rows import RowLayout
 
 PACKAGE = REPO / "qkpatch"
 CLASSES = (

@@ -17,6 +17,8 @@ import torch
 from conftest import REPO, Tiny
 from safetensors.torch import load_file
 
+from qkpatch.evaluation.records import Store
+from qkpatch.evaluation.statistics import Interval, ratio
 from qkpatch.spectral.rule import Channel
 
 sys.path.insert(0, str(REPO))
@@ -24,16 +26,7 @@ sys.path.insert(0, str(REPO))
 from scripts.evidence import __main__ as entry
 from scripts.evidence import language, toy
 from scripts.evidence.edits import DRAWN, Edit, Editor, applied, thirds
-from scripts.evidence.statistics import (
-    Interval,
-    difference,
-    excess_over_curve,
-    holm,
-    ratio,
-    scenes_needed,
-    smallest_detectable,
-)
-from scripts.evidence.store import Store
+from scripts.evidence.statistics import difference, excess_over_curve, holm, scenes_needed
 from scripts.toy_vlm import captioning, training
 
 HOWS = ("dominant", "random", "bottom", "subspace", "shrink")
@@ -217,7 +210,7 @@ def test_sample_sizes_by_hand() -> None:
     assert scenes_needed(0.5, 0.04, 0.1) / scenes_needed(0.5, 0.08, 0.1) == pytest.approx(4, rel=0.05)
     with pytest.raises(ValueError, match="cannot make"):
         scenes_needed(0.5, 0.2, 0.05)
-    assert smallest_detectable(Interval(0.0, -1.96, 1.96, 1.0)) == pytest.approx(2.80, abs=0.01)
+    assert Interval(0.0, -1.96, 1.96, 1.0).smallest_detectable == pytest.approx(2.80, abs=0.01)
 
 
 def test_a_store_remembers_and_drops_a_line_cut_short(tmp_path: Path) -> None:
@@ -228,10 +221,10 @@ def test_a_store_remembers_and_drops_a_line_cut_short(tmp_path: Path) -> None:
         made.append(value)
         return value
 
-    Store(path).get("a", lambda: make("1"))
-    Store(path).get("b", lambda: make("2"))
+    Store(path, {}).once("a", lambda: make("1"))
+    Store(path, {}).once("b", lambda: make("2"))
     path.write_text(path.read_text() + '["c", {"half')
-    store = Store(path)
+    store = Store(path, {})
     assert store.get("a", lambda: make("x")) == "1"
     assert store.get("c", lambda: make("3")) == "3"
     assert made == ["1", "2", "3"]

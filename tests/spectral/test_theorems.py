@@ -543,6 +543,24 @@ def test_random_modes_are_none_of_the_dominant_ones(
         assert {j ^ 1 for j in drawn} == set(drawn)
 
 
+@every_rule
+@theorem
+@given(seed=seeds, energy=st.floats(0.01, 1))
+def test_heads_that_are_computed_together_take_each_as_many_modes_as_by_itself(
+    channel: Channel, select: Select, seed: int, energy: float
+) -> None:
+    heads = [head(4, 13, seed=seed + i) for i in range(3)]
+    assume(all(np.linalg.cond(W_K) < 30 for _, W_K in heads))
+    rule = EditRule(channel, select, 3, 0.95, energy=energy, min_modes=1)
+    both = QKProduct(*(Factor(torch.stack(weights), roundoff) for weights in zip(*heads, strict=True)))
+    together = edit_query(both, rule, [torch.Generator().manual_seed(i) for i in range(3)])
+    for i, W in enumerate(heads):
+        alone = edit_query(product(W), rule, [torch.Generator().manual_seed(i)])
+        assert together.indices[i] == alone.indices[0]
+        assert together.counts[i] == alone.counts[0]
+        assert close(together.W_Q[i], alone.W_Q[0])
+
+
 @every_channel
 def test_another_seed_draws_other_modes_until_each_has_been_drawn(channel: Channel) -> None:
     W = head(6, 20)

@@ -239,8 +239,8 @@ def test_killed_at_any_file_it_writes_the_next_run_ends_the_same(
             qkpatch.sweep(tiny.path, grid, out, form="none")
             assert files(out) == files(tmp_path / "whole"), at
     assert (
-        calls == 9
-    )  # the record at first, for each variant, and at last; two files for evaluation; three layers
+        calls == 2 + 4 + 2 + 3
+    )  # the record at first, at last and for each variant; two scripts; three layers
 
 
 # -------- what is refused

@@ -10,7 +10,7 @@ import typer
 from qkpatch.cli.command import command
 from qkpatch.cli.commands.plan import preview
 from qkpatch.cli.commands.publishing import push_out, push_wish, show_commit
-from qkpatch.cli.flags import EditFlags, PushFlags, RunFlags, ShowFlags, SourceArg, WriteFlags, expanded
+from qkpatch.cli.flags import EditFlags, OutOpt, PushFlags, RunFlags, ShowFlags, SourceArg, WriteFlags
 from qkpatch.errors import UsageError
 from qkpatch.output.options import Writing
 
@@ -23,16 +23,7 @@ if TYPE_CHECKING:
 def apply(
     source: SourceArg,
     *,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            "-o",
-            help="Directory to write.",
-            show_default="SOURCE's name, qkpatch, a hash of the edit",
-            callback=expanded,
-        ),
-    ] = None,
+    out: OutOpt = None,
     edit: EditFlags,
     run: RunFlags,
     write: WriteFlags,
@@ -44,9 +35,7 @@ def apply(
             "--no-cache", help="From the Hub straight into OUT: one copy on the disk, none in the cache."
         ),
     ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Plan only; the same as `qkpatch plan`.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan only; as `qkpatch plan`.")] = False,
 ) -> None:
     """Write an edited copy of SOURCE to OUT, with a manifest of what was changed."""
     from qkpatch import api
@@ -55,7 +44,6 @@ def apply(
     from qkpatch.cli.tables import show_applied
     from qkpatch.common.text import size_text
     from qkpatch.model.locate import local_path
-    from qkpatch.output.destination import check_out
 
     writing = Writing(**vars(write))
     request, wish = edit.request, push_wish(publish)
@@ -63,8 +51,8 @@ def apply(
         raise UsageError("SOURCE is on this machine already", where="--no-cache", fix="leave it out")
     if no_cache and (writing.link or writing.link_cache):
         raise UsageError("nothing is there to link to", where="--link", fix="leave out --link or --no-cache")
-    if out is not None and local_path(source) is None:  # else once it is known to lie apart from SOURCE
-        check_out(out, overwrite=writing.overwrite, force=writing.force)
+    if out is not None:
+        api.refuse_early(source, out, writing)
     # What is in OUT is read once, when a run begins.
     plan = api.plan(source, request, out=out if dry_run else None, writing=writing, cache=not no_cache)
     if dry_run:
@@ -84,19 +72,11 @@ def apply(
         if model.source.path is None and not no_cache:
             size = size_text(model.checkpoint.size)
             say(f"{model.source.name}: {size} into the Hub cache, unless OUT is done already")
-        manifest = api.apply(
-            plan,
-            out,
-            device=run.device,
-            threads=run.threads,
-            cache=not no_cache,
-            observer=observer,
-            writing=writing,
-        )
+        manifest = api.apply(plan, out, **vars(run), cache=not no_cache, observer=observer, writing=writing)
     if not show.quiet:
         show_warnings([*manifest.warnings, *(manifest.run.weaker or ())])
     if not show.is_bare:
-        show_applied(plan, manifest, source, out)
+        show_applied(plan, manifest, out)
     if wish is not None:
         where = None if plan.model.source.kind == "hub" else source
         say(f"Published: {push_out(out, wish, where, plan.model.recipe_file, show)}")

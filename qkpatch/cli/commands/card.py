@@ -24,7 +24,9 @@ def card(
     publish: PushFlags,
     results: Annotated[
         Path | None,
-        typer.Option(help="*_results.json of lmms-eval on OUT.", metavar="FILE", show_default=False),
+        typer.Option(
+            help="*_results.json of lmms-eval on OUT; or evaluation.json.", metavar="FILE", show_default=False
+        ),
     ] = None,
     base_results: Annotated[
         Path | None,
@@ -39,8 +41,7 @@ def card(
         ),
     ] = None,
     recipe: Annotated[
-        str | None,
-        typer.Option(help="With --push: the YAML file, where it was made by one of yours.", metavar="FILE"),
+        str | None, typer.Option(help="With --push: the YAML file of a recipe of yours.", metavar="FILE")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With --push: do all but send.")] = False,
     write: Annotated[bool, typer.Option("--write", help="Put it in place of the card in OUT.")] = False,
@@ -80,9 +81,6 @@ def _refuse_to_print_into(card: Path) -> None:
     with suppress(OSError):  # no such file, or stdout is none
         if os.path.samestat(os.fstat(sys.stdout.fileno()), card.stat()):
             cure = shlex.join(["qkpatch", "card", as_word(str(card.parent)), "--write"])
-            emptied = (
-                ""
-                if card.stat().st_size
-                else ", once SOURCE's README.md is there again: the shell emptied it"
-            )
-            raise UsageError("it would be printed into itself", where=str(card), fix=cure + emptied)
+            if not card.stat().st_size:
+                cure += ", once SOURCE's README.md is there again: the shell emptied it"
+            raise UsageError("it would be printed into itself", where=str(card), fix=cure)

@@ -28,7 +28,6 @@ def diff(
     Numbers are compared in the stored dtype; no config.json is needed. Exit codes: 0 all tensors, their metadata and
     all other files are equal, 1 something differs, 2 usage, 3 not a checkpoint that can be read, 4 I/O.
     """
-    from qkpatch.checkpoint.source import open_stored
     from qkpatch.cli.console import output_width, print_json, print_markdown, print_text, verdict
     from qkpatch.cli.diff_text import text
     from qkpatch.cli.progress import bars
@@ -36,10 +35,9 @@ def diff(
     from qkpatch.compare.diff_types import to_json
     from qkpatch.model.locate import locate
 
-    sources = [locate(source) for source in (a, b)]
-    stored_a, stored_b = (open_stored(source.place) for source in sources)
+    sources = locate(a), locate(b)
     with bars(quiet=quiet or as_json) as observer:
-        result = compare(stored_a, stored_b, observer)
+        result = compare(*sources, observer)
     said = {
         side: {"source": given, "kind": found.kind, "name": found.name, "commit": found.commit}
         for side, given, found in zip("ab", (a, b), sources, strict=True)

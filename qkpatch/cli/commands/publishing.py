@@ -33,16 +33,7 @@ def push_wish(publish: PushFlags, comparison: Comparison | None = None) -> Wish 
 def push_out(
     out: Path, wish: Wish, source: str | None, recipe: str | None, show: ShowFlags, *, dry_run: bool = False
 ) -> str | None:
-    """Verify OUT, show the commit and make it; returns its address, None for ``dry_run``.
-
-    Args:
-        out: OUT.
-        wish: what is asked for.
-        source: SOURCE; None for the repository that the manifest names.
-        recipe: where a recipe of the user's own is.
-        show: what is printed.
-        dry_run: do all but the commit.
-    """
+    """:func:`publish_verified`, which shows the commit; None for ``dry_run``, which does not make it."""
     from qkpatch.compare.verified_push import publish_verified
 
     def decide(publication: Publication) -> bool:

@@ -1,0 +1,78 @@
+"""``qkpatch evaluate`` and ``qkpatch tune``: does an edit help this model, and which one does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qkpatch.cli.command import command
+from qkpatch.cli.flags import EditFlags, ShowFlags, SourceArg
+from qkpatch.errors import MismatchError
+from qkpatch.evaluation.records import Inputs, Limits, Protocol
+
+if TYPE_CHECKING:
+    from qkpatch.evaluation.bench import Evaluation
+
+_AgainstOpt = Annotated[
+    list[str] | None, typer.Option(help="Compare with this; repeatable.", show_default="MODEL unedited")
+]
+_FolderOpt = Annotated[
+    Path | None, typer.Option("--out", "-o", help="Folder of the result; a run goes on there.")
+]
+_SettingOpt = Annotated[
+    Path, typer.Option("--out", "-o", help="The setting; its evidence and log come beside it.")
+]
+
+
+@command
+def evaluate(
+    model: SourceArg, inputs: Inputs, protocol: Protocol, edit: EditFlags, show: ShowFlags,
+    against: _AgainstOpt = None, out: _FolderOpt = None,
+) -> None:  # fmt: skip
+    """Measure what MODEL makes up, or MODEL under an edit in memory: CHAIR, POPE, and what is kept.
+
+    MODEL is a checkpoint that transformers loads with its auto classes, or an adapter of peft.
+    """
+    from qkpatch import api
+    from qkpatch.cli.progress import bars
+
+    with bars(quiet=show.is_bare) as observer:
+        how = vars(edit.request)
+        result = api.evaluate(
+            model, inputs, protocol, against=against or (), out=out, observer=observer, **how
+        )
+    _show(result, show)
+
+
+@command
+def tune(
+    model: SourceArg, inputs: Inputs, protocol: Protocol, limits: Limits, edit: EditFlags, show: ShowFlags,
+    out: _SettingOpt,
+) -> None:  # fmt: skip
+    """Search for the edit of MODEL that makes up least, on one half of the pictures; look once at the other half.
+
+    What a flag of the edit says is not searched. Exit code 1 where no setting is found better than its controls.
+    """
+    from qkpatch import api
+    from qkpatch.cli.console import verdict
+    from qkpatch.cli.progress import bars
+
+    with bars(quiet=show.is_bare) as observer:
+        how = vars(edit.request)
+        result = api.tune(model, inputs, out, protocol, limits=limits, observer=observer, **how)
+    is_written = limits.anyway or (result.tuned or {})["is_found"]
+    with verdict(0 if is_written else MismatchError.exit_code):
+        _show(result, show)
+
+
+def _show(result: Evaluation, show: ShowFlags) -> None:
+    from qkpatch.cli.console import print_json, show_warnings
+    from qkpatch.cli.tables import show_evaluation
+
+    if show.as_json:
+        print_json(result.to_json())
+    elif not show.quiet:
+        show_warnings(result.warnings)
+        show_evaluation(result)

@@ -1,0 +1,135 @@
+"""Models one after the other on the same pictures, and the result that anyone can redo the statistics from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from qkpatch.checkpoint.files import os_errors
+from qkpatch.common.json_text import canonical_json
+from qkpatch.common.observer import Observer
+from qkpatch.common.typed_json import as_json
+from qkpatch.evaluation.chair import figures
+from qkpatch.evaluation.comparison import Comparison, columns, compare
+from qkpatch.evaluation.measure import Side, Task, measure, told
+from qkpatch.evaluation.records import Inputs, Protocol, Store, digest
+from qkpatch.evaluation.subject import Subject, find_place
+from qkpatch.patching.loaded import check_loadable
+from qkpatch.planning.plan import make_plan
+from qkpatch.planning.request import Request
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was asked, what each model said, and how they compare."""
+
+    task: Task
+    sides: Sequence[Side]
+    comparisons: Sequence[Comparison]
+    tuned: Mapping[str, Any] | None = None  # what a search was for, and what came of it
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader should know before the figures."""
+        n = self.task.pictures.left_out
+        left_out = [f"{n} annotated picture(s) are not in --images"] * bool(n)
+        return [*left_out, *dict.fromkeys(text for one in self.comparisons for text in one.warnings)]
+
+    @property
+    def verdict(self) -> list[str]:
+        """What came of a search, in lines for people."""
+        if self.tuned is None:
+            return []
+        tuned, n, figure = self.tuned, len(self.task.pictures.present), self.comparisons[0].figures["chair_s"]
+        return [
+            f"Best of {tuned['trials']} settings, by {n} held-out pictures, looked at {tuned['looked']} time(s):",
+            f"CHAIR_s {figure.base:.4f} before, {figure.model:.4f} after",
+            *(f"{'' if yes else 'NOT found '}better than {name}" for name, yes in tuned["beaten"].items()),
+            *(f"NOT within the limits: {limit}" for limit in tuned["broken"]),
+            *([] if tuned["is_found"] else ["nothing is found that beats all controls: edit nothing"]),
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """As ``evaluation.schema.json`` has it."""
+        pictures = self.task.pictures
+        return {
+            "schema": 1, "version": version("qkpatch"), "protocol": self.task.protocol.to_json(),
+            "pictures": {"n": len(pictures.present), "sha256": pictures.digest, "left_out": pictures.left_out},
+            "sides": [self._said(side) for side in self.sides], "warnings": self.warnings,
+            "comparisons": as_json(self.comparisons), "questions": as_json(self.task.questions), "tuned": self.tuned,
+        }  # fmt: skip
+
+    def _said(self, side: Side) -> dict[str, Any]:
+        rows = []
+        for (name, there), record in zip(self.task.pictures.present.items(), side.records, strict=True):
+            mentions = self.task.vocabulary.mentions(record.caption)
+            rows.append({"picture": name, "objects": sorted(there), "mentions": mentions, **as_json(record)})
+            del rows[-1]["next_tokens"]
+        said = {"model": side.model, "edit": side.edit, "said": rows, "text": list(side.losses)}
+        read = {"perplexity": math.exp(fmean(side.losses))} if side.losses else {}
+        return {**said, "figures": {**figures(columns(self.task, side)), **read}}
+
+
+class Bench:
+    """Where models are asked: one is loaded at a time, and what each says grows in a file of the folder."""
+
+    def __init__(self, inputs: Inputs, out: Path | None, observer: Observer) -> None:
+        self._inputs, self.out, self._observer = inputs, out, observer
+        self._subject: Subject | None = None
+
+    def subject(self, name: str, protocol: Protocol) -> Subject:
+        """A model that can be asked so."""
+        if self._subject is None or self._subject.name != name:
+            self._subject, trusted = None, self._inputs.trust_remote_code  # None: there may be room for one
+            self._subject = Subject.load(name, self._inputs.device, trust_remote_code=trusted)
+            self._subject.check(protocol)
+        return self._subject
+
+    def side(self, name: str, request: Request, task: Task) -> Side:
+        """What a model says under an edit."""
+        subject = self.subject(name, task.protocol)
+        which = {"model": subject.files, "edit": told(request), "asked": bool(task.questions)}
+        path = None if self.out is None else self.out / f"{digest(which)[:12]}.jsonl"
+        store = Store(path, {**task.settings, **which})
+        try:
+            return measure(subject, request, task, store, self._observer)
+        except BaseException as end:
+            if path is not None:
+                end.kept = f"{len(store) - 1} picture(s) are kept"  # type: ignore[attr-defined]
+            raise
+
+    def write(self, result: Evaluation) -> Evaluation:
+        """Put the result beside the records."""
+        if self.out is not None:
+            with os_errors("write", self.out):
+                (self.out / "evaluation.json").write_text(canonical_json(result.to_json()), "utf-8")
+        return result
+
+
+def n_layers(model: str, request: Request) -> int:
+    """The model's layers, where it can be edited so; else that is refused before anything is measured."""
+    check_loadable(request)
+    return make_plan(model, request).model.tower.n_layers
+
+
+def run(
+    model: str, inputs: Inputs, protocol: Protocol, request: Request, against: list[str], out: Path | None,
+    observer: Observer,
+) -> Evaluation:  # fmt: skip
+    """As :func:`qkpatch.evaluation.evaluate`."""
+    task, wanted = Task.of(inputs, protocol), [(name, Request()) for name in against]
+    if request != Request():
+        n_layers(model, request)
+        wanted = wanted or [(model, Request())]
+    wanted.append((model, request))
+    for name, _ in wanted:
+        find_place(name)
+    bench = Bench(inputs, out, observer)
+    sides = [bench.side(*each, task) for each in wanted]
+    last = len(sides) - 1
+    return bench.write(Evaluation(task, sides, [compare(task, sides, last, base) for base in range(last)]))

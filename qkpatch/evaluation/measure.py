@@ -1,0 +1,116 @@
+"""What is asked of every model, and the asking: picture by picture, written down as it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qkpatch.checkpoint.tree import source_file
+from qkpatch.common.number_ranges import format_ranges
+from qkpatch.common.observer import Observer
+from qkpatch.common.typed_json import as_json
+from qkpatch.errors import UsageError
+from qkpatch.evaluation.annotations import KINDS, Annotations, questions, read_annotations
+from qkpatch.evaluation.records import Inputs, Protocol, Record, Store, digest
+from qkpatch.evaluation.subject import Subject, open_picture
+from qkpatch.evaluation.vocabulary import Vocabulary
+from qkpatch.planning.request import Request
+
+TEXT = ":text"  # the key of what was read, beside pictures
+
+
+@dataclass(frozen=True)
+class Task:
+    """Pictures with what is in them, what is asked about them, and how."""
+
+    pictures: Annotations
+    vocabulary: Vocabulary
+    questions: Mapping[str, Mapping[str, tuple[str, ...]]]  # by picture and kind; none where nothing is asked
+    protocol: Protocol
+    text: str | None
+    batch_size: int
+
+    @classmethod
+    def of(cls, inputs: Inputs, protocol: Protocol) -> Task:
+        """From files, all of which are read, pictures too: what is wrong with them is a :class:`UsageError` now."""
+        every = read_annotations(Path(inputs.objects), Path(inputs.images))
+        vocabulary = Vocabulary.of(every.names, inputs.vocabulary)
+        chosen = every.drawn(protocol.sample, protocol.sample_seed)
+        text, file = None, inputs.text
+        if file is not None:
+            text = source_file(file, file.name).read().decode("utf-8", "replace")
+            if len(text.split()) < 2:
+                raise UsageError("hardly a word is in it", where=str(file), fix="give a page of plain text")
+        for name in chosen.present:
+            open_picture(chosen.folder / name)
+        asked = questions(chosen, protocol.questions, protocol.sample_seed) if protocol.questions else {}
+        return cls(chosen, vocabulary, asked, protocol, text, inputs.batch_size)
+
+    def at(self, names: Iterable[str], *, asks: bool = True) -> Task:
+        """The same of some of the pictures, or only their captions."""
+        asked = {name: self.questions[name] for name in sorted(names) if asks and self.questions}
+        return replace(self, pictures=self.pictures.only(names), questions=asked)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What records of another run would differ in."""
+        text = None if self.text is None else digest(self.text)
+        return {"protocol": self.protocol.to_json(), "questions": digest(self.questions), "text": text}
+
+
+@dataclass(frozen=True)
+class Side:
+    """All that one model said."""
+
+    model: str
+    edit: Mapping[str, Any] | None
+    records: tuple[Record, ...]  # in the order of the pictures
+    losses: tuple[float, ...]  # of the text's tokens, in nats
+    reading: tuple[Mapping[str, float], ...]
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return ", ".join([self.model, *(f"{key} {value}" for key, value in (self.edit or {}).items())])
+
+
+def told(request: Request) -> dict[str, Any] | None:
+    """What a request says, as ``EDIT.yaml`` would have it; None where nothing is edited."""
+    said = {key: value for key, value in as_json(request).items() if value is not None}
+    return {**said, **{key: format_ranges(said[key]) for key in ("layers", "heads") if key in said}} or None
+
+
+def measure(subject: Subject, request: Request, task: Task, store: Store, observer: Observer) -> Side:
+    """Ask one model everything that the store does not have yet."""
+    pictures, text = list(task.pictures.present), task.text
+    observer.begins(subject.name, 0, len(pictures), "pictures")
+    with subject.edited(request):
+        for batch in _batches(pictures, task.batch_size):
+            if not all(name in store for name in batch):  # asked as a whole, as batches round alike
+                store.update({name: r for name, r in _ask(subject, batch, task).items() if name not in store})
+            observer.edited(len(batch))
+        losses, reading = store.once(TEXT, lambda: subject.read(text)) if text else ((), ())
+    records = tuple(Record(**store[name]) for name in pictures)
+    return Side(subject.name, told(request), records, tuple(losses), tuple(reading))
+
+
+def _ask(subject: Subject, names: list[str], task: Task) -> dict[str, Mapping[str, Any]]:
+    """Records of a batch, as JSON."""
+    paths = {name: task.pictures.folder / name for name in names}
+    answers: dict[str, dict[str, float]] = {name: {} for name in names}
+    said = subject.captions(list(paths.values()), task.protocol)
+    kinds = ("present", *KINDS) if task.questions else ()
+    pairs = sorted(
+        {(name, thing) for name in names for kind in kinds for thing in task.questions[name][kind]}
+    )
+    for part in _batches(pairs, task.batch_size):
+        asked = [task.protocol.asked(thing) for _, thing in part]
+        for (name, thing), p in zip(part, subject.yes([paths[n] for n, _ in part], asked), strict=True):
+            answers[name][thing] = p
+    return {name: {**one, "answers": answers[name]} for name, one in zip(names, said, strict=True)}
+
+
+def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
+    return (items[i : i + size] for i in range(0, len(items), size))

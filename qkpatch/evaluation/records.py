@@ -1,0 +1,162 @@
+"""How everything is asked and counted, what a picture gave, and a file that grows by a line as soon as it is there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import UserDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from qkpatch.checkpoint.files import os_errors
+from qkpatch.checkpoint.tree import source_file
+from qkpatch.common.typed_json import as_json
+from qkpatch.errors import UsageError
+
+MOST_BYTES = 1 << 32  # of a file of records, which is ours
+
+
+def option(default: Any, text: str, least: float | None = None) -> Any:
+    """A field, with what ``--help`` says of it, and the least that it can be; ``...`` where it must be given."""
+    return field(metadata={"help": text, "least": least}, **({} if default is ... else {"default": default}))
+
+
+class _Checked:
+    """Options whose numbers are refused where they are none, or too low."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):  # type: ignore[arg-type]
+            given, least = getattr(self, f.name), f.metadata["least"]
+            if None not in (given, least) and not (
+                type(given) in (int, type(least)) and least <= given < 1e9
+            ):
+                where = f"--{f.name.replace('_', '-')}"
+                raise UsageError(f"{given!r:.80} is no number from {least} on", where=where)
+
+
+@dataclass(frozen=True)
+class Inputs(_Checked):
+    """Where pictures and words come from, and where they are looked at."""
+
+    images: Path = option(..., "The folder with the pictures.")
+    objects: Path = option(..., "What is in them: COCO's instances, or JSON lines.")
+    vocabulary: Path | None = option(None, "Synonyms, in YAML: cup: [mug, coffee cup].")
+    text: Path | None = option(None, "Plain text, whose perplexity is measured.")
+    batch_size: int = option(8, "Pictures at a time.", 1)
+    device: str = option("cpu", "cpu, cuda, cuda:i or auto.")
+    trust_remote_code: bool = option(False, "Run the code that comes with the model.")
+
+
+@dataclass(frozen=True)
+class Protocol(_Checked):
+    """Whatever moves a figure, besides the model and the pictures; it is written into every result."""
+
+    prompt: str = option("Please describe this image in detail.", "What is asked; all of it, with <image>.")
+    question: str = option("Is there a {object} in the image? Answer yes or no.", "Likewise, of each object.")
+    questions: int = option(3, "Per picture and kind, of each answer; 0 asks nothing.", 0)
+    max_new_tokens: int = option(512, "Where captions end at the latest.", 1)
+    keep_unfinished: bool = option(False, "Count the last sentence of a caption that was cut short.")
+    sample: int | None = option(None, "So many of the pictures, drawn; else all.", 1)
+    sample_seed: int = option(0, "Of sample, questions, halves, trials and bootstrap.", 0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.prompt.strip():
+            raise UsageError("it is empty", where="--prompt", fix="say what the model is asked")
+        if "{object}" not in self.question:
+            raise UsageError("it asks about no object", where="--question", fix="put {object} into it")
+
+    def asked(self, thing: str) -> str:
+        """The question about one object, with the article that it takes."""
+        article = "an" if thing[0] in "aeiou" else "a"
+        return self.question.replace(" a {object}", f" {article} {thing}").replace("{object}", thing)
+
+    def to_json(self) -> dict[str, Any]:
+        """With what is the same in all of them."""
+        return {**as_json(self), "decoding": "greedy", "matching": "whole words, plurals, longest first"}
+
+
+@dataclass(frozen=True)
+class Limits(_Checked):
+    """What a search must keep, how long it may take, and what it may do."""
+
+    keep_recall: float = option(0.98, "Least share of recall that is kept.", 0.0)
+    max_kl: float | None = option(None, "Most KL divergence after the prompt, in nats.", 0.0)
+    max_perplexity: float | None = option(None, "Most perplexity of --text, as a multiple: 1.02.", 0.0)
+    trials: int = option(24, "Settings to try.", 1)
+    minutes: float | None = option(None, "As many settings as take so long, in place of --trials.", 0.0)
+    channels: bool = option(False, "Try the channels of the product too.")
+    anyway: bool = option(False, "Write the setting even where a control is as good.")
+
+    def broken(self, found: Mapping[str, Any]) -> list[str]:
+        """Which limits figures break."""
+        most = {"kl_prompts": self.max_kl, "perplexity_ratio": self.max_perplexity}
+        limits = {"recall_lost": 1 - self.keep_recall, **{key: x for key, x in most.items() if x is not None}}
+        return [f"{key} {found[key]:.4g}" for key, limit in limits.items() if found[key] > limit]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a model said about one picture; log-probabilities are natural ones."""
+
+    caption: str  # without an unfinished last sentence, where that is dropped
+    finished: bool
+    tokens: int
+    next_tokens: Mapping[str, float]  # after the prompt: the likeliest by id
+    answers: Mapping[str, float]  # P(yes) / (P(yes) + P(no)), by the object asked about
+
+
+class Store(UserDict[str, Any]):
+    """A file of JSON lines, ``[key, value]``; without a path in memory alone. A line cut short is made again.
+
+    Raises:
+        UsageError: the file is of a run of other settings, or not of this kind.
+    """
+
+    def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._path, now = path, json.loads(json.dumps(settings))
+        if path is not None and path.exists():
+            self._read(path)
+        elif path is not None:
+            with os_errors("write", path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.data:
+            self[":settings"] = now
+        before = self.get(":settings")
+        if differing := [key for key in now if not isinstance(before, dict) or before.get(key) != now[key]]:
+            what = f"it holds a run of other settings: {', '.join(differing)}"
+            raise UsageError(what, where=str(path), fix="name another -o, or move the file away")
+
+    def _read(self, path: Path) -> None:
+        whole, _, rest = source_file(path, path.name).read(MOST_BYTES).rpartition(b"\n")
+        try:
+            self.data = dict(json.loads(line) for line in whole.splitlines())
+        except (ValueError, TypeError, RecursionError) as error:
+            fix = "name another -o, or move it away"
+            raise UsageError(f"not a file of records: {error}", where=str(path), fix=fix) from error
+        if rest:
+            with os_errors("write", path):
+                os.truncate(path, len(whole) + bool(whole))
+
+    def __setitem__(self, key: str, item: Any) -> None:
+        super().__setitem__(key, item)
+        if self._path is not None:
+            with os_errors("write", self._path), self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([key, item], separators=(",", ":")) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+    def once(self, key: str, make: Callable[[], Any]) -> Any:
+        """The value of ``key``, made and written down where it is missing."""
+        if key not in self:
+            self[key] = make()
+        return self[key]
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of plain JSON values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

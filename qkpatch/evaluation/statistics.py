@@ -1,0 +1,110 @@
+"""Paired differences over the same pictures, with their uncertainty: bootstrap, McNemar's test, power."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+REPLICATES = 10_000
+_AT_A_TIME = 500
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate, its 95 % percentile interval, and a two-sided bootstrap p-value against zero."""
+
+    estimate: float
+    low: float
+    high: float
+    p: float
+
+    @classmethod
+    def of(cls, estimate: float, replicates: Array) -> Interval:
+        """From bootstrap replicates of the estimate."""
+        low, high = np.percentile(replicates, [2.5, 97.5])
+        tail = min(int((replicates <= 0).sum()), int((replicates >= 0).sum()))
+        p = min(1.0, 2 * (tail + 1) / (len(replicates) + 1))
+        return cls(float(estimate), float(low), float(high), p)
+
+    @property
+    def smallest_detectable(self) -> float:
+        """The effect that is found at 5 % with a power of 80 %: ``(z_α/2 + z_power) · SE``."""
+        z = NormalDist().inv_cdf
+        return (self.high - self.low) / (2 * z(0.975)) * (z(0.975) + z(0.8))
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval does."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Pairs where something holds for one alone, and the exact two-sided p-value: a fair coin in all of them."""
+
+    only_base: int
+    only_model: int
+    p: float
+
+
+def ratio(sums: Array) -> Array:
+    """First column over second; sums are (..., 2)."""
+    top, bottom = sums[..., 0], sums[..., 1]
+    return np.divide(top, bottom, out=np.zeros_like(top), where=bottom != 0)
+
+
+def paired(a: Array, b: Array, *, seed: int = 0, replicates: int = REPLICATES) -> list[Interval]:
+    """``a − b`` of each figure, both (figures, pictures, 2), over draws of the pictures."""
+    rng = np.random.default_rng(seed)
+    drawn = [ratio(weighted(a, w)) - ratio(weighted(b, w)) for w in resampled(a.shape[1], replicates, rng)]
+    estimates = ratio(a.sum(1)) - ratio(b.sum(1))
+    return [Interval.of(*both) for both in zip(estimates, np.concatenate(drawn).T, strict=True)]
+
+
+def above_curve(sums: Array) -> float:
+    """How far a setting's effect lies above a trade-off curve at its own place: sums are (1 + curve, 2, 2).
+
+    The first row is the setting; the curve's points are joined by straight lines, and beyond an end, the end counts.
+    """
+    effect, place = ratio(sums).T
+    order = np.argsort(place[1:], kind="stable")
+    return float(effect[0] - np.interp(place[0], place[1:][order], effect[1:][order]))
+
+
+def excess_over_curve(columns: Array, *, seed: int = 0, replicates: int = REPLICATES) -> Interval:
+    """:func:`above_curve` with its interval; columns are (1 + curve, 2, pictures, 2)."""
+    rng = np.random.default_rng(seed)
+    drawn = [
+        above_curve(s) for w in resampled(columns.shape[2], replicates, rng) for s in weighted(columns, w)
+    ]
+    return Interval.of(above_curve(columns.sum(2)), np.array(drawn))
+
+
+def mcnemar(base: Iterable[Any], model: Iterable[Any]) -> McNemar:
+    """McNemar's exact test of what holds for either of each pair."""
+    counts = Counter(zip(map(bool, base), map(bool, model), strict=True))
+    only = counts[True, False], counts[False, True]
+    tail = sum(math.comb(sum(only), i) for i in range(min(only) + 1))
+    return McNemar(*only, min(1.0, 2 * tail / (1 << sum(only))))
+
+
+def resampled(n: int, replicates: int, rng: np.random.Generator) -> Iterator[Array]:
+    """How often each picture was drawn, (some replicates, n): a product of matrices in place of copies."""
+    for first in range(0, replicates, _AT_A_TIME):
+        drawn = rng.integers(n, size=(min(_AT_A_TIME, replicates - first), n))
+        yield np.stack([np.bincount(row, minlength=n) for row in drawn]).astype(np.float64)
+
+
+def weighted(x: Array, weights: Array) -> Array:
+    """Sums over pictures: (..., pictures, columns) and (replicates, pictures) to (replicates, ..., columns)."""
+    sums: Array = np.tensordot(weights, x, axes=(1, x.ndim - 2))
+    return sums
