@@ -46,7 +46,7 @@ def read_grid(grid: str | Path | Mapping[str, Any], *, many: bool = False) -> di
     if not isinstance(grid, Mapping):
         where, document = str(grid), load_yaml(source_file(Path(grid), str(grid)).read(), str(grid))
     root = Fields(document, where)
-    axes = {key: root.take(key, list, default=[]) for key in AXES if key in root}
+    axes = {key: values for key in AXES if (values := root.take_optional(key, list)) is not None}
     for key in [
         key for key, values in axes.items() if (not values or None in values) and root.is_a(key, list)
     ]:

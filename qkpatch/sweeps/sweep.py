@@ -39,8 +39,6 @@ from qkpatch.sweeps.grid import Form, read_grid
 from qkpatch.sweeps.parts import Parts
 from qkpatch.sweeps.record import SWEEP_NAME, Sweep, VariantRecord
 
-_ANEW = Writing(overwrite=True)  # of a variant that a kill left unrecorded
-
 
 def sweep(
     source: str | Path,
@@ -95,11 +93,11 @@ def sweep(
             return done
 
         left = {name: edit for name, edit in edits.items() if variants[name].figures is None}
-        adapted = {
-            name: requests[name] for name in left if is_lora and requests[name].select is not Select.shrink
-        }
-        plans = {name: plan_of(reading.model, request) for name, request in adapted.items()}
-        places = {name: standing(out / name, plan, _ANEW, is_whole=False) for name, plan in plans.items()}
+        adapted = [name for name in left if is_lora and requests[name].select is not Select.shrink]
+        plans = {name: plan_of(reading.model, requests[name]) for name in adapted}
+        # Of a variant that a kill left unrecorded.
+        anew = Writing(overwrite=True)
+        places = {name: standing(out / name, plan, anew, is_whole=False) for name, plan in plans.items()}
         save()
         for name, text in evaluation(reading, requests).items():
             root.replace(name, text.encode())

@@ -28,7 +28,7 @@ from qkpatch.sweeps.record import Sweep
 Run = Callable[..., Result]
 SCHEMA = json.loads((REPO / "qkpatch" / "sweeps" / "sweep.schema.json").read_text())
 GRID: dict[str, Any] = {
-    "layers": ["0-1", "1-2"], "modes": [1, 2], "alpha": [0, 0.5], "channel": ["full", "symmetric", "antisymmetric"],
+    "layers": ["0-1", 2], "modes": [1, 2], "alpha": [0, 0.5], "channel": ["full", "symmetric", "antisymmetric"],
     "select": ["dominant", "bottom"], "matched": True, "seed": [3, 4],
 }  # fmt: skip
 
