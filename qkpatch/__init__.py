@@ -1,12 +1,11 @@
 """qkpatch: edit the query-key product of a safetensors checkpoint, tensor by tensor.
 
-What is called from outside is in :mod:`qkpatch.api`, and here by the same names: ``qkpatch.plan``, ``apply``,
-``apply_in_place``, ``make_patch``, ``revert``, ``spectra``, ``verify``, ``diff``, ``lora``, ``recipe_for``, ``card``,
-``patched``, ``patch_model``, ``evaluate``, ``tune``. The rooms, from the surface down; imports only run downwards, as
-``tests/test_architecture.py`` draws them:
+What is called from outside is in :mod:`qkpatch.api`, and here by the same names, as ``_CALLS`` lists them.
+The rooms, from the surface down; imports only run downwards, as ``tests/test_architecture.py`` draws them:
 
 * ``cli``         parses, calls the api, shows;
 * ``api``         the library: one function for what each command does;
+* ``sweeps``      many edits from one read: the grid, figures, what evaluates them;
 * ``adapters``    the edit as a low-rank adapter, beside the checkpoint;
 * ``compare``     proof and difference: ``verify``, ``diff``, what may be replaced, what may be published;
 * ``evaluation``  what a model says about pictures: measured, compared, a setting searched for;
@@ -45,12 +44,13 @@ if TYPE_CHECKING:
     from qkpatch.api import recipe_for as recipe_for
     from qkpatch.api import revert as revert
     from qkpatch.api import spectra as spectra
+    from qkpatch.api import sweep as sweep
     from qkpatch.api import tune as tune
     from qkpatch.api import verify as verify
 
 _CALLS = (
     "apply", "apply_in_place", "card", "diff", "evaluate", "lora", "make_patch", "patch_model", "patched", "plan",
-    "recipe_for", "revert", "spectra", "tune", "verify",
+    "recipe_for", "revert", "spectra", "sweep", "tune", "verify",
 )  # fmt: skip
 
 

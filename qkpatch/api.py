@@ -28,6 +28,7 @@ from qkpatch.planning.memory import choose_threads
 from qkpatch.planning.patch_file import read_patch
 from qkpatch.planning.plan import EditPlan, make_plan
 from qkpatch.planning.request import Request, check_device_name
+from qkpatch.sweeps.sweep import sweep
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -192,7 +193,8 @@ def spectra(
 
     Args:
         source: as of :func:`plan`; of a repository, headers and the rows that are needed are fetched.
-        request: as of :func:`plan`; ``modes`` is the r of energy share and gap. All layers where none is named.
+        request: as of :func:`plan`; ``modes``, or ``energy`` head by head, is the r of energy share and gap. All
+            layers where none is named.
         device: as of :func:`apply`.
         threads: as of :func:`apply`.
         observer: hears of heads.
@@ -337,5 +339,5 @@ def patched(
 
 __all__ = (
     "apply", "apply_in_place", "card", "diff", "evaluate", "lora", "make_patch", "patch_model", "patched", "plan",
-    "recipe_for", "revert", "spectra", "tune", "verify",
+    "recipe_for", "revert", "spectra", "sweep", "tune", "verify",
 )  # fmt: skip

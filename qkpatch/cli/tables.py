@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from qkpatch.cli.console import lines, markdown_results, results, safe
 from qkpatch.cli.drawing import draw_spectrum, remarks
 from qkpatch.common.json_text import exact
 from qkpatch.common.number_ranges import format_ranges
-from qkpatch.common.text import LONGEST, cut, size_text, verify_command
+from qkpatch.common.text import LONGEST, as_word, cut, size_text, verify_command
 from qkpatch.errors import plain
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from qkpatch.planning.settings import EditSettings
     from qkpatch.publishing.commit_plan import Publication
     from qkpatch.reports.spectra_page import Side
+    from qkpatch.sweeps.record import Sweep
 
 
 def show_plan(plan: EditPlan, costs: Mapping[str, int], *, is_markdown: bool) -> None:
@@ -162,17 +164,13 @@ def show_spectra(model: Model, settings: EditSettings, sides: Sequence[Side], *,
     There is a column for the set where there are several.
     """
     rule, has_sets = settings.rule_of(settings.layers[0]), len(model.sets) > 1
-    modes = rule.modes
-    by_energy = "" if rule.energy is None else f"modes for energy {exact(rule.energy)}"
+    modes, by_energy = rule.modes, "" if rule.energy is None else f"modes for energy {exact(rule.energy)}"
     table = _table(
         "layer", *(["attention"] if has_sets else []), "σ₁ mean", "σ₁ max",
         by_energy or f"energy in top {rule.modes}", "effective rank", "symmetric share", "gap min",
     )  # fmt: skip
     for layers in zip(*(side.layers for side in sides), strict=True):
-        figures = [
-            dict.fromkeys(side)
-            for side in zip(*(_figures(layer, is_by_energy=bool(by_energy)) for layer in layers), strict=True)
-        ]
+        figures = [dict.fromkeys(side) for side in zip(*map(_figures, layers), strict=True)]
         table.add_row(
             str(layers[0].layer),
             *([layers[0].attention] if has_sets else []),
@@ -211,19 +209,28 @@ def _is_ascii(console: Console) -> bool:
 _DRAWN = 4  # heads, each of ten lines
 
 
-def _figures(layer: LayerSpectra, *, is_by_energy: bool) -> Iterator[str]:
-    heads = layer.heads
+def _figures(layer: LayerSpectra) -> Iterator[str]:
+    heads, counts = layer.heads, {head.modes for head in layer.heads if head.modes is not None}
     gaps = [head.gap for head in heads if head.gap is not None]
     yield f"{mean(head.singular_values[0] for head in heads):.4g}"
     yield f"{max(head.singular_values[0] for head in heads):.4g}"
-    yield (
-        format_ranges(sorted({head.modes or 0 for head in heads}))
-        if is_by_energy
-        else f"{mean(head.energy_share for head in heads):.3f}"
-    )
+    yield format_ranges(sorted(counts)) or f"{mean(head.energy_share for head in heads):.3f}"
     yield f"{mean(head.effective_rank for head in heads):.1f}"
     yield f"{mean(head.symmetric_share for head in heads):.3f}"
     yield f"{min(gaps):.2g}" if gaps else "-"
+
+
+def show_sweep(sweep: Sweep, out: Path) -> None:
+    """Print the figures of all variants, and what evaluates them."""
+    table = _table("variant", "‖ΔW_Q‖/‖W_Q‖", "energy removed", "realised")
+    for variant in sweep.variants:
+        if (of := variant.figures) is not None:
+            figures = (of.relative_change, of.energy_removed, of.realised_share)
+            table.add_row(variant.name, *("-" if figure is None else f"{figure:.4f}" for figure in figures))
+    with results() as console:
+        console.print(table)
+        script = safe(shlex.join(["bash", as_word(str(out / "evaluate.sh"))]))
+        console.print(f"{len(sweep.variants)} variant(s); evaluate them with: {script}", soft_wrap=True)
 
 
 def show_publication(publication: Publication) -> None:
@@ -306,6 +313,6 @@ def _table(*columns: str) -> Table:
     """Plain columns, no frame: fits 80 characters, survives copying; numbers to the right, names folded, not cut."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        is_text = column.startswith(("shard", "key", "attention", "action", "file", "figure"))
+        is_text = column.startswith(("shard", "key", "attention", "action", "file", "figure", "variant"))
         table.add_column(column, justify="left" if is_text else "right", overflow="fold")
     return table
