@@ -5,6 +5,7 @@ The rooms, from the surface down; imports only run downwards, as ``tests/test_ar
 
 * ``cli``         parses, calls the api, shows;
 * ``api``         the library: one function for what each command does;
+* ``sweeps``      many edits from one read: the grid, figures, what evaluates them;
 * ``adapters``    the edit as a low-rank adapter, beside the checkpoint;
 * ``compare``     proof and difference: ``verify``, ``diff``, what may be replaced, what may be published;
 * ``evaluation``  what a model says about pictures: measured, compared, a setting searched for;
@@ -43,12 +44,13 @@ if TYPE_CHECKING:
     from qkpatch.api import recipe_for as recipe_for
     from qkpatch.api import revert as revert
     from qkpatch.api import spectra as spectra
+    from qkpatch.api import sweep as sweep
     from qkpatch.api import tune as tune
     from qkpatch.api import verify as verify
 
 _CALLS = (
     "apply", "apply_in_place", "card", "diff", "evaluate", "lora", "make_patch", "patch_model", "patched", "plan",
-    "recipe_for", "revert", "spectra", "tune", "verify",
+    "recipe_for", "revert", "spectra", "sweep", "tune", "verify",
 )  # fmt: skip
 
 

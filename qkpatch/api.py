@@ -28,6 +28,7 @@ from qkpatch.planning.memory import choose_threads
 from qkpatch.planning.patch_file import read_patch
 from qkpatch.planning.plan import EditPlan, make_plan
 from qkpatch.planning.request import Request, check_device_name
+from qkpatch.sweeps.sweep import sweep
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -338,5 +339,5 @@ def patched(
 
 __all__ = (
     "apply", "apply_in_place", "card", "diff", "evaluate", "lora", "make_patch", "patch_model", "patched", "plan",
-    "recipe_for", "revert", "spectra", "tune", "verify",
+    "recipe_for", "revert", "spectra", "sweep", "tune", "verify",
 )  # fmt: skip

@@ -17,12 +17,16 @@ PACKAGE = ROOT / "qkpatch"
 ARROWS = {
     "__main__": {"cli"},
     "cli": {
-        "api", "adapters", "compare", "evaluation", "diagnosis", "reports", "publishing", "patching", "planning",
-        "model", "recipes", "output", "hub", "checkpoint", "spectral", "common", "errors",
+        "api", "sweeps", "adapters", "compare", "evaluation", "diagnosis", "reports", "publishing", "patching",
+        "planning", "model", "recipes", "output", "hub", "checkpoint", "spectral", "common", "errors",
     },
     "api": {
-        "adapters", "compare", "evaluation", "publishing", "patches", "patching", "planning", "model", "output",
-        "checkpoint", "common", "errors",
+        "sweeps", "adapters", "compare", "evaluation", "publishing", "patches", "patching", "planning", "model",
+        "output", "checkpoint", "common", "errors",
+    },
+    "sweeps": {
+        "adapters", "compare", "patching", "planning", "model", "recipes", "output", "checkpoint", "spectral",
+        "common", "errors",
     },
     "adapters": {
         "compare", "publishing", "patching", "planning", "model", "recipes", "output", "checkpoint", "spectral",

@@ -104,6 +104,7 @@ ResumeOpt = Annotated[
     bool, typer.Option("--resume", help="Keep what is done where the run ends early, and take it over.")
 ]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+CsvOpt = Annotated[bool, typer.Option("--csv", help="Print the result as a table for programs.")]
 MarkdownOpt = Annotated[
     bool, typer.Option("--markdown", help="Print the result as Markdown, for a comment on a pull request.")
 ]

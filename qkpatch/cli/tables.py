@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from qkpatch.cli.console import lines, markdown_results, results, safe
 from qkpatch.cli.drawing import draw_spectrum, remarks
 from qkpatch.common.json_text import exact
 from qkpatch.common.number_ranges import format_ranges
-from qkpatch.common.text import LONGEST, cut, size_text, verify_command
+from qkpatch.common.text import LONGEST, as_word, cut, size_text, verify_command
 from qkpatch.errors import plain
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from qkpatch.planning.settings import EditSettings
     from qkpatch.publishing.commit_plan import Publication
     from qkpatch.reports.spectra_page import Side
+    from qkpatch.sweeps.record import Sweep
 
 
 def show_plan(plan: EditPlan, costs: Mapping[str, int], *, is_markdown: bool) -> None:
@@ -218,6 +220,19 @@ def _figures(layer: LayerSpectra) -> Iterator[str]:
     yield f"{min(gaps):.2g}" if gaps else "-"
 
 
+def show_sweep(sweep: Sweep, out: Path) -> None:
+    """Print the figures of all variants, and what evaluates them."""
+    table = _table("variant", "‖ΔW_Q‖/‖W_Q‖", "energy removed", "realised")
+    for variant in sweep.variants:
+        if (of := variant.figures) is not None:
+            figures = (of.relative_change, of.energy_removed, of.realised_share)
+            table.add_row(variant.name, *("-" if figure is None else f"{figure:.4f}" for figure in figures))
+    with results() as console:
+        console.print(table)
+        script = safe(shlex.join(["bash", as_word(str(out / "evaluate.sh"))]))
+        console.print(f"{len(sweep.variants)} variant(s); evaluate them with: {script}", soft_wrap=True)
+
+
 def show_publication(publication: Publication) -> None:
     """Print a commit, file by file, and how much of it is sent."""
     repository, base = publication.repository, publication.base
@@ -298,6 +313,6 @@ def _table(*columns: str) -> Table:
     """Plain columns, no frame: fits 80 characters, survives copying; numbers to the right, names folded, not cut."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        is_text = column.startswith(("shard", "key", "attention", "action", "file", "figure"))
+        is_text = column.startswith(("shard", "key", "attention", "action", "file", "figure", "variant"))
         table.add_column(column, justify="left" if is_text else "right", overflow="fold")
     return table
