@@ -21,8 +21,8 @@ ARROWS = {
         "model", "recipes", "output", "hub", "checkpoint", "spectral", "common", "errors",
     },
     "api": {
-        "adapters", "compare", "evaluation", "publishing", "patching", "planning", "model", "output", "checkpoint",
-        "common", "errors",
+        "adapters", "compare", "evaluation", "publishing", "patches", "patching", "planning", "model", "output",
+        "checkpoint", "common", "errors",
     },
     "adapters": {
         "compare", "publishing", "patching", "planning", "model", "recipes", "output", "checkpoint", "spectral",
@@ -35,6 +35,7 @@ ARROWS = {
     "diagnosis": {"model", "recipes", "checkpoint", "common", "errors"},
     "reports": {"errors"},
     "publishing": {"planning", "recipes", "hub", "checkpoint", "common", "errors"},
+    "patches": {"patching", "planning", "output", "checkpoint", "common", "errors"},
     "patching": {"planning", "model", "recipes", "output", "checkpoint", "spectral", "common", "errors"},
     "planning": {"model", "recipes", "output", "checkpoint", "spectral", "common", "errors"},
     "model": {"recipes", "hub", "checkpoint", "common", "errors"},
