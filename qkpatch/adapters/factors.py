@@ -7,7 +7,8 @@ the gain γ before attention is folded in, ``ΔW_Q = C U_rᵀ diag(1/γ)``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ from qkpatch.recipes.heads import HeadLayout
 from qkpatch.spectral.edit import QueryEdit, edit_query
 
 STORED = torch.float32
+_HEAD = struct.Struct("<QQ")  # a head, and the rank of its change
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,13 @@ class HeadFactors:
     head: int
     A: Tensor  # (r, d_model)
     B: Tensor  # (d_head, r)
+
+    @property
+    def packed(self) -> bytes:
+        """All of it, for a file of several; nothing of a head without a change."""
+        return (
+            _HEAD.pack(self.head, len(self.A)) + to_bytes(self.A) + to_bytes(self.B) if len(self.A) else b""
+        )
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,18 @@ class LayerFactors:
             end = at + len(head.A)
             A[at:end], blocks[layout.query_block(head.head), :, at:end], at = head.A, head.B, end
         return to_bytes(A), to_bytes(B)
+
+
+def unpacked(target: LayerTarget, raw: bytearray) -> LayerFactors:
+    """The factors of heads that were :attr:`packed <HeadFactors.packed>` one after the other."""
+    at, heads, (d_head, d_model) = 0, list[HeadFactors](), (target.layout.d_head, target.layout.d_model)
+    while at < len(raw):
+        head, rank = _HEAD.unpack_from(raw, at)
+        values = torch.frombuffer(raw, dtype=STORED, count=rank * (d_model + d_head), offset=at + _HEAD.size)
+        A, B = values[: rank * d_model], values[rank * d_model :]
+        heads.append(HeadFactors(head, A.view(rank, d_model), B.view(d_head, rank)))
+        at += _HEAD.size + values.nbytes
+    return checked(target, heads)
 
 
 def edit_factors(plan: EditPlan, device: str, threads: int, observer: Observer) -> Iterator[LayerFactors]:
@@ -76,15 +97,7 @@ def edit_factors(plan: EditPlan, device: str, threads: int, observer: Observer) 
                 generators = [head_generator(*own, head) for head in batch.heads]
                 done += head_factors(weights, batch, edit_query(batch.product, rule, generators))
                 observer.edited(len(batch.heads))
-        is_finite = all(bool(part.isfinite().all()) for head in done for part in (head.A, head.B))
-        if not is_finite or not any(bool(head.B.any()) for head in done):
-            zero, query = "the edit leaves every value as it is: the product is zero", target.query
-            what, fix = (
-                zero if is_finite else "float32 does not hold the change",
-                f"leave layer {target.layer} out",
-            )
-            raise NumericalError(what, where=f"{query.name} in {query.shard}", fix=fix)
-        return LayerFactors(target, tuple(done), sum(len(head.A) for head in done))
+        return checked(target, done)
 
     with Crew(threads) as crew:
         yield from crew.map(of_layer, plan.edits)
@@ -97,3 +110,16 @@ def head_factors(weights: LayerWeights, batch: HeadWeights, edit: QueryEdit) -> 
     A, B = weights.mapped_back(edit.directions.mT).to("cpu", STORED), edit.A.to("cpu", STORED)
     ranks = zip(batch.heads, edit.counts, strict=True)
     return [HeadFactors(head, A[i, :r].clone(), B[i, :, :r].clone()) for i, (head, r) in enumerate(ranks)]
+
+
+def checked(target: LayerTarget, heads: Sequence[HeadFactors]) -> LayerFactors:
+    """The factors of a layer, or :class:`NumericalError` where its change is none, or F32 does not hold it."""
+    is_finite = all(bool(part.isfinite().all()) for head in heads for part in (head.A, head.B))
+    if not is_finite or not any(bool(head.B.any()) for head in heads):
+        zero, query = "the edit leaves every value as it is: the product is zero", target.query
+        what, fix = (
+            zero if is_finite else "float32 does not hold the change",
+            f"leave layer {target.layer} out",
+        )
+        raise NumericalError(what, where=f"{query.name} in {query.shard}", fix=fix)
+    return LayerFactors(target, tuple(heads), sum(len(head.A) for head in heads))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from qkpatch.cli.console import lines, markdown_results, results, safe
 from qkpatch.cli.drawing import draw_spectrum, remarks
 from qkpatch.common.json_text import exact
 from qkpatch.common.number_ranges import format_ranges
-from qkpatch.common.text import LONGEST, cut, size_text, verify_command
+from qkpatch.common.text import LONGEST, as_word, cut, size_text, verify_command
 from qkpatch.errors import plain
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from qkpatch.planning.settings import EditSettings
     from qkpatch.publishing.commit_plan import Publication
     from qkpatch.reports.spectra_page import Side
+    from qkpatch.sweeps.record import Sweep
 
 
 def show_plan(plan: EditPlan, costs: Mapping[str, int], *, is_markdown: bool) -> None:
@@ -73,6 +75,19 @@ def show_plan(plan: EditPlan, costs: Mapping[str, int], *, is_markdown: bool) ->
 
 def show_applied(plan: EditPlan, manifest: Manifest, out: Path) -> None:
     """Print what was done, layer by layer, and how to prove it."""
+    n_of, run = Counter(file.action for file in manifest.files), manifest.run
+    anew = f", {n_of['resharded']} written anew" if n_of["resharded"] else ""
+    what = "Already done, as its manifest records; nothing was written to" if run.already_done else "Wrote"
+    resumed = (run.copied_by or {}).get("resumed")
+    taken_over = f"; {resumed} of these files taken over from the run before" if resumed else ""
+    command = verify_command(str(out), plan.model.source.text, plan.model.recipe_file)
+    edited = f"{len(manifest.edits)} tensor(s) edited in {n_of['patched']} file(s)"
+    copied = f"{n_of['copied']} file(s) copied{anew}, {size_text(plan.output_bytes)}{taken_over}"
+    show_edits(plan, manifest, f"{what} {out}: {edited}, {copied}", f"Prove it with: {command}")
+
+
+def show_edits(plan: EditPlan, manifest: Manifest, *said: str) -> None:
+    """Print figures layer by layer, and what there is to say."""
     with results() as console:
         _heading(console, plan)
         table = _table("layer", "heads", "‖ΔW_Q‖/‖W_Q‖ mean", "max", "‖M‖ after/before", "gap min")
@@ -104,19 +119,8 @@ def show_applied(plan: EditPlan, manifest: Manifest, out: Path) -> None:
             )
         if manifest.edits:
             console.print(table)
-        n_of = Counter(file.action for file in manifest.files)
-        anew = f", {n_of['resharded']} written anew" if n_of["resharded"] else ""
-        run = manifest.run
-        done = "Already done, as its manifest records; nothing was written to"
-        what = done if run.already_done else "Wrote"
-        resumed = (run.copied_by or {}).get("resumed")
-        taken_over = f"; {resumed} of these files taken over from the run before" if resumed else ""
-        console.print(
-            f"{what} {safe(str(out))}: {len(manifest.edits)} tensor(s) edited in {n_of['patched']} file(s), "
-            f"{n_of['copied']} file(s) copied{anew}, {size_text(plan.output_bytes)}{taken_over}"
-        )
-        command = verify_command(str(out), plan.model.source.text, plan.model.recipe_file)
-        console.print(f"Prove it with: {plain(command)}", soft_wrap=True, markup=False)
+        for line in said:
+            console.print(plain(line), soft_wrap=line == said[-1], markup=False)
 
 
 def _heading(console: Console, plan: EditPlan) -> None:
@@ -160,17 +164,13 @@ def show_spectra(model: Model, settings: EditSettings, sides: Sequence[Side], *,
     There is a column for the set where there are several.
     """
     rule, has_sets = settings.rule_of(settings.layers[0]), len(model.sets) > 1
-    modes = rule.modes
-    by_energy = "" if rule.energy is None else f"modes for energy {exact(rule.energy)}"
+    modes, by_energy = rule.modes, "" if rule.energy is None else f"modes for energy {exact(rule.energy)}"
     table = _table(
         "layer", *(["attention"] if has_sets else []), "σ₁ mean", "σ₁ max",
         by_energy or f"energy in top {rule.modes}", "effective rank", "symmetric share", "gap min",
     )  # fmt: skip
     for layers in zip(*(side.layers for side in sides), strict=True):
-        figures = [
-            dict.fromkeys(side)
-            for side in zip(*(_figures(layer, is_by_energy=bool(by_energy)) for layer in layers), strict=True)
-        ]
+        figures = [dict.fromkeys(side) for side in zip(*map(_figures, layers), strict=True)]
         table.add_row(
             str(layers[0].layer),
             *([layers[0].attention] if has_sets else []),
@@ -209,19 +209,28 @@ def _is_ascii(console: Console) -> bool:
 _DRAWN = 4  # heads, each of ten lines
 
 
-def _figures(layer: LayerSpectra, *, is_by_energy: bool) -> Iterator[str]:
-    heads = layer.heads
+def _figures(layer: LayerSpectra) -> Iterator[str]:
+    heads, counts = layer.heads, {head.modes for head in layer.heads if head.modes is not None}
     gaps = [head.gap for head in heads if head.gap is not None]
     yield f"{mean(head.singular_values[0] for head in heads):.4g}"
     yield f"{max(head.singular_values[0] for head in heads):.4g}"
-    yield (
-        format_ranges(sorted({head.modes or 0 for head in heads}))
-        if is_by_energy
-        else f"{mean(head.energy_share for head in heads):.3f}"
-    )
+    yield format_ranges(sorted(counts)) or f"{mean(head.energy_share for head in heads):.3f}"
     yield f"{mean(head.effective_rank for head in heads):.1f}"
     yield f"{mean(head.symmetric_share for head in heads):.3f}"
     yield f"{min(gaps):.2g}" if gaps else "-"
+
+
+def show_sweep(sweep: Sweep, out: Path) -> None:
+    """Print the figures of all variants, and what evaluates them."""
+    table = _table("variant", "‖ΔW_Q‖/‖W_Q‖", "energy removed", "realised")
+    for variant in sweep.variants:
+        if (of := variant.figures) is not None:
+            figures = (of.relative_change, of.energy_removed, of.realised_share)
+            table.add_row(variant.name, *("-" if figure is None else f"{figure:.4f}" for figure in figures))
+    with results() as console:
+        console.print(table)
+        script = safe(shlex.join(["bash", as_word(str(out / "evaluate.sh"))]))
+        console.print(f"{len(sweep.variants)} variant(s); evaluate them with: {script}", soft_wrap=True)
 
 
 def show_publication(publication: Publication) -> None:
@@ -304,6 +313,6 @@ def _table(*columns: str) -> Table:
     """Plain columns, no frame: fits 80 characters, survives copying; numbers to the right, names folded, not cut."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        is_text = column.startswith(("shard", "key", "attention", "action", "file", "figure"))
+        is_text = column.startswith(("shard", "key", "attention", "action", "file", "figure", "variant"))
         table.add_column(column, justify="left" if is_text else "right", overflow="fold")
     return table

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from qkpatch.checkpoint.files import OpenFile
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.errors import NumericalError
 from qkpatch.model.targets import LayerTarget
 from qkpatch.patching.head_bytes import COMPUTE_DTYPE, HeadBytes, roundoff
+from qkpatch.planning.patch_file import Opened as Opened
 from qkpatch.recipes.recipe import NormKind
 from qkpatch.spectral.factors import Factor
 from qkpatch.spectral.product import QKProduct
@@ -123,12 +123,10 @@ class LayerWeights:
             return change
         smallest, largest = float(gain.abs().min()), float(gain.abs().max())
         if smallest <= SMALLEST_GAIN * largest:
-            raise NumericalError(
-                f"--fold-norm divides by the gains before attention, and the smallest is {smallest:.2g} "
-                f"(the largest {largest:.2g})",
-                where=f"{ref.name} in {ref.shard}",
-                fix=f"leave the flag out, or layer {self.target.layer}",
-            )
+            gains = f"the smallest is {smallest:.2g} (the largest {largest:.2g})"
+            what = f"--fold-norm divides by the gains before attention, and {gains}"
+            fix = f"leave the flag out, or layer {self.target.layer}"
+            raise NumericalError(what, where=f"{ref.name} in {ref.shard}", fix=fix)
         return change / gain
 
     def _check(self, ref: TensorRef, factor: Factor, names: Sequence[str]) -> None:
@@ -146,9 +144,6 @@ class LayerWeights:
                     where=f"{ref.name} in {ref.shard}",
                     fix="are these weights what they should be?",
                 )
-
-
-Opened = Callable[[str, Sequence[tuple[int, int]]], AbstractContextManager[OpenFile]]
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from qkpatch.errors import NumericalError, UsageError
 from qkpatch.spectral.factors import Factor, to_host
+from qkpatch.spectral.lazy import cached_property
 from qkpatch.spectral.product import Decomposition, QKProduct, Spectrum
 from qkpatch.spectral.rule import Channel, EditRule, Select
 
@@ -53,10 +54,31 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class QueryEdit:
-    """The edited query weights of some heads, before rounding, and what was done to reach them."""
+class Decomposed:
+    """What all edits of some heads in one channel are derived from; each part is computed once, when asked for."""
 
-    W_Q: Tensor  # (n, d_head, d_model), compute dtype
+    product: QKProduct
+    channel: Channel
+
+    @cached_property
+    def modes(self) -> tuple[tuple[Spectrum, ...], Decomposition]:
+        """All modes, and their spectra."""
+        return self.product.decompose(self.channel)
+
+    @cached_property
+    def row_space(self) -> tuple[Factor, Tensor, Tensor]:
+        """W_Q's factor, and ``U, S`` of its R. By QR: what a seed draws depends on the signs of singular vectors."""
+        query = Factor(self.product.query.W)
+        U, S, _ = torch.linalg.svd(query.R, full_matrices=False)
+        return query, U, S
+
+
+@dataclass(frozen=True)
+class QueryEdit:
+    """What reaches the edited query weights of some heads, which are formed when asked for."""
+
+    before: Tensor  # W_Q, (n, d_head, d_model), compute dtype
+    kept: Tensor  # what W_Q is multiplied by first, (n,): the factors of shrink, 1 for all else
     size: Tensor  # ‖ΔW_Q‖_F, (n,)
     spectra: tuple[Spectrum, ...]  # of the unedited products, in the rule's channel
     indices: tuple[tuple[int, ...], ...]  # the selected modes; empty for subspace and shrink
@@ -66,6 +88,13 @@ class QueryEdit:
     probes: tuple[Probe, ...]  # what their coefficients are measured by; empty for shrink
     gaps: tuple[float | None, ...]
     realised_shares: tuple[float | None, ...]  # None in the full channel, and where no mode is selected
+
+    @cached_property
+    def W_Q(self) -> Tensor:
+        """The edited query weights before rounding, (n, d_head, d_model), compute dtype."""
+        if self.A is None or self.directions is None:
+            return self.before * self.kept[:, None, None].to(self.before)
+        return torch.baddbmm(self.before, self.A.to(self.before), self.directions.mT)
 
 
 @dataclass(frozen=True)
@@ -104,17 +133,24 @@ def select_modes(spectrum: Spectrum, rule: EditRule, generator: torch.Generator)
     return tuple(range(min(r, rank)))
 
 
-def edit_query(product: QKProduct, rule: EditRule, generators: Sequence[torch.Generator]) -> QueryEdit:
+def edit_query(
+    product: QKProduct,
+    rule: EditRule,
+    generators: Sequence[torch.Generator],
+    known: Decomposed | None = None,
+) -> QueryEdit:
     """Edit heads by ``rule``; each one's generator (CPU) feeds its random selection.
+
+    What is ``known`` of the product, in the rule's channel, is not computed again.
 
     Raises:
         HeadError: no ``shrink`` is as large as the dominant edit.
         UsageError: ``subspace`` with a channel other than full.
     """
-    W_Q = product.query.W
+    W_Q, of = product.query.W, known or Decomposed(product, rule.channel)
     if rule.select is Select.subspace:
-        return _edit_subspace(product, rule, generators)
-    spectra, all_modes = product.decompose(rule.channel)
+        return _edit_subspace(of, rule, generators)
+    spectra, all_modes = of.modes
     indices = tuple(select_modes(s, rule, g) for s, g in zip(spectra, generators, strict=True))
     modes = all_modes.modes(indices)
     A, shares = _delta(product, modes, rule)
@@ -123,15 +159,14 @@ def edit_query(product: QKProduct, rule: EditRule, generators: Sequence[torch.Ge
     nothing: tuple[None, ...] = (None,) * len(W_Q)
     if rule.select is Select.shrink:
         whole = torch.linalg.matrix_norm(product.query.R)  # ‖R‖ = ‖W_Q‖
-        kept = torch.tensor(_shrink_factors(size.tolist(), whole.tolist()), dtype=torch.float64)
-        shrunk = W_Q * kept[:, None, None].to(W_Q)
-        none = ((),) * len(W_Q)
-        return QueryEdit(
-            shrunk, whole * (1 - kept), spectra, none, None, None, (1,) * len(W_Q), (), gaps, nothing
-        )
+        sizes = zip(size.tolist(), whole.tolist(), strict=True)
+        kept = torch.tensor([shrink_factor(i, *pair) for i, pair in enumerate(sizes)], dtype=torch.float64)
+        none, counts = ((),) * len(W_Q), (1,) * len(W_Q)
+        return QueryEdit(W_Q, kept, whole * (1 - kept), spectra, none, None, None, counts, (), gaps, nothing)
     probes, counts = _probes(modes, rule.channel), tuple(map(len, indices))
-    edited = torch.baddbmm(W_Q, A.to(W_Q), modes.U.mT)
-    return QueryEdit(edited, size, spectra, indices, A, modes.U, counts, probes, gaps, shares or nothing)
+    kept = torch.ones(len(W_Q), dtype=torch.float64)
+    shares = shares or nothing
+    return QueryEdit(W_Q, kept, size, spectra, indices, A, modes.U, counts, probes, gaps, shares)
 
 
 def measure(product: QKProduct, edit: QueryEdit, W_Q_stored: Tensor) -> tuple[HeadReport, ...]:
@@ -190,32 +225,29 @@ def _delta(
     return -scale * (mapped * modes.S[:, None]), shares
 
 
-def _edit_subspace(product: QKProduct, rule: EditRule, generators: Sequence[torch.Generator]) -> QueryEdit:
+def _edit_subspace(of: Decomposed, rule: EditRule, generators: Sequence[torch.Generator]) -> QueryEdit:
     if rule.channel is not Channel.full:
         raise UsageError("a random subspace belongs to no channel", fix="drop --channel")
-    # By QR: what a seed draws depends on the signs of the singular vectors.
-    query = Factor(product.query.W)
-    spectra = product.spectra(rule.channel)
-    core, counts = _haar_subspaces(query, [rule.count(s.S.tolist()) for s in spectra], generators)
+    query, spectra = of.row_space[0], of.product.spectra(rule.channel)
+    core, counts = haar_subspaces(of, [rule.count(s.S.tolist()) for s in spectra], generators)
     G = query.basis.lift(core)
     W_Q_G = query.R.mT @ core
     A = (rule.alpha - 1) * W_Q_G
     size = W_Q_G.square().sum(-2, keepdim=True)  # 0 where it underflows
     probe = Probe(G, torch.where(size > 0, W_Q_G / size, 0.0))  # how much of it the query still reads
-    edited = torch.baddbmm(query.W, A.to(query.W), G.mT)
     none, nothing = ((),) * len(counts), (None,) * len(counts)
-    moved = torch.linalg.matrix_norm(A)
-    return QueryEdit(edited, moved, spectra, none, A, G, counts, (probe,), nothing, nothing)
+    moved, kept = torch.linalg.matrix_norm(A), torch.ones(len(counts), dtype=torch.float64)
+    return QueryEdit(query.W, kept, moved, spectra, none, A, G, counts, (probe,), nothing, nothing)
 
 
-def _haar_subspaces(
-    query: Factor, wanted: Sequence[int], generators: Sequence[torch.Generator]
+def haar_subspaces(
+    of: Decomposed, wanted: Sequence[int], generators: Sequence[torch.Generator]
 ) -> tuple[Tensor, tuple[int, ...]]:
     """Uniformly random subspaces of the row spaces of W_Q: coordinates (n, k, r), padded by zeros; how many there are.
 
     The rank of a row space is that under the factor's ``rcond``.
     """
-    U, S, _ = torch.linalg.svd(query.R, full_matrices=False)
+    query, U, S = of.row_space
     core, counts = U.new_zeros(*U.shape[:-1], min(max(wanted), U.shape[-1])), []
     for i, generator in enumerate(generators):
         # Strictly greater: a zero matrix has rank 0, not full rank.
@@ -227,17 +259,12 @@ def _haar_subspaces(
     return core, tuple(counts)
 
 
-def _shrink_factors(references: Sequence[float], sizes: Sequence[float]) -> list[float]:
-    factors = []
-    for i, (reference, size) in enumerate(zip(references, sizes, strict=True)):
-        if reference > size * (1 + 1e-9):  # equal up to rounding is a shrink to zero
-            raise HeadError(
-                i,
-                f"no shrink matches the dominant edit: ‖ΔW_Q‖ {reference:.4g} > ‖W_Q‖ {size:.4g}",
-                fix="use fewer modes or a larger --alpha",
-            )
-        factors.append(max(0.0, 1 - reference / size) if size else 1.0)
-    return factors
+def shrink_factor(index: int, reference: float, size: float) -> float:
+    """What shrinks a head of ``size`` by as much as ``reference``; :class:`HeadError` where that is larger."""
+    if reference > size * (1 + 1e-9):  # equal up to rounding is a shrink to zero
+        what = f"no shrink matches the dominant edit: ‖ΔW_Q‖ {reference:.4g} > ‖W_Q‖ {size:.4g}"
+        raise HeadError(index, what, fix="use fewer modes or a larger --alpha")
+    return max(0.0, 1 - reference / size) if size else 1.0
 
 
 def _probes(modes: Decomposition, channel: Channel) -> tuple[Probe, ...]:

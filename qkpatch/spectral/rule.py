@@ -1,4 +1,4 @@
-"""What to do to every head: the one value that settings, plan, maths and manifest share. Torch-free."""
+"""What to do to every head, which settings, plan, maths and manifest share; and how large that is. Torch-free."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate
+from typing import NamedTuple
 
 _SLACK = 1e-9  # relative: what holds a share of the energy but for rounding holds it, on every machine
 
@@ -72,3 +73,14 @@ class EditRule:
     def is_noop(self) -> bool:
         """``alpha = 1`` is the declared identity."""
         return self.alpha == 1.0
+
+
+class Sums(NamedTuple):
+    """Squares of an edit, summed over heads, before anything is rounded; its figures are ratios of them."""
+
+    moved: float  # ‖ΔW_Q‖²
+    query: float  # ‖W_Q‖²
+    removed: float  # ‖M‖² − ‖M'‖²
+    product: float  # ‖M‖²
+    reached: float = 0.0  # ‖ΔM P_K‖², of modes of half a matrix
+    wanted: float = 0.0  # ‖ΔM‖², likewise

@@ -1,0 +1,57 @@
+"""``qkpatch sweep``: many edits of SOURCE from one read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qkpatch.cli.command import command
+from qkpatch.cli.flags import CsvOpt, RunFlags, ShowFlags, SourceArg, expanded
+from qkpatch.sweeps.grid import Form
+
+COLUMNS = ("variant", "relative_change", "energy_removed", "realised_share", "layer", "attention")  # of --csv
+
+
+@command
+def sweep(
+    source: SourceArg,
+    *,
+    grid: Annotated[
+        Path,
+        typer.Option(metavar="GRID.yaml", help="Lists of layers, modes, alpha, ...", callback=expanded),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", metavar="SWEEP", help="To be written, or gone on with.", callback=expanded
+        ),
+    ],
+    form: Annotated[
+        Form, typer.Option("--as", help="What is made of each variant besides figures.")
+    ] = Form.lora,
+    run: RunFlags,
+    as_csv: CsvOpt = False,
+    yes: Annotated[bool, typer.Option("--yes", help="More than 1,000 variants are meant.")] = False,
+    show: ShowFlags,
+) -> None:
+    """Derive many edits of SOURCE from one read, with their figures and what evaluates them."""
+    from qkpatch import api
+    from qkpatch.cli.console import print_csv, print_text, show_warnings
+    from qkpatch.cli.progress import bars
+    from qkpatch.cli.tables import show_sweep
+    from qkpatch.errors import UsageError
+
+    if show.as_json and as_csv:
+        raise UsageError("one of --json and --csv", fix="drop the other")
+    with bars(quiet=show.is_bare) as observer:
+        done = api.sweep(source, grid, out, form=form, many=yes, **vars(run), observer=observer)
+    if not show.quiet:
+        show_warnings(done.warnings)
+    if show.as_json:
+        print_text(done.dumps())
+    elif as_csv:
+        print_csv(COLUMNS, ((v.name, *vars(layer).values()) for v in done.variants for layer in v.layers))
+    elif not show.quiet:
+        show_sweep(done, out)

@@ -1,0 +1,192 @@
+"""A sweep, from headers to SWEEP/, where each part appears whole and a run that ended early is gone on with."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from qkpatch.adapters.modules import Runtime, query_modules
+from qkpatch.adapters.writing import write_adapter
+from qkpatch.checkpoint.files import os_errors
+from qkpatch.checkpoint.names import USUAL, came_by_itself
+from qkpatch.checkpoint.open_directory import Rooted
+from qkpatch.checkpoint.present_files import Present
+from qkpatch.common.interrupts import signals_held
+from qkpatch.common.json_text import canonical_json
+from qkpatch.common.number_ranges import some
+from qkpatch.common.observer import UNSEEN, Observer
+from qkpatch.common.typed_json import as_json
+from qkpatch.compare.overwrite import standing
+from qkpatch.errors import UsageError
+from qkpatch.model.locate import Access
+from qkpatch.model.model import open_model
+from qkpatch.output.destination import Replaced, check_apart, check_out
+from qkpatch.output.options import Writing
+from qkpatch.patching.apply import check_run
+from qkpatch.planning.manifest import planned_manifest
+from qkpatch.planning.memory import choose_threads
+from qkpatch.planning.plan import EditPlan, plan_of
+from qkpatch.planning.request import Request, check_device_name, member
+from qkpatch.planning.settings import EditSettings, resolve
+from qkpatch.spectral.rule import Channel, Select
+from qkpatch.sweeps.evaluation import FILES, evaluation
+from qkpatch.sweeps.grid import Form, read_grid
+from qkpatch.sweeps.parts import Parts
+from qkpatch.sweeps.record import SWEEP_NAME, Sweep, VariantRecord
+
+
+def sweep(
+    source: str | Path,
+    grid: str | Path | Mapping[str, Any],
+    out: str | Path,
+    *,
+    form: str = "lora",
+    many: bool = False,
+    device: str = "cpu",
+    threads: int | None = None,
+    observer: Observer = UNSEEN,
+) -> Sweep:
+    """Many edits of SOURCE from one read: each product is decomposed once per channel, every variant derived from it.
+
+    What is done in ``out`` stays, so that a run that ended early is gone on with.
+
+    Args:
+        source: as of :func:`qkpatch.plan`; of a repository, headers and the rows that are needed are fetched.
+        grid: a YAML file, or what one says: lists of ``layers``, ``modes``, ``energy``, ``alpha``, ``channel``,
+            ``select``, ``seed``; ``matched``; for all ``heads``, ``recipe``, ``prefix``, ``attention``, ``fold_norm``.
+        out: the directory of the sweep.
+        form: ``lora``, an adapter of each variant that has one; or ``none``, figures alone.
+        many: whether there may be more than a thousand variants.
+        device: as of :func:`qkpatch.apply`.
+        threads: how many layers are computed side by side.
+        observer: hears of heads.
+
+    Raises:
+        UsageError: a grid or a variant that cannot be; an OUT that holds something else.
+        QKPatchError: as :func:`qkpatch.apply` and :func:`qkpatch.lora`.
+    """
+    check_device_name(device)
+    requests, out = read_grid(grid, many=many), Path(out)
+    reading, edits, planned = _planned(str(source), requests, member(form, Form, "--as"))
+    checkpoint, per_thread = reading.model.checkpoint, reading.head_memory
+    if reading.model.source.path is None:  # what is read of a repository waits in memory
+        per_thread += max(target.read_bytes(reading.settings.heads) for target in reading.edits)
+    n_threads = choose_threads(threads, per_thread, len(checkpoint.tensors))
+    check_apart(out, checkpoint)
+    check_out(out, overwrite=True, force=True)  # what is in it is looked at below
+    check_run(reading, device, n_threads)
+    is_lora = planned.form is Form.lora
+    modules = query_modules(reading.model, reading.edits, Runtime.peft) if is_lora else {}
+    with os_errors("create a directory", out):
+        out.mkdir(parents=True, exist_ok=True)
+    with Rooted(out) as root:
+        variants = _standing(root, planned)
+
+        def save() -> Sweep:
+            done = replace(planned, variants=tuple(variants.values()))
+            root.replace(SWEEP_NAME, done.dumps().encode())
+            return done
+
+        left = {name: edit for name, edit in edits.items() if variants[name].figures is None}
+        adapted = [name for name in left if is_lora and requests[name].select is not Select.shrink]
+        plans = {name: plan_of(reading.model, requests[name]) for name in adapted}
+        # Of a variant that a kill left unrecorded.
+        anew = Writing(overwrite=True)
+        places = {name: standing(out / name, plan, anew, is_whole=False) for name, plan in plans.items()}
+        save()
+        for name, text in evaluation(reading, requests).items():
+            root.replace(name, text.encode())
+        with Parts(root, reading.edits, left) as parts:
+            rest, keep = replace(reading, edits=parts.missing), parts.keep if plans else None
+            observer.begins("look", 0, len(rest.edits) * len(reading.settings.heads))
+            with signals_held():  # torch's imports swallow what is raised in their midst
+                from qkpatch.sweeps.figures import figures
+            sums = figures(rest, left, keep, device, n_threads, observer)
+            for target, of_variants in zip(rest.edits, sums, strict=True):
+                parts.add(target, of_variants)
+            checkpoint.check_still()
+            for name in left:
+                files: dict[str, str | None] = {}
+                if name in plans:
+                    pairs = [(parts.factors(name, target), modules[target]) for target in plans[name].edits]
+                    manifest, found = planned_manifest(plans[name], device), places[name]
+                    replaced = found if isinstance(found, Replaced) else None
+                    made = write_adapter(out / name, checkpoint, manifest, Runtime.peft, pairs, replaced)
+                    files = {f"{name}/{file.name}": file.sha256 for file in made.files}
+                of_all, by_layer = parts.figures(name)
+                variants[name] = replace(variants[name], figures=of_all, layers=by_layer, files=files)
+                save()
+        return save()
+
+
+def _planned(
+    source: str, requests: Mapping[str, Request], form: Form
+) -> tuple[EditPlan, dict[str, EditSettings], Sweep]:
+    """One plan that reads all layers that a variant edits, what is done to them, and the record with nothing done."""
+    edits, one = dict[str, EditSettings](), next(iter(requests.values()))
+    model = open_model(source, one.recipe, one.attention, Access.ranges, USUAL, one.prefix)
+    for name, request in requests.items():
+        try:
+            edits[name] = resolve(request, model)
+        except UsageError as error:
+            raise UsageError(f"{name}: {error.what}", where=error.where, fix=error.fix) from error
+    layers = tuple(sorted({n for edit in edits.values() for n in (*edit.layers, *edit.skipped_layers)}))
+    kinds = {(request.channel, request.select): request for request in requests.values()}
+    fewest = {Channel.antisymmetric: 2}  # a pair
+    plans = [
+        plan_of(
+            model,
+            replace(
+                kind,
+                layers=layers,
+                modes=fewest.get(kind.channel or Channel.full, 1),
+                energy=None,
+                min_modes=None,
+            ),
+        )
+        for kind in kinds.values()
+    ]
+    told, warnings = planned_manifest(plans[0], ""), [warning for plan in plans for warning in plan.warnings]
+    if form is Form.lora and any(request.select is Select.shrink for request in requests.values()):
+        warnings.append("shrink has full rank, so there is no adapter of it; evaluate.sh makes checkpoints")
+    variants = tuple(VariantRecord(name, edit.block) for name, edit in edits.items())
+    files = {name: file.content for name, file in model.checkpoint.files.items()}
+    digest = hashlib.sha256(
+        canonical_json(as_json([told.recipe, form, variants, files])).encode()
+    ).hexdigest()
+    common = (told.tool, told.source, told.recipe.name, form, digest)
+    return plans[0], edits, Sweep(*common, variants, tuple(dict.fromkeys(warnings)))
+
+
+def _standing(root: Rooted, planned: Sweep) -> dict[str, VariantRecord]:
+    """What is done of ``planned`` already, and is as it was left; what a kill left half written goes."""
+    try:
+        fcntl.flock(root.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        what, fix = "another run is writing to it", "wait for it, or choose another -o"
+        raise UsageError(what, where=str(root.path), fix=fix) from error
+    is_left = re.compile(rf"\.({'|'.join(map(re.escape, [SWEEP_NAME, *FILES]))})\.[0-9a-f]{{8}}").fullmatch
+    present, found = Present(root), planned
+    if SWEEP_NAME in present.files:
+        found = Sweep.loads(present.read(SWEEP_NAME), str(root.path / SWEEP_NAME))
+        if found.digest != planned.digest:
+            what = "holds the sweep of another grid, of another SOURCE, or with another --as"
+            raise UsageError(what, where=str(root.path), fix="choose another -o, or remove it")
+    elif foreign := [name for name in root.names() if not is_left(name) and not came_by_itself(name, ())]:
+        what = f"exists, and is no sweep: it holds {some(foreign)}"
+        raise UsageError(what, where=str(root.path), fix="choose another -o")
+    for name in filter(is_left, root.names()):
+        if (status := root.status(name)) is not None:
+            root.remove(name, status)
+
+    def is_as_left(variant: VariantRecord) -> bool:
+        files = variant.files.items()
+        return all(name in present.files and present.sha256(name) == digest for name, digest in files)
+
+    blank = {variant.name: variant for variant in planned.variants}
+    return {v.name: v if is_as_left(v) else blank[v.name] for v in found.variants}
