@@ -1,9 +1,7 @@
 """qkpatch: edit the query-key product of a safetensors checkpoint, tensor by tensor.
 
-What is called from outside is in :mod:`qkpatch.api`, and here by the same names: ``qkpatch.plan``, ``apply``,
-``spectra``, ``verify``, ``diff``, ``lora``, ``sweep``, ``recipe_for``, ``card``, ``patched``, ``patch_model``,
-``evaluate``, ``tune``. The rooms, from the surface down; imports only run downwards, as ``tests/test_architecture.py``
-draws them:
+What is called from outside is in :mod:`qkpatch.api`, and here by the same names, as ``_CALLS`` lists them.
+The rooms, from the surface down; imports only run downwards, as ``tests/test_architecture.py`` draws them:
 
 * ``cli``         parses, calls the api, shows;
 * ``api``         the library: one function for what each command does;

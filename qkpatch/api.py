@@ -180,7 +180,8 @@ def spectra(
 
     Args:
         source: as of :func:`plan`; of a repository, headers and the rows that are needed are fetched.
-        request: as of :func:`plan`; ``modes`` is the r of energy share and gap. All layers where none is named.
+        request: as of :func:`plan`; ``modes``, or ``energy`` head by head, is the r of energy share and gap. All
+            layers where none is named.
         device: as of :func:`apply`.
         threads: as of :func:`apply`.
         observer: hears of heads.

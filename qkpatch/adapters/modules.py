@@ -59,11 +59,10 @@ def query_modules(
     # Of another stack of layers than those that the class is known to have there, the path says nothing.
     is_known = path and not paths and all((each.prefix, each.names.query) in prefixes for each in model.sets)
     if not is_known or path == "without":
-        where, fix = f"--for {runtime.value}", "edit the checkpoint itself: qkpatch apply"
         what = f"what {' and '.join(classes)} calls its query modules is not known here, and is not guessed"
         if path == "without":
             what = f"vLLM's table of supported models has {classes[0]} without LoRA"
-        raise UnsupportedError(what, where=where, fix=fix)
+        raise UnsupportedError(what, where=f"--for {runtime.value}", fix="edit the checkpoint: qkpatch apply")
     modules = {}
     for target in targets:
         chosen = next(each for each in model.sets if each.names.attention == target.attention)

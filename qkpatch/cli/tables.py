@@ -162,17 +162,13 @@ def show_spectra(model: Model, settings: EditSettings, sides: Sequence[Side], *,
     There is a column for the set where there are several.
     """
     rule, has_sets = settings.rule_of(settings.layers[0]), len(model.sets) > 1
-    modes = rule.modes
-    by_energy = "" if rule.energy is None else f"modes for energy {exact(rule.energy)}"
+    modes, by_energy = rule.modes, "" if rule.energy is None else f"modes for energy {exact(rule.energy)}"
     table = _table(
         "layer", *(["attention"] if has_sets else []), "σ₁ mean", "σ₁ max",
         by_energy or f"energy in top {rule.modes}", "effective rank", "symmetric share", "gap min",
     )  # fmt: skip
     for layers in zip(*(side.layers for side in sides), strict=True):
-        figures = [
-            dict.fromkeys(side)
-            for side in zip(*(_figures(layer, is_by_energy=bool(by_energy)) for layer in layers), strict=True)
-        ]
+        figures = [dict.fromkeys(side) for side in zip(*map(_figures, layers), strict=True)]
         table.add_row(
             str(layers[0].layer),
             *([layers[0].attention] if has_sets else []),
@@ -211,16 +207,12 @@ def _is_ascii(console: Console) -> bool:
 _DRAWN = 4  # heads, each of ten lines
 
 
-def _figures(layer: LayerSpectra, *, is_by_energy: bool) -> Iterator[str]:
-    heads = layer.heads
+def _figures(layer: LayerSpectra) -> Iterator[str]:
+    heads, counts = layer.heads, {head.modes for head in layer.heads if head.modes is not None}
     gaps = [head.gap for head in heads if head.gap is not None]
     yield f"{mean(head.singular_values[0] for head in heads):.4g}"
     yield f"{max(head.singular_values[0] for head in heads):.4g}"
-    yield (
-        format_ranges(sorted({head.modes or 0 for head in heads}))
-        if is_by_energy
-        else f"{mean(head.energy_share for head in heads):.3f}"
-    )
+    yield format_ranges(sorted(counts)) or f"{mean(head.energy_share for head in heads):.3f}"
     yield f"{mean(head.effective_rank for head in heads):.1f}"
     yield f"{mean(head.symmetric_share for head in heads):.3f}"
     yield f"{min(gaps):.2g}" if gaps else "-"

@@ -39,9 +39,8 @@ class Arithmetic:
     heads: int
     stack: str  # "same", "other" or "unknown", beside the one that made OUT
     differing_values: int  # that are other bits, and as near as another stack's can be
-    not_reproducible: tuple[
-        str, ...
-    ]  # "layer.head" whose cut is arbitrary, which another stack makes otherwise
+    # "layer.head" whose cut is arbitrary, which another stack makes otherwise.
+    not_reproducible: tuple[str, ...]
 
 
 def recompute(
@@ -139,9 +138,7 @@ def _judge(n: int, off: float, gap: float | None, stack: str, target: LayerTarge
     # Only what lies that near the middle between two numbers of the format is rounded otherwise elsewhere.
     size, dtype = target.layout.d_head * target.layout.d_model, target.query.dtype
     if dtype != "F64" and n > _FEW + size * min(1.0, _MARGIN * left_open / roundoff(dtype)):
-        return (
-            f"has {n} other number(s), each the next one, which is more than another stack rounds otherwise"
-        )
+        return f"has {n} other number(s), each the next one, more than another stack rounds otherwise"
     return None
 
 

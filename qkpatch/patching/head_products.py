@@ -123,12 +123,10 @@ class LayerWeights:
             return change
         smallest, largest = float(gain.abs().min()), float(gain.abs().max())
         if smallest <= SMALLEST_GAIN * largest:
-            raise NumericalError(
-                f"--fold-norm divides by the gains before attention, and the smallest is {smallest:.2g} "
-                f"(the largest {largest:.2g})",
-                where=f"{ref.name} in {ref.shard}",
-                fix=f"leave the flag out, or layer {self.target.layer}",
-            )
+            gains = f"the smallest is {smallest:.2g} (the largest {largest:.2g})"
+            what = f"--fold-norm divides by the gains before attention, and {gains}"
+            fix = f"leave the flag out, or layer {self.target.layer}"
+            raise NumericalError(what, where=f"{ref.name} in {ref.shard}", fix=fix)
         return change / gain
 
     def _check(self, ref: TensorRef, factor: Factor, names: Sequence[str]) -> None:

@@ -181,10 +181,11 @@ def _refuse_disputed(model: Model, settings: EditSettings, targets: tuple[LayerT
 def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, ...]) -> list[str]:
     checkpoint = model.checkpoint
     warnings = [*model.notes]
+    say = warnings.append
     if idle := [layer for layer in settings.layers if settings.rule_of(layer).is_noop]:
         stay = f"layers {format_ranges(idle)} stay as they are"
         what = stay if len(idle) < len(settings.layers) else "OUT will be a byte-identical copy of SOURCE"
-        warnings.append(f"alpha 1 is a declared no-op: {what}")
+        say(f"alpha 1 is a declared no-op: {what}")
     warnings += dict.fromkeys(
         f"antisymmetric modes come in equal pairs: {rule.modes} rounded up to {rule.paired_modes}"
         for _, rule in settings.edits
@@ -195,66 +196,46 @@ def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, 
     shared = [layer for layer in settings.skipped_layers if not model.tower.has_own_keys(layer)]
     uneven = [n for n in settings.skipped_layers if n not in shared and not model.tower.has_product(n)]
     other = [layer for layer in settings.skipped_layers if layer not in (*shared, *uneven)]
-    if shared:
-        warnings.append(
-            f"layers {format_ranges(shared)} use an earlier layer's keys and are skipped; "
-            "a key weight stored there is dead"
-        )
-    if uneven:
-        warnings.append(
-            f"layers {format_ranges(uneven)} have another number of query heads than the model and are skipped"
-        )
-    if other:
-        warnings.append(
-            f"layers {format_ranges(other)} have no query-key product of this kind "
-            "(linear attention, or another set of tensors) and are skipped"
-        )
+    skipped = {
+        "use an earlier layer's keys and are skipped; a key weight stored there is dead": shared,
+        "have another number of query heads than the model and are skipped": uneven,
+        "have no query-key product of this kind (linear attention, or another set of tensors) and are skipped": other,
+    }
+    warnings += [f"layers {format_ranges(layers)} {what}" for what, layers in skipped.items() if layers]
     # Once for all targets: a mixture of experts has 10^5 names.
     adapters = [name for name in checkpoint.tensors if ".lora_" in name]
     adapted = [target for target in targets if _has_adapter(target, adapters)]
     if adapted:
-        warnings.append(
-            f"adapters (lora) add to the queries of {len(adapted)} layer(s), such as {adapted[0].query.name}; "
-            "the edit acts on the base weight alone"
-        )
+        where = f"{len(adapted)} layer(s), such as {adapted[0].query.name}"
+        say(f"adapters (lora) add to the queries of {where}; the edit acts on the base weight alone")
     if model.recipe.tested == UNTESTED:
-        warnings.append(
-            f"recipe {model.recipe.name} says that it is untested: compare it with the model's own code"
-        )
-    strays = checkpoint.from_outside
-    if strays:
-        warnings.append(
-            f"{len(strays)} file(s) are links that lead out of SOURCE, and what they lead to is copied: "
-            f"{abbreviate(strays, 5)}"
-        )
+        say(f"recipe {model.recipe.name} says that it is untested: compare it with the model's own code")
+    if strays := checkpoint.from_outside:
+        what = "file(s) are links that lead out of SOURCE, and what they lead to is copied"
+        say(f"{len(strays)} {what}: {abbreviate(strays, 5)}")
     warnings += checkpoint.notes
     if (method := quantised_by_name(checkpoint.config, checkpoint.tensors.values())) is not None:
-        warnings.append(
-            f"config.json says that weights are quantised ({method}), and none are: loaders refuse them, or quantise "
-            "what was edited; take quantization_config out of it"
-        )
+        what = f"config.json says that weights are quantised ({method}), and none are"
+        say(f"{what}: loaders refuse them, or quantise what was edited; take quantization_config out of it")
     if empty := [name for name, ref in checkpoint.tensors.items() if ref.shape == (0,)]:
-        warnings.append(
-            f"{len(empty)} tensor(s) are empty, as a ZeRO-3 save without gathering leaves them: {abbreviate(empty, 3)}"
-        )
+        what = "tensor(s) are empty, as a ZeRO-3 save without gathering leaves them"
+        say(f"{len(empty)} {what}: {abbreviate(empty, 3)}")
     asked = [pattern for pattern in checkpoint.exclude if pattern not in USUAL]
     if unused := [p for p in asked if not any(matching(name, (p,)) for name in checkpoint.left_out)]:
-        warnings.append(f"nothing in SOURCE is called as --exclude says: {some(unused)}")
+        say(f"nothing in SOURCE is called as --exclude says: {some(unused)}")
     if disputed := [f"{name}: {what}" for name, what in checkpoint.disputed.items()]:
-        warnings.append(
-            f"the index is wrong about {len(disputed)} tensor(s), none of them edited: {some(disputed, 1)}"
-        )
+        say(f"the index is wrong about {len(disputed)} tensor(s), none of them edited: {some(disputed, 1)}")
     twins = {name: checkpoint.files[name].size for name in checkpoint.twins}
     left = {name: n for name, n in checkpoint.left_out.items() if not matching(name, tuple(RUBBISH))}
     for sizes, what in ((left, "are left out of OUT"), (twins, "stay unpatched (--exclude leaves them out)")):
         if sizes:
             kind = "other weight file(s)" if sizes is twins else "file(s) or folder(s)"
             shown = abbreviate([f"{name} ({size_text(n)})" for name, n in sizes.items()], 5)
-            warnings.append(f"{len(sizes)} {kind}, {size_text(sum(sizes.values()))}, {what}: {shown}")
+            say(f"{len(sizes)} {kind}, {size_text(sum(sizes.values()))}, {what}: {shown}")
     if checkpoint.single_file:
-        warnings.append("SOURCE is one file: nothing beside it (tokenizer, config) is copied")
+        say("SOURCE is one file: nothing beside it (tokenizer, config) is copied")
     if checkpoint.previous_manifest is not None:
-        warnings.append("SOURCE was written by qkpatch: this edit comes on top of that one")
+        say("SOURCE was written by qkpatch: this edit comes on top of that one")
     return warnings
 
 

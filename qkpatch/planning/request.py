@@ -99,11 +99,9 @@ class Request:
             if getattr(self, what) == ():
                 raise UsageError("it names nothing", where=_flag(what), fix="name at least one")
         if self.prefix is not None and not is_prefix(self.prefix):
-            raise UsageError(
-                f"{self.prefix!r:.80} does not hold {{layer}} once, and no other brace",
-                where="--prefix",
-                fix="write it as a recipe does, with the dot at its end: 'llm.model.layers.{layer}.'",
-            )
+            what = f"{self.prefix!r:.80} does not hold {{layer}} once, and no other brace"
+            fix = "write it as a recipe does, with the dot at its end: 'llm.model.layers.{layer}.'"
+            raise UsageError(what, where="--prefix", fix=fix)
         if self.max_shard_size is not None and self.max_shard_size < 1:
             raise UsageError(f"{self.max_shard_size} is no size", where="--max-shard-size")
         for what, fix in _SHARES.items():
@@ -116,11 +114,10 @@ class Request:
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise UsageError(f"{self.seed} is not between 0 and 2^63 - 1", where="--seed")
         if self.select is Select.subspace and self.channel not in (None, Channel.full):
-            raise UsageError(
-                f"--select subspace draws directions that belong to no channel, not to {self.channel.value}",
-                where="--channel",
-                fix="drop --channel, or choose another --select",
+            what = (
+                f"--select subspace draws directions that belong to no channel, not to {self.channel.value}"
             )
+            raise UsageError(what, where="--channel", fix="drop --channel, or choose another --select")
         if self.edits is not None:
             _items(self.edits, self)
 
@@ -140,11 +137,8 @@ class Request:
     def check_seed(self) -> None:
         """Raise :class:`UsageError` where there is a seed and nothing is drawn: it would do nothing."""
         if self.seed is not None and not self.draws:
-            raise UsageError(
-                "nothing is drawn, so a seed would do nothing",
-                where="--seed",
-                fix="leave it out, or add --select random or --select subspace",
-            )
+            fix = "leave it out, or add --select random or --select subspace"
+            raise UsageError("nothing is drawn, so a seed would do nothing", where="--seed", fix=fix)
 
     @property
     def said(self) -> dict[str, Any]:
@@ -181,9 +175,8 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     size = int(match[1]) * _UNITS[(match[2] or "").upper()] if match else 0
     if size == 0:
-        raise UsageError(
-            f"{text!r} is no size", where="--max-shard-size", fix="write it like 5GB, 512MiB or 5000000000"
-        )
+        fix = "write it like 5GB, 512MiB or 5000000000"
+        raise UsageError(f"{text!r} is no size", where="--max-shard-size", fix=fix)
     return size
 
 

@@ -88,11 +88,8 @@ def _part(request: Request, model: Model) -> tuple[tuple[int, ...], tuple[int, .
     layers = _within(request.layers or as_numbers(default, "the recipe's layers"), tower.n_layers, "layers")
     present = tuple(layer for layer in layers if any(s.has(layer) for s in model.sets))
     if not present:
-        raise UsageError(
-            f"none of layers {format_ranges(layers)} has a query-key product of its own",
-            where="--layers",
-            fix=f"choose from {format_ranges(model.editable_layers)}",
-        )
+        what = f"none of layers {format_ranges(layers)} has a query-key product of its own"
+        raise UsageError(what, where="--layers", fix=f"choose from {format_ranges(model.editable_layers)}")
     skipped = tuple(layer for layer in layers if layer not in present)
     model.check_skipped(skipped)
     layouts = {s.tower.layout_of(layer) for s in model.sets for layer in present if s.has(layer)}
@@ -117,10 +114,9 @@ def _part(request: Request, model: Model) -> tuple[tuple[int, ...], tuple[int, .
 
 def _within(numbers: tuple[int, ...], count: int, what: str) -> tuple[int, ...]:
     if numbers[-1] >= count:
-        raise UsageError(
-            f"{what[:-1]} {numbers[-1]} is out of range: the language model has {count} {what}, 0-{count - 1}",
-            where=f"--{what} {format_ranges(numbers)}",
-        )
+        has = f"the language model has {count} {what}, 0-{count - 1}"
+        where = f"--{what} {format_ranges(numbers)}"
+        raise UsageError(f"{what[:-1]} {numbers[-1]} is out of range: {has}", where=where)
     return numbers
 
 
@@ -131,15 +127,9 @@ def _check_modes(rule: EditRule, d_head: int, d_model: int) -> None:
         raise UsageError(f"at least {rule.min_modes} modes, {but}", where="--min-modes", fix="leave it out")
     most = rule.channel.max_modes(d_head, d_model)
     if rule.paired_modes > most:
-        raise UsageError(
-            f"{rule.modes} modes, but the {rule.channel.value} channel of a head has at most {most}",
-            where="--modes",
-            fix=f"choose 1 to {most}",
-        )
+        what = f"{rule.modes} modes, but the {rule.channel.value} channel of a head has at most {most}"
+        raise UsageError(what, where="--modes", fix=f"choose 1 to {most}")
     if rule.select is Select.random and 2 * rule.paired_modes > most:
-        raise UsageError(
-            f"{rule.modes} random modes are drawn from those the dominant selection does not take, "
-            f"and {most} - {rule.paired_modes} = {most - rule.paired_modes} remain",
-            where="--modes",
-            fix=f"choose at most {most // 2}",
-        )
+        what = f"{rule.modes} random modes are drawn from those the dominant selection does not take"
+        left = f"{most} - {rule.paired_modes} = {most - rule.paired_modes} remain"
+        raise UsageError(f"{what}, and {left}", where="--modes", fix=f"choose at most {most // 2}")

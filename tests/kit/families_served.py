@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers
-from families import CLIP, SIZE, Case, H, K, Tensors, normed, separate
+from families import CLIP, SIZE, Case, H, K, Tensors, normed, qwen, separate
 from families_more import VISION, composite
 from families_recent import EXPERTS, HYBRID, PATCHES, case, per_layer_heads, rms, text_only
 from families_special import GLM_VISION, HALF_ROPE, QWEN3_VISION, ROPE, gated, gates, nested, qwen3_5
@@ -327,6 +327,12 @@ CASES: dict[str, Case] = {
     ),
     "nemotron-h:text": text_only(
         "NemotronH", lambda: transformers.NemotronHConfig(**nemotron_h()), edited=(1, 3), skipped=(2,)
+    ),
+    "colpali": Case(
+        "ColPaliForRetrieval", lambda: transformers.ColPaliConfig(vlm_config=pi0().vlm_config.to_dict())
+    ),
+    "colqwen2": Case(
+        "ColQwen2ForRetrieval", lambda: transformers.ColQwen2Config(vlm_config=qwen("Qwen2VL").to_dict())
     ),
     "pi0": case("PI0", pi0, inputs=lambda: {"pixel_values": torch.ones(1, 1, 3, 28, 28), "input_ids": IDS_4, **DITS}),
     "pix2struct": case(

@@ -16,7 +16,7 @@ import numpy as np
 import oracle
 import torch
 import transformers
-from families import Case, Tensors
+from families import Case, Tensors, answer
 from oracle import Matrix
 from test_families import edited_head
 from torch import Tensor, nn
@@ -114,7 +114,7 @@ def forward(case: Case, path: Path, stem: str) -> tuple[dict[int, Seen], Matrix]
         if "RotaryEmbedding" in type(module).__name__:
             module.register_forward_hook(no_rotation)
     with torch.no_grad():
-        logits = model(**case.inputs()).logits
+        logits = answer(model(**case.inputs()))
 
     found = [(likeness(name, stem), m) for name, m in model.named_modules() if hasattr(m, "seen")]
     most = max(score for score, _ in found)  # encoders and cross-attention call the function, too

@@ -190,6 +190,14 @@ CASES: dict[str, Remote] = {
         "KeyeVL1_5ForConditionalGeneration", "qwen3_of_keye",
         ("model.visual.vision_model.encoder.layers.1.self_attn.q_proj.weight",), stem=MLM,
     ),
+    # NVIDIA-NeMo/Automodel: llava_onevision (model.visual beside model.language_model, a Qwen3Model).
+    "keye:llava-onevision 1.5": replace(
+        wrapped(
+            "LLaVAOneVision1_5_ForConditionalGeneration", "LLaVAOneVision1_5_text",
+            ("model.visual.blocks.1.attn.qkv.weight",), stem=MLM, shapes=projections(norms=True),
+        ),
+        split=normed,
+    ),
     # PerceptronAI's modular_isaac.py, two versions (text_model; the model itself).
     "isaac": wrapped(
         "IsaacForConditionalGeneration", "qwen3",
@@ -285,6 +293,11 @@ CASES: dict[str, Remote] = {
         "Mineru2QwenForCausalLM", "qwen2",
         ("model.vision_tower.vision_tower.vision_model.encoder.layers.1.self_attn.q_proj.weight",), stem=ML,
         section=None, model_type="mineru2_qwen",
+    ),
+    # vLLM: mimo.py (loads what Qwen2Model names, and leaves out mtp_layers).
+    "extended:mimo": wrapped(
+        "MiMoForCausalLM", "qwen2", ("model.mtp_layers.0.self_attn.q_proj.weight",), stem=ML, section=None,
+        model_type="mimo",
     ),
     # A published config.json; names by its modelling code, whose cross-attention has to_q and to_kv.
     "infimm": wrapped(

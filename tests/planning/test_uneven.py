@@ -442,6 +442,26 @@ def test_verify_finds_an_item_that_is_not_what_was_done(
     assert isinstance(result.exception, SystemExit)
 
 
+ENERGY_LIES: dict[str, Callable[[Any], object]] = {
+    "another energy": lambda edit: edit.update(energy=0.99),
+    "no energy": lambda edit: [edit.pop(key) for key in ("energy", "min_modes")],
+    "another floor": lambda edit: edit.update(min_modes=8),
+    "another ceiling": lambda edit: edit.update(modes=1, modes_edited=1),
+    "no floor": lambda edit: edit.pop("min_modes"),
+    "an energy that there is none of": lambda edit: edit.update(energy=1.5),
+    "modes of the recipe": lambda edit: edit.update(from_recipe=["layers", "modes"]),
+}
+
+
+@pytest.mark.parametrize("lie", ENERGY_LIES)
+def test_verify_finds_another_energy(lie: str, source: Tiny, tmp_path: Path, run: Run) -> None:
+    made(source, tmp_path / "out", energy=0.4, min_modes=2, modes=8)
+    rewrite(tmp_path / "out", lambda document: ENERGY_LIES[lie](document["edit"]))
+    result = run("verify", tmp_path / "out", "--source", source.path)
+    assert result.exit_code in (1, 3), result.output
+    assert isinstance(result.exception, SystemExit)
+
+
 def test_nonsense_in_what_is_recorded_of_items_is_refused_or_does_not_matter(
     source: Tiny, tmp_path: Path, run: Run
 ) -> None:

@@ -102,8 +102,8 @@ def test_the_language_tower_and_nothing_else_is_edited_and_the_model_loads(
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     with torch.no_grad():
-        original_logits = model_class.from_pretrained(source).float()(**case.inputs()).logits
-        edited_logits = loaded.float()(**case.inputs()).logits
+        original_logits = families.answer(model_class.from_pretrained(source).float()(**case.inputs()))
+        edited_logits = families.answer(loaded.float()(**case.inputs()))
     assert not torch.allclose(original_logits, edited_logits)
 
 

@@ -44,7 +44,8 @@ def inspect(
     ] = None,
     heads: HeadsOpt = None,
     modes: Annotated[
-        int | None, typer.Option(help="r of energy share and gap.", show_default="the recipe's")
+        int | None,
+        typer.Option(help="r of energy share and gap; with --energy the most.", show_default="the recipe's"),
     ] = None,
     energy: EnergyOpt = None,
     recipe: RecipeOpt = None,

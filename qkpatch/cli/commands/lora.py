@@ -37,7 +37,6 @@ def lora(
     from qkpatch import api
     from qkpatch.cli.console import print_text, show_warnings
     from qkpatch.cli.progress import bars
-    from qkpatch.common.text import size_text
     from qkpatch.publishing.card import loading, told
 
     writing = Writing(overwrite=overwrite, force=force)
@@ -47,6 +46,6 @@ def lora(
     if not show.quiet:
         show_warnings([*manifest.warnings, *(manifest.run.weaker or ())])
     if show.as_json or not show.quiet:
-        what = f"{len(manifest.edits)} module(s), {size_text(manifest.files[0].size)}; {told(manifest.edit)}"
+        what = f"{len(manifest.edits)} module(s), {manifest.files[0].size:,} bytes; {told(manifest.edit)}"
         said = f"Wrote {out}: {what}\nLoad it with: {loading(manifest, str(out), source)}\n"
         print_text(manifest.dumps() if show.as_json else said)
