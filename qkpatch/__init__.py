@@ -12,6 +12,7 @@ The rooms, from the surface down; imports only run downwards, as ``tests/test_ar
 * ``diagnosis``   which recipe fits a checkpoint, and a draft where none does;
 * ``reports``     pages to look at, one file each;
 * ``publishing``  the model card, and the commit that carries it;
+* ``patches``     patch files, edits in place, and the way back;
 * ``patching``    the engine: files are carried while heads are edited;
 * ``planning``    the request, the plan, the manifest;
 * ``model``       from SOURCE to the tensors of its language model;
@@ -31,22 +32,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
     from qkpatch.api import apply as apply
+    from qkpatch.api import apply_in_place as apply_in_place
     from qkpatch.api import card as card
     from qkpatch.api import diff as diff
     from qkpatch.api import evaluate as evaluate
     from qkpatch.api import lora as lora
+    from qkpatch.api import make_patch as make_patch
     from qkpatch.api import patch_model as patch_model
     from qkpatch.api import patched as patched
     from qkpatch.api import plan as plan
     from qkpatch.api import recipe_for as recipe_for
+    from qkpatch.api import revert as revert
     from qkpatch.api import spectra as spectra
     from qkpatch.api import sweep as sweep
     from qkpatch.api import tune as tune
     from qkpatch.api import verify as verify
 
 _CALLS = (
-    "apply", "card", "diff", "evaluate", "lora", "patch_model", "patched", "plan", "recipe_for", "spectra", "sweep",
-    "tune", "verify",
+    "apply", "apply_in_place", "card", "diff", "evaluate", "lora", "make_patch", "patch_model", "patched", "plan",
+    "recipe_for", "revert", "spectra", "sweep", "tune", "verify",
 )  # fmt: skip
 
 

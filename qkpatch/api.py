@@ -21,8 +21,11 @@ from qkpatch.model.locate import Access, local_path, locate
 from qkpatch.model.model import open_model
 from qkpatch.output.destination import check_out
 from qkpatch.output.options import Writing
+from qkpatch.patches.in_place import apply_in_place, make_patch
+from qkpatch.patches.undo import revert
 from qkpatch.planning.manifest import Manifest, planned_manifest
 from qkpatch.planning.memory import choose_threads
+from qkpatch.planning.patch_file import read_patch
 from qkpatch.planning.plan import EditPlan, make_plan
 from qkpatch.planning.request import Request, check_device_name
 from qkpatch.sweeps.sweep import sweep
@@ -49,6 +52,7 @@ def plan(
     out: PathLike | None = None,
     writing: Writing | None = None,
     cache: bool = True,
+    patch: PathLike | None = None,
     **edit: Any,
 ) -> EditPlan:
     """Decide an edit from headers alone: which rows of which tensors are written, and which files are carried over.
@@ -68,6 +72,8 @@ def plan(
         out: where it is to be written, where :func:`apply` would refuse that: then it is refused now.
         writing: how, likewise.
         cache: read a snapshot in the Hub cache where there is a whole one.
+        patch: a file of :func:`make_patch`, whose rows are written in place of computed ones; of the edit, only
+            ``max_shard_size``, ``exclude``, and ``recipe`` where that is a file of the user's own, may be said besides.
         **edit: the fields of ``request``.
 
     Raises:
@@ -81,7 +87,9 @@ def plan(
     how = Writing() if writing is None else writing
     if out is not None:
         refuse_early(source, out, how)
-    made = make_plan(str(source), request, Access.ranges if cache else Access.no_cache)
+    access = Access.ranges if cache else Access.no_cache
+    plan_it = make_plan if patch is None else read_patch(Path(patch)).plan
+    made = plan_it(str(source), request, access)
     # Refuses what the record of the edit could not say, such as a broken record in SOURCE.
     planned_manifest(made, "")
     if out is None:
@@ -135,9 +143,9 @@ def apply(
 
     writing = Writing(**how) if writing is None else writing
     check_device_name(device)
-    place = plan.default_out if out is None else Path(out)
     # What is refused is refused before a download.
     n_threads = choose_threads(threads, plan.head_memory, len(plan.model.checkpoint.tensors))
+    place = plan.default_out if out is None else Path(out)
     found = standing(place, plan, writing, observer)
     if isinstance(found, Manifest):
         return found
@@ -146,6 +154,8 @@ def apply(
     if is_remote and cache:
         plan = _downloaded(plan, observer)
         check_fits(place, plan, writing)
+    if plan.patch is not None:
+        plan.patch.check_source(plan)
     n_heads = len(plan.edits) * len(plan.settings.heads)
     observer.begins("download" if is_remote and not cache else "copy", plan.output_bytes, n_heads)
     return apply_plan(
@@ -158,6 +168,9 @@ def _downloaded(plan: EditPlan, observer: Observer) -> EditPlan:
     observer.begins("fetch", 0, 0)
     source = plan.model.source
     anew = make_plan(source.text, plan.request)
+    if plan.patch is not None:
+        of_patch = replace(anew.settings, from_recipe=plan.settings.from_recipe)
+        anew = replace(anew, patch=plan.patch, settings=of_patch)
     if (anew.settings, anew.model.recipe) != (plan.settings, plan.model.recipe):
         what = "the recipe changed after the edit was planned"
         raise UsageError(what, where=plan.request.recipe, fix="plan again")
@@ -325,6 +338,6 @@ def patched(
 
 
 __all__ = (
-    "apply", "card", "diff", "evaluate", "lora", "patch_model", "patched", "plan", "recipe_for", "spectra", "sweep",
-    "tune", "verify",
+    "apply", "apply_in_place", "card", "diff", "evaluate", "lora", "make_patch", "patch_model", "patched", "plan",
+    "recipe_for", "revert", "spectra", "sweep", "tune", "verify",
 )  # fmt: skip

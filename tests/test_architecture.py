@@ -21,8 +21,8 @@ ARROWS = {
         "planning", "model", "recipes", "output", "hub", "checkpoint", "spectral", "common", "errors",
     },
     "api": {
-        "sweeps", "adapters", "compare", "evaluation", "publishing", "patching", "planning", "model", "output",
-        "checkpoint", "common", "errors",
+        "sweeps", "adapters", "compare", "evaluation", "publishing", "patches", "patching", "planning", "model",
+        "output", "checkpoint", "common", "errors",
     },
     "sweeps": {
         "adapters", "compare", "patching", "planning", "model", "recipes", "output", "checkpoint", "spectral",
@@ -39,6 +39,7 @@ ARROWS = {
     "diagnosis": {"model", "recipes", "checkpoint", "common", "errors"},
     "reports": {"errors"},
     "publishing": {"planning", "recipes", "hub", "checkpoint", "common", "errors"},
+    "patches": {"patching", "planning", "output", "checkpoint", "common", "errors"},
     "patching": {"planning", "model", "recipes", "output", "checkpoint", "spectral", "common", "errors"},
     "planning": {"model", "recipes", "output", "checkpoint", "spectral", "common", "errors"},
     "model": {"recipes", "hub", "checkpoint", "common", "errors"},

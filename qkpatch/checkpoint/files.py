@@ -175,6 +175,12 @@ class OpenFile(ABC):
         for piece in self.pieces(begin, end):
             digest.update(piece)
 
+    def copy_to(self, out: LocalOpenFile, begin: int, end: int, at: int) -> None:
+        """Write the bytes ``begin:end`` to another file, from its offset ``at`` on."""
+        for piece in self.pieces(begin, end):
+            write_exact(out.fd, piece, at, out.where)
+            at += len(piece)
+
     def sha256(self, begin: int, end: int) -> str:
         """Of the bytes ``begin:end``."""
         digest = hashlib.sha256()

@@ -7,11 +7,11 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
-from qkpatch.checkpoint.files import LocalOpenFile, os_errors, regular, synced
+from qkpatch.checkpoint.files import LocalOpenFile, os_errors, regular, synced, write_exact
 from qkpatch.common.text import cut
 from qkpatch.errors import FileSystemError
 
@@ -126,16 +126,23 @@ class Rooted:
             finally:
                 os.close(fd)
 
-    def replace(self, name: str, content: bytes) -> None:
-        """Put a file directly in the directory, in place of one that may be there, whole or not at all."""
-        temporary = f".{name}.{secrets.token_hex(4)}"
+    def replace(self, name: str, content: bytes | Callable[[LocalOpenFile], None], part: str = "") -> None:
+        """Put a file directly in the directory, in place of one that may be there, whole or not at all.
+
+        ``content`` may write it itself; ``part`` is its name until it is whole.
+        """
+        temporary = part or f".{name}.{secrets.token_hex(4)}"
         with os_errors("write", self.path / name):
             fd = self.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             try:
-                with open(fd, "wb") as file:
-                    file.write(content)
-                    file.flush()
+                try:
+                    if isinstance(content, bytes):
+                        write_exact(fd, content, 0, self.path / name)
+                    else:
+                        content(LocalOpenFile(fd, str(self.path / name)))
                     synced(fd, self.path / name)
+                finally:
+                    os.close(fd)
                 os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
             except BaseException:
                 with suppress(OSError):
@@ -146,6 +153,12 @@ class Rooted:
         """Remove an empty directory, a file, or a link itself, whichever ``status`` says."""
         with self._parent(name) as (fd, last):
             (os.rmdir if stat.S_ISDIR(status.st_mode) else os.unlink)(last, dir_fd=fd)
+
+    def discard(self, name: str) -> None:
+        """Remove whatever has a name, if anything has."""
+        with os_errors("remove", self.path / name):
+            if (status := self.status(name)) is not None:
+                self.remove(name, status)
 
     def link(self, source: str, name: str) -> None:
         """Make ``name`` a hard link to the file at the path ``source``."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import stat
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -14,7 +16,7 @@ from typing import Any
 from qkpatch.checkpoint.cache import leads_out
 from qkpatch.checkpoint.files import OpenFile, os_errors
 from qkpatch.checkpoint.header import Header, TensorRef, read_header
-from qkpatch.checkpoint.names import RUBBISH, USUAL, matching
+from qkpatch.checkpoint.names import RUBBISH, UNFINISHED, USUAL, matching
 from qkpatch.checkpoint.recognised import ADAPTER, no_weights, refuse_folder
 from qkpatch.checkpoint.tree import (
     MAX_CONFIG_BYTES,
@@ -159,6 +161,8 @@ def open_stored(place: Path | Repository, exclude: Collection[str] = tuple(RUBBI
             raise FileSystemError("neither a directory nor a file", where=str(place))
         found, directories, left_out = walk_files(place, exclude)
         files, where, root, mode = {**found}, str(place), place, status.st_mode & 0o777
+    if UNFINISHED in {*files, *left_out}:
+        raise unfinished(where)
     # A folder of nothing but what is left out is left out.
     inside = Counter(name.rpartition("/")[0] for name in (*files, *directories))
     for folder in (entry.rpartition("/")[0] for entry in left_out):
@@ -192,8 +196,16 @@ def open_stored(place: Path | Repository, exclude: Collection[str] = tuple(RUBBI
     )
 
 
+def unfinished(where: str) -> CheckpointError:
+    """The error for a checkpoint of which some rows are edited and others are not."""
+    fix = f"qkpatch revert {shlex.quote(where)}; or run that edit again"
+    return CheckpointError("an edit in place was cut short here", where=where, fix=fix)
+
+
 def _open_single(path: Path) -> Stored:
     file = source_file(path, path.name)
+    if os.path.lexists(path.with_name(UNFINISHED)):
+        raise unfinished(str(path.parent))
     if not path.name.endswith(".safetensors"):
         raise no_weights(str(path), {path.name: file})
     return Stored(

@@ -22,7 +22,7 @@ from qkpatch.cli.commands.lora import lora
 from qkpatch.cli.commands.plan import plan
 from qkpatch.cli.commands.recipes import recipes
 from qkpatch.cli.commands.sweep import sweep
-from qkpatch.cli.commands.verify import verify
+from qkpatch.cli.commands.verify import revert, verify
 from qkpatch.cli.console import note, prepare_streams, print_error, silence_stdout
 from qkpatch.errors import FileSystemError, QKPatchError, UnexpectedError, UsageError, redact
 
@@ -76,7 +76,9 @@ def root(
         raise typer.Exit()
 
 
-for _command in (apply, plan, inspect, lora, sweep, verify, diff, recipes, card, evaluate, tune, doctor):
+for _command in (
+    apply, revert, plan, inspect, lora, sweep, verify, diff, recipes, card, evaluate, tune, doctor,
+):  # fmt: skip
     app.command()(_command)
 
 

@@ -14,7 +14,7 @@ import typer
 
 from qkpatch.checkpoint.tree import source_file
 from qkpatch.errors import FileSystemError
-from qkpatch.output.options import Digest
+from qkpatch.output.options import Digest, Writing
 from qkpatch.planning.request import Request, parse_request
 from qkpatch.spectral.rule import Channel, Select
 
@@ -195,7 +195,7 @@ class RunFlags:
 
 @dataclass(frozen=True)
 class WriteFlags:
-    """How OUT is written."""
+    """How OUT is written, or what in its place."""
 
     overwrite: OverwriteOpt = False
     force: ForceOpt = False
@@ -203,6 +203,21 @@ class WriteFlags:
     link: LinkOpt = False
     link_cache: LinkCacheOpt = False
     resume: ResumeOpt = False
+    patch: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Take the edit, and its rows, from this patch file.")
+    ] = None
+    patch_only: Annotated[
+        bool, typer.Option("--patch-only", help="Write no OUT but a patch file, -o: the edited rows alone.")
+    ] = False
+    in_place: Annotated[
+        bool,
+        typer.Option("--in-place", help="Rewrite the rows of SOURCE itself; `qkpatch revert` leads back."),
+    ] = False
+
+    @property
+    def writing(self) -> Writing:
+        """What concerns a copy."""
+        return Writing(**{field.name: getattr(self, field.name) for field in fields(Writing)})
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,19 @@ def show_plan(plan: EditPlan, costs: Mapping[str, int], *, is_markdown: bool) ->
 
 def show_applied(plan: EditPlan, manifest: Manifest, out: Path) -> None:
     """Print what was done, layer by layer, and how to prove it."""
+    n_of, run = Counter(file.action for file in manifest.files), manifest.run
+    anew = f", {n_of['resharded']} written anew" if n_of["resharded"] else ""
+    what = "Already done, as its manifest records; nothing was written to" if run.already_done else "Wrote"
+    resumed = (run.copied_by or {}).get("resumed")
+    taken_over = f"; {resumed} of these files taken over from the run before" if resumed else ""
+    command = verify_command(str(out), plan.model.source.text, plan.model.recipe_file)
+    edited = f"{len(manifest.edits)} tensor(s) edited in {n_of['patched']} file(s)"
+    copied = f"{n_of['copied']} file(s) copied{anew}, {size_text(plan.output_bytes)}{taken_over}"
+    show_edits(plan, manifest, f"{what} {out}: {edited}, {copied}", f"Prove it with: {command}")
+
+
+def show_edits(plan: EditPlan, manifest: Manifest, *said: str) -> None:
+    """Print figures layer by layer, and what there is to say."""
     with results() as console:
         _heading(console, plan)
         table = _table("layer", "heads", "‖ΔW_Q‖/‖W_Q‖ mean", "max", "‖M‖ after/before", "gap min")
@@ -106,19 +119,8 @@ def show_applied(plan: EditPlan, manifest: Manifest, out: Path) -> None:
             )
         if manifest.edits:
             console.print(table)
-        n_of = Counter(file.action for file in manifest.files)
-        anew = f", {n_of['resharded']} written anew" if n_of["resharded"] else ""
-        run = manifest.run
-        done = "Already done, as its manifest records; nothing was written to"
-        what = done if run.already_done else "Wrote"
-        resumed = (run.copied_by or {}).get("resumed")
-        taken_over = f"; {resumed} of these files taken over from the run before" if resumed else ""
-        console.print(
-            f"{what} {safe(str(out))}: {len(manifest.edits)} tensor(s) edited in {n_of['patched']} file(s), "
-            f"{n_of['copied']} file(s) copied{anew}, {size_text(plan.output_bytes)}{taken_over}"
-        )
-        command = verify_command(str(out), plan.model.source.text, plan.model.recipe_file)
-        console.print(f"Prove it with: {plain(command)}", soft_wrap=True, markup=False)
+        for line in said:
+            console.print(plain(line), soft_wrap=line == said[-1], markup=False)
 
 
 def _heading(console: Console, plan: EditPlan) -> None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qkpatch.checkpoint.names import usual_beside
+from qkpatch.checkpoint.names import UNDO, UNFINISHED, usual_beside
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import Present
-from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME, open_checkpoint
+from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME, open_checkpoint, unfinished
 from qkpatch.common.interrupts import import_torch
 from qkpatch.common.json_text import Json
 from qkpatch.common.number_ranges import abbreviate
@@ -64,6 +64,8 @@ def recorded(present: Present) -> Manifest:
     Raises:
         CheckpointError: OUT has none, or one that cannot be read.
     """
+    if UNFINISHED in present.files:
+        raise unfinished(str(present.root.path))
     if MANIFEST_NAME not in present.files:
         odd = present.odd.get(MANIFEST_NAME)
         nothing = f"there is no {MANIFEST_NAME}, so nothing says what should differ"
@@ -238,6 +240,9 @@ def _notes(
         )
     if manifest.output.exclude:
         yield f"left out of OUT on demand: {abbreviate(manifest.output.exclude, 50)}"
+    if UNDO in aside:
+        aside = [name for name in aside if name != UNDO]
+        yield f"edited in place: {UNDO} leads back (qkpatch revert), and is no part of the checkpoint"
     if aside:
         yield f"not looked at, since systems leave such things anywhere: {abbreviate(aside, 5)}"
     if unpublished:

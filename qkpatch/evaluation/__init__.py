@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qkpatch.common.interrupts import import_torch
 from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.evaluation.records import Inputs, Limits, Protocol
 from qkpatch.planning.request import Request
@@ -34,6 +35,7 @@ def evaluate(
     Raises:
         QKPatchError: a file is not what it should be, ``out`` has a run of other settings, or a model cannot be asked.
     """
+    import_torch()
     from qkpatch.evaluation.bench import run
 
     others, place = [str(other) for other in against], None if out is None else Path(out)
@@ -58,6 +60,7 @@ def tune(
     Returns:
         The held-out half: the model, the setting and its controls; ``tuned`` says what came of it.
     """
+    import_torch()
     from qkpatch.evaluation.search import run
 
     return run(str(model), inputs, protocol, Request.of(**edit), limits or Limits(), Path(out), observer)

@@ -12,10 +12,12 @@ import numpy as np
 from qkpatch.evaluation.annotations import KINDS
 from qkpatch.evaluation.chair import CaptionScore, chair_columns, figures, yes_no_columns
 from qkpatch.evaluation.measure import Side, Task
+from qkpatch.evaluation.records import Record
 from qkpatch.evaluation.statistics import Array, Interval, McNemar, excess_over_curve, mcnemar, paired
 from qkpatch.evaluation.vocabulary import WORD
 
-EQUAL_RECALL = "chair_s_at_equal_recall"  # of the base: of its captions cut after so many mentions
+EQUAL_RECALL = "chair_s_at_equal_recall"  # of the base: of its captions under a bias towards their end
+BIASES = 33
 LEAST = 1e-12  # a probability that rounding leaves
 
 
@@ -51,12 +53,12 @@ class Comparison:
         return self.figures[name].difference.high < 0
 
 
-def columns(task: Task, side: Side, most: int | None = None) -> dict[str, Array]:
-    """Numerators and denominators of all figures by picture; ``most`` mentions of a caption, where it is cut."""
-    said = [task.vocabulary.mentions(record.caption)[:most] for record in side.records]
+def columns(task: Task, side: Side, bias: float = 0.0) -> dict[str, Array]:
+    """Numerators and denominators of all figures by picture; of captions alone, where a bias ends these sooner."""
+    said = [task.vocabulary.mentions(ended(record, bias)) for record in side.records]
     there = list(task.pictures.present.values())
     found = chair_columns([CaptionScore.of(*pair) for pair in zip(said, there, strict=True)])
-    if most is not None:
+    if bias:
         return found
     words = np.array([len(WORD.findall(record.caption)) for record in side.records], float)
     found["words"] = np.stack([words, np.ones_like(words)], -1)
@@ -108,11 +110,18 @@ def kept(side: Side, base: Side) -> tuple[dict[str, float], tuple[float, ...]]:
 
 
 def _stop_earlier(task: Task, side: Side, base: Side) -> Interval:
-    """How far CHAIR_s lies above the base's captions cut after so many mentions that recall is the same."""
-    longest = max(len(task.vocabulary.mentions(record.caption)) for record in base.records)
-    cuts = [columns(task, side), *(columns(task, base, most) for most in range(longest + 1))]
+    """How far CHAIR_s lies above that of the base under a bias towards the end, at the same recall."""
+    margins = [margin for record in base.records for margin, _ in record.stops] or [1.0]
+    biases = np.unique(np.quantile(margins, np.linspace(0, 1, BIASES)))
+    cuts = [columns(task, side), columns(task, base), *(columns(task, base, bias) for bias in biases)]
     curve = np.stack([np.stack([cut["chair_s"], cut["recall"]]) for cut in cuts])
     return excess_over_curve(curve, seed=task.protocol.sample_seed)
+
+
+def ended(record: Record, bias: float) -> str:
+    """The caption under a bias: greedily, it is the same up to where it ends."""
+    at = next((letters for margin, letters in record.stops if margin <= bias), None)
+    return record.caption if at is None else record.caption[:at]
 
 
 def divergence(p: Mapping[str, float], q: Mapping[str, float]) -> float:

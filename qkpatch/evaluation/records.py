@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import UserDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,9 @@ class Record:
     finished: bool
     tokens: int
     next_tokens: Mapping[str, float]  # after the prompt: the likeliest by id
+    stops: Sequence[
+        tuple[float, int]
+    ]  # biases of its end that would cut it sooner, falling, and where: letters
     answers: Mapping[str, float]  # P(yes) / (P(yes) + P(no)), by the object asked about
 
 

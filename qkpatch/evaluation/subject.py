@@ -47,7 +47,6 @@ class Subject:
             CheckpointError: transformers cannot load it.
         """
         where, transformers = choose_device(device), library("transformers")
-        transformers.logging.disable_progress_bar()
         library("PIL")
         places = [find_place(name)]
         if (places[0] / "adapter_config.json").is_file():
@@ -104,21 +103,28 @@ class Subject:
 
     def captions(self, pictures: Sequence[Path], protocol: Protocol) -> list[dict[str, Any]]:
         """Greedy captions and the next-token distributions after the prompt, as fields of a record."""
-        rows, log_p = self._ask(pictures, [protocol.prompt] * len(pictures), protocol.max_new_tokens)
-        ends = self.model.generation_config.eos_token_id
-        ends = {ends} if isinstance(ends, int) else set(ends or ())
-        said = []
-        for row, likeliest in zip(rows.tolist(), _likeliest(log_p), strict=True):
-            n = next((i for i, token in enumerate(row) if token in ends), len(row))
-            caption = self.processor.tokenizer.decode(row[:n], skip_special_tokens=True).strip()
+        rows, log_p, margins = self._ask(pictures, [protocol.prompt] * len(pictures), protocol.max_new_tokens)
+        said, decode = [], self.processor.tokenizer.decode
+        for row, likeliest, left in zip(rows.tolist(), _likeliest(log_p), margins.T.tolist(), strict=True):
+            n = next((i for i, token in enumerate(row) if token in self._ends), len(row))
+            caption, stops = decode(row[:n], skip_special_tokens=True).strip(), list[tuple[float, int]]()
+            for i, margin in enumerate(left[:n]):
+                if not stops or margin < stops[-1][0]:
+                    stops.append((margin, len(decode(row[:i], skip_special_tokens=True).strip())))
             if n == len(row) and not protocol.keep_unfinished:
                 caption = whole_sentences(caption)
-            said.append({"caption": caption, "finished": n < len(row), "tokens": n, "next_tokens": likeliest})
+            one = {"caption": caption, "finished": n < len(row), "tokens": n, "next_tokens": likeliest}
+            said.append({**one, "stops": stops})
         return said
+
+    @property
+    def _ends(self) -> list[int]:
+        ends = self.model.generation_config.eos_token_id
+        return [ends] if isinstance(ends, int) else list(ends or ())
 
     def yes(self, pictures: Sequence[Path], asked: Sequence[str]) -> list[float]:
         """``P(yes) / (P(yes) + P(no))`` of the first token of the answer, in all spellings of one token."""
-        _, log_p = self._ask(pictures, asked, 1)
+        _, log_p, _ = self._ask(pictures, asked, 1)
         yes, no = (log_p[:, self.spellings(word)].logsumexp(-1) for word in ("yes", "no"))
         return [float(f"{p:.7g}") for p in torch.sigmoid(yes - no).tolist()]
 
@@ -134,13 +140,18 @@ class Subject:
         return sorted(found)
 
     @torch.inference_mode()
-    def _ask(self, pictures: Sequence[Path], asked: Sequence[str], n: int) -> tuple[Tensor, Tensor]:
-        """Tokens of the answers, (pictures, at most ``n``), and the log-probabilities of their first ones."""
+    def _ask(self, pictures: Sequence[Path], asked: Sequence[str], n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens of the answers, (pictures, at most ``n``), the log-probabilities of their first ones, and margins.
+
+        A margin is how far the end lies below the likeliest token, (steps, pictures): the bias that would choose it.
+        """
         text, tokenizer = [self.prompt(each) for each in asked], self.processor.tokenizer
-        first: list[Tensor] = []
+        first, margins = list[Tensor](), list[Tensor]()
 
         def keep(ids: Tensor, scores: Tensor) -> Tensor:
             first.extend([] if first else [scores.float().log_softmax(-1).cpu()])
+            ends = scores[:, self._ends].amax(-1) if self._ends else scores.amin(-1)
+            margins.append((scores.amax(-1) - ends).float().cpu())
             return scores
 
         with _memory(len(pictures)):
@@ -152,7 +163,7 @@ class Subject:
                 **inputs, max_new_tokens=n, do_sample=False, num_beams=1, repetition_penalty=1.0, temperature=None,
                 top_p=None, top_k=None, logits_processor=[keep], pad_token_id=tokenizer.pad_token_id,
             )  # fmt: skip
-        return rows[:, inputs["input_ids"].shape[1] :], first[0]
+        return rows[:, inputs["input_ids"].shape[1] :], first[0], torch.stack(margins)
 
     @torch.inference_mode()
     def read(self, text: str) -> tuple[list[float], list[Mapping[str, float]]]:

@@ -54,8 +54,8 @@ class LayerTarget:
         """Every tensor that the edit depends on."""
         return [*(ref.name for ref in vars(self).values() if isinstance(ref, TensorRef)), *self.biases]
 
-    def read_ranges(self, heads: Sequence[int]) -> dict[str, list[tuple[int, int]]]:
-        """The bytes that products of ``heads`` are read from, by shard: their rows, scales, and norms' gains."""
+    def read_rows(self, heads: Sequence[int]) -> dict[TensorRef, list[tuple[int, int]]]:
+        """The bytes that products of ``heads`` are read from, by tensor: their rows, scales, and norms' gains."""
         layout = self.layout
         found: dict[TensorRef, set[tuple[int, int]]] = {}
         for head in heads:
@@ -69,9 +69,13 @@ class LayerTarget:
         for norm in (self.query_norm, self.key_norm, self.input_norm):
             if norm is not None:
                 found.setdefault(norm, set()).add((norm.begin, norm.end))
+        return {ref: sorted(ranges) for ref, ranges in found.items()}
+
+    def read_ranges(self, heads: Sequence[int]) -> dict[str, list[tuple[int, int]]]:
+        """The same by shard."""
         shards: dict[str, list[tuple[int, int]]] = {}
-        for ref, ranges in found.items():
-            shards.setdefault(ref.shard, []).extend(sorted(ranges))
+        for ref, ranges in self.read_rows(heads).items():
+            shards.setdefault(ref.shard, []).extend(ranges)
         return shards
 
     def read_bytes(self, heads: Sequence[int]) -> int:

@@ -48,8 +48,7 @@ class StagedFiles:
         """A new file, open for reading and writing: it has its size, our own bytes, and else zeros."""
         path = self._files.path / file.name
         with os_errors("create", path):
-            if (status := self._files.status(file.name)) is not None:
-                self._files.remove(file.name, status)  # left by a run that is resumed, and of no use
+            self._files.discard(file.name)  # left by a run that is resumed, and of no use
             # The owner may always write, so that edits can be made in a copy of a read-only file.
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
             fd = self._files.open(file.name, flags, file.mode & 0o777 | 0o200)
@@ -86,8 +85,7 @@ class StagedFiles:
         if status is not None and FileId.of(status) == file.id:  # by a run before
             self.is_done(name, status)
             return True
-        if status is not None:
-            self._files.remove(name, status)
+        self._files.discard(name)
         with file.open():  # as it was planned for, or an error
             try:
                 self._files.link(os.path.realpath(file.path), name)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -14,7 +13,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME
 from qkpatch.common.interrupts import import_torch, signals_held, signals_let_through
@@ -32,15 +31,16 @@ from qkpatch.output.staging import Staging
 from qkpatch.patching.checked_sources import Sources
 from qkpatch.patching.copier import COPIES_AHEAD, Copier
 from qkpatch.patching.threads import Crew
-from qkpatch.planning.blocks import RunBlock
+from qkpatch.planning.blocks import RunBlock, ToolBlock
 from qkpatch.planning.manifest import EditRecord, HeadRecord, Manifest, planned_manifest
 from qkpatch.planning.memory import peak_memory
+from qkpatch.planning.patch_file import Patch, rows_of
 from qkpatch.planning.plan import EditPlan
 from qkpatch.planning.sha256sums import sums_text
 from qkpatch.spectral.rule import Select
 
 if TYPE_CHECKING:
-    from qkpatch.patching.edit_heads import Editor
+    from qkpatch.patching.edit_heads import Editor, Write
 
 GAP_WARNING = 1e-3
 ROUNDING_WARNING = 0.1  # FP8 has three bits: a small change drowns in its rounding
@@ -79,7 +79,7 @@ def apply_plan(
     checkpoint = plan.model.checkpoint
     checkpoint.check_still()
     fingerprint = _fingerprint(plan, writing)
-    started = _now()
+    started = now()
     with signals_held(), ExitStack() as stack:
         resume = fingerprint if writing.resume else None
         staging = stack.enter_context(Staging(out, resume, checkpoint.mode))
@@ -92,7 +92,7 @@ def apply_plan(
         with signals_let_through():  # but not while any of the above begins or ends
             copier.prepare(crew)
             copying = copier.start(crew)
-            editor = _editor(device)
+            editor = editor_of(plan, device)
             carried = copier.wait(copying, crew) if sources.is_download else {}
             heads: dict[LayerTarget, tuple[HeadRecord, ...]] = {}
             digests: dict[LayerTarget, Future[_Digests]] = {}
@@ -106,22 +106,16 @@ def apply_plan(
             for target in plan.edits:
                 if target not in digests:
                     digests[target] = crew.start(partial(_digests, sources, copier, writing, target))
-            planned = planned_manifest(plan, str(editor.device))
-            done = tuple(
-                record.done(*digests[target].result(), heads[target])
-                for record, target in zip(planned.edits, plan.edits, strict=True)
-            )
+            edited = {t: (*digests[t].result(), heads[t]) for t in plan.edits}
+            done = done_manifest(plan, editor, edited)
             hashed = {name: how.sha256 for name, how in carried.items()}
             hashed |= copier.edited_digests(crew, carried)
             manifest = replace(
-                planned,
-                tool=replace(planned.tool, torch=editor.torch_version, python=platform.python_version()),
-                source=replace(planned.source, checked=sources.is_checked),
-                edits=done,
-                files=tuple(replace(file, sha256=hashed[file.name]) for file in planned.files),
-                warnings=(*planned.warnings, *numerical_warnings(done, plan)),
-                output=replace(planned.output, digest=writing.digest),
-                run=RunBlock(started, _now(), Counter(how.means for how in carried.values()), editor.stack),
+                done,
+                source=replace(done.source, checked=sources.is_checked),
+                files=tuple(replace(file, sha256=hashed[file.name]) for file in done.files),
+                output=replace(done.output, digest=writing.digest),
+                run=RunBlock(started, now(), Counter(how.means for how in carried.values()), editor.stack),
             )
             record = manifest.dumps().encode()
             if writing.digest is Digest.files:
@@ -140,13 +134,14 @@ def check_run(plan: EditPlan, device: str, threads: int) -> None:
         UsageError: torch is not there, or has no such device.
         FileSystemError: more open files or memory than this process may have.
     """
-    if find_spec("torch") is None:
+    if plan.patch is None and find_spec("torch") is None:
         raise no_torch()
     memory = peak_memory(threads, plan.head_memory, len(plan.model.checkpoint.tensors))
     n_files = len(plan.edits_by_file) + min(COPIES_AHEAD, len(plan.output.files)) + 2 * threads
     is_limited = check_limits(_OPEN_FILES + n_files, memory)
     is_remote = plan.model.source.path is None  # nor is anything downloaded for a torch that does not work
-    if is_limited or is_remote or device not in ("auto", "cpu"):  # which are always there
+    # These two are always there.
+    if plan.patch is None and (is_limited or is_remote or device not in ("auto", "cpu")):
         _editor(device)
 
 
@@ -173,6 +168,37 @@ def _keeping(
         raise
 
 
+class Recorded(NamedTuple):
+    """New rows out of a patch file, with the figures that travel in it; to be asked as an editor is, without torch."""
+
+    patch: Patch
+    device: str
+    tool: ToolBlock
+    stack: Mapping[str, str] | None
+
+    def edited(
+        self, plan: EditPlan, _: object, crew: Crew, write: Write, observer: Observer
+    ) -> Iterator[tuple[LayerTarget, tuple[HeadRecord, ...]]]:
+        """As :meth:`Editor.edited`."""
+        with self.patch.file.open() as file:
+            for target in plan.edits:
+                for head in plan.settings.heads:
+                    crew.check()
+                    for ref, begin, end, at in plan.head_ranges(target, head):
+                        rows = self.patch.rows[rows_of(ref, begin, end).name]
+                        write(plan.output.place(ref).shard, file.read(rows.nbytes, rows.begin), at)
+                    observer.edited(1)
+                yield target, self.patch.heads[target.query.name]
+
+
+def editor_of(plan: EditPlan, device: str) -> Editor | Recorded:
+    """Where new rows come from: the plan's patch file, or what computes them."""
+    if plan.patch is None:
+        return _editor(device)
+    made = plan.patch.manifest
+    return Recorded(plan.patch, made.compute.device, made.tool, made.run.stack)
+
+
 def _editor(device: str) -> Editor:
     """The part that computes; ``import torch`` takes a second, in which files are being copied already."""
     import_torch()
@@ -192,7 +218,17 @@ def _fingerprint(plan: EditPlan, writing: Writing) -> str:
     return hashlib.sha256(canonical_json(document).encode()).hexdigest()
 
 
-_Digests = tuple[list[str | None], list[str | None]]
+_Digests = tuple[Sequence[str | None], Sequence[str | None]]
+Done = tuple[Sequence[str | None], Sequence[str | None], tuple[HeadRecord, ...]]
+
+
+def done_manifest(plan: EditPlan, editor: Editor | Recorded, done: Mapping[LayerTarget, Done]) -> Manifest:
+    """The manifest of a plan that is carried out, but for files and times; ``done``: before, after, and figures."""
+    planned = planned_manifest(plan, str(editor.device))
+    edits = tuple(record.done(*done[t]) for record, t in zip(planned.edits, plan.edits, strict=True))
+    warnings = (*planned.warnings, *numerical_warnings(edits, plan))
+    run = RunBlock(stack=editor.stack)
+    return replace(planned, tool=editor.tool, edits=edits, warnings=warnings, run=run)
 
 
 def _digests(sources: Sources, copier: Copier, writing: Writing, target: LayerTarget) -> _Digests:
@@ -244,5 +280,6 @@ def _mean_rounding(edit: EditRecord) -> float:
     return mean(head.rounding_error for head in edit.heads)
 
 
-def _now() -> str:
+def now() -> str:
+    """The time of day, as manifests have it."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from qkpatch.patching.device import choose_device, computing, heads_together
 from qkpatch.patching.head_bytes import StoredHeads
 from qkpatch.patching.head_products import HeadWeights, LayerWeights, Opened, open_layer
 from qkpatch.patching.threads import Crew
+from qkpatch.planning.blocks import ToolBlock
 from qkpatch.planning.manifest import HeadRecord
 from qkpatch.planning.plan import EditPlan
 from qkpatch.spectral.edit import HeadError, HeadReport, edit_query, measure
@@ -57,9 +59,9 @@ class Editor:
         return cls(choose_device(device))
 
     @property
-    def torch_version(self) -> str:
-        """The version of torch with its build, such as ``2.13.0+cpu``."""
-        return str(torch.__version__)
+    def tool(self) -> ToolBlock:
+        """This qkpatch, torch with its build, such as ``2.13.0+cpu``, and Python."""
+        return ToolBlock("qkpatch", version("qkpatch"), str(torch.__version__), platform.python_version())
 
     @property
     def stack(self) -> dict[str, str]:
@@ -67,7 +69,7 @@ class Editor:
         shown = torch.__config__.show()
         blas = re.search(r"(?<=oneAPI )Math Kernel Library Version \S+|(?<=BLAS_INFO=)\w+", shown)
         cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {_cpu_model()}".strip()
-        return {"torch": self.torch_version, "blas": blas[0] if blas else "unknown", "cpu": cpu}
+        return {"torch": str(torch.__version__), "blas": blas[0] if blas else "unknown", "cpu": cpu}
 
     def edited(
         self, plan: EditPlan, opened: Opened, crew: Crew, write: Write, observer: Observer

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from qkpatch.checkpoint.files import OpenFile
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.errors import NumericalError
 from qkpatch.model.targets import LayerTarget
 from qkpatch.patching.head_bytes import COMPUTE_DTYPE, HeadBytes, roundoff
+from qkpatch.planning.patch_file import Opened as Opened
 from qkpatch.recipes.recipe import NormKind
 from qkpatch.spectral.factors import Factor
 from qkpatch.spectral.product import QKProduct
@@ -144,9 +144,6 @@ class LayerWeights:
                     where=f"{ref.name} in {ref.shard}",
                     fix="are these weights what they should be?",
                 )
-
-
-Opened = Callable[[str, Sequence[tuple[int, int]]], AbstractContextManager[OpenFile]]
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.names import RUBBISH, USUAL, matching
@@ -29,6 +30,9 @@ from qkpatch.planning.settings import EditSettings, resolve
 from qkpatch.recipes.reading import UNTESTED
 from qkpatch.spectral.rule import EditRule, Select
 
+if TYPE_CHECKING:
+    from qkpatch.planning.patch_file import Patch
+
 
 @dataclass(frozen=True)
 class EditPlan:
@@ -41,6 +45,7 @@ class EditPlan:
     output: Output
     request: Request  # what was asked for
     is_done: bool = False  # whether the OUT that was named is that already
+    patch: Patch | None = None  # whose rows are written in place of computed ones
 
     @property
     def max_shard_size(self) -> int | None:

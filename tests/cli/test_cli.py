@@ -99,7 +99,7 @@ def test_a_malformed_layer_list_is_refused_before_the_source_is_looked_at(run, t
 
 
 @pytest.mark.parametrize(
-    "source", ["no-such-dir", "./a/b", "/nonexistent", "a/b/c", "org/na me", "org/name@"]
+    "source", ["no-such-dir", "./a/b", "/nowhere-at-all", "a/b/c", "org/na me", "org/name@"]
 )
 def test_a_source_that_is_nothing_known_tells_where_recipes_are_listed(
     source: str, run, tmp_path: Path

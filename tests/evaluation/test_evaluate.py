@@ -21,6 +21,7 @@ from typer.testing import Result
 import qkpatch
 from qkpatch.errors import QKPatchError
 from qkpatch.evaluation.annotations import KINDS
+from qkpatch.evaluation.comparison import ended
 from qkpatch.evaluation.measure import Task
 from qkpatch.evaluation.records import Inputs, Protocol
 from qkpatch.evaluation.subject import Subject
@@ -77,6 +78,18 @@ def test_captions_and_chair_are_those_of_the_evidence(toy32: Path, album: Path) 
     assert 0 < found["chair_s"] < 1
 
 
+def test_captions_that_stop_earlier_are_those_of_the_evidence(toy32: Path, album: Path) -> None:
+    """A bias towards the end cuts a greedy caption short, and changes nothing before: no second run is needed."""
+    side = qkpatch.evaluate(toy32, inputs(album), ASKED).sides[0]
+    loaded = load_model(TOY)
+    seen = Seen.by(loaded, list(islice(scenes("broken", 2026, 4), 40)))
+    whole = captions(loaded, seen)
+    for bias in (0.5, 1.0, 2.0, 4.0, 1e9):
+        theirs = captions(loaded, seen, stop_bias=bias)
+        assert [ended(record, bias).split() for record in side.records] == [list(words) for words in theirs]
+    assert whole != captions(loaded, seen, stop_bias=2.0)
+
+
 def test_answers_are_the_probabilities_of_yes_beside_no(toy32: Path, album: Path) -> None:
     task = Task.of(inputs(album, batch_size=3), Protocol(**{**vars(ASKED), "sample": 6}))
     subject = Subject.load(str(toy32))
@@ -112,6 +125,27 @@ def test_perplexity_is_that_of_transformers(toy32: Path) -> None:
     assert all(
         sum(torch.tensor(list(row.values())).exp()) == pytest.approx(1, abs=1e-4) for row in reading[:5]
     )
+
+
+@pytest.mark.parametrize("start", ["", "<s>"])
+def test_a_chat_template_is_used_where_there_is_one(
+    start: str, run: Run, album: Path, tmp_path: Path
+) -> None:
+    toy = _toy(tmp_path)
+    parts = "{% if c.type == 'image' %}<image>{% else %} {{ c.text }}{% endif %}"
+    template = (
+        f"{start}{{% for m in messages %}}{{% for c in m.content %}}{parts}{{% endfor %}}{{% endfor %}}"
+    )
+    (toy / "chat_template.jinja").write_text(template)
+    subject = Subject.load(str(toy))
+    assert subject.prompt("describe :") == f"{start}<image> describe :"
+    picture = album / "pictures" / "0000.png"
+    short = Protocol("describe :", "exists {object}", max_new_tokens=8)
+    assert subject.captions([picture], short) == subject.captions(
+        [picture], Protocol(ASKED.prompt, max_new_tokens=8)
+    )
+    assert subject.yes([picture], ["exists cup"]) == subject.yes([picture], ["<image> exists cup"])
+    subject.check(short)
 
 
 def test_an_edit_in_memory_is_what_apply_writes(run: Run, album: Path, tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_a_search_says_plainly_what_it_found_and_writes_only_what_beats_all(
     assert str(tmp_path) not in text
     proof = run("verify", tmp_path / "edited", "--source", TOY)
     assert proof.exit_code == 0, proof.output
-    assert "README" not in proof.output
+    assert "reports results, which are its author's" in proof.output
     for broken in ('{"comparisons": []}', '{"comparisons": [{"figures": 3}], "pictures": {"n": 3}}'):
         evidence.write_text(broken)
         refused = run("card", tmp_path / "edited", "--results", evidence)

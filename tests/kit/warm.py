@@ -13,7 +13,6 @@ import os
 import pkgutil
 import select
 import shlex
-import signal
 import socket
 import subprocess
 import sys
@@ -38,6 +37,7 @@ LIBRARIES = (
 def serve(path: str) -> None:
     """Fork for each call, with the caller's environment, directory and streams; answer with the exit code."""
     import qkpatch
+    from qkpatch.recipes import catalogue
 
     for module in pkgutil.walk_packages(qkpatch.__path__, "qkpatch."):
         if module.name != "qkpatch.__main__":
@@ -45,19 +45,21 @@ def serve(path: str) -> None:
     for name in LIBRARIES:
         with suppress(ModuleNotFoundError):
             importlib.import_module(name)
+    catalogue.shipped_recipes()  # what is parsed here, no fork has to
     assert "huggingface_hub" not in sys.modules
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(path)
         server.listen()
         print("ready", flush=True)
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         while server in select.select([server, 0], [], [])[0]:
             caller, _ = server.accept()
             with caller:
                 if os.fork() == 0:
-                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                     server.close()
                     _answer(caller)
+            with suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
 
 
 def _answer(caller: socket.socket) -> None:

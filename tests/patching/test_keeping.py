@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from conftest import REPO, build_tiny_folder
 
 from qkpatch.errors import FileSystemError, HubError, NumericalError, QKPatchError
@@ -93,7 +94,9 @@ def interrupted(source: Path, folder: Path, number: int, *flags: str) -> tuple[i
         return process.wait(60), process.communicate()[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.stress)]
+)
 def test_what_is_done_stays_after_a_signal_and_the_command_that_is_told_goes_on(
     number: signal.Signals, source: Path, folder: Path, run: Run, tmp_path: Path
 ) -> None:
@@ -107,9 +110,7 @@ def test_what_is_done_stays_after_a_signal_and_the_command_that_is_told_goes_on(
     assert f"{sum(kept.values()):,} bytes in {len(kept)} of" in said
     words = shlex.split(said.partition("Go on with: ")[2])
     assert words[:2] == ["qkpatch", "apply"]
-    again = subprocess.run(
-        [sys.executable, "-m", *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
-    )
+    again = warm.run(ENVIRONMENT, words[1:])
     assert again.returncode == 0, again.stderr
     assert f"; {len(kept)} of these files taken over from the run before" in " ".join(again.stdout.split())
     assert run("apply", source, "-o", tmp_path / "plain", "--layers", "0-3").exit_code == 0

@@ -1,18 +1,28 @@
-"""``qkpatch apply``: an edited copy of SOURCE."""
+"""``qkpatch apply``: an edited copy of SOURCE, or an edit without one; ``qkpatch revert``."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qkpatch.checkpoint.names import UNFINISHED
 from qkpatch.cli.command import command
 from qkpatch.cli.commands.plan import preview
 from qkpatch.cli.commands.publishing import push_out, push_wish, show_commit
-from qkpatch.cli.flags import EditFlags, OutOpt, PushFlags, RunFlags, ShowFlags, SourceArg, WriteFlags
+from qkpatch.cli.flags import (
+    EditFlags,
+    OutOpt,
+    PushFlags,
+    RunFlags,
+    ShowFlags,
+    SourceArg,
+    WriteFlags,
+)
 from qkpatch.errors import UsageError
-from qkpatch.output.options import Writing
+from qkpatch.output.options import Digest
 
 if TYPE_CHECKING:
     from qkpatch.planning.plan import EditPlan
@@ -37,24 +47,44 @@ def apply(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan only; as `qkpatch plan`.")] = False,
 ) -> None:
-    """Write an edited copy of SOURCE to OUT, with a manifest of what was changed."""
+    """Write an edited copy of SOURCE to OUT, with a manifest of what was changed; or edit without a copy."""
     from qkpatch import api
     from qkpatch.cli.console import note, print_text, show_warnings
     from qkpatch.cli.progress import bars
-    from qkpatch.cli.tables import show_applied
-    from qkpatch.common.text import size_text
+    from qkpatch.cli.tables import show_applied, show_edits
+    from qkpatch.common.text import as_word, size_text
     from qkpatch.model.locate import local_path
+    from qkpatch.planning.patch_file import read_patch
 
-    writing = Writing(**vars(write))
-    request, wish = edit.request, push_wish(publish)
+    writing, request, wish = write.writing, edit.request, push_wish(publish)
+    own = "--patch-only" if write.patch_only else "--in-place" if write.in_place else None
+    if own is not None:
+        others = {
+            **vars(write),
+            "in-place": write.in_place,
+            "out": write.in_place and out,
+            "dry-run": dry_run,
+        }
+        others |= {"patch": write.patch_only and write.patch, "no-cache": no_cache, "push": wish}
+        others["digest"] = write.digest is Digest.files or (write.patch_only and write.digest is Digest.none)
+        if wrong := [
+            f"--{name.replace('_', '-')}" for name, given in others.items() if given and f"--{name}" != own
+        ]:
+            raise UsageError(
+                f"{wrong[0]} and {own} do not go together", where=own, fix="leave one of them out"
+            )
+        if write.in_place and (Path(source) / UNFINISHED).exists():
+            note("An edit in place had been cut short: it is undone first")
+            api.revert(source)
     if no_cache and local_path(source) is not None:
         raise UsageError("SOURCE is on this machine already", where="--no-cache", fix="leave it out")
     if no_cache and (writing.link or writing.link_cache):
         raise UsageError("nothing is there to link to", where="--link", fix="leave out --link or --no-cache")
-    if out is not None:
+    if out is not None and own is None:
         api.refuse_early(source, out, writing)
     # What is in OUT is read once, when a run begins.
-    plan = api.plan(source, request, out=out if dry_run else None, writing=writing, cache=not no_cache)
+    seen, cache = out if dry_run else None, not no_cache
+    plan = api.plan(source, request, out=seen, writing=writing, cache=cache, patch=write.patch)
     if dry_run:
         publication = _foreseen(plan, wish, run)
         preview(plan, out, run, show)
@@ -62,22 +92,36 @@ def apply(
             show_commit(publication, show)
         return
     say = (lambda _: None) if show.quiet else note
-    if out is None:
+    if out is None and own is None:
         out = plan.default_out
         place = "in the current directory" if out.parent == Path() else "beside SOURCE"
         say(f"OUT is not named, so it is {out} {place}")
     _foreseen(plan, wish, run)  # what is refused is refused before a download
     model = plan.model
     with bars(quiet=show.is_bare) as observer:
-        if model.source.path is None and not no_cache:
-            size = size_text(model.checkpoint.size)
-            say(f"{model.source.name}: {size} into the Hub cache, unless OUT is done already")
-        manifest = api.apply(plan, out, **vars(run), cache=not no_cache, observer=observer, writing=writing)
+        how: dict[str, Any] = {**vars(run), "observer": observer}
+        if write.in_place:
+            manifest = api.apply_in_place(plan, digest=write.digest, **how)
+        elif write.patch_only:
+            out = api.make_patch(plan, out, **how)
+            manifest = read_patch(out).manifest
+        else:
+            if model.source.path is None and not no_cache:
+                size = size_text(model.checkpoint.size)
+                say(f"{model.source.name}: {size} into the Hub cache, unless OUT is done already")
+            manifest = api.apply(plan, out, cache=not no_cache, writing=writing, **how)
     if not show.quiet:
         show_warnings([*manifest.warnings, *(manifest.run.weaker or ())])
-    if not show.is_bare:
+    if not show.is_bare and own is None and out is not None:
         show_applied(plan, manifest, out)
-    if wish is not None:
+    elif not show.is_bare:
+        then = ["qkpatch", "revert" if out is None else "apply", as_word(source)]
+        then += [] if out is None else ["--patch", as_word(str(out)), "-o", "OUT"]
+        did = "Already done" if manifest.run.already_done else "Edited in place" if out is None else "Wrote"
+        rows = f"{len(manifest.edits)} tensor(s), {size_text(plan.edited_bytes)} of rows"
+        verb = "Undo" if out is None else "Apply"
+        show_edits(plan, manifest, f"{did} {out or source}: {rows}", f"{verb} it with: {shlex.join(then)}")
+    if wish is not None and out is not None:
         where = None if plan.model.source.kind == "hub" else source
         say(f"Published: {push_out(out, wish, where, plan.model.recipe_file, show)}")
     # Last, so that stdout is one document: this, or an error.

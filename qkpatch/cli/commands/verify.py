@@ -1,13 +1,14 @@
-"""``qkpatch verify``: OUT against SOURCE and its own manifest."""
+"""``qkpatch verify``: OUT against SOURCE and its own manifest; ``qkpatch revert``: back from an edit in place."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from qkpatch.cli.command import command
-from qkpatch.cli.flags import DebugOpt, JsonOpt, OutArg, QuietOpt, check_present
+from qkpatch.cli.flags import DebugOpt, JsonOpt, OutArg, QuietOpt, check_present, expanded
 from qkpatch.errors import MismatchError
 
 
@@ -40,3 +41,22 @@ def verify(
             print_json(result.to_json())
         elif not quiet:
             show_verification(result, out)
+
+
+@command
+def revert(
+    source: OutArg,
+    *,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write a restored copy instead.", callback=expanded)
+    ] = None,
+    quiet: QuietOpt = False,
+    debug: DebugOpt = False,
+) -> None:
+    """Make SOURCE what it was before `apply --in-place`, byte for byte, also where that was cut short."""
+    from qkpatch import api
+    from qkpatch.cli.console import note
+
+    api.revert(source, out)
+    if not quiet:
+        note(f"{source} is as it was before its edit in place" if out is None else f"Wrote {out}")

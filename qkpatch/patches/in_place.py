@@ -1,0 +1,214 @@
+"""Edits without a copy: all new rows are computed into a patch file, and with the undo file there, go into SOURCE."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from qkpatch.checkpoint.cache import is_in_cache
+from qkpatch.checkpoint.files import LocalOpenFile, os_errors, write_exact
+from qkpatch.checkpoint.names import PART, UNDO, UNFINISHED
+from qkpatch.checkpoint.open_directory import Rooted
+from qkpatch.checkpoint.source import MANIFEST_NAME
+from qkpatch.common.interrupts import signals_held, signals_let_through
+from qkpatch.common.observer import UNSEEN, Observer
+from qkpatch.errors import FileSystemError, UsageError
+from qkpatch.output.destination import check_apart
+from qkpatch.output.options import Digest, Writing
+from qkpatch.output.space import free_bytes
+from qkpatch.patches.undo import (
+    SMALL,
+    check_absent,
+    check_as_left,
+    locked,
+    move,
+    restore,
+    writable,
+    write_rows,
+)
+from qkpatch.patching.apply import check_run, done_manifest, editor_of, now
+from qkpatch.patching.threads import Crew
+from qkpatch.planning.manifest import Manifest, planned_manifest
+from qkpatch.planning.memory import choose_threads
+from qkpatch.planning.patch_file import Record, planned_rows, read_digest, read_patch, write_patch
+from qkpatch.planning.plan import EditPlan
+from qkpatch.planning.request import check_device_name
+
+
+def make_patch(
+    plan: EditPlan,
+    file: Path | str | None = None,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    observer: Observer = UNSEEN,
+) -> Path:
+    """Write no OUT but a patch file, whole or not at all: the planned rows' new bytes, and digests of both sides.
+
+    Args:
+        plan: of :func:`qkpatch.plan`; of a repository, only what the edit reads is fetched.
+        file: which, not there yet; by default ``plan.default_name`` and ``.qkpatch``.
+        device: as of :func:`qkpatch.apply`.
+        threads: as of :func:`qkpatch.apply`.
+        observer: hears of heads.
+
+    Raises:
+        UsageError: it is there already, or lies in SOURCE; the plan is of a patch, or says how OUT is written.
+        QKPatchError: as :func:`qkpatch.apply`.
+    """
+    path = Path(f"{plan.default_name}.qkpatch" if file is None else file)
+    checkpoint, rows, heads = plan.model.checkpoint, planned_rows(plan), plan.settings.heads
+    check_absent(path)
+    if not path.name.startswith(PART):  # of an edit in place
+        check_apart(path, checkpoint)
+    if plan.patch is not None or plan.max_shard_size is not None or plan.request.exclude is not None:
+        what = "a patch file has the edited rows alone: no shards, no other files, no other patch"
+        fix = "leave out --max-shard-size, --exclude and --patch; the first two go with --patch FILE -o OUT"
+        raise UsageError(what, where="--patch-only", fix=fix)
+    check_device_name(device)
+    n_threads = choose_threads(threads, plan.head_memory, len(checkpoint.tensors))
+    check_run(plan, device, n_threads)
+    checkpoint.check_still()
+    held, size = {}, 0  # where rows are in a file without a name, which a kill removes
+    for name, ref in rows.items():
+        held[name] = replace(ref, begin=size, end=size + ref.nbytes)
+        size += ref.nbytes
+    places = {(ref.shard, ref.begin): held[name].begin for name, ref in rows.items()}
+    if (free := free_bytes(path)) is not None and free < 2 * size:
+        raise FileSystemError(f"{2 * size:,} bytes are needed, and {free:,} are free", where=str(path.parent))
+    with Rooted(path.absolute().parent) as folder, ExitStack() as stack:
+        with os_errors("create a file", folder.path):
+            rows_file = stack.enter_context(tempfile.TemporaryFile(prefix=path.name, dir=folder.path))
+        new = LocalOpenFile(rows_file.fileno(), str(folder.path))
+
+        def write(shard: str, data: bytes | bytearray, begin: int) -> None:
+            write_exact(new.fd, data, places[shard, begin], new.where)
+
+        observer.begins("", 0, len(plan.edits) * len(heads))
+        with Crew(n_threads) as crew:
+            editor = editor_of(plan, device)
+            edited = dict(editor.edited(plan, checkpoint.opened, crew, write, observer))
+        done = {t: (2 * [None], 2 * [None], edited[t]) for t in plan.edits}
+        manifest = done_manifest(plan, editor, done)
+        digests = {}
+        for name, ref in rows.items():
+            with checkpoint.opened(ref.shard, [(ref.begin, ref.end)]) as source:
+                before = source.sha256(ref.begin, ref.end)
+            digests[name] = before, new.sha256(held[name].begin, held[name].end)
+        record = Record(digests, {t.query.name: read_digest(t, heads, checkpoint.opened) for t in plan.edits})
+        checkpoint.check_still()
+        tensors = [(ref, new) for ref in held.values()]
+        part = f"{path.name}.{os.getpid()}"
+        folder.replace(path.name, lambda out: write_patch(out, tensors, manifest, record), part)
+        folder.sync()
+    return path
+
+
+def apply_in_place(plan: EditPlan, *, digest: Digest = Digest.edited, **how: Any) -> Manifest:
+    """Rewrite the planned rows of SOURCE itself, write ``SOURCE/qkpatch.json``, and return that manifest.
+
+    First ``SOURCE/qkpatch.undo`` is on the disk, by which :func:`revert` leads back. What fails or interrupts this
+    leaves SOURCE as it was; after a kill, :func:`revert` and plan again. Where this very edit was made in place
+    before, nothing is done. ``how``: ``device``, ``threads`` and ``observer``, as of :func:`make_patch`.
+
+    Raises:
+        UsageError: SOURCE cannot be edited in place, or was already, by another edit.
+        QKPatchError: as :func:`qkpatch.apply`.
+    """
+    root, checkpoint, started = check_in_place(plan), plan.model.checkpoint, now()
+    if Writing(digest).digest is Digest.files:
+        raise UsageError("digests of all files are those of a copy", where="--digest", fix="use -o OUT")
+    with signals_held(), locked(root) as folder, ExitStack() as stack:
+        if folder.status(UNDO) is not None:
+            return _done(folder, plan)
+        checkpoint.check_still()
+        shards, new = stack.enter_context(writable(folder, plan.edits_by_file)), folder.path / f"{PART}.new"
+        try:
+            with signals_let_through():
+                patch = plan.patch or read_patch(make_patch(plan, new, **how))
+                patch.check_source(plan)
+                before = _digests(plan, shards, digest)
+                checkpoint.check_still()
+                _write_undo(folder, plan, patch.record, shards)
+            folder.sync()
+            write_rows(shards, planned_rows(plan), patch)
+            # SHA256SUMS of an edit before becomes untrue; SOURCE's own is one of its files.
+            for name, kept in SMALL.items() if checkpoint.previous_manifest is not None else ():
+                move(folder, name, kept)
+            after, figures = _digests(plan, shards, digest), [patch.heads[t.query.name] for t in plan.edits]
+            done = dict(zip(plan.edits, zip(before, after, figures, strict=True), strict=True))
+            manifest = done_manifest(plan, editor_of(replace(plan, patch=patch), ""), done)
+            output, run = (
+                replace(manifest.output, digest=digest),
+                replace(manifest.run, started=started, finished=now()),
+            )
+            manifest = replace(manifest, output=output, run=run)
+            folder.replace(MANIFEST_NAME, manifest.dumps().encode(), PART)
+            move(folder, UNFINISHED, UNDO)
+        except BaseException:
+            if folder.status(UNFINISHED) is not None:
+                restore(folder)
+            raise
+        finally:
+            folder.discard(new.name)
+    return manifest
+
+
+def check_in_place(plan: EditPlan) -> Path:
+    """The folder of a SOURCE that may be edited in place; raises :class:`UsageError` where it may not."""
+    source, root = plan.model.source, plan.model.source.path
+    if plan.max_shard_size is not None or plan.request.exclude is not None:
+        why = "nothing is copied that --max-shard-size or --exclude could be of"
+    elif root is None or source.kind == "hub" or is_in_cache(root):
+        why = "it is on the Hub, or in the Hub cache, whose files others rely on"
+    elif source.kind == "file":
+        why = "it is one file, and its undo file belongs in the folder of a model"
+    elif outside := plan.model.checkpoint.from_outside:
+        why = f"{outside[0]} leads out of it by a link"
+    elif any(file.original is None for file in plan.output.files.values()):
+        why = "it lacks an index of its shards, which OUT would get"
+    else:
+        return root
+    raise UsageError(f"SOURCE cannot be edited in place: {why}", where=source.name, fix="edit a copy: -o OUT")
+
+
+def _done(folder: Rooted, plan: EditPlan) -> Manifest:
+    """The manifest of the edit in place that was made, where that is this very one."""
+    made = Manifest.loads(plan.model.checkpoint.previous_manifest or b"", str(folder.path / MANIFEST_NAME))
+    planned = planned_manifest(plan, "")
+    if (made.edit, made.recipe) != (planned.edit, planned.recipe):
+        what, where = (
+            f"it was edited in place already, and {UNDO} leads back from there alone",
+            str(folder.path),
+        )
+        raise UsageError(what, where=where, fix="first qkpatch revert SOURCE; or edit a copy: -o OUT")
+    check_as_left(folder)
+    return replace(made, run=replace(made.run, already_done=True))
+
+
+def _digests(plan: EditPlan, shards: Mapping[str, LocalOpenFile], digest: Digest) -> list[list[str | None]]:
+    """SHA-256 of each written tensor as it is now, by edit."""
+    is_wanted = digest is not Digest.none
+    return [
+        [shards[r.shard].sha256(r.begin, r.end) if is_wanted else None for r in t.written] for t in plan.edits
+    ]
+
+
+def _write_undo(folder: Rooted, plan: EditPlan, record: Record, shards: Mapping[str, LocalOpenFile]) -> None:
+    """Put what leads back into the folder, and on the disk; for whoever may read the rows where they come from."""
+    digests = {name: (after, before) for name, (before, after) in record.digests.items()}
+    statuses = {name: os.fstat(file.fd) for name, file in shards.items()}
+    former = {name: status.st_mtime_ns for name, status in statuses.items()}
+    former[MANIFEST_NAME] = int(folder.status(MANIFEST_NAME) is not None)
+    rows = [(ref, shards[ref.shard]) for ref in planned_rows(plan).values()]
+
+    def write(out: LocalOpenFile) -> None:
+        os.fchmod(out.fd, min((s.st_mode & 0o777 for s in statuses.values()), default=0o600) | 0o200)
+        write_patch(out, rows, planned_manifest(plan, ""), Record(digests, former=former))
+
+    folder.replace(UNFINISHED, write, PART)
