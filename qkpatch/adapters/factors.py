@@ -71,7 +71,7 @@ def unpacked(target: LayerTarget, raw: bytearray) -> LayerFactors:
     while at < len(raw):
         head, rank = _HEAD.unpack_from(raw, at)
         values = torch.frombuffer(raw, dtype=STORED, count=rank * (d_model + d_head), offset=at + _HEAD.size)
-        A, B = values.split([rank * d_model, rank * d_head])
+        A, B = values[: rank * d_model], values[rank * d_model :]
         heads.append(HeadFactors(head, A.view(rank, d_model), B.view(d_head, rank)))
         at += _HEAD.size + values.nbytes
     return checked(target, heads)

@@ -21,16 +21,7 @@ from qkpatch.errors import FileSystemError, UsageError
 from qkpatch.output.destination import check_apart
 from qkpatch.output.options import Digest, Writing
 from qkpatch.output.space import free_bytes
-from qkpatch.patches.undo import (
-    SMALL,
-    check_absent,
-    check_as_left,
-    locked,
-    move,
-    restore,
-    writable,
-    write_rows,
-)
+from qkpatch.patches import undo
 from qkpatch.patching.apply import check_run, done_manifest, editor_of, now
 from qkpatch.patching.threads import Crew
 from qkpatch.planning.manifest import Manifest, planned_manifest
@@ -65,7 +56,7 @@ def make_patch(
     """
     path = Path(f"{plan.default_name}.qkpatch" if file is None else file)
     checkpoint, rows, heads = plan.model.checkpoint, planned_rows(plan), plan.settings.heads
-    check_absent(path)
+    undo.check_absent(path)
     if not path.name.startswith(PART):  # of an edit in place
         check_apart(path, checkpoint)
     if plan.patch is not None or plan.max_shard_size is not None or plan.request.exclude is not None:
@@ -76,11 +67,10 @@ def make_patch(
     n_threads = choose_threads(threads, plan.head_memory, len(checkpoint.tensors))
     check_run(plan, device, n_threads)
     checkpoint.check_still()
-    held, size = {}, 0  # where rows are in a file without a name, which a kill removes
+    held, places, size = {}, {}, 0  # where rows are in a file without a name, which a kill removes
     for name, ref in rows.items():
-        held[name] = replace(ref, begin=size, end=size + ref.nbytes)
+        held[name], places[ref.shard, ref.begin] = replace(ref, begin=size, end=size + ref.nbytes), size
         size += ref.nbytes
-    places = {(ref.shard, ref.begin): held[name].begin for name, ref in rows.items()}
     if (free := free_bytes(path)) is not None and free < 2 * size:
         raise FileSystemError(f"{2 * size:,} bytes are needed, and {free:,} are free", where=str(path.parent))
     with Rooted(path.absolute().parent) as folder, ExitStack() as stack:
@@ -104,9 +94,8 @@ def make_patch(
             digests[name] = before, new.sha256(held[name].begin, held[name].end)
         record = Record(digests, {t.query.name: read_digest(t, heads, checkpoint.opened) for t in plan.edits})
         checkpoint.check_still()
-        tensors = [(ref, new) for ref in held.values()]
-        part = f"{path.name}.{os.getpid()}"
-        folder.replace(path.name, lambda out: write_patch(out, tensors, manifest, record), part)
+        parts, unfinished = [(ref, new) for ref in held.values()], f"{path.name}.{os.getpid()}"
+        folder.replace(path.name, lambda out: write_patch(out, parts, manifest, record), unfinished)
         folder.sync()
     return path
 
@@ -125,11 +114,12 @@ def apply_in_place(plan: EditPlan, *, digest: Digest = Digest.edited, **how: Any
     root, checkpoint, started = check_in_place(plan), plan.model.checkpoint, now()
     if Writing(digest).digest is Digest.files:
         raise UsageError("digests of all files are those of a copy", where="--digest", fix="use -o OUT")
-    with signals_held(), locked(root) as folder, ExitStack() as stack:
+    with signals_held(), undo.locked(root) as folder, ExitStack() as stack:
         if folder.status(UNDO) is not None:
             return _done(folder, plan)
         checkpoint.check_still()
-        shards, new = stack.enter_context(writable(folder, plan.edits_by_file)), folder.path / f"{PART}.new"
+        shards = stack.enter_context(undo.writable(folder, plan.edits_by_file))
+        new = folder.path / f"{PART}.new"
         try:
             with signals_let_through():
                 patch = plan.patch or read_patch(make_patch(plan, new, **how))
@@ -138,23 +128,20 @@ def apply_in_place(plan: EditPlan, *, digest: Digest = Digest.edited, **how: Any
                 checkpoint.check_still()
                 _write_undo(folder, plan, patch.record, shards)
             folder.sync()
-            write_rows(shards, planned_rows(plan), patch)
+            undo.write_rows(shards, planned_rows(plan), patch)
             # SHA256SUMS of an edit before becomes untrue; SOURCE's own is one of its files.
-            for name, kept in SMALL.items() if checkpoint.previous_manifest is not None else ():
-                move(folder, name, kept)
+            for name, kept in undo.SMALL.items() if checkpoint.previous_manifest is not None else ():
+                undo.move(folder, name, kept)
             after, figures = _digests(plan, shards, digest), [patch.heads[t.query.name] for t in plan.edits]
             done = dict(zip(plan.edits, zip(before, after, figures, strict=True), strict=True))
             manifest = done_manifest(plan, editor_of(replace(plan, patch=patch), ""), done)
-            output, run = (
-                replace(manifest.output, digest=digest),
-                replace(manifest.run, started=started, finished=now()),
-            )
-            manifest = replace(manifest, output=output, run=run)
+            run = replace(manifest.run, started=started, finished=now())
+            manifest = replace(manifest, output=replace(manifest.output, digest=digest), run=run)
             folder.replace(MANIFEST_NAME, manifest.dumps().encode(), PART)
-            move(folder, UNFINISHED, UNDO)
+            undo.move(folder, UNFINISHED, UNDO)
         except BaseException:
             if folder.status(UNFINISHED) is not None:
-                restore(folder)
+                undo.restore(folder)
             raise
         finally:
             folder.discard(new.name)
@@ -184,30 +171,31 @@ def _done(folder: Rooted, plan: EditPlan) -> Manifest:
     made = Manifest.loads(plan.model.checkpoint.previous_manifest or b"", str(folder.path / MANIFEST_NAME))
     planned = planned_manifest(plan, "")
     if (made.edit, made.recipe) != (planned.edit, planned.recipe):
-        what, where = (
-            f"it was edited in place already, and {UNDO} leads back from there alone",
-            str(folder.path),
+        what, fix = (
+            f"it has an edit in place, and {UNDO} leads back from that alone",
+            "qkpatch revert SOURCE first",
         )
-        raise UsageError(what, where=where, fix="first qkpatch revert SOURCE; or edit a copy: -o OUT")
-    check_as_left(folder)
+        raise UsageError(what, where=str(folder.path), fix=f"{fix}; or edit a copy: -o OUT")
+    undo.check_as_left(folder)
     return replace(made, run=replace(made.run, already_done=True))
 
 
 def _digests(plan: EditPlan, shards: Mapping[str, LocalOpenFile], digest: Digest) -> list[list[str | None]]:
     """SHA-256 of each written tensor as it is now, by edit."""
-    is_wanted = digest is not Digest.none
-    return [
-        [shards[r.shard].sha256(r.begin, r.end) if is_wanted else None for r in t.written] for t in plan.edits
-    ]
+    if digest is Digest.none:
+        return [[None] * len(target.written) for target in plan.edits]
+    return [[shards[ref.shard].sha256(ref.begin, ref.end) for ref in t.written] for t in plan.edits]
 
 
 def _write_undo(folder: Rooted, plan: EditPlan, record: Record, shards: Mapping[str, LocalOpenFile]) -> None:
     """Put what leads back into the folder, and on the disk; for whoever may read the rows where they come from."""
-    digests = {name: (after, before) for name, (before, after) in record.digests.items()}
     statuses = {name: os.fstat(file.fd) for name, file in shards.items()}
     former = {name: status.st_mtime_ns for name, status in statuses.items()}
     former[MANIFEST_NAME] = int(folder.status(MANIFEST_NAME) is not None)
     rows = [(ref, shards[ref.shard]) for ref in planned_rows(plan).values()]
+    digests = {
+        ref.name: (record.digests[ref.name][1], shard.sha256(ref.begin, ref.end)) for ref, shard in rows
+    }
 
     def write(out: LocalOpenFile) -> None:
         os.fchmod(out.fd, min((s.st_mode & 0o777 for s in statuses.values()), default=0o600) | 0o200)

@@ -153,6 +153,8 @@ def revert(source: Path | str, out: Path | str | None = None) -> None:
         UsageError: there is no undo file; somebody has changed since what was edited.
         QKPatchError: the undo file is damaged; reading or writing fails.
     """
+    if source == "":
+        raise UsageError("SOURCE is empty", fix="name the directory; is a variable unset?")
     with signals_held(), locked(Path(source)) as folder:
         if folder.status(UNFINISHED) is None:
             check_as_left(folder)

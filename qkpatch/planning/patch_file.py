@@ -101,12 +101,14 @@ class Patch:
 
     def check_source(self, plan: EditPlan) -> None:
         """Raise :class:`UsageError` where SOURCE is not what the edit was computed from."""
+        for name, ref in planned_rows(plan).items():
+            with plan.model.checkpoint.opened(ref.shard, [(ref.begin, ref.end)]) as source:
+                if source.sha256(ref.begin, ref.end) != self.record.digests[name][0]:
+                    raise self.unfit(f"{name} has other values there")
         for target in plan.edits:
             found = read_digest(target, plan.settings.heads, plan.model.checkpoint.opened)
             if found != self.record.reads.get(target.query.name):
-                raise self.unfit(
-                    f"queries, keys, norms or scales of layer {target.layer} have other values there"
-                )
+                raise self.unfit(f"keys, norms or scales of layer {target.layer} have other values there")
 
     def unfit(self, what: str) -> UsageError:
         """The error for a checkpoint that these are no rows of."""

@@ -59,20 +59,11 @@ def apply(
     writing, request, wish = write.writing, edit.request, push_wish(publish)
     own = "--patch-only" if write.patch_only else "--in-place" if write.in_place else None
     if own is not None:
-        others = {
-            **vars(write),
-            "in-place": write.in_place,
-            "out": write.in_place and out,
-            "dry-run": dry_run,
-        }
-        others |= {"patch": write.patch_only and write.patch, "no-cache": no_cache, "push": wish}
+        others = {**vars(writing), "no-cache": no_cache, "push": wish, "dry-run": dry_run}
+        others |= {"patch": write.patch, "in-place": write.in_place} if write.patch_only else {"out": out}
         others["digest"] = write.digest is Digest.files or (write.patch_only and write.digest is Digest.none)
-        if wrong := [
-            f"--{name.replace('_', '-')}" for name, given in others.items() if given and f"--{name}" != own
-        ]:
-            raise UsageError(
-                f"{wrong[0]} and {own} do not go together", where=own, fix="leave one of them out"
-            )
+        if wrong := [name.replace("_", "-") for name, given in others.items() if given]:
+            raise UsageError(f"--{wrong[0]} does not go with {own}", where=own, fix="leave one of them out")
         if write.in_place and (Path(source) / UNFINISHED).exists():
             note("An edit in place had been cut short: it is undone first")
             api.revert(source)
