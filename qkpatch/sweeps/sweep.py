@@ -104,7 +104,8 @@ def sweep(
             observer.begins("look", 0, len(rest.edits) * len(reading.settings.heads))
             with signals_held():  # torch's imports swallow what is raised in their midst
                 from qkpatch.adapters.factors import unpacked
-                from qkpatch.sweeps.figures import Editor, Kept, figures
+                from qkpatch.patching.device import choose_device
+                from qkpatch.sweeps.figures import Kept, figures
             each = figures(rest, left, planned.form, parts.keep, device, n_threads, observer)
             for target, found in zip(rest.edits, each, strict=True):
                 parts.add(target, found)
@@ -119,7 +120,7 @@ def sweep(
                     )
                     files = {f"{name}/{file.name}": file.sha256 for file in made.files}
                 elif planned.form is Form.patch:
-                    editor = Kept(Editor.on(device).device, parts, name)
+                    editor = Kept(choose_device(device), parts, name)
                     patch = make_patch(plan, out / f"{name}.qkpatch", device=device, editor=editor)
                     with root.reading(patch.name) as opened:
                         files = {patch.name: opened.sha256(0, opened.size)}
