@@ -40,6 +40,7 @@ from qkpatch.sweeps.evaluation import FILES, evaluation
 from qkpatch.sweeps.grid import Form, read_grid
 from qkpatch.sweeps.parts import Parts
 from qkpatch.sweeps.record import SWEEP_NAME, Sweep, VariantRecord
+from qkpatch.sweeps.report import REPORT_NAME, report
 
 
 def sweep(
@@ -127,7 +128,9 @@ def sweep(
                 of_all, by_layer = parts.figures(name)
                 variants[name] = replace(variants[name], figures=of_all, layers=by_layer, files=files)
                 save()
-        return save()
+        done = save()
+        root.replace(REPORT_NAME, report(done).encode())
+        return done
 
 
 def _replaced(out: Path, name: str, plan: EditPlan, form: Form) -> Replaced | None:
@@ -174,7 +177,9 @@ def _standing(root: Rooted, planned: Sweep) -> dict[str, VariantRecord]:
     except BlockingIOError as error:
         what, fix = "another run is writing to it", "wait for it, or choose another -o"
         raise UsageError(what, where=str(root.path), fix=fix) from error
-    is_left = re.compile(rf"\.({'|'.join(map(re.escape, [SWEEP_NAME, *FILES]))})\.[0-9a-f]{{8}}").fullmatch
+    is_left = re.compile(
+        rf"\.({'|'.join(map(re.escape, [SWEEP_NAME, REPORT_NAME, *FILES]))})\.[0-9a-f]{{8}}"
+    ).fullmatch
     present, found = Present(root), planned
     if SWEEP_NAME in present.files:
         found = Sweep.loads(present.read(SWEEP_NAME), str(root.path / SWEEP_NAME))

@@ -53,7 +53,7 @@ def test_each_is_byte_for_byte_what_lora_writes(threads: int, dtype: torch.dtype
             shutil.rmtree(direct)
         assert not (out / "parts").exists()
         assert {path.name for path in out.iterdir()} == {
-            *(v["name"] for v in record(out)["variants"] if v["files"]), "evaluate.sh", "evaluate.sbatch", "sweep.json",
+            *(v["name"] for v in record(out)["variants"] if v["files"]), "evaluate.sh", "evaluate.sbatch", "report.html", "sweep.json",
         }  # fmt: skip
 
 
