@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,7 @@ def apply_in_place(plan: EditPlan, *, digest: Digest = Digest.edited, **how: Any
             folder.replace(MANIFEST_NAME, manifest.dumps().encode(), PART)
             undo.move(folder, UNFINISHED, UNDO)
         except BaseException:
+            folder.discard(new.name)  # whose room the way back may need
             if folder.status(UNFINISHED) is not None:
                 undo.restore(folder)
             raise
@@ -193,12 +194,11 @@ def _write_undo(folder: Rooted, plan: EditPlan, record: Record, shards: Mapping[
     former = {name: status.st_mtime_ns for name, status in statuses.items()}
     former[MANIFEST_NAME] = int(folder.status(MANIFEST_NAME) is not None)
     rows = [(ref, shards[ref.shard]) for ref in planned_rows(plan).values()]
-    digests = {
-        ref.name: (record.digests[ref.name][1], shard.sha256(ref.begin, ref.end)) for ref, shard in rows
-    }
+    digests = {r.name: (record.digests[r.name][1], shard.sha256(r.begin, r.end)) for r, shard in rows}
 
     def write(out: LocalOpenFile) -> None:
-        os.fchmod(out.fd, min((s.st_mode & 0o777 for s in statuses.values()), default=0o600) | 0o200)
+        with suppress(OSError):  # a file system without modes
+            os.fchmod(out.fd, min((s.st_mode & 0o777 for s in statuses.values()), default=0o600) | 0o200)
         write_patch(out, rows, planned_manifest(plan, ""), Record(digests, former=former))
 
     folder.replace(UNFINISHED, write, PART)
