@@ -134,7 +134,7 @@ def test_a_real_kill_is_gone_on_from(tiny: Tiny, tmp_path: Path) -> None:
         "add = Parts.add\n"
         "def last(self, *given):\n"
         "    add(self, *given)\n"
-        "    len(self._sums) == 2 and os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    len(self._found) == 2 and os.kill(os.getpid(), signal.SIGKILL)\n"
         "Parts.add = last\n"
         f"qkpatch.sweep(sys.argv[1], {grid!r}, sys.argv[2], threads=1)\n"
     )
