@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +42,8 @@ from qkpatch.sweeps.grid import Form, read_grid
 from qkpatch.sweeps.parts import Parts
 from qkpatch.sweeps.record import SWEEP_NAME, Sweep, VariantRecord
 from qkpatch.sweeps.report import REPORT_NAME, report
+
+_SAVED_EVERY = 5.0  # seconds: a record of many variants takes a while to write
 
 
 def sweep(
@@ -111,6 +114,7 @@ def sweep(
             for target, found in zip(rest.edits, each, strict=True):
                 parts.add(target, found)
             checkpoint.check_still()
+            saved = time.monotonic()
             for name, plan in left.items():
                 files: dict[str, str | None] = {}
                 if is_lora and requests[name].select is not Select.shrink:
@@ -127,7 +131,9 @@ def sweep(
                         files = {patch.name: opened.sha256(0, opened.size)}
                 of_all, by_layer = parts.figures(name)
                 variants[name] = replace(variants[name], figures=of_all, layers=by_layer, files=files)
-                save()
+                if time.monotonic() - saved > _SAVED_EVERY:
+                    save()
+                    saved = time.monotonic()
         done = save()
         root.replace(REPORT_NAME, report(done).encode())
         return done
