@@ -25,7 +25,7 @@ ARROWS = {
         "output", "checkpoint", "common", "errors",
     },
     "sweeps": {
-        "adapters", "compare", "patches", "patching", "planning", "model", "recipes", "output", "checkpoint",
+        "adapters", "compare", "patches", "reports", "patching", "planning", "model", "recipes", "output", "checkpoint",
         "spectral", "common", "errors",
     },
     "adapters": {

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import base64
-import json
 import struct
 from collections.abc import Sequence
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qkpatch.errors import UsageError
+from qkpatch.reports.page import page
 
 if TYPE_CHECKING:
     from qkpatch.patching.spectra import LayerSpectra
@@ -58,9 +57,7 @@ def spectra_page(model: str, modes: int, sides: Sequence[Side]) -> str:
         "modes": modes,
         "sides": [_side(side) for side in sides],
     }  # fmt: skip
-    # A name may hold anything: nothing in it may end the script.
-    text = json.dumps(document, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    return files(__package__).joinpath("spectra.html").read_text("utf-8").replace("/*DATA*/", text)
+    return page("spectra.html", document)
 
 
 def _side(side: Side) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,9 @@ from qkpatch.sweeps.evaluation import FILES, evaluation
 from qkpatch.sweeps.grid import Form, read_grid
 from qkpatch.sweeps.parts import Parts
 from qkpatch.sweeps.record import SWEEP_NAME, Sweep, VariantRecord
+from qkpatch.sweeps.report import REPORT_NAME, report
+
+_SAVED_EVERY = 5.0  # seconds: a record of many variants takes a while to write
 
 
 def sweep(
@@ -110,6 +114,7 @@ def sweep(
             for target, found in zip(rest.edits, each, strict=True):
                 parts.add(target, found)
             checkpoint.check_still()
+            saved = time.monotonic()
             for name, plan in left.items():
                 files: dict[str, str | None] = {}
                 if is_lora and requests[name].select is not Select.shrink:
@@ -126,8 +131,12 @@ def sweep(
                         files = {patch.name: opened.sha256(0, opened.size)}
                 of_all, by_layer = parts.figures(name)
                 variants[name] = replace(variants[name], figures=of_all, layers=by_layer, files=files)
-                save()
-        return save()
+                if time.monotonic() - saved > _SAVED_EVERY:
+                    save()
+                    saved = time.monotonic()
+        done = save()
+        root.replace(REPORT_NAME, report(done).encode())
+        return done
 
 
 def _replaced(out: Path, name: str, plan: EditPlan, form: Form) -> Replaced | None:
@@ -174,7 +183,9 @@ def _standing(root: Rooted, planned: Sweep) -> dict[str, VariantRecord]:
     except BlockingIOError as error:
         what, fix = "another run is writing to it", "wait for it, or choose another -o"
         raise UsageError(what, where=str(root.path), fix=fix) from error
-    is_left = re.compile(rf"\.({'|'.join(map(re.escape, [SWEEP_NAME, *FILES]))})\.[0-9a-f]{{8}}").fullmatch
+    is_left = re.compile(
+        rf"\.({'|'.join(map(re.escape, [SWEEP_NAME, REPORT_NAME, *FILES]))})\.[0-9a-f]{{8}}"
+    ).fullmatch
     present, found = Present(root), planned
     if SWEEP_NAME in present.files:
         found = Sweep.loads(present.read(SWEEP_NAME), str(root.path / SWEEP_NAME))

@@ -53,7 +53,8 @@ def test_each_is_byte_for_byte_what_lora_writes(threads: int, dtype: torch.dtype
             shutil.rmtree(direct)
         assert not (out / "parts").exists()
         assert {path.name for path in out.iterdir()} == {
-            *(v["name"] for v in record(out)["variants"] if v["files"]), "evaluate.sh", "evaluate.sbatch", "sweep.json",
+            *(v["name"] for v in record(out)["variants"] if v["files"]),
+            "evaluate.sh", "evaluate.sbatch", "report.html", "sweep.json",
         }  # fmt: skip
 
 
@@ -134,7 +135,7 @@ def test_a_real_kill_is_gone_on_from(tiny: Tiny, tmp_path: Path) -> None:
         "add = Parts.add\n"
         "def last(self, *given):\n"
         "    add(self, *given)\n"
-        "    len(self._sums) == 2 and os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    len(self._found) == 2 and os.kill(os.getpid(), signal.SIGKILL)\n"
         "Parts.add = last\n"
         f"qkpatch.sweep(sys.argv[1], {grid!r}, sys.argv[2], threads=1)\n"
     )

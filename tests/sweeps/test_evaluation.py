@@ -95,7 +95,7 @@ def test_base_and_variants_are_evaluated_each_as_it_is(tmp_path: Path, environme
 
 def test_one_task_of_an_array_is_one_variant(tiny: Tiny, tmp_path: Path, environment: dict[str, str]) -> None:
     out = tmp_path / "sweep"
-    names = [v.name for v in qkpatch.sweep(tiny.path, {"modes": [1, 2]}, out, form="none").variants]
+    names = [v.name for v in qkpatch.sweep(tiny.path, {"modes": [1, 2]}, out, form="patch").variants]
     script = (out / "evaluate.sbatch").read_text()
     assert f"--array=0-{len(names)}\n" in script
     spool = tmp_path / "spool"  # where SLURM copies it to
@@ -104,6 +104,9 @@ def test_one_task_of_an_array_is_one_variant(tiny: Tiny, tmp_path: Path, environ
     done = bash(spool, env=env)
     assert done.returncode == 0, done.stderr
     assert [path.name for path in (out / "results").iterdir()] == [names[1]]
+    qkpatch.apply(qkpatch.plan(tiny.path, modes=2), tmp_path / "applied")
+    evaluated = tmp_path / "stand in" / "kept" / names[1]
+    assert evaluated.read_bytes() == (tmp_path / "applied" / "model.safetensors").read_bytes()
 
 
 def test_a_failure_ends_it_and_is_evaluated_again(

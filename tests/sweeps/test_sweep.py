@@ -238,9 +238,7 @@ def test_killed_at_any_file_it_writes_the_next_run_ends_the_same(
             monkeypatch.setattr(Rooted, "replace", replace)
             qkpatch.sweep(tiny.path, grid, out, form="none")
             assert files(out) == files(tmp_path / "whole"), at
-    assert (
-        calls == 2 + 4 + 2 + 3
-    )  # the record at first, at last and for each variant; two scripts; three layers
+    assert calls == 2 + 2 + 3 + 1  # the record at first and at last; two scripts; three layers; the page
 
 
 # -------- what is refused
