@@ -378,7 +378,7 @@ def test_a_signal_that_torch_swallows_while_it_is_imported_is_not_lost(
         ("diff {source} {out}", signal.SIGHUP),
         ("plan org/nowhere", signal.SIGINT),
         pytest.param("apply org/nowhere -o {new}", signal.SIGTERM, marks=pytest.mark.stress),
-        pytest.param("apply {source} -o {new} --resume --json", signal.SIGTERM, marks=pytest.mark.stress),
+        pytest.param("apply {source} -o {new} --json", signal.SIGTERM, marks=pytest.mark.stress),
         pytest.param("apply {source} -o {out} --overwrite", signal.SIGHUP, marks=pytest.mark.stress),
         pytest.param("inspect {source} --csv", signal.SIGINT, marks=pytest.mark.stress),
     ],
