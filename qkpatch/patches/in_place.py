@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ def make_patch(
     device: str = "cpu",
     threads: int | None = None,
     observer: Observer = UNSEEN,
+    editor: Any = None,
 ) -> Path:
     """Write no OUT but a patch file, whole or not at all: the planned rows' new bytes, and digests of both sides.
 
@@ -47,6 +48,7 @@ def make_patch(
         device: as of :func:`qkpatch.apply`.
         threads: as of :func:`qkpatch.apply`.
         observer: hears of heads.
+        editor: where new rows come from, if they are not to be computed; to be asked as an editor is.
 
     Raises:
         UsageError: it is there already, or lies in SOURCE; the plan is of a patch, or says how OUT is written.
@@ -81,7 +83,7 @@ def make_patch(
 
         observer.begins("", 0, len(plan.edits) * len(heads))
         with Crew(n_threads) as crew:
-            editor = editor_of(plan, device)
+            editor = editor or editor_of(plan, device)
             edited = dict(editor.edited(plan, checkpoint.opened, crew, write, observer))
         done = {t: (2 * [None], 2 * [None], edited[t]) for t in plan.edits}
         manifest = done_manifest(plan, editor, done)
@@ -138,6 +140,7 @@ def apply_in_place(plan: EditPlan, *, digest: Digest = Digest.edited, **how: Any
             folder.replace(MANIFEST_NAME, manifest.dumps().encode(), PART)
             undo.move(folder, UNFINISHED, UNDO)
         except BaseException:
+            folder.discard(new.name)  # whose room the way back may need
             if folder.status(UNFINISHED) is not None:
                 undo.restore(folder)
             raise
@@ -191,12 +194,11 @@ def _write_undo(folder: Rooted, plan: EditPlan, record: Record, shards: Mapping[
     former = {name: status.st_mtime_ns for name, status in statuses.items()}
     former[MANIFEST_NAME] = int(folder.status(MANIFEST_NAME) is not None)
     rows = [(ref, shards[ref.shard]) for ref in planned_rows(plan).values()]
-    digests = {
-        ref.name: (record.digests[ref.name][1], shard.sha256(ref.begin, ref.end)) for ref, shard in rows
-    }
+    digests = {r.name: (record.digests[r.name][1], shard.sha256(r.begin, r.end)) for r, shard in rows}
 
     def write(out: LocalOpenFile) -> None:
-        os.fchmod(out.fd, min((s.st_mode & 0o777 for s in statuses.values()), default=0o600) | 0o200)
+        with suppress(OSError):  # a file system without modes
+            os.fchmod(out.fd, min((s.st_mode & 0o777 for s in statuses.values()), default=0o600) | 0o200)
         write_patch(out, rows, planned_manifest(plan, ""), Record(digests, former=former))
 
     folder.replace(UNFINISHED, write, PART)

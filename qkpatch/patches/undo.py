@@ -29,10 +29,7 @@ from qkpatch.output.space import check_space
 from qkpatch.output.staging import Staging
 from qkpatch.planning.patch_file import Patch, read_patch
 
-SMALL = {
-    MANIFEST_NAME: f"{UNDO}.{MANIFEST_NAME}",
-    SUMS_NAME: f"{UNDO}.{SUMS_NAME}",
-}  # and where they are kept
+SMALL = {name: f"{UNDO}.{name}" for name in (MANIFEST_NAME, SUMS_NAME)}  # and where they are kept
 
 
 @contextmanager
@@ -112,8 +109,8 @@ def write_rows(shards: Mapping[str, LocalOpenFile], rows: Mapping[str, TensorRef
         for name, to in rows.items():
             opened.copy_to(shards[to.shard], patch.rows[name].begin, patch.rows[name].end, to.begin)
     for name, shard in shards.items():
-        if (time := patch.record.former.get(name)) is not None:
-            os.utime(shard.fd, ns=(time, time))
+        with suppress(KeyError, OSError):  # a patch; a file system without times
+            os.utime(shard.fd, ns=2 * (patch.record.former[name],))
         synced(shard.fd, shard.where)
 
 
@@ -124,12 +121,8 @@ def check_as_left(folder: Rooted) -> None:
         shards = {name: stack.enter_context(folder.reading(name)) for name in shards_of(undo)}
         for name, ref in rows_in(shards, undo).items():
             if shards[ref.shard].sha256(ref.begin, ref.end) != undo.record.digests[name][0]:
-                what = (
-                    "somebody has changed it since the edit in place, which the way back would undo as well"
-                )
-                fix = (
-                    f"copy what is to be kept; if the way back is wanted, rename {UNDO} to {UNFINISHED} first"
-                )
+                what = "somebody has changed it since the edit in place, and the way back would undo that"
+                fix = f"copy what is to be kept; if you insist, rename {UNDO} to {UNFINISHED} first"
                 raise UsageError(what, where=f"{name} in {shards[ref.shard].where}", fix=fix)
 
 
@@ -182,9 +175,8 @@ def _write_copy(folder: Rooted, out: Path) -> None:
 
     with Staging(out, mode=os.fstat(folder.fd).st_mode & 0o777) as staging:
         with signals_let_through(), os_errors("copy", folder.path, out):
-            shutil.copytree(
-                folder.path, f"/proc/self/fd/{staging.files.fd}", copy_function=copy, dirs_exist_ok=True
-            )
+            there = f"/proc/self/fd/{staging.files.fd}"
+            shutil.copytree(folder.path, there, copy_function=copy, dirs_exist_ok=True)
             move(staging.files, UNDO, UNFINISHED)
             restore(staging.files)
         directories = [name for name, status in staging.files.walk() if stat.S_ISDIR(status.st_mode)]

@@ -9,12 +9,14 @@ import random
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Tiny, build_tiny
 from test_crash import Driver, driver  # noqa: F401 - a fixture
+from test_faults import commit, disk
 
 import qkpatch
 from qkpatch.errors import FileSystemError, UsageError
@@ -314,6 +316,32 @@ def test_a_full_disk_leaves_nothing(at: int, source: Path, monkeypatch: pytest.M
         assert state(source) == before
     else:
         assert left > 0
+
+
+@pytest.mark.parametrize("kind", ["ext4", "btrfs"])
+def test_on_a_real_disk_that_is_full_source_stays_as_it_was(kind: str, tmp_path: Path, run: Run) -> None:
+    """Where blocks are copied on writing, rows that are overwritten take new ones, and so does the way back."""
+    source = build_tiny(tmp_path / "big", n_heads=16, n_kv_heads=4, d_head=16, d_model=256).path
+    with disk(128 if kind == "btrfs" else 8, kind) as place:
+        there, refusals = fresh(source, place / "there"), 0
+        before = state(there)
+        for spare in (0, 300_000, 700_000, 1_000_000, 4_000_000):
+            with suppress(OSError), (place / "ballast").open("wb", buffering=0) as file:
+                while True:
+                    file.write(os.urandom(1 << 16))
+            os.truncate(place / "ballast", max(0, (place / "ballast").stat().st_size - spare))
+            commit(place)
+            result = run("apply", there, "--in-place", "--layers", "0-2")
+            (place / "ballast").unlink()
+            commit(place)
+            if result.exit_code:
+                assert result.exit_code == 4, result.output
+                refusals += 1
+            if result.exit_code == 0 or (there / "qkpatch.undo.unfinished").exists():
+                assert result.exit_code == 0 or kind == "btrfs"
+                assert run("revert", there).exit_code == 0
+            assert state(there) == before
+        assert 0 < refusals
 
 
 def test_a_source_cut_short_is_refused_by_all_that_read_it(
