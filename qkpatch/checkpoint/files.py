@@ -119,10 +119,9 @@ class FileId:
         return replace(self, ctime_ns=0, n_links=0)
 
     def is_still(self, before: FileId) -> bool:
-        """Whether nothing has happened to the file since, but for hard links that somebody made or removed."""
-        return self == before or (
-            self.n_links != before.n_links and self.but_for_links == before.but_for_links
-        )
+        """Whether nothing has happened to the file since, but for hard links that somebody made or removed, or both."""
+        has_links = (self.n_links, before.n_links) != (1, 1)
+        return self == before or (has_links and self.but_for_links == before.but_for_links)
 
 
 def gaps(begin: int, end: int, taken: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

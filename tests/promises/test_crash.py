@@ -223,6 +223,19 @@ def test_killed_before_any_file_operation_out_is_absent_or_whole_and_the_next_ru
     assert publications > 0
 
 
+def test_links_that_a_killed_run_left_are_no_change_of_source(
+    driver: Driver, tiny: Tiny, folder: Path
+) -> None:
+    """The next run removes them, and makes others: as many as before, at another time."""
+    apply = ("apply", tiny.path, "-o", folder / "out", "--link", "--heads", "0", "--quiet")
+    n = 0
+    while (tiny.path / "tokenizer.json").stat().st_nlink == 1:
+        n += 1
+        assert driver(*apply, at=n).code == -signal.SIGKILL
+    assert driver(*apply).code == 0
+    assert staging_of(folder) == []
+
+
 def test_killed_before_any_file_operation_overwrite_leaves_the_old_output_or_the_new(
     driver: Driver, tiny: Tiny, folder: Path
 ) -> None:
@@ -378,7 +391,7 @@ def test_a_signal_that_torch_swallows_while_it_is_imported_is_not_lost(
         ("diff {source} {out}", signal.SIGHUP),
         ("plan org/nowhere", signal.SIGINT),
         pytest.param("apply org/nowhere -o {new}", signal.SIGTERM, marks=pytest.mark.stress),
-        pytest.param("apply {source} -o {new} --resume --json", signal.SIGTERM, marks=pytest.mark.stress),
+        pytest.param("apply {source} -o {new} --json", signal.SIGTERM, marks=pytest.mark.stress),
         pytest.param("apply {source} -o {out} --overwrite", signal.SIGHUP, marks=pytest.mark.stress),
         pytest.param("inspect {source} --csv", signal.SIGINT, marks=pytest.mark.stress),
     ],
