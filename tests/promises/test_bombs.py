@@ -165,7 +165,7 @@ LINEAR: dict[str, tuple[Callable[[int], bytes], int, Callable[[bytes], object]]]
     "YAML lists": (lambda n: b"[" + b"[]," * n + b"]", 10_000, yaml),
     "YAML keys": (lambda n: b"".join(b"k%d: 1\n" % i for i in range(n)), 5_000, yaml),
     "tensors": (tensors, 20_000, header),
-    "text with schemes": (lambda n: b"a://b:c" * n, 20_000, redacted),
+    "text with schemes": (lambda n: b"a://b:c" * n, 5_000, redacted),
     "text with letters": (lambda n: b"a" * n, 100_000, redacted),
     "text with dots": (lambda n: b"." * n, 200_000, redacted),
     "text with questions": (lambda n: b"a://?" * n, 20_000, redacted),
