@@ -25,8 +25,8 @@ ARROWS = {
         "output", "checkpoint", "common", "errors",
     },
     "sweeps": {
-        "adapters", "compare", "patching", "planning", "model", "recipes", "output", "checkpoint", "spectral",
-        "common", "errors",
+        "adapters", "compare", "patches", "patching", "planning", "model", "recipes", "output", "checkpoint",
+        "spectral", "common", "errors",
     },
     "adapters": {
         "compare", "publishing", "patching", "planning", "model", "recipes", "output", "checkpoint", "spectral",

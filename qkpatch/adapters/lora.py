@@ -105,7 +105,7 @@ def _check_rank(plan: EditPlan, max_rank: int, runtime: Runtime, ranks: _Ranks |
         rule = plan.settings.rule_of(target.layer)
         if rule.select is Select.shrink:
             what = "shrink scales whole heads: its change has full rank, which no low-rank adapter holds"
-            raise UnsupportedError(what, where="--select shrink", fix="edit the checkpoint: qkpatch apply")
+            raise UnsupportedError(what, where="--select", fix="a patch file: qkpatch apply --patch-only")
         planned = 0 if rule.energy is not None else rule.paired_modes * len(heads)
         if (rank := planned if ranks is None else ranks[target]) > max_rank:
             step = 2 if rule.channel is Channel.antisymmetric else 1  # whole pairs

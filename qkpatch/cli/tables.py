@@ -222,10 +222,10 @@ def _figures(layer: LayerSpectra) -> Iterator[str]:
 
 def show_sweep(sweep: Sweep, out: Path) -> None:
     """Print the figures of all variants, and what evaluates them."""
-    table = _table("variant", "‖ΔW_Q‖/‖W_Q‖", "energy removed", "realised")
+    table = _table("variant", "‖ΔW_Q‖/‖W_Q‖", "energy removed", "realised", "rounding noise")
     for variant in sweep.variants:
         if (of := variant.figures) is not None:
-            figures = (of.relative_change, of.energy_removed, of.realised_share)
+            figures = (of.relative_change, of.energy_removed, of.realised_share, of.rounding_error)
             table.add_row(variant.name, *("-" if figure is None else f"{figure:.4f}" for figure in figures))
     with results() as console:
         console.print(table)

@@ -114,6 +114,7 @@ class Bench:
 def n_layers(model: str, request: Request) -> int:
     """The model's layers, where it can be edited so; else that is refused before anything is measured."""
     check_loadable(request)
+    request.check_seed()
     return make_plan(model, request).model.tower.n_layers
 
 

@@ -127,7 +127,7 @@ class Store(UserDict[str, Any]):
         elif path is not None:
             with os_errors("write", path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-        if not self.data:
+        if now and not self.data:
             self[":settings"] = now
         before = self.get(":settings")
         if differing := [key for key in now if not isinstance(before, dict) or before.get(key) != now[key]]:

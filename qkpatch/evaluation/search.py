@@ -12,7 +12,7 @@ from typing import Any
 from qkpatch.checkpoint.files import os_errors
 from qkpatch.common.observer import Observer
 from qkpatch.common.typed_json import as_json
-from qkpatch.errors import NumericalError, UsageError
+from qkpatch.errors import NumericalError, QKPatchError, UsageError
 from qkpatch.evaluation.bench import Bench, Evaluation, n_layers
 from qkpatch.evaluation.chair import figures
 from qkpatch.evaluation.comparison import EQUAL_RECALL, columns, compare, kept
@@ -63,7 +63,8 @@ def run(
         n = log.once(
             f"settings in {limits.minutes} minutes", lambda: min(max(RUNGS[0], int(affordable)), MOST)
         )
-    tried = going_on = candidates(n, layers, fixed, seed, channels=limits.channels)
+    drawn = candidates(n, layers, fixed, seed, channels=limits.channels)
+    tried = going_on = [request for request in drawn if _fits(model, request)]
     found: dict[Request, Mapping[str, Any]] = {}
     for rung in RUNGS:
         part = task.at(names[: middle // rung], asks=False)
@@ -80,6 +81,14 @@ def run(
         with os_errors("write", out):
             out.write_text("\n".join([*said, ""]), "utf-8")
     return result
+
+
+def _fits(model: str, request: Request) -> bool:
+    """Whether the model can be edited so: it may have fewer modes, or layers without attention."""
+    try:
+        return n_layers(model, request) > 0
+    except QKPatchError:
+        return False
 
 
 def _trial(bench: Bench, model: str, request: Request, task: Task, log: Store) -> Mapping[str, Any]:

@@ -151,7 +151,7 @@ class Subject:
         def keep(ids: Tensor, scores: Tensor) -> Tensor:
             first.extend([] if first else [scores.float().log_softmax(-1).cpu()])
             ends = scores[:, self._ends].amax(-1) if self._ends else scores.amin(-1)
-            margins.append((scores.amax(-1) - ends).float().cpu())
+            margins.append((scores.amax(-1) - ends).float().clamp(max=1e9).cpu())
             return scores
 
         with _memory(len(pictures)):
@@ -163,6 +163,9 @@ class Subject:
                 **inputs, max_new_tokens=n, do_sample=False, num_beams=1, repetition_penalty=1.0, temperature=None,
                 top_p=None, top_k=None, logits_processor=[keep], pad_token_id=tokenizer.pad_token_id,
             )  # fmt: skip
+        if first[0].isnan().any():
+            fix = "try another device, or a checkpoint in another dtype"
+            raise CheckpointError("the model computes NaN", where=self.name, fix=fix)
         return rows[:, inputs["input_ids"].shape[1] :], first[0], torch.stack(margins)
 
     @torch.inference_mode()

@@ -38,6 +38,7 @@ def make_patch(
     device: str = "cpu",
     threads: int | None = None,
     observer: Observer = UNSEEN,
+    editor: Any = None,
 ) -> Path:
     """Write no OUT but a patch file, whole or not at all: the planned rows' new bytes, and digests of both sides.
 
@@ -47,6 +48,7 @@ def make_patch(
         device: as of :func:`qkpatch.apply`.
         threads: as of :func:`qkpatch.apply`.
         observer: hears of heads.
+        editor: where new rows come from, if they are not to be computed; to be asked as an editor is.
 
     Raises:
         UsageError: it is there already, or lies in SOURCE; the plan is of a patch, or says how OUT is written.
@@ -81,7 +83,7 @@ def make_patch(
 
         observer.begins("", 0, len(plan.edits) * len(heads))
         with Crew(n_threads) as crew:
-            editor = editor_of(plan, device)
+            editor = editor or editor_of(plan, device)
             edited = dict(editor.edited(plan, checkpoint.opened, crew, write, observer))
         done = {t: (2 * [None], 2 * [None], edited[t]) for t in plan.edits}
         manifest = done_manifest(plan, editor, done)

@@ -25,7 +25,7 @@ from qkpatch.patching.threads import Crew
 from qkpatch.planning.blocks import ToolBlock
 from qkpatch.planning.manifest import HeadRecord
 from qkpatch.planning.plan import EditPlan
-from qkpatch.spectral.edit import HeadError, HeadReport, edit_query, measure
+from qkpatch.spectral.edit import Decomposed, HeadError, HeadReport, edit_query, measure
 from qkpatch.spectral.rule import EditRule
 
 Write = Callable[[str, bytes | bytearray, int], None]
@@ -115,24 +115,35 @@ def _edit_heads(
     plan: EditPlan, heads: tuple[int, ...], together: int, weights: LayerWeights, write: Write
 ) -> Iterator[tuple[HeadRecord, bool]]:
     """Edit and write a few heads; each one's record, and whether any value changed."""
-    target = weights.target
     for batch in weights.batches(heads, together):
-        rule = plan.settings.rule_of(target.layer)
-        stored, reports = edit_batch(weights, batch, rule, plan.settings.seed)
-        for i, head in enumerate(batch.heads):
-            # By value: a −0.0 that became 0.0 is no edit, and stays.
-            is_changed = not torch.equal(stored.values[i], batch.W_Q[i])
-            for ref, begin, end, at in plan.head_ranges(target, head):
-                data = stored.pieces[i][ref] if is_changed else weights.stored.raw(ref, begin, end)
-                write(plan.output.place(ref).shard, data, at)
-            figures = {name: measured(figure) for name, figure in vars(reports[i]).items()}
-            record = HeadRecord(head=head, kv_head=target.layout.kv_head(head), **figures)
-            yield record, is_changed
-        del batch, stored  # before the next heads are read
+        yield from written(plan, weights, batch, write)
+        del batch  # before the next heads are read
+
+
+def written(
+    plan: EditPlan, weights: LayerWeights, batch: HeadWeights, write: Write, product: Decomposed | None = None
+) -> Iterator[tuple[HeadRecord, bool]]:
+    """Edit and write some heads, whose ``product`` may be decomposed already."""
+    target = weights.target
+    rule, seed = plan.settings.rule_of(target.layer), plan.settings.seed
+    stored, reports = edit_batch(weights, batch, rule, seed, product=product)
+    for i, head in enumerate(batch.heads):
+        # By value: a −0.0 that became 0.0 is no edit, and stays.
+        is_changed = not torch.equal(stored.values[i], batch.W_Q[i])
+        for ref, begin, end, at in plan.head_ranges(target, head):
+            data = stored.pieces[i][ref] if is_changed else weights.stored.raw(ref, begin, end)
+            write(plan.output.place(ref).shard, data, at)
+        figures = {name: measured(figure) for name, figure in vars(reports[i]).items()}
+        yield HeadRecord(head=head, kv_head=target.layout.kv_head(head), **figures), is_changed
 
 
 def edit_batch(
-    weights: LayerWeights, batch: HeadWeights, rule: EditRule, seed: int, known: StoredHeads | None = None
+    weights: LayerWeights,
+    batch: HeadWeights,
+    rule: EditRule,
+    seed: int,
+    known: StoredHeads | None = None,
+    product: Decomposed | None = None,
 ) -> tuple[StoredHeads, tuple[HeadReport, ...]]:
     """Some heads edited and rounded once: what is stored of them, and what that does to their products.
 
@@ -142,6 +153,7 @@ def edit_batch(
         rule: the edit.
         seed: of random selections.
         known: what is stored already, which is measured in place of what would be.
+        product: that of the heads, decomposed.
 
     Raises:
         NumericalError: NaN or Inf, or an edit that cannot be made.
@@ -149,7 +161,7 @@ def edit_batch(
     target = weights.target
     generators = [head_generator(seed, target.attention, target.layer, head) for head in batch.heads]
     try:
-        edit = edit_query(batch.product, rule, generators)
+        edit = edit_query(batch.product, rule, generators, product)
         stored = known or weights.stored.store(batch.heads, weights.unfolded(batch, edit.W_Q))
         return stored, measure(batch.product, edit, weights.folded(stored.values))
     except HeadError as error:

@@ -84,3 +84,4 @@ class Sums(NamedTuple):
     product: float  # ‖M‖²
     reached: float = 0.0  # ‖ΔM P_K‖², of modes of half a matrix
     wanted: float = 0.0  # ‖ΔM‖², likewise
+    noise: float = 0.0  # ‖stored W_Q − edited W_Q‖², where rows are formed

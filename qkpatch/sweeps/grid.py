@@ -28,6 +28,7 @@ class Form(str, Enum):
     """What is made of each variant besides its figures."""
 
     lora = "lora"
+    patch = "patch"
     none = "none"
 
 

@@ -19,11 +19,12 @@ SCHEMA = "qkpatch-sweep/1"
 
 @dataclass(frozen=True)
 class Figures:
-    """The size of an edit, of all its heads together or of those of one tensor, before anything is rounded."""
+    """The size of an edit, of all its heads together or of those of one tensor; of exact weights, but for the last."""
 
     relative_change: float  # ‖ΔW_Q‖ / ‖W_Q‖
     energy_removed: float  # 1 − ‖M'‖² / ‖M‖²
     realised_share: float | None  # ‖ΔM P_K‖² / ‖ΔM‖²
+    rounding_error: float | None = field(default=None, metadata=LEFT_OUT)  # ‖stored − edited W_Q‖ / ‖ΔW_Q‖
     layer: int | None = field(default=None, metadata=LEFT_OUT)
     attention: str | None = field(default=None, metadata=LEFT_OUT)
 
@@ -33,7 +34,8 @@ class Figures:
         total = Sums(*map(sum, zip(*parts, strict=True)))
         change = math.sqrt(total.moved / (total.query or 1.0))
         share = total.reached / total.wanted if total.wanted else None
-        return cls(*map(measured, (change, total.removed / (total.product or 1.0), share)), *place)
+        noise = math.sqrt(total.noise / total.moved) if total.noise else None
+        return cls(*map(measured, (change, total.removed / (total.product or 1.0), share, noise)), *place)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -27,13 +28,14 @@ from qkpatch.model.locate import Access
 from qkpatch.model.model import open_model
 from qkpatch.output.destination import Replaced, check_apart, check_out
 from qkpatch.output.options import Writing
+from qkpatch.patches.in_place import make_patch
 from qkpatch.patching.apply import check_run
 from qkpatch.planning.manifest import planned_manifest
 from qkpatch.planning.memory import choose_threads
+from qkpatch.planning.patch_file import read_patch
 from qkpatch.planning.plan import EditPlan, plan_of
 from qkpatch.planning.request import Request, check_device_name, member
-from qkpatch.planning.settings import EditSettings, resolve
-from qkpatch.spectral.rule import Channel, Select
+from qkpatch.spectral.rule import Select
 from qkpatch.sweeps.evaluation import FILES, evaluation
 from qkpatch.sweeps.grid import Form, read_grid
 from qkpatch.sweeps.parts import Parts
@@ -60,7 +62,7 @@ def sweep(
         grid: a YAML file, or what one says: lists of ``layers``, ``modes``, ``energy``, ``alpha``, ``channel``,
             ``select``, ``seed``; ``matched``; for all ``heads``, ``recipe``, ``prefix``, ``attention``, ``fold_norm``.
         out: the directory of the sweep.
-        form: ``lora``, an adapter of each variant that has one; or ``none``, figures alone.
+        form: ``lora``, an adapter of each variant that has one; ``patch``, a patch file; ``none``, figures alone.
         many: whether there may be more than a thousand variants.
         device: as of :func:`qkpatch.apply`.
         threads: how many layers are computed side by side.
@@ -72,7 +74,7 @@ def sweep(
     """
     check_device_name(device)
     requests, out = read_grid(grid, many=many), Path(out)
-    reading, edits, planned = _planned(str(source), requests, member(form, Form, "--as"))
+    plans, reading, planned = _planned(str(source), requests, member(form, Form, "--as"))
     checkpoint, per_thread = reading.model.checkpoint, reading.head_memory
     if reading.model.source.path is None:  # what is read of a repository waits in memory
         per_thread += max(target.read_bytes(reading.settings.heads) for target in reading.edits)
@@ -92,75 +94,77 @@ def sweep(
             root.replace(SWEEP_NAME, done.dumps().encode())
             return done
 
-        left = {name: edit for name, edit in edits.items() if variants[name].figures is None}
-        adapted = [name for name in left if is_lora and requests[name].select is not Select.shrink]
-        plans = {name: plan_of(reading.model, requests[name]) for name in adapted}
-        # Of a variant that a kill left unrecorded.
-        anew = Writing(overwrite=True)
-        places = {name: standing(out / name, plan, anew, is_whole=False) for name, plan in plans.items()}
+        left = {name: plan for name, plan in plans.items() if variants[name].figures is None}
+        replaced = {name: _replaced(out, name, plan, planned.form) for name, plan in left.items()}
         save()
         for name, text in evaluation(reading, requests).items():
             root.replace(name, text.encode())
         with Parts(root, reading.edits, left) as parts:
-            rest, keep = replace(reading, edits=parts.missing), parts.keep if plans else None
+            rest = replace(reading, edits=parts.missing)
             observer.begins("look", 0, len(rest.edits) * len(reading.settings.heads))
             with signals_held():  # torch's imports swallow what is raised in their midst
-                from qkpatch.sweeps.figures import figures
-            sums = figures(rest, left, keep, device, n_threads, observer)
-            for target, of_variants in zip(rest.edits, sums, strict=True):
-                parts.add(target, of_variants)
+                from qkpatch.adapters.factors import unpacked
+                from qkpatch.patching.device import choose_device
+                from qkpatch.sweeps.figures import Kept, figures
+            each = figures(rest, left, planned.form, parts.keep, device, n_threads, observer)
+            for target, found in zip(rest.edits, each, strict=True):
+                parts.add(target, found)
             checkpoint.check_still()
-            for name in left:
+            for name, plan in left.items():
                 files: dict[str, str | None] = {}
-                if name in plans:
-                    pairs = [(parts.factors(name, target), modules[target]) for target in plans[name].edits]
-                    manifest, found = planned_manifest(plans[name], device), places[name]
-                    replaced = found if isinstance(found, Replaced) else None
-                    made = write_adapter(out / name, checkpoint, manifest, Runtime.peft, pairs, replaced)
+                if is_lora and requests[name].select is not Select.shrink:
+                    layers = [(unpacked(t, parts.kept(name, t)), modules[t]) for t in plan.edits]
+                    manifest = planned_manifest(plan, device)
+                    made = write_adapter(
+                        out / name, checkpoint, manifest, Runtime.peft, layers, replaced[name]
+                    )
                     files = {f"{name}/{file.name}": file.sha256 for file in made.files}
+                elif planned.form is Form.patch:
+                    editor = Kept(choose_device(device), parts, name)
+                    patch = make_patch(plan, out / f"{name}.qkpatch", device=device, editor=editor)
+                    with root.reading(patch.name) as opened:
+                        files = {patch.name: opened.sha256(0, opened.size)}
                 of_all, by_layer = parts.figures(name)
                 variants[name] = replace(variants[name], figures=of_all, layers=by_layer, files=files)
                 save()
         return save()
 
 
+def _replaced(out: Path, name: str, plan: EditPlan, form: Form) -> Replaced | None:
+    """What a kill left of a variant unrecorded: an adapter, which is to be replaced, or a patch file, which goes."""
+    if form is Form.patch and os.path.lexists(file := out / f"{name}.qkpatch"):
+        read_patch(file)  # or refused
+        file.unlink()
+    found = (
+        None if form is not Form.lora else standing(out / name, plan, Writing(overwrite=True), is_whole=False)
+    )
+    return found if isinstance(found, Replaced) else None
+
+
 def _planned(
     source: str, requests: Mapping[str, Request], form: Form
-) -> tuple[EditPlan, dict[str, EditSettings], Sweep]:
-    """One plan that reads all layers that a variant edits, what is done to them, and the record with nothing done."""
-    edits, one = dict[str, EditSettings](), next(iter(requests.values()))
+) -> tuple[dict[str, EditPlan], EditPlan, Sweep]:
+    """The plan of each variant, one that reads all that they edit, and the record with nothing done."""
+    plans, one = dict[str, EditPlan](), next(iter(requests.values()))
     model = open_model(source, one.recipe, one.attention, Access.ranges, USUAL, one.prefix)
     for name, request in requests.items():
         try:
-            edits[name] = resolve(request, model)
+            plans[name] = plan_of(model, request)
         except UsageError as error:
             raise UsageError(f"{name}: {error.what}", where=error.where, fix=error.fix) from error
-    layers = tuple(sorted({n for edit in edits.values() for n in (*edit.layers, *edit.skipped_layers)}))
-    kinds = {(request.channel, request.select): request for request in requests.values()}
-    fewest = {Channel.antisymmetric: 2}  # a pair
-    plans = [
-        plan_of(
-            model,
-            replace(
-                kind,
-                layers=layers,
-                modes=fewest.get(kind.channel or Channel.full, 1),
-                energy=None,
-                min_modes=None,
-            ),
-        )
-        for kind in kinds.values()
-    ]
-    told, warnings = planned_manifest(plans[0], ""), [warning for plan in plans for warning in plan.warnings]
+    layers, any_of = {n for plan in plans.values() for n in plan.settings.layers}, next(iter(plans.values()))
+    targets = model.targets(tuple(sorted(layers)), fold_norm=any_of.settings.fold_norm)
+    told, warnings = planned_manifest(any_of, ""), [each for plan in plans.values() for each in plan.warnings]
     if form is Form.lora and any(request.select is Select.shrink for request in requests.values()):
         warnings.append("shrink has full rank, so there is no adapter of it; evaluate.sh makes checkpoints")
-    variants = tuple(VariantRecord(name, edit.block) for name, edit in edits.items())
+    variants = tuple(VariantRecord(name, plan.settings.block) for name, plan in plans.items())
     files = {name: file.content for name, file in model.checkpoint.files.items()}
     digest = hashlib.sha256(
         canonical_json(as_json([told.recipe, form, variants, files])).encode()
     ).hexdigest()
     common = (told.tool, told.source, told.recipe.name, form, digest)
-    return plans[0], edits, Sweep(*common, variants, tuple(dict.fromkeys(warnings)))
+    record = Sweep(*common, variants, tuple(dict.fromkeys(warnings)))
+    return plans, replace(any_of, edits=targets), record
 
 
 def _standing(root: Rooted, planned: Sweep) -> dict[str, VariantRecord]:

@@ -10,7 +10,7 @@ import peft
 import pytest
 import test_families
 import torch
-from adapters import CHANNELS, Agreement, agreement, save_source
+from adapters import CHANNELS, Agreement, agreement, load, main, save_source
 from safetensors.torch import load_file, save_file
 from test_modules import classes
 
@@ -101,7 +101,6 @@ def test_one_that_does_nothing_or_is_nowhere_would_be_noticed(tmp_path: Path) ->
     config = config_of(tmp_path / "adapter")
     config["target_modules"] = [m.replace("model.language_model.", "language_model.model.") for m in modules]
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    from adapters import load
 
     with pytest.raises(ValueError, match="not found in the base model"):
         peft.PeftModel.from_pretrained(load(case, tmp_path / "source"), tmp_path / "adapter")
@@ -186,6 +185,12 @@ def test_of_fp8_it_is_the_change_of_what_a_loader_reads(tmp_path: Path) -> None:
         wanted = oracle.edit(W_Q[rows].numpy(), keys, "full", modes, 0.0, dense).W_Q
         change = (B[rows] @ A).numpy()
         assert np.abs(W_Q[rows].numpy() + change - wanted).max() < 1e-6 * np.abs(wanted).max()
+
+
+def test_the_table_of_families_and_channels_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["llama"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[:2] for line in lines[2:]] == [["| llama", channel] for channel in CHANNELS]
 
 
 @pytest.mark.fixtures

@@ -268,11 +268,11 @@ def test_an_unexpected_error_is_a_document_too() -> None:
     [
         (("plan", "no/such/place", "--json"), 2),
         (("plan", "no/such/place", "--json", "--debug"), 2),
-        (("plan", "demo/toy-0", "--json", "--layers", "99"), 2),
         (("plan", "demo/toy-0", "--json", "--bogus"), 2),
-        (("plan", "demo/toy-0", "--json", "--alpha", "x"), 2),
-        (("inspect", "--json"), 2),
-        (("bogus", "--json"), 2),
+        pytest.param(("plan", "demo/toy-0", "--json", "--layers", "99"), 2, marks=pytest.mark.stress),
+        pytest.param(("plan", "demo/toy-0", "--json", "--alpha", "x"), 2, marks=pytest.mark.stress),
+        pytest.param(("inspect", "--json"), 2, marks=pytest.mark.stress),
+        pytest.param(("bogus", "--json"), 2, marks=pytest.mark.stress),
     ],
 )
 def test_with_json_every_error_is_one_document_and_its_code_stands(words: tuple[str, ...], code: int) -> None:

@@ -376,6 +376,16 @@ def test_memory_that_runs_out_is_told_with_a_smaller_batch(
     )
 
 
+def test_a_model_that_computes_nan_is_told_so(run: Run, album: Path, tmp_path: Path) -> None:
+    toy = _toy(tmp_path)
+    tensors = load_file(toy / "model.safetensors")
+    tensors["language_model.model.norm.weight"].fill_(float("nan"))
+    save_file(tensors, toy / "model.safetensors", {"format": "pt"})
+    result = run("evaluate", toy, *given(album, "--sample", 4))
+    assert result.exit_code == 3, result.output
+    assert "computes NaN" in result.output
+
+
 def test_an_adapter_is_evaluated_with_its_model_and_not_edited(run: Run, album: Path, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForImageTextToText

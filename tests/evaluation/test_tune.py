@@ -146,6 +146,16 @@ def test_limits_are_kept(album: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "edit.yaml").exists()
 
 
+def test_settings_that_the_model_has_not_are_not_tried(monkeypatch: Any, album: Path, tmp_path: Path) -> None:
+    monkeypatch.setattr("qkpatch.evaluation.search.MODES", (1, 999))
+    inputs = Inputs(album / "pictures", album / "objects.jsonl", batch_size=20)
+    asked = Protocol("<image> describe :", max_new_tokens=8, questions=0, sample=8)
+    result = qkpatch.tune(TOY, inputs, tmp_path / "edit.yaml", asked, limits=Limits(trials=8), channel="full")
+    assert result.tuned is not None
+    assert 1 <= result.tuned["trials"] < 8
+    assert not [key for key in log(tmp_path / "edit.yaml") if "999" in key]
+
+
 def test_a_search_that_was_stopped_goes_on(run: Run, album: Path, tmp_path: Path, monkeypatch: Any) -> None:
     whole, out = tmp_path / "whole.yaml", tmp_path / "edit.yaml"
     assert run("tune", *given(album, whole)).exit_code == 1
@@ -180,6 +190,7 @@ def test_a_search_that_was_stopped_goes_on(run: Run, album: Path, tmp_path: Path
         (("--layers", "99"), 2, "99"),
         (("--keep-recall", -1), 2, "no number from"),
         (("--max-shard-size", "1GB"), 2, "no files"),
+        (("--seed", 3), 2, "nothing is drawn"),
     ],
 )
 def test_what_cannot_be_searched_is_refused_before_anything_is_written(

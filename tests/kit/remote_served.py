@@ -42,6 +42,7 @@ REMOTE = {
     "phi4-siglip",
     "qwen1",
     "step-vl",
+    "xgen-mm",
 }
 
 LM, MLM, ML = "language_model.model.layers.{}.", "model.language_model.layers.{}.", "model.layers.{}."
@@ -256,6 +257,19 @@ CASES: dict[str, Remote] = {
         {"self_attn.qkv_proj.weight": (FUSED_ROWS, D_MODEL), "input_layernorm.weight": (D_MODEL,)},
         qkv("self_attn.qkv_proj.weight"),
         ("model.vision_tower.vision_tower.vision_model.encoder.layers.1.self_attn.q_proj.weight",),
+    ),
+    # Code that hooks its attention: vlm.lang_model.model.layers.
+    "xgen-mm": Remote(
+        {
+            "model_type": "xgenmm",
+            "architectures": ["XGenMMModelForConditionalGeneration"],
+            "text_config": {**NUMBERS, "model_type": "phi3"},
+        },
+        "vlm.lang_model.model.layers.{}.",
+        "self_attn.qkv_proj.weight",
+        {"self_attn.qkv_proj.weight": (FUSED_ROWS, D_MODEL), "input_layernorm.weight": (D_MODEL,)},
+        qkv("self_attn.qkv_proj.weight"),
+        ("vlm.vision_encoder.encoder.layers.1.self_attn.q_proj.weight",),
     ),
     # Its configuration_step_vl.py (text_config: Qwen3Config), vLLM's mapper.
     "step-vl": wrapped(

@@ -225,8 +225,8 @@ def test_a_store_remembers_and_drops_a_line_cut_short(tmp_path: Path) -> None:
     Store(path, {}).once("b", lambda: make("2"))
     path.write_text(path.read_text() + '["c", {"half')
     store = Store(path, {})
-    assert store.get("a", lambda: make("x")) == "1"
-    assert store.get("c", lambda: make("3")) == "3"
+    assert store.once("a", lambda: make("x")) == "1"
+    assert store.once("c", lambda: make("3")) == "3"
     assert made == ["1", "2", "3"]
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         ["a", "1"],

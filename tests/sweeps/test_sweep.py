@@ -406,7 +406,7 @@ def test_the_command_shows_a_table_and_more_for_programs(tiny: Tiny, tmp_path: P
         assert variant["name"] in shown.stdout
     assert json.loads(run(*said, "--json").stdout) == document
     lines = run(*said, "--csv").stdout.splitlines()
-    assert lines[0] == "variant,relative_change,energy_removed,realised_share,layer,attention"
+    assert lines[0] == "variant,relative_change,energy_removed,realised_share,rounding_error,layer,attention"
     assert len(lines) == 1 + 4 * 2
     assert run(*said, "--quiet").stdout == ""
     assert run(*said, "--csv", "--json").exit_code == 2

@@ -11,7 +11,15 @@ from qkpatch.cli.command import command
 from qkpatch.cli.flags import CsvOpt, RunFlags, ShowFlags, SourceArg, expanded
 from qkpatch.sweeps.grid import Form
 
-COLUMNS = ("variant", "relative_change", "energy_removed", "realised_share", "layer", "attention")  # of --csv
+COLUMNS = (
+    "variant",
+    "relative_change",
+    "energy_removed",
+    "realised_share",
+    "rounding_error",
+    "layer",
+    "attention",
+)  # of --csv
 
 
 @command
