@@ -65,12 +65,12 @@ class Patch:
         for name, ref in self.rows.items():
             match = _ROWS.fullmatch(name)
             tensor = tensors.get(match[1]) if match else None
-            if match is None or tensor is None or not int(match[2]) < int(match[3]) <= (*tensor.shape, 0)[0]:
+            if match is None or tensor is None or not tensor.nbytes or not tensor.shape:
                 raise self.unfit(f"{cut(name, 200)} is not there")
-            first, last = (
-                tensor.begin + int(n) * (tensor.nbytes // tensor.shape[0]) for n in match.groups()[1:]
-            )
-            found[name] = there = rows_of(tensor, first, last)
+            row, first, last = tensor.nbytes // tensor.shape[0], int(match[2]), int(match[3])
+            if not first < last <= tensor.shape[0]:
+                raise self.unfit(f"{cut(name, 200)} is not there")
+            found[name] = there = rows_of(tensor, tensor.begin + first * row, tensor.begin + last * row)
             if (ref.dtype, ref.shape) != (there.dtype, there.shape):
                 forms = [f"{one.dtype} {list(one.shape)}" for one in (there, ref)]
                 raise self.unfit(f"{cut(name, 200)} is {forms[0]} there, and {forms[1]} in the patch")

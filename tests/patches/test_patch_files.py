@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -326,6 +327,35 @@ def test_forged_digests_ranges_and_names_are_refused(
         assert result.exit_code in (2, 3), (says, result.output)
         assert "Traceback" not in result.output
         assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_an_empty_tensor_are_none(tmp_path: Path) -> None:
+    source = build_tiny(tmp_path / "tiny", extra={"empty": torch.zeros(4, 0), "one": torch.tensor(1.0)}).path
+    patch = qkpatch.make_patch(qkpatch.plan(source, layers=1), tmp_path / "edit.qkpatch")
+    whole, nothing = patch.read_bytes(), hashlib.sha256().hexdigest()
+    for name, tensor in (("empty[0:2]", torch.zeros(2, 0)), ("one[0:0]", torch.zeros(0))):
+        patch.write_bytes(whole)
+        said = record(patch)
+        said["digests"][name] = [nothing, nothing]
+        rewritten(patch, {**load_file(patch), name: tensor}, record=json.dumps(said))
+        with pytest.raises(UsageError, match="is not there"):
+            qkpatch.plan(source, patch=patch)
+
+
+def test_an_uneven_edit_travels_in_a_patch(tiny: Tiny, tmp_path: Path, run: Run) -> None:
+    edit = tmp_path / "edit.yaml"
+    edit.write_text("edits:\n- {layers: 0, modes: 2, alpha: 0.5}\n- {layers: 1-2, energy: 0.3, alpha: 0}\n")
+    assert run("apply", tiny.path, "--config", edit, "-o", tmp_path / "direct").exit_code == 0
+    made = run("apply", tiny.path, "--config", edit, "--patch-only", "-o", tmp_path / "edit.qkpatch")
+    assert made.exit_code == 0, made.output
+    assert (
+        run("apply", tiny.path, "--patch", tmp_path / "edit.qkpatch", "-o", tmp_path / "patched").exit_code
+        == 0
+    )
+    assert contents(tmp_path / "patched") == contents(tmp_path / "direct")
+    assert run("apply", tiny.path, "--in-place", "--config", edit).exit_code == 0
+    assert run("apply", tiny.path, "--in-place", "--config", edit).exit_code == 0
+    assert run("revert", tiny.path).exit_code == 0
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema": "qkpatch/1"}', "null", "9" * 500])
