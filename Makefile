@@ -17,6 +17,9 @@ check: $(STAMP)  ## format, lint, types, and pages that are stale; changes nothi
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m scripts.docs --check
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-actions action.yml
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.citation-file-format CITATION.cff
 
 docs: $(STAMP)  ## the pages that a program writes: commands, models, the README's picture, the evidence's report
 	$(BIN)/python -m scripts.docs
