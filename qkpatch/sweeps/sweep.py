@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qkpatch.adapters.modules import Runtime, query_modules
-from qkpatch.adapters.writing import write_adapter
+from qkpatch.adapters.writing import FILE_NAMES, write_adapter
 from qkpatch.checkpoint.files import os_errors
 from qkpatch.checkpoint.names import USUAL, came_by_itself
 from qkpatch.checkpoint.open_directory import Rooted
@@ -39,7 +39,7 @@ from qkpatch.planning.request import Request, check_device_name, member
 from qkpatch.spectral.rule import Select
 from qkpatch.sweeps.evaluation import FILES, evaluation
 from qkpatch.sweeps.grid import Form, read_grid
-from qkpatch.sweeps.parts import Parts
+from qkpatch.sweeps.parts import PARTS_NAME, Parts
 from qkpatch.sweeps.record import SWEEP_NAME, Sweep, VariantRecord
 from qkpatch.sweeps.report import REPORT_NAME, report
 
@@ -117,7 +117,7 @@ def sweep(
             saved = time.monotonic()
             for name, plan in left.items():
                 files: dict[str, str | None] = {}
-                if is_lora and requests[name].select is not Select.shrink:
+                if is_lora and _files_of(variants[name], planned.form):
                     layers = [(unpacked(t, parts.kept(name, t)), modules[t]) for t in plan.edits]
                     manifest = planned_manifest(plan, device)
                     made = write_adapter(
@@ -126,7 +126,10 @@ def sweep(
                     files = {f"{name}/{file.name}": file.sha256 for file in made.files}
                 elif planned.form is Form.patch:
                     editor = Kept(choose_device(device), parts, name)
-                    patch = make_patch(plan, out / f"{name}.qkpatch", device=device, editor=editor)
+                    patch = make_patch(
+                        plan, out / PARTS_NAME / f"{name}.qkpatch", device=device, editor=editor
+                    )
+                    parts.publish(patch.name)
                     with root.reading(patch.name) as opened:
                         files = {patch.name: opened.sha256(0, opened.size)}
                 of_all, by_layer = parts.figures(name)
@@ -134,16 +137,23 @@ def sweep(
                 if time.monotonic() - saved > _SAVED_EVERY:
                     save()
                     saved = time.monotonic()
-        done = save()
+            # Before what it is made of goes.
+            done = save()
         root.replace(REPORT_NAME, report(done).encode())
         return done
 
 
+def _files_of(variant: VariantRecord, form: Form) -> set[str]:
+    """What is made of a variant, in SWEEP/."""
+    if form is Form.lora and variant.edit.select is not Select.shrink:
+        return {f"{variant.name}/{file}" for file in FILE_NAMES}
+    return {f"{variant.name}.qkpatch"} if form is Form.patch else set()
+
+
 def _replaced(out: Path, name: str, plan: EditPlan, form: Form) -> Replaced | None:
-    """What a kill left of a variant unrecorded: an adapter, which is to be replaced, or a patch file, which goes."""
+    """What a kill left of a variant unrecorded: an adapter or a patch file, which is to be replaced."""
     if form is Form.patch and os.path.lexists(file := out / f"{name}.qkpatch"):
         read_patch(file)  # or refused
-        file.unlink()
     found = (
         None if form is not Form.lora else standing(out / name, plan, Writing(overwrite=True), is_whole=False)
     )
@@ -201,7 +211,9 @@ def _standing(root: Rooted, planned: Sweep) -> dict[str, VariantRecord]:
 
     def is_as_left(variant: VariantRecord) -> bool:
         files = variant.files.items()
-        return all(name in present.files and present.sha256(name) == digest for name, digest in files)
+        return variant.files.keys() == _files_of(variant, planned.form) and all(
+            name in present.files and present.sha256(name) == digest for name, digest in files
+        )
 
-    blank = {variant.name: variant for variant in planned.variants}
-    return {v.name: v if is_as_left(v) else blank[v.name] for v in found.variants}
+    known = {variant.name: variant for variant in found.variants if is_as_left(variant)}
+    return {blank.name: known.get(blank.name, blank) for blank in planned.variants}
