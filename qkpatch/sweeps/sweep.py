@@ -24,6 +24,7 @@ from qkpatch.common.number_ranges import some
 from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.common.typed_json import as_json
 from qkpatch.compare.overwrite import standing
+from qkpatch.compare.verify import recorded
 from qkpatch.errors import UsageError
 from qkpatch.model.locate import Access
 from qkpatch.model.model import open_model
@@ -151,12 +152,19 @@ def _files_of(variant: VariantRecord, form: Form) -> set[str]:
 
 
 def _replaced(out: Path, name: str, plan: EditPlan, form: Form) -> Replaced | None:
-    """What a kill left of a variant unrecorded: an adapter or a patch file, which is to be replaced."""
-    if form is Form.patch and os.path.lexists(file := out / f"{name}.qkpatch"):
-        read_patch(file)  # or refused
-    found = (
-        None if form is not Form.lora else standing(out / name, plan, Writing(overwrite=True), is_whole=False)
-    )
+    """What a kill left of a variant unrecorded, which is to be replaced; what is another's is refused."""
+    place, found, made = out / name, None, None
+    if form is Form.patch and os.path.lexists(place := out / f"{name}.qkpatch"):
+        made = read_patch(place).manifest
+    elif form is Form.lora:
+        found = standing(place, plan, Writing(overwrite=True), is_whole=False)
+        if isinstance(found, Replaced) and found.entries:
+            with Rooted(place) as root:
+                made = recorded(Present(root))
+    planned = planned_manifest(plan, "")
+    if made is not None and (made.edit, made.recipe) != (planned.edit, planned.recipe):
+        what = "it is of another edit, where this variant belongs"
+        raise UsageError(what, where=str(place), fix="move it away, or choose another -o")
     return found if isinstance(found, Replaced) else None
 
 

@@ -12,7 +12,7 @@ from test_sweep import Ending, Killed, files, record
 
 import qkpatch
 from qkpatch.checkpoint.open_directory import Rooted
-from qkpatch.errors import FileSystemError
+from qkpatch.errors import FileSystemError, UsageError
 
 GRID: dict[str, Any] = {"modes": [1, 2], "layers": ["0-1"], "select": ["dominant", "shrink"]}
 FORMS = pytest.mark.parametrize("form", ["lora", "patch", "none"])
@@ -126,4 +126,30 @@ def test_a_variant_that_the_record_lost_is_made_again(
             path.unlink()
     (out / "sweep.json").write_text(json.dumps(document))
     qkpatch.sweep(tiny.path, GRID, out, form=form)
+    assert files(out) == whole
+
+
+@pytest.mark.parametrize("form", ["lora", "patch"])
+def test_what_another_edit_made_stays_where_a_variant_belongs(form: str, tiny: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    qkpatch.sweep(tiny.path, {"modes": [1, 2], "layers": ["0-1"]}, out, form=form)
+    whole, name = files(out), "L0-1-m2.qkpatch" if form == "patch" else "L0-1-m2"
+    place = out / name
+    kept = place.rename(tmp_path / name)
+    for edit in ({"modes": 3, "layers": "0-1"}, {"modes": 2, "layers": "0-1", "heads": 0}):
+        if form == "patch":
+            qkpatch.make_patch(qkpatch.plan(tiny.path, **edit), place)
+        else:
+            qkpatch.lora(tiny.path, place, **edit)
+        before = files(out)
+        with pytest.raises(UsageError, match="another edit") as error:
+            qkpatch.sweep(tiny.path, {"modes": [1, 2], "layers": ["0-1"]}, out, form=form)
+        assert (error.value.where, files(out)) == (str(place), before)
+        place.rename(tmp_path / f"{len(list(tmp_path.iterdir()))}-{name}")
+    # Of this edit, it is what a kill left.
+    kept.rename(place)
+    document = record(out)
+    document["variants"][1] |= {"figures": None, "layers": [], "files": {}}
+    (out / "sweep.json").write_text(json.dumps(document))
+    qkpatch.sweep(tiny.path, {"modes": [1, 2], "layers": ["0-1"]}, out, form=form)
     assert files(out) == whole
