@@ -57,6 +57,11 @@ def read_grid(grid: str | Path | Mapping[str, Any], *, many: bool = False) -> di
     kinds: dict[str, Any] = {"recipe": str, "prefix": str, "attention": str, "fold_norm": bool}
     kinds["heads"] = next((kind for kind in (int, list) if root.is_a("heads", kind)), str)
     fixed = {key: root.take_optional(key, kind) for key, kind in kinds.items()}
+    if "edits" in root:
+        root.take_optional("edits", list)
+        root.fault(
+            "a variant edits all its layers alike; edits go into an EDIT.yaml, for apply --config", "edits"
+        )
     matched = root.take("matched", bool, default=False)
     root.finish()
 
@@ -104,7 +109,7 @@ def name_of(request: Request) -> str:
         layers = f"{len(request.layers or ())}of-{hashlib.sha256(layers.encode()).hexdigest()[:8]}"
     parts += [f"L{layers}"] if layers else []
     numbers = (("m", request.modes), ("n", request.min_modes), ("e", request.energy), ("a", request.alpha))
-    parts += [f"{letter}{exact(number)}" for letter, number in numbers if number is not None]
+    parts += [f"{letter}{exact(number or 0)}" for letter, number in numbers if number is not None]
     parts += [request.channel.value] if request.channel not in (None, Channel.full) else []
     parts += [request.select.value] if request.select not in (None, Select.dominant) else []
     parts += [f"s{request.seed or 0}"] if request.draws else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -10,16 +11,9 @@ import typer
 from qkpatch.cli.command import command
 from qkpatch.cli.flags import CsvOpt, RunFlags, ShowFlags, SourceArg, expanded
 from qkpatch.sweeps.grid import Form
+from qkpatch.sweeps.record import Figures
 
-COLUMNS = (
-    "variant",
-    "relative_change",
-    "energy_removed",
-    "realised_share",
-    "rounding_error",
-    "layer",
-    "attention",
-)  # of --csv
+COLUMNS = ("variant", *(field.name for field in fields(Figures)))  # of --csv
 
 
 @command
