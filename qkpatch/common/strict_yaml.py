@@ -178,8 +178,9 @@ class Fields:
         if kind is float and type(value) is int and abs(value) < 2**1023:
             value = float(value)
         if type(value) is not kind:
-            is_one = kind is list and isinstance(value, str | int | float)
-            fix = f"; write {key}: [{value!s:.60}]" if is_one else ""
+            fix = (
+                f"; write {key}: [{value!s:.60}]" if kind is list and type(value) in (str, int, float) else ""
+            )
             self.fault(f"expected {kind.__name__}, got {_show(value)}{fix}", key)
             return default
         return value

@@ -48,20 +48,16 @@ def read_grid(grid: str | Path | Mapping[str, Any], *, many: bool = False) -> di
         where, document = str(grid), load_yaml(source_file(Path(grid), str(grid)).read(), str(grid))
     root = Fields(document, where)
     axes = {key: values for key in AXES if (values := root.take_optional(key, list)) is not None}
-    for key in [
-        key for key, values in axes.items() if (not values or None in values) and root.is_a(key, list)
-    ]:
-        root.fault("must not be empty, nor hold an empty value", key)
+    for key, values in axes.items():
+        if (not values or None in values) and root.is_a(key, list):
+            root.fault("must not be empty, nor hold an empty value", key)
     if not axes:
         root.fault(f"it has no axis; there are {', '.join(AXES)}")
     kinds: dict[str, Any] = {"recipe": str, "prefix": str, "attention": str, "fold_norm": bool}
     kinds["heads"] = next((kind for kind in (int, list) if root.is_a("heads", kind)), str)
     fixed = {key: root.take_optional(key, kind) for key, kind in kinds.items()}
-    if "edits" in root:
-        root.take_optional("edits", list)
-        root.fault(
-            "a variant edits all its layers alike; edits go into an EDIT.yaml, for apply --config", "edits"
-        )
+    if root.take_optional("edits", list) is not None:
+        root.fault("a variant edits all its layers alike; --config of apply takes edits", "edits")
     matched = root.take("matched", bool, default=False)
     root.finish()
 

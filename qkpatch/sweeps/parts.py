@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from types import TracebackType
 
 from qkpatch.checkpoint.files import os_errors, synced
 from qkpatch.checkpoint.open_directory import Rooted
@@ -18,8 +17,7 @@ from qkpatch.spectral.rule import Sums
 from qkpatch.sweeps.record import Figures
 
 PARTS_NAME = "parts"
-# Of a variant, in one tensor; records of heads where rows are formed.
-Found = tuple[Sums, tuple[HeadRecord, ...]]
+Found = tuple[Sums, tuple[HeadRecord, ...]]  # of a variant, in one tensor; heads where rows are formed
 # The same as it is written, and the size of the file that was kept.
 Said = tuple[tuple[float, float, float, float, float, float, float], tuple[HeadRecord, ...], int]
 
@@ -33,9 +31,7 @@ class Parts:
         self._root, self._found = root, dict[LayerTarget, dict[str, Found]]()
         self._folder = Rooted(root.path / PARTS_NAME, within=root, name=PARTS_NAME)
         self._place = {target: i for i, target in enumerate(targets)}
-        wanted = {
-            target: {name for name, edit in edits.items() if target in edit.edits} for target in targets
-        }
+        wanted = {t: {name for name, edit in edits.items() if t in edit.edits} for t in targets}
         for target, i in self._place.items():
             if (found := self._whole(i)) is not None and wanted[target] <= found.keys():
                 self._found[target] = found
@@ -65,9 +61,7 @@ class Parts:
     def __enter__(self) -> Parts:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self._remove(self._folder.names())
             self._root.discard(PARTS_NAME)

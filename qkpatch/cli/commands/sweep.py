@@ -13,8 +13,6 @@ from qkpatch.cli.flags import CsvOpt, RunFlags, ShowFlags, SourceArg, expanded
 from qkpatch.sweeps.grid import Form
 from qkpatch.sweeps.record import Figures
 
-COLUMNS = ("variant", *(field.name for field in fields(Figures)))  # of --csv
-
 
 @command
 def sweep(
@@ -26,13 +24,9 @@ def sweep(
     ],
     out: Annotated[
         Path,
-        typer.Option(
-            "--out", "-o", metavar="SWEEP", help="To be written, or gone on with.", callback=expanded
-        ),
+        typer.Option("--out", "-o", metavar="SWEEP", help="Written, or gone on with.", callback=expanded),
     ],
-    form: Annotated[
-        Form, typer.Option("--as", help="What is made of each variant besides figures.")
-    ] = Form.lora,
+    form: Annotated[Form, typer.Option("--as", help="Made of each variant besides figures.")] = Form.lora,
     run: RunFlags,
     as_csv: CsvOpt = False,
     yes: Annotated[bool, typer.Option("--yes", help="More than 1,000 variants are meant.")] = False,
@@ -54,6 +48,7 @@ def sweep(
     if show.as_json:
         print_text(done.dumps())
     elif as_csv:
-        print_csv(COLUMNS, ((v.name, *vars(layer).values()) for v in done.variants for layer in v.layers))
+        columns = ("variant", *(field.name for field in fields(Figures)))
+        print_csv(columns, ((v.name, *vars(layer).values()) for v in done.variants for layer in v.layers))
     elif not show.quiet:
         show_sweep(done, out)
