@@ -106,6 +106,9 @@ def _foreign(present: Present, plan: EditPlan, writing: Writing, observer: Obser
         ):
             yield Mismatch(name, "is a directory that qkpatch did not make")
     if not writing.overwrite:
+        if manifest.adapter is not None:
+            yield Mismatch(MANIFEST_NAME, "it is of an adapter, which is made anew with --overwrite")
+            return
         yield from origin_mismatches(manifest, plan.model.source)
         for other in differences(manifest, planned_manifest(plan, ""), plan, ()):
             yield _ByEdit(other.where, other.what)

@@ -26,7 +26,7 @@ from qkpatch.planning.plan import EditPlan, make_plan
 from qkpatch.publishing.card import CARD_NAME, CHECKED, card_text, has_results, is_card_of, is_ours
 from qkpatch.publishing.front_matter import FrontMatter
 from qkpatch.publishing.private_files import is_private
-from qkpatch.recipes.catalogue import shipped_recipes
+from qkpatch.recipes.catalogue import get_recipe, shipped_recipes
 
 if TYPE_CHECKING:
     from qkpatch.compare.arithmetic import Arithmetic
@@ -141,6 +141,8 @@ def check(
     if manifest.adapter is not None:
         what = "it is an adapter, which holds nothing of SOURCE to compare"
         raise CheckpointError(what, where=str(present.root.path), fix="make it anew: the bytes are the same")
+    if recipe is not None:
+        get_recipe(recipe)  # a slip of whoever asks is none of OUT's
     request = replace(manifest.request(), recipe=recipe or manifest.recipe.name)
     if recipe is None and request.recipe not in shipped_recipes():
         raise CheckpointError(

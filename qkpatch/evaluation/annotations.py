@@ -67,6 +67,10 @@ def read_annotations(file: Path, folder: Path) -> Annotations:
         raise UsageError(
             f"it does not say which objects are where: {error!r}", where=str(file), fix=_SHAPE
         ) from error
+    if odd := [name for name in found if not isinstance(name, str)]:
+        raise UsageError(
+            f"a picture is named by {odd[0]!r:.80}, which is no text", where=str(file), fix=_SHAPE
+        )
     if not names:
         raise UsageError("it names no object", where=str(file), fix=_SHAPE)
     with os_errors("list", folder):

@@ -39,6 +39,10 @@ class LoadedEdit:
     heads: Mapping[str, tuple[HeadRecord, ...]]  # by the query tensor's name
     _before: tuple[tuple[Tensor, int, Tensor], ...]  # a tensor, an offset in its bytes, and the bytes
 
+    def __repr__(self) -> str:
+        """In a line: the former weights are part of it."""
+        return f"<LoadedEdit: {len(self.heads)} tensor(s)>"
+
     def restore(self) -> None:
         """Put the former bits back; once more does nothing else."""
         for tensor, at, data in self._before:

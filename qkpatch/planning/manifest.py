@@ -159,6 +159,10 @@ class Manifest:
     run: blocks.RunBlock = field(compare=False)
     adapter: blocks.AdapterBlock | None = field(default=None, metadata=LEFT_OUT)
 
+    def __repr__(self) -> str:
+        """In a line; :meth:`dumps` tells all."""
+        return f"<Manifest of {self.source.name}: {len(self.edits)} tensor(s) edited>"
+
     def to_json(self) -> dict[str, Json]:
         """Plain JSON values, in the schema's shape."""
         return {"schema": SCHEMA, **as_json(self)}

@@ -47,6 +47,10 @@ class EditPlan:
     is_done: bool = False  # whether the OUT that was named is that already
     patch: Patch | None = None  # whose rows are written in place of computed ones
 
+    def __repr__(self) -> str:
+        """In a line: a notebook shows it, and a plan holds every header."""
+        return f"<EditPlan {self.default_name}: {len(self.edits)} tensor(s)>"
+
     @property
     def max_shard_size(self) -> int | None:
         """The most bytes of tensors in a shard of OUT; None where SOURCE's shards are kept."""

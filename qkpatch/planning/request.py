@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qkpatch.common.number_ranges import as_numbers, format_ranges
+from qkpatch.common.number_ranges import as_numbers, format_ranges, some
 from qkpatch.errors import UsageError
 from qkpatch.recipes.recipe import is_prefix
 from qkpatch.spectral.rule import Channel, Select
@@ -68,6 +68,9 @@ class Request:
     @classmethod
     def of(cls, **said: Any) -> Request:
         """A request from what people write: ``layers=range(10, 19)`` or ``"10-18"``, ``channel="full"``, ``"5GB"``."""
+        if unknown := said.keys() - {f.name for f in fields(cls)}:
+            known = ", ".join(f.name for f in fields(cls))
+            raise UsageError(f"no setting of an edit: {some(sorted(unknown))}", fix=f"there are {known}")
         given = {key: value for key, value in said.items() if value is not None}
         return cls(**{key: _READ[key](value) if key in _READ else value for key, value in given.items()})
 
@@ -224,8 +227,12 @@ def _items(
         # Key by key, so that all faults are told; then together.
         for where, part in (*((f"{at}.{key!s:.80}", {key: told[key]}) for key in told), (at, said)):
             try:
-                if not {*part} <= {*ITEM_KEYS} or any(value is None for value in part.values()):
-                    raise UsageError(f"it says nothing, or is none of {', '.join(ITEM_KEYS)}")
+                if any(value is None for value in part.values()):
+                    raise UsageError("it says nothing")
+                if unknown := {*map(str, part)} - {*ITEM_KEYS}:
+                    is_common = unknown <= {f.name for f in fields(Request)}
+                    said_so = "it holds for all: put it beside edits" if is_common else "unknown key"
+                    raise UsageError(f"{said_so} (an item has {', '.join(ITEM_KEYS)})")
                 made = Request.of(**part)
                 said |= part
             except UsageError as error:

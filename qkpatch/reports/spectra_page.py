@@ -21,6 +21,11 @@ class Side(NamedTuple):
     layers: Sequence[LayerSpectra]
 
 
+def is_ours(start: bytes) -> bool:
+    """Whether a file begins as a page of spectra does."""
+    return b"<title>Query-key spectra</title>" in start
+
+
 def check_alike(a: Side, b: Side) -> None:
     """Refuse to hold spectra of different layers or heads against each other.
 

@@ -12,6 +12,7 @@
 # lies beside the weights: so a variant with one is a folder of links, to the base's files and to the adapter's. Any other
 # is a checkpoint, which is made for its evaluation and removed afterwards.
 set -euo pipefail
+if [[ -n ${SOURCE:-} ]]; then SOURCE=$(realpath -- "$SOURCE"); fi # as seen from where it was said
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 python=${PYTHON:-python}
 case @FAMILY@ in
@@ -24,6 +25,13 @@ esac
 model=${MODEL:-$model}
 source=@SOURCE@
 asked=" $* "
+known=" @KNOWN@ "
+for name; do
+    if [[ $known != *" $name "* ]]; then
+        echo "there is no variant $name; there are:$known" >&2
+        exit 2
+    fi
+done
 
 evaluate() {
     local name=$1 place=checkpoints/@BASE@-$1
@@ -35,7 +43,8 @@ evaluate() {
     if [[ $name == base ]]; then
         ln -s -- "$source" "$place"
     elif [[ -d $name ]]; then
-        "$python" -c 'import peft' # else transformers would leave the adapter out, and say nothing
+        # Else transformers would leave the adapter out, and say nothing.
+        "$python" -c 'import peft' || { echo "peft is needed: set PYTHON to one that has it" >&2; exit 1; }
         mkdir -- "$place"
         ln -s -- "$source"/* "$PWD/$name"/adapter_* "$place"
     elif [[ -f $name.qkpatch ]]; then
@@ -46,7 +55,8 @@ evaluate() {
     "$python" -m lmms_eval --model "$model" --model_args "pretrained=$place${ARGS:+,$ARGS}" \
         --tasks "${TASKS:-pope,coco_cap_chair}" ${LIMIT:+--limit "$LIMIT"} --batch_size 1 \
         --log_samples --output_path "results/$name"
-    touch "results/$name/done"
+    mkdir -p -- "results/$name"
+    touch -- "results/$name/done"
     rm -rf -- "$place"
 }
 

@@ -34,6 +34,7 @@ def evaluation(plan: EditPlan, requests: Mapping[str, Request]) -> dict[str, str
         "VARIANTS": "\n".join(["evaluate base", *(_line(*variant) for variant in requests.items())]),
         "LAST": str(len(names)),
         "NAMES": "\n".join(f"    {name}" for name in ["base", *names]),
+        "KNOWN": " ".join(["base", *names]),
     }
     texts = {name: Path(__file__).with_name(name).read_text("utf-8") for name in FILES}
     return {name: re.sub(r"@([A-Z]+)@", lambda found: said[found[1]], text) for name, text in texts.items()}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from qkpatch.common.json_text import exact
 from qkpatch.common.number_ranges import format_ranges
+from qkpatch.planning.blocks import LayersBlock
 from qkpatch.reports.sweep_page import Mark, sweep_page
+from qkpatch.spectral.rule import Select
 from qkpatch.sweeps.record import Sweep, VariantRecord
 
 REPORT_NAME = "report.html"
@@ -20,9 +22,7 @@ def _mark(variant: VariantRecord) -> Mark | None:
     if of is None:
         return None
     edit = "; ".join(
-        f"layers {format_ranges(part.layers)}, {part.counted} {part.select.value} mode(s) × {exact(part.alpha)}, "
-        f"{part.channel.value} channel"
-        for part in parts
+        f"layers {format_ranges(part.layers)}, {_kind(part)}, {part.channel.value} channel" for part in parts
     )
     return Mark(
         name=variant.name,
@@ -34,3 +34,9 @@ def _mark(variant: VariantRecord) -> Mark | None:
         realised=of.realised_share,
         layers=[(one.layer or 0, one.relative_change) for one in variant.layers],
     )
+
+
+def _kind(part: LayersBlock) -> str:
+    if part.select is Select.shrink:
+        return f"shrunk by as much as {part.modes} dominant mode(s) × {exact(part.alpha)} would move it"
+    return f"{part.counted} {part.select.value} mode(s) × {exact(part.alpha)}"

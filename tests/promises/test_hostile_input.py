@@ -153,8 +153,8 @@ class TestConfig:
         (tmp_path / "edit.yaml").write_text("out: x\n")
         result = run("plan", tiny.path, "--config", tmp_path / "edit.yaml")
         known = (
-            "alpha, attention, channel, exclude, fold_norm, heads, layers, max_shard_size, modes, prefix, recipe, "
-            "seed, select"
+            "alpha, attention, channel, edits, energy, exclude, fold_norm, heads, layers, max_shard_size, min_modes, "
+            "modes, prefix, recipe, seed, select"
         )
         assert f"known here: {known}" in result.stderr
 

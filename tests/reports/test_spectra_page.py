@@ -190,3 +190,20 @@ def test_a_large_model_is_drawn_within_a_second_and_two_sides_are_held_against_e
     assert found["errors"] == []
     assert found["maps"] == 3
     assert found["bars"] == 2
+
+
+def test_a_page_replaces_a_page_and_nothing_else(tiny: Tiny, run: Run, tmp_path: Path) -> None:
+    look = ("inspect", tiny.path, "--modes", 2, "--report")
+    assert run(*look, tmp_path / "page.html").exit_code == 0
+    assert run(*look, tmp_path / "page.html").exit_code == 0
+    (tmp_path / "mine.html").write_text("my notes")
+    assert run(*look, tmp_path / "mine.html").exit_code == 2
+    assert (tmp_path / "mine.html").read_text() == "my notes"
+    assert run(*look, tiny.path / "page.html").exit_code == 2
+    assert not (tiny.path / "page.html").exists()
+
+
+def test_a_page_by_energy_begins_at_the_modes_that_the_table_says(run: Run, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    assert run("inspect", TOY, "--layers", 3, "--heads", 0, "--energy", 0.3, "--report", page).exit_code == 0
+    assert embedded(page.read_text())["modes"] == 2

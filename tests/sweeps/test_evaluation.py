@@ -135,7 +135,9 @@ def test_a_repository_is_downloaded_at_its_commit(
     code = "import qkpatch, sys; qkpatch.sweep('org/tiny', {'modes': [1], 'layers': [1]}, sys.argv[1], form='none')"
     with fake_hub() as hub:
         hub.repos["org/tiny"] = Repo(tiny.path)
-        env = hub_environment(hub.endpoint, tmp_path / "home", **{**environment, "MODEL": "m"})
+        env = hub_environment(
+            hub.endpoint, tmp_path / "home", **{**environment, "MODEL": "m", "HF_HUB_OFFLINE": "0"}
+        )
         subprocess.run(
             [sys.executable, "-c", code, str(tmp_path / "sweep")], check=True, env=env, timeout=120
         )

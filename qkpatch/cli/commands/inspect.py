@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from statistics import median_high
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -28,6 +29,7 @@ from qkpatch.cli.flags import (
 from qkpatch.planning.request import Request, check_device_name
 
 if TYPE_CHECKING:
+    from qkpatch.checkpoint.open_directory import Rooted
     from qkpatch.patching.inspection import Inspection
     from qkpatch.patching.spectra import LayerSpectra
     from qkpatch.reports.spectra_page import Side
@@ -67,7 +69,6 @@ def inspect(
     debug: DebugOpt = False,
 ) -> None:
     """Show the spectra of SOURCE's query-key products."""
-    from qkpatch.checkpoint.open_directory import Rooted
     from qkpatch.cli.console import print_csv, print_json
     from qkpatch.cli.progress import bars
     from qkpatch.cli.tables import model_line, show_spectra
@@ -79,10 +80,6 @@ def inspect(
         raise UsageError("one of --json and --csv", fix="drop the other")
     if as_csv and (against is not None or report is not None):
         raise UsageError("--csv is of one checkpoint, as it comes", fix="drop it, or --against and --report")
-    if report is not None and report.suffix != ".html":
-        raise UsageError(
-            "a report is an .html file", where=f"--report {report}", fix=f"--report {report}.html"
-        )
     request = Request.of(
         recipe=recipe, prefix=prefix, attention=attention, layers=layers, heads=heads, modes=modes,
         energy=energy, fold_norm=fold_norm, exclude=exclude,
@@ -90,7 +87,7 @@ def inspect(
     check_device_name(run.device)
     looked_at = Inspection.of(source, request)
     # Before heads are computed: there is no such directory, say.
-    folder = None if report is None else Rooted(report.parent)
+    folder = None if report is None else _folder_of(report, looked_at)
     other = None if against is None else Inspection.of(against, request)
     # On one terminal, lines that come meanwhile would run into the bars.
     with bars(quiet=quiet or (as_csv and sys.stdout.isatty())) as observer:
@@ -107,15 +104,36 @@ def inspect(
             check_alike(*sides)
     if report is not None and folder is not None:
         with folder:
-            folder.replace(
-                report.name, spectra_page(model_line(model), chosen.edits[0][1].modes, sides).encode()
-            )
+            shown = [head for layer in sides[0].layers for head in layer.heads]
+            modes = median_high(head.modes or chosen.edits[0][1].modes for head in shown)
+            folder.replace(report.name, spectra_page(model_line(model), modes, sides).encode())
     if as_json:
         found = [_json(side, looked, energy)
                  for side, looked in zip(sides, filter(None, (looked_at, other)), strict=True)]  # fmt: skip
         print_json(found[0] if other is None else {**found[0], "against": found[1]})
     elif not quiet:
         show_spectra(model, chosen, sides, is_folded=fold_norm)
+
+
+def _folder_of(report: Path, looked_at: Inspection) -> Rooted:
+    """Where a page is to be, which is neither in SOURCE nor over a file that is no page of ours."""
+    from qkpatch.checkpoint.open_directory import Rooted
+    from qkpatch.errors import UsageError
+    from qkpatch.output.destination import check_apart
+    from qkpatch.reports.spectra_page import is_ours
+
+    where = f"--report {report}"
+    if report.suffix != ".html":
+        raise UsageError("a report is an .html file", where=where, fix="name it page.html")
+    check_apart(report, looked_at.model.checkpoint)
+    folder = Rooted(report.parent)
+    if folder.status(report.name) is not None:
+        with folder.reading(report.name) as opened:
+            if not is_ours(bytes(opened.read(min(opened.size, 1 << 12), 0))):
+                raise UsageError(
+                    "exists, and is no page of inspect's", where=where, fix="choose another name"
+                )
+    return folder
 
 
 def _csv_rows(layers: Iterable[LayerSpectra]) -> Iterator[tuple[object, ...]]:
