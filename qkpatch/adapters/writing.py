@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from qkpatch.adapters.factors import LayerFactors
 
 WEIGHTS_NAME, CONFIG_NAME, DTYPE = "adapter_model.safetensors", "adapter_config.json", "F32"
+FILE_NAMES = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME)  # besides the manifest
 # With lora_alpha = r, what PEFT and vLLM add to a weight is B A itself.
 _PLAIN = {
     "peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,

@@ -230,7 +230,8 @@ def show_sweep(sweep: Sweep, out: Path) -> None:
     with results() as console:
         console.print(table)
         script = safe(shlex.join(["bash", as_word(str(out / "evaluate.sh"))]))
-        console.print(f"{len(sweep.variants)} variant(s); evaluate them with: {script}", soft_wrap=True)
+        done = "variant(s), all done already" if sweep.already_done else "variant(s)"
+        console.print(f"{len(sweep.variants)} {done}; evaluate them with: {script}", soft_wrap=True)
 
 
 def show_publication(publication: Publication) -> None:

@@ -147,7 +147,7 @@ class Fields:
         self._data: dict[Any, Any] = data if isinstance(data, dict) else {}
         self._taken: set[Any] = set()
         if not isinstance(data, dict):
-            self.fault(f"expected a mapping, got {_show(data)}")
+            self.fault("expected a mapping, got " + ("nothing" if data is None else _show(data)))
 
     def fault(self, message: str, key: object = None) -> None:
         """Record a fault at this mapping or at one of its keys."""
@@ -178,7 +178,10 @@ class Fields:
         if kind is float and type(value) is int and abs(value) < 2**1023:
             value = float(value)
         if type(value) is not kind:
-            self.fault(f"expected {kind.__name__}, got {_show(value)}", key)
+            fix = (
+                f"; write {key}: [{value!s:.60}]" if kind is list and type(value) in (str, int, float) else ""
+            )
+            self.fault(f"expected {kind.__name__}, got {_show(value)}{fix}", key)
             return default
         return value
 

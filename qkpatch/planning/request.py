@@ -90,7 +90,9 @@ class Request:
                 isinstance(given, kinds) and (type(given) is bool) == (kinds is bool)
             ):
                 kind = getattr(kinds, "__name__", "number")
-                raise UsageError(f"{given!r:.80} is no {kind}", where=_flag(what))
+                is_number = isinstance(given, str) and kinds is not bool  # in the eyes of whoever wrote it
+                fix = "a number has no quotes, and a dot before an e: 1.0e-3" if is_number else None
+                raise UsageError(f"{given!r:.80} is no {kind}", where=_flag(what), fix=fix)
         for what in ("attention", "exclude"):
             if not all(isinstance(name, str) for name in getattr(self, what) or ()):
                 raise UsageError("what it names is named by a text", where=f"--{what}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 from qkpatch.adapters.factors import head_factors
 from qkpatch.common.observer import Observer
@@ -65,11 +64,9 @@ def figures(
         total = {name: Sums(*map(sum, zip(*each, strict=True))) for name, each in sums.items()}
         for name, each in total.items():
             if not each.moved or (records[name] and not any(head.relative_change for head in records[name])):
-                raise NumericalError(
-                    f"{name} leaves every value as it is: it rounds away, has no such mode, or the product is zero",
-                    where=f"{target.query.name} in {target.query.shard}",
-                    fix=f"take it, or layer {target.layer}, out of the grid",
-                )
+                what = "leaves every value as it is: it rounds away, has no such mode, or the product is zero"
+                at, fix = f"{target.query.name} in {target.query.shard}", f"take it, or layer {target.layer},"
+                raise NumericalError(f"{name} {what}", where=at, fix=f"{fix} out of the grid")
         return {name: (each, tuple(records[name])) for name, each in total.items()}
 
     with Crew(threads) as crew:
@@ -107,17 +104,14 @@ def _of_heads(
                     at = f"{name}: head {batch.heads[error.index]} of {target.query.name}"
                     raise NumericalError(error.what, where=at, fix=error.fix) from error
                 if form is Form.patch:
-                    rows = partial(_keep_rows, keep, target, name)
+
+                    def rows(_: str, data: bytes | bytearray, at: int, name: str = name) -> None:
+                        keep(target, name, data)
+
                     records = [record for record, _ in written(plan, weights, batch, rows, product)]
-                    sums = [
-                        s._replace(noise=r.rounding_error**2 * s.moved)
-                        for s, r in zip(sums, records, strict=True)
-                    ]
+                    both = zip(sums, records, strict=True)
+                    sums = [s._replace(noise=r.rounding_error**2 * s.moved) for s, r in both]
                 yield name, sums, records
-
-
-def _keep_rows(keep: Keep, target: LayerTarget, name: str, _: str, rows: bytes | bytearray, at: int) -> None:
-    keep(target, name, rows)
 
 
 @dataclass(frozen=True)

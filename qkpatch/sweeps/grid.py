@@ -48,15 +48,16 @@ def read_grid(grid: str | Path | Mapping[str, Any], *, many: bool = False) -> di
         where, document = str(grid), load_yaml(source_file(Path(grid), str(grid)).read(), str(grid))
     root = Fields(document, where)
     axes = {key: values for key in AXES if (values := root.take_optional(key, list)) is not None}
-    for key in [
-        key for key, values in axes.items() if (not values or None in values) and root.is_a(key, list)
-    ]:
-        root.fault("must not be empty, nor hold an empty value", key)
+    for key, values in axes.items():
+        if (not values or None in values) and root.is_a(key, list):
+            root.fault("must not be empty, nor hold an empty value", key)
     if not axes:
         root.fault(f"it has no axis; there are {', '.join(AXES)}")
     kinds: dict[str, Any] = {"recipe": str, "prefix": str, "attention": str, "fold_norm": bool}
     kinds["heads"] = next((kind for kind in (int, list) if root.is_a("heads", kind)), str)
     fixed = {key: root.take_optional(key, kind) for key, kind in kinds.items()}
+    if root.take_optional("edits", list) is not None:
+        root.fault("a variant edits all its layers alike; --config of apply takes edits", "edits")
     matched = root.take("matched", bool, default=False)
     root.finish()
 
@@ -104,7 +105,7 @@ def name_of(request: Request) -> str:
         layers = f"{len(request.layers or ())}of-{hashlib.sha256(layers.encode()).hexdigest()[:8]}"
     parts += [f"L{layers}"] if layers else []
     numbers = (("m", request.modes), ("n", request.min_modes), ("e", request.energy), ("a", request.alpha))
-    parts += [f"{letter}{exact(number)}" for letter, number in numbers if number is not None]
+    parts += [f"{letter}{exact(number or 0)}" for letter, number in numbers if number is not None]
     parts += [request.channel.value] if request.channel not in (None, Channel.full) else []
     parts += [request.select.value] if request.select not in (None, Select.dominant) else []
     parts += [f"s{request.seed or 0}"] if request.draws else []

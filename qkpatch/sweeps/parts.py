@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from types import TracebackType
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 from qkpatch.checkpoint.files import os_errors, synced
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.common.json_text import canonical_json, load_json
 from qkpatch.common.typed_json import as_json, from_json
+from qkpatch.errors import QKPatchError
 from qkpatch.model.targets import LayerTarget
 from qkpatch.planning.manifest import HeadRecord
 from qkpatch.planning.plan import EditPlan
@@ -18,9 +17,9 @@ from qkpatch.spectral.rule import Sums
 from qkpatch.sweeps.record import Figures
 
 PARTS_NAME = "parts"
-Found = tuple[
-    Sums, tuple[HeadRecord, ...]
-]  # of a variant, in one tensor; records of heads where rows are formed
+Found = tuple[Sums, tuple[HeadRecord, ...]]  # of a variant, in one tensor; heads where rows are formed
+# The same as it is written, and the size of the file that was kept.
+Said = tuple[tuple[float, float, float, float, float, float, float], tuple[HeadRecord, ...], int]
 
 
 class Parts:
@@ -31,33 +30,42 @@ class Parts:
             root.make_directory(PARTS_NAME, 0o777)
         self._root, self._found = root, dict[LayerTarget, dict[str, Found]]()
         self._folder = Rooted(root.path / PARTS_NAME, within=root, name=PARTS_NAME)
-        self._place, names = {target: i for i, target in enumerate(targets)}, set(self._folder.names())
-        wanted = {
-            target: {name for name, edit in edits.items() if target in edit.edits} for target in targets
-        }
+        self._place = {target: i for i, target in enumerate(targets)}
+        wanted = {t: {name for name, edit in edits.items() if t in edit.edits} for t in targets}
         for target, i in self._place.items():
-            if f"{i}.json" in names:
-                with self._folder.reading(f"{i}.json") as opened:
-                    said = load_json(bytes(opened.read(opened.size, 0)), opened.where)
-                if wanted[target] <= said.keys():
-                    self._found[target] = {name: _read(*found) for name, found in said.items()}
+            if (found := self._whole(i)) is not None and wanted[target] <= found.keys():
+                self._found[target] = found
         self.missing = tuple(t for t in targets if wanted[t] and t not in self._found)
-        begun = {str(self._place[target]) for target in self.missing}
-        for name in names:
-            if name.partition(".")[0] in begun and (status := self._folder.status(name)) is not None:
-                self._folder.remove(name, status)
+        done = {str(self._place[target]) for target in self._found}
+        self._remove(name for name in self._folder.names() if name.partition(".")[0] not in done)
+
+    def _whole(self, i: int) -> dict[str, Found] | None:
+        """What an earlier run found of a tensor, with all that was kept of it; None where anything is missing."""
+        try:
+            with self._folder.reading(f"{i}.json") as opened:
+                document = load_json(bytes(opened.read(opened.size, 0)), opened.where)
+            said: dict[str, Said] = from_json(Mapping[str, Said], document)
+        except (QKPatchError, ValueError):
+            return None
+        is_whole = all(self._size(i, name) == size for name, (_, _, size) in said.items())
+        return {name: (Sums(*sums), heads) for name, (sums, heads, _) in said.items()} if is_whole else None
+
+    def _size(self, i: int, name: str) -> int:
+        return 0 if (status := self._folder.status(f"{i}.{name}")) is None else status.st_size
+
+    def _remove(self, names: Iterable[str]) -> None:
+        # First what says that a tensor is done: a kill between the two leaves nothing that is believed.
+        for name in sorted(names, key=lambda name: not name.endswith(".json")):
+            self._folder.discard(name)
 
     def __enter__(self) -> Parts:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
-            self._folder.clear()
+            self._remove(self._folder.names())
+            self._root.discard(PARTS_NAME)
         self._folder.close()
-        if kind is None and (status := self._root.status(PARTS_NAME)) is not None:
-            self._root.remove(PARTS_NAME, status)
 
     def keep(self, target: LayerTarget, name: str, data: bytes | bytearray) -> None:
         """Packed factors or new rows of some heads, for a variant; from the one thread that computes this tensor."""
@@ -70,10 +78,11 @@ class Parts:
         """A tensor is done."""
         i, self._found[target] = self._place[target], found
         for name in found:
-            if self._folder.status(f"{i}.{name}") is not None:
+            if self._size(i, name):
                 with self._folder.reading(f"{i}.{name}") as opened:
                     synced(opened.fd, opened.where)
-        self._folder.replace(f"{i}.json", canonical_json(as_json(found)).encode())
+        said = {name: (*one, self._size(i, name)) for name, one in found.items()}
+        self._folder.replace(f"{i}.json", canonical_json(as_json(said)).encode())
 
     def figures(self, name: str) -> tuple[Figures, tuple[Figures, ...]]:
         """Of a variant, and of each tensor that it edits."""
@@ -86,10 +95,11 @@ class Parts:
         with self._folder.reading(f"{self._place[target]}.{name}") as opened:
             return opened.read(opened.size, 0)
 
+    def publish(self, file: str) -> None:
+        """Move what was made whole in this folder to its place in SWEEP/, over what is there."""
+        with os_errors("write", self._root.path / file):
+            os.rename(file, file, src_dir_fd=self._folder.fd, dst_dir_fd=self._root.fd)
+
     def records(self, name: str, target: LayerTarget) -> tuple[HeadRecord, ...]:
         """Of a variant's heads, in one tensor."""
         return self._found[target][name][1]
-
-
-def _read(sums: list[float], records: list[Any]) -> Found:
-    return Sums(*sums), tuple(from_json(HeadRecord, record) for record in records)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qkpatch.common.json_text import canonical_json, load_json, measured
 from qkpatch.common.typed_json import LEFT_OUT, as_json, from_json
@@ -60,10 +60,11 @@ class Sweep:
     digest: str  # of SOURCE's files and of all that is asked for: what two runs for one SWEEP/ have in common
     variants: tuple[VariantRecord, ...]
     warnings: tuple[str, ...]
+    already_done: bool | None = field(default=None, metadata=LEFT_OUT)  # by an earlier run; not in the file
 
     def dumps(self) -> str:
         """Canonical text."""
-        return canonical_json({"schema": SCHEMA, **as_json(self)})
+        return canonical_json({"schema": SCHEMA, **as_json(replace(self, already_done=None))})
 
     @classmethod
     def loads(cls, raw: bytes, where: str) -> Sweep:

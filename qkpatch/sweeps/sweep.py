@@ -7,13 +7,13 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qkpatch.adapters.modules import Runtime, query_modules
-from qkpatch.adapters.writing import write_adapter
+from qkpatch.adapters.writing import FILE_NAMES, write_adapter
 from qkpatch.checkpoint.files import os_errors
 from qkpatch.checkpoint.names import USUAL, came_by_itself
 from qkpatch.checkpoint.open_directory import Rooted
@@ -24,6 +24,7 @@ from qkpatch.common.number_ranges import some
 from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.common.typed_json import as_json
 from qkpatch.compare.overwrite import standing
+from qkpatch.compare.verify import recorded
 from qkpatch.errors import UsageError
 from qkpatch.model.locate import Access
 from qkpatch.model.model import open_model
@@ -39,7 +40,7 @@ from qkpatch.planning.request import Request, check_device_name, member
 from qkpatch.spectral.rule import Select
 from qkpatch.sweeps.evaluation import FILES, evaluation
 from qkpatch.sweeps.grid import Form, read_grid
-from qkpatch.sweeps.parts import Parts
+from qkpatch.sweeps.parts import PARTS_NAME, Parts
 from qkpatch.sweeps.record import SWEEP_NAME, Sweep, VariantRecord
 from qkpatch.sweeps.report import REPORT_NAME, report
 
@@ -86,12 +87,11 @@ def sweep(
     check_apart(out, checkpoint)
     check_out(out, overwrite=True, force=True)  # what is in it is looked at below
     check_run(reading, device, n_threads)
-    is_lora = planned.form is Form.lora
-    modules = query_modules(reading.model, reading.edits, Runtime.peft) if is_lora else {}
+    modules = query_modules(reading.model, reading.edits, Runtime.peft) if planned.form is Form.lora else {}
     with os_errors("create a directory", out):
         out.mkdir(parents=True, exist_ok=True)
     with Rooted(out) as root:
-        variants = _standing(root, planned)
+        variants = _standing(root, planned, reading)
 
         def save() -> Sweep:
             done = replace(planned, variants=tuple(variants.values()))
@@ -117,16 +117,16 @@ def sweep(
             saved = time.monotonic()
             for name, plan in left.items():
                 files: dict[str, str | None] = {}
-                if is_lora and requests[name].select is not Select.shrink:
+                if planned.form is Form.lora and _files_of(variants[name], planned.form):
                     layers = [(unpacked(t, parts.kept(name, t)), modules[t]) for t in plan.edits]
-                    manifest = planned_manifest(plan, device)
-                    made = write_adapter(
-                        out / name, checkpoint, manifest, Runtime.peft, layers, replaced[name]
-                    )
+                    record = planned_manifest(plan, device)
+                    made = write_adapter(out / name, checkpoint, record, Runtime.peft, layers, replaced[name])
                     files = {f"{name}/{file.name}": file.sha256 for file in made.files}
                 elif planned.form is Form.patch:
                     editor = Kept(choose_device(device), parts, name)
-                    patch = make_patch(plan, out / f"{name}.qkpatch", device=device, editor=editor)
+                    patch = out / PARTS_NAME / f"{name}.qkpatch"
+                    make_patch(plan, patch, device=device, editor=editor)
+                    parts.publish(patch.name)
                     with root.reading(patch.name) as opened:
                         files = {patch.name: opened.sha256(0, opened.size)}
                 of_all, by_layer = parts.figures(name)
@@ -134,19 +134,31 @@ def sweep(
                 if time.monotonic() - saved > _SAVED_EVERY:
                     save()
                     saved = time.monotonic()
-        done = save()
+            done = save()  # before what it is made of goes
         root.replace(REPORT_NAME, report(done).encode())
-        return done
+        return replace(done, already_done=not left or None)
+
+
+def _files_of(variant: VariantRecord, form: Form) -> set[str]:
+    """What is made of a variant, in SWEEP/."""
+    if form is Form.lora and variant.edit.select is not Select.shrink:
+        return {f"{variant.name}/{file}" for file in FILE_NAMES}
+    return {f"{variant.name}.qkpatch"} if form is Form.patch else set()
 
 
 def _replaced(out: Path, name: str, plan: EditPlan, form: Form) -> Replaced | None:
-    """What a kill left of a variant unrecorded: an adapter, which is to be replaced, or a patch file, which goes."""
-    if form is Form.patch and os.path.lexists(file := out / f"{name}.qkpatch"):
-        read_patch(file)  # or refused
-        file.unlink()
-    found = (
-        None if form is not Form.lora else standing(out / name, plan, Writing(overwrite=True), is_whole=False)
-    )
+    """What a kill left of a variant unrecorded, which is to be replaced; what is another's is refused."""
+    place, found, made = out / name, None, None
+    if form is Form.patch and os.path.lexists(place := out / f"{name}.qkpatch"):
+        made = read_patch(place).manifest
+    elif form is Form.lora:
+        found = standing(place, plan, Writing(overwrite=True), is_whole=False)
+        if isinstance(found, Replaced) and found.entries:
+            with Rooted(place) as root:
+                made = recorded(Present(root))
+    planned = planned_manifest(plan, "")
+    if made is not None and (made.edit, made.recipe) != (planned.edit, planned.recipe):
+        raise UsageError("it is of another edit", where=str(place), fix="move it away, or choose another -o")
     return found if isinstance(found, Replaced) else None
 
 
@@ -167,41 +179,47 @@ def _planned(
     if form is Form.lora and any(request.select is Select.shrink for request in requests.values()):
         warnings.append("shrink has full rank, so there is no adapter of it; evaluate.sh makes checkpoints")
     variants = tuple(VariantRecord(name, plan.settings.block) for name, plan in plans.items())
-    files = {name: file.content for name, file in model.checkpoint.files.items()}
-    digest = hashlib.sha256(
-        canonical_json(as_json([told.recipe, form, variants, files])).encode()
-    ).hexdigest()
-    common = (told.tool, told.source, told.recipe.name, form, digest)
+    common = (told.tool, told.source, told.recipe.name, form, _digest(any_of, form, variants))
     record = Sweep(*common, variants, tuple(dict.fromkeys(warnings)))
     return plans, replace(any_of, edits=targets), record
 
 
-def _standing(root: Rooted, planned: Sweep) -> dict[str, VariantRecord]:
+def _digest(plan: EditPlan, form: Form, variants: Iterable[VariantRecord]) -> str:
+    """Of SOURCE's files and of all that is asked for, whatever is done of it."""
+    asked = [VariantRecord(variant.name, variant.edit) for variant in variants]
+    files = {name: file.content for name, file in plan.model.checkpoint.files.items()}
+    said = as_json([planned_manifest(plan, "").recipe, form, asked, files])
+    return hashlib.sha256(canonical_json(said).encode()).hexdigest()
+
+
+def _standing(root: Rooted, planned: Sweep, plan: EditPlan) -> dict[str, VariantRecord]:
     """What is done of ``planned`` already, and is as it was left; what a kill left half written goes."""
     try:
         fcntl.flock(root.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         what, fix = "another run is writing to it", "wait for it, or choose another -o"
         raise UsageError(what, where=str(root.path), fix=fix) from error
-    is_left = re.compile(
-        rf"\.({'|'.join(map(re.escape, [SWEEP_NAME, REPORT_NAME, *FILES]))})\.[0-9a-f]{{8}}"
-    ).fullmatch
+    own = "|".join(map(re.escape, (SWEEP_NAME, REPORT_NAME, *FILES)))
+    is_left = re.compile(rf"\.({own})\.[0-9a-f]{{8}}").fullmatch
     present, found = Present(root), planned
     if SWEEP_NAME in present.files:
         found = Sweep.loads(present.read(SWEEP_NAME), str(root.path / SWEEP_NAME))
         if found.digest != planned.digest:
-            what = "holds the sweep of another grid, of another SOURCE, or with another --as"
+            same = _digest(plan, found.form, found.variants) == found.digest  # else a grid is told by names
+            grids = [[(v.name, same and v.edit) for v in one.variants] for one in (found, planned)]
+            others = ["another grid"] * (grids[0] != grids[1]) + ["another SOURCE or recipe"] * (not same)
+            others += ["another --as"] * (found.form is not planned.form)
+            what = f"holds the sweep of {' and '.join(others)}"
             raise UsageError(what, where=str(root.path), fix="choose another -o, or remove it")
     elif foreign := [name for name in root.names() if not is_left(name) and not came_by_itself(name, ())]:
         what = f"exists, and is no sweep: it holds {some(foreign)}"
         raise UsageError(what, where=str(root.path), fix="choose another -o")
     for name in filter(is_left, root.names()):
-        if (status := root.status(name)) is not None:
-            root.remove(name, status)
+        root.discard(name)
 
-    def is_as_left(variant: VariantRecord) -> bool:
-        files = variant.files.items()
-        return all(name in present.files and present.sha256(name) == digest for name, digest in files)
+    def is_as_left(v: VariantRecord) -> bool:
+        are_there = all(n in present.files and present.sha256(n) == digest for n, digest in v.files.items())
+        return are_there and v.files.keys() == _files_of(v, planned.form)
 
-    blank = {variant.name: variant for variant in planned.variants}
-    return {v.name: v if is_as_left(v) else blank[v.name] for v in found.variants}
+    known = {variant.name: variant for variant in found.variants if is_as_left(variant)}
+    return {blank.name: known.get(blank.name, blank) for blank in planned.variants}

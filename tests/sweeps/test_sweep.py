@@ -251,12 +251,23 @@ def test_killed_at_any_file_it_writes_the_next_run_ends_the_same(
         ("modes: []", "must not be empty"),
         ("heads: 0", "no axis"),
         ("[1, 2]", "expected a mapping"),
-        ("", "expected a mapping"),
-        ("modes: 2", "expected list"),
+        ("", "expected a mapping, got nothing .*no axis; there are layers, modes"),
+        ("modes: 2", r"expected list, got int 2; write modes: \[2\]"),
+        ("layers: 10-18", r"write layers: \[10-18\]"),
+        ("alpha: 0.5", r"write alpha: \[0.5\]"),
+        ("select: random", r"write select: \[random\]"),
+        ("modes: {a: 1}", "expected list, got dict {'a': 1}(?!; write)"),
+        ("edits: [{layers: 1}]\nmodes: [1]", r"1 fault.*edits: a variant edits all its layers alike"),
+        ("edits: 3\nmodes: [1]", r"edits: a variant edits all its layers alike"),
         ("modes: [1, 1]", "there twice"),
         ("layers: [0-1, '0,1']", "there twice"),
         ("alpha: [0.5, 0.50]", "there twice"),
         ("modes: [1]\nalpha: [0, 0.0]", "there twice"),
+        ("modes: [1]\nalpha: [0, -0.0]", "there twice"),
+        ("alpha: [-0.0, 0.5, 0.0]", "there twice"),
+        ("alpha: [1e-320]", r"no number.*1\.0e-3"),
+        ("alpha: [0.5, 1e400]", r"no number.*1\.0e-3"),
+        ("energy: [1e-2]", r"no number.*1\.0e-3"),
         ("channel: [full, full]", "there twice"),
         ("select: [dominant, shrink]\nmatched: true", "there twice"),
         ("select: [dominant, random]\nmatched: true", "there twice"),
@@ -331,13 +342,19 @@ def test_another_sweep_stays(tiny: Tiny, tmp_path: Path) -> None:
     qkpatch.sweep(tiny.path, {"modes": [1]}, out, form="none")
     before = files(out)
     other = build_tiny(tmp_path / "other", seed=1)
-    for source, grid in (
-        (tiny.path, {"modes": [2]}),
-        (tiny.path, {"modes": [1], "heads": 0}),
-        (other.path, {"modes": [1]}),
+    wider = build_tiny(tmp_path / "wider", n_heads=8)
+    source_or_recipe = "another SOURCE or recipe"
+    for source, grid, form, differs in (
+        (tiny.path, {"modes": [2]}, "none", "another grid"),
+        (tiny.path, {"modes": [1], "heads": 0}, "none", "another grid"),
+        (tiny.path, {"modes": [1]}, "patch", "another --as"),
+        (tiny.path, {"modes": [1], "heads": 0}, "lora", "another grid and another --as"),
+        (other.path, {"modes": [1]}, "none", source_or_recipe),
+        (wider.path, {"modes": [1]}, "none", source_or_recipe),
+        (other.path, {"modes": [2]}, "patch", f"another grid and {source_or_recipe} and another --as"),
     ):
-        with pytest.raises(UsageError, match="another grid, of another SOURCE") as error:
-            qkpatch.sweep(source, grid, out, form="none")
+        with pytest.raises(UsageError, match=rf"holds the sweep of {differs} \[") as error:
+            qkpatch.sweep(source, grid, out, form=form)
         assert error.value.fix
     assert files(out) == before
     for content in (b"{}", b"[]", b"no", b'{"schema": "qkpatch-sweep/1"}', b"[" * 10**5):
@@ -396,8 +413,10 @@ def test_an_edit_that_changes_nothing_is_named(tmp_path: Path) -> None:
 def test_the_command_shows_a_table_and_more_for_programs(tiny: Tiny, tmp_path: Path, run: Run) -> None:
     (tmp_path / "grid.yaml").write_text("modes: [1, 2]\nchannel: [full, symmetric]\nlayers: [1-2]\n")
     said = ("sweep", tiny.path, "--grid", tmp_path / "grid.yaml", "-o", tmp_path / "sweep", "--as", "none")
-    shown = run(*said)
-    assert shown.exit_code == 0
+    shown, again = run(*said), run(*said)
+    assert shown.exit_code == again.exit_code == 0
+    assert "already" not in shown.stdout
+    assert again.stdout == shown.stdout.replace("4 variant(s)", "4 variant(s), all done already")
     document = record(tmp_path / "sweep")
     for variant in document["variants"]:
         assert f"{variant['figures']['relative_change']:.4f}" in shown.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -10,16 +11,7 @@ import typer
 from qkpatch.cli.command import command
 from qkpatch.cli.flags import CsvOpt, RunFlags, ShowFlags, SourceArg, expanded
 from qkpatch.sweeps.grid import Form
-
-COLUMNS = (
-    "variant",
-    "relative_change",
-    "energy_removed",
-    "realised_share",
-    "rounding_error",
-    "layer",
-    "attention",
-)  # of --csv
+from qkpatch.sweeps.record import Figures
 
 
 @command
@@ -32,13 +24,9 @@ def sweep(
     ],
     out: Annotated[
         Path,
-        typer.Option(
-            "--out", "-o", metavar="SWEEP", help="To be written, or gone on with.", callback=expanded
-        ),
+        typer.Option("--out", "-o", metavar="SWEEP", help="Written, or gone on with.", callback=expanded),
     ],
-    form: Annotated[
-        Form, typer.Option("--as", help="What is made of each variant besides figures.")
-    ] = Form.lora,
+    form: Annotated[Form, typer.Option("--as", help="Made of each variant besides figures.")] = Form.lora,
     run: RunFlags,
     as_csv: CsvOpt = False,
     yes: Annotated[bool, typer.Option("--yes", help="More than 1,000 variants are meant.")] = False,
@@ -60,6 +48,7 @@ def sweep(
     if show.as_json:
         print_text(done.dumps())
     elif as_csv:
-        print_csv(COLUMNS, ((v.name, *vars(layer).values()) for v in done.variants for layer in v.layers))
+        columns = ("variant", *(field.name for field in fields(Figures)))
+        print_csv(columns, ((v.name, *vars(layer).values()) for v in done.variants for layer in v.layers))
     elif not show.quiet:
         show_sweep(done, out)
