@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from qkpatch.checkpoint.files import os_errors
+from qkpatch.checkpoint.source import MANIFEST_NAME
+from qkpatch.checkpoint.tree import source_file
 from qkpatch.common.json_text import canonical_json
 from qkpatch.common.observer import Observer
 from qkpatch.common.typed_json import as_json
@@ -20,6 +22,7 @@ from qkpatch.evaluation.measure import Side, Task, measure, told
 from qkpatch.evaluation.records import Inputs, Protocol, Store, digest
 from qkpatch.evaluation.subject import Subject, find_place
 from qkpatch.patching.loaded import check_loadable
+from qkpatch.planning.manifest import Manifest
 from qkpatch.planning.plan import make_plan
 from qkpatch.planning.request import Request
 
@@ -71,6 +74,7 @@ class Evaluation:
             rows.append({"picture": name, "objects": sorted(there), "mentions": mentions, **as_json(record)})
             del rows[-1]["next_tokens"]
         said = {"model": side.model, "edit": side.edit, "said": rows, "text": list(side.losses)}
+        said["settings"] = side.settings
         read = {"perplexity": math.exp(fmean(side.losses))} if side.losses else {}
         return {**said, "figures": {**figures(columns(self.task, side)), **read}}
 
@@ -97,7 +101,8 @@ class Bench:
         path = None if self.out is None else self.out / f"{digest(which)[:12]}.jsonl"
         store = Store(path, {**task.settings, **which})
         try:
-            return measure(subject, request, task, store, self._observer)
+            side = measure(subject, request, task, store, self._observer)
+            return replace(side, settings=_settings(name, request))
         except BaseException as end:
             if path is not None:
                 end.kept = f"{len(store) - 1} picture(s) are kept"  # type: ignore[attr-defined]
@@ -109,6 +114,17 @@ class Bench:
             with os_errors("write", self.out):
                 (self.out / "evaluation.json").write_text(canonical_json(result.to_json()), "utf-8")
         return result
+
+
+def _settings(model: str, request: Request) -> dict[str, Any] | None:
+    """An edit with nothing left open; of a model as it is, the edit that its manifest records, if it has one."""
+    if request != Request():
+        block = make_plan(model, request).settings.block
+    elif (file := find_place(model) / MANIFEST_NAME).is_file():
+        block = Manifest.loads(source_file(file, MANIFEST_NAME).read(), str(file)).edit
+    else:
+        return None
+    return {key: value for key, value in as_json(block).items() if key != "from_recipe"}
 
 
 def n_layers(model: str, request: Request) -> int:

@@ -69,6 +69,9 @@ class Side:
     records: tuple[Record, ...]  # in the order of the pictures
     losses: tuple[float, ...]  # of the text's tokens, in nats
     reading: tuple[Mapping[str, float], ...]
+    settings: Mapping[str, Any] | None = (
+        None  # `edit` of a manifest: of the model's own where nothing is edited here
+    )
 
     @property
     def label(self) -> str:

@@ -61,7 +61,12 @@ def model_card(
         base_card: SOURCE's README.md, whose text is kept below ours; of a card of ours the text below that one.
         comparison: results of both models.
         is_checked: this very OUT was just verified.
+
+    Raises:
+        UsageError: the results are of another edit.
     """
+    if comparison is not None:
+        comparison.check_is_of(manifest.edit)
     own = [*_edit(manifest, is_checked=is_checked), *_claims(comparison)]
     tail = _tail(base_card)
     if manifest.adapter is not None:

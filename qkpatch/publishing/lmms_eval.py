@@ -15,8 +15,10 @@ from typing import Any
 
 from qkpatch.checkpoint.files import os_errors
 from qkpatch.checkpoint.tree import source_file
-from qkpatch.common.json_text import load_json
+from qkpatch.common.json_text import canonical_json, load_json
+from qkpatch.common.typed_json import as_json
 from qkpatch.errors import CheckpointError, UsageError, redact
+from qkpatch.planning.blocks import EditBlock
 
 # pope_yes_ratio counts the right answers, not the model's: one half, whatever the model says.
 _MEANINGLESS = {"pope_yes_ratio"}
@@ -77,6 +79,14 @@ class Comparison:
     metrics: tuple[Metric, ...]
     doubts: tuple[str, ...] = ()  # what else may be behind a difference
     tool: str = "lmms-eval"
+    edit: Mapping[str, Any] | None = None  # what was evaluated, as a manifest has it, where that is known
+
+    def check_is_of(self, edit: EditBlock) -> None:
+        """Raise :class:`UsageError` where another edit was evaluated."""
+        said = json.loads(canonical_json(as_json(edit)))
+        if differing := [key for key, value in (self.edit or {}).items() if said.get(key) != value]:
+            what = f"another edit was evaluated than that of qkpatch.json: {', '.join(differing)} differ"
+            raise UsageError(what, where="--results", fix="run qkpatch evaluate OUT --against SOURCE")
 
 
 def compare_both(results: str | Path | None, base_results: str | Path | None) -> Comparison | None:
@@ -137,11 +147,14 @@ def _evaluated(path: Path) -> Comparison | None:
         doubts += [f"not found better than {name}" for name, beaten in tuned["beaten"].items() if not beaten]
         if "looked" in tuned:
             doubts.append(f"the held-out half was looked at {int(tuned['looked'])} time(s) in all")
-        base, model = (str(document["sides"][one[which]]["model"]) for which in ("base", "model"))
+        sides = [document["sides"][one[which]] for which in ("base", "model")]
+        base, model = (str(side["model"]) for side in sides)
+        edit = sides[1].get("settings") or sides[1]["edit"]
+        doubts += [] if edit else ["nothing records which edit the evaluated model has"]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise CheckpointError(f"no comparison of qkpatch evaluate: {error!r}", where=path.name) from error
     base, model = (_PART.sub(_without_folder, name) for name in (base, model))
-    return Comparison(base, model, tuple(metrics), tuple(doubts), "qkpatch evaluate")
+    return Comparison(base, model, tuple(metrics), tuple(doubts), "qkpatch evaluate", edit)
 
 
 def _read(path: Path) -> dict[str, Any]:

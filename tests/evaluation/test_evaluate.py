@@ -206,6 +206,37 @@ def test_a_table_says_what_was_found(run: Run, album: Path) -> None:
     assert "adversarial" not in alone.output
 
 
+# -------- into a card
+
+
+def test_a_card_takes_the_figures_of_its_own_edit_alone(run: Run, album: Path, tmp_path: Path) -> None:
+    made, out, m = tmp_path / "made", tmp_path / "out", tmp_path / "m"
+    short = given(album, "--sample", 8, "--questions", 0, "--max-new-tokens", 8)
+    assert run("apply", TOY, "-o", made, "--layers", "2-6", "--modes", 2, "--alpha", 0.2).exit_code == 0
+    plain = Path(shutil.copytree(made, tmp_path / "plain"))
+    (plain / "qkpatch.json").unlink()
+    cases: list[tuple[tuple[object, ...], str | None]] = [
+        ((TOY, "--layers", "0-8", "--modes", 2, "--alpha", 0.5), "alpha, layers differ"),
+        ((TOY, "--layers", "2-6", "--modes", 2, "--alpha", 0.2, "--heads", 0), "heads differ"),
+        # What is said by default is said.
+        ((TOY, "--layers", "2-6", "--modes", 2, "--alpha", 0.2, "--channel", "full"), None),
+        ((made, "--against", TOY), None),
+        ((plain, "--against", TOY), "nothing records which edit"),
+    ]
+    for i, (arguments, says) in enumerate(cases):
+        assert run("evaluate", *arguments, *short, "-o", m / str(i)).exit_code == 0
+        result = run("card", made, "--results", m / str(i) / "evaluation.json")
+        is_refused = says is not None and "differ" in says
+        assert result.exit_code == (2 if is_refused else 0), result.output
+        assert says is None or says in result.output
+        assert ("nothing records" in result.output) == (says == "nothing records which edit")
+    assert run("apply", TOY, "-o", out, "--layers", "2-6", "--modes", 2, "--alpha", 0.5).exit_code == 0
+    for i in (2, 3):
+        result = run("card", out, "--results", m / str(i) / "evaluation.json", "--write")
+        assert result.exit_code == 2, result.output
+        assert "alpha differ" in result.output
+
+
 # -------- runs that end early
 
 
