@@ -240,7 +240,9 @@ def _claims(comparison: Comparison | None) -> Iterator[str]:
         "|---|---|---|---|---|---|---|---|\n"
     )
     yield "".join(_row(metric) for metric in comparison.metrics)
-    if any(metric.paired is not None for metric in comparison.metrics):
+    if comparison.tool != "lmms-eval":
+        yield "\nPaired: 95 % of the differences over pictures drawn anew lie there; where 0 does too, it may be chance.\n"
+    elif any(metric.paired is not None for metric in comparison.metrics):
         yield "\nPaired: the mean of the differences, question by question, ± 1.96 standard errors.\n"
     else:
         yield "\nThe samples of the runs were not at hand, so there is no interval: small differences may be chance.\n"
@@ -252,7 +254,7 @@ def _row(metric: Metric) -> str:
     paired, figures = metric.paired, (metric.base, metric.patched)
     base, patched = ("-" if figure is None else f"{figure:.4f}" for figure in figures)
     difference = "-" if metric.difference is None else f"{metric.difference:+.4f}"
-    interval = "-" if paired is None else f"{paired.mean:+.4f} ± {paired.half_width:.4f}"
+    interval = "-" if paired is None else paired.interval
     differing = "-" if paired is None or paired.changed is None else f"{paired.changed} of {paired.n}"
     n = "-" if metric.n is None else str(metric.n)
     return (

@@ -45,12 +45,11 @@ _NORMAL_95 = 1.96
 
 @dataclass(frozen=True)
 class Paired:
-    """The mean of the differences, question by question, and half of its 95 % interval."""
+    """The mean of the differences, question by question, with its 95 % interval as people read it."""
 
     n: int
     changed: int | None  # questions whose figure differs, where that is known
-    mean: float
-    half_width: float
+    interval: str
 
 
 @dataclass(frozen=True)
@@ -137,8 +136,8 @@ def _evaluated(path: Path) -> Comparison | None:
         one, n = document["comparisons"][0], int(document["pictures"]["n"])
         metrics = []
         for name, figure in one["figures"].items():
-            found = {key: float(figure["difference"][key]) for key in ("estimate", "low", "high")}
-            paired = Paired(n, None, found["estimate"], (found["high"] - found["low"]) / 2)
+            low, high = (float(figure["difference"][key]) for key in ("low", "high"))
+            paired = Paired(n, None, f"{low:+.4f} to {high:+.4f}, 95 % bootstrap")
             metrics.append(
                 Metric("pictures", str(name), n, float(figure["base"]), float(figure["model"]), paired)
             )
@@ -242,7 +241,8 @@ def _paired(base: Path, patched: Path, task: str, metric: str) -> Paired | None:
         return None
     differences = [b[question] - a[question] for question in a]
     half_width = _NORMAL_95 * stdev(differences) / math.sqrt(len(differences))
-    return Paired(len(differences), sum(d != 0 for d in differences), fmean(differences), half_width)
+    interval = f"{fmean(differences):+.4f} ± {half_width:.4f}"
+    return Paired(len(differences), sum(d != 0 for d in differences), interval)
 
 
 def _by_question(results: Path, task: str, metric: str) -> dict[str, float]:

@@ -237,6 +237,26 @@ def test_a_card_takes_the_figures_of_its_own_edit_alone(run: Run, album: Path, t
         assert "alpha differ" in result.output
 
 
+def test_a_card_has_the_interval_as_it_was_drawn(run: Run, album: Path, tmp_path: Path) -> None:
+    out, m = tmp_path / "out", tmp_path / "m"
+    edit = ("--layers", "0-8", "--modes", 1, "--alpha", 0)
+    assert run("apply", TOY, "-o", out, *edit).exit_code == 0
+    assert run("evaluate", TOY, *given(album, "--sample", 8, "--questions", 0), *edit, "-o", m).exit_code == 0
+    (compared,) = json.loads((m / "evaluation.json").read_text())["comparisons"]
+    result = run("card", out, "--results", m / "evaluation.json", "--write")
+    assert result.exit_code == 0, result.output
+    card = (out / "README.md").read_text()
+    for name, figure in compared["figures"].items():
+        low, high = (figure["difference"][key] for key in ("low", "high"))
+        assert f"| pictures | {name} | 8 |" in card
+        assert f"| {low:+.4f} to {high:+.4f}, 95 % bootstrap | - |" in card
+    assert "standard errors" not in card
+    assert "±" not in card
+    proof = run("verify", out, "--source", TOY)
+    assert proof.exit_code == 0, proof.output
+    assert "reports results, which are its author's" in proof.output
+
+
 # -------- runs that end early
 
 
