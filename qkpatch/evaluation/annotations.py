@@ -64,9 +64,8 @@ def read_annotations(file: Path, folder: Path) -> Annotations:
     except CheckpointError as error:
         raise UsageError(error.what, where=error.where, fix=_SHAPE) from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(
-            f"it does not say which objects are where: {error!r}", where=str(file), fix=_SHAPE
-        ) from error
+        what = f"it does not say which objects are where: {error!r}"
+        raise UsageError(what, where=str(file), fix=_SHAPE) from error
     if not names:
         raise UsageError("it names no object", where=str(file), fix=_SHAPE)
     with os_errors("list", folder):

@@ -11,8 +11,6 @@ from statistics import fmean
 from typing import Any
 
 from qkpatch.checkpoint.files import os_errors
-from qkpatch.checkpoint.source import MANIFEST_NAME
-from qkpatch.checkpoint.tree import source_file
 from qkpatch.common.json_text import canonical_json
 from qkpatch.common.observer import Observer
 from qkpatch.common.typed_json import as_json
@@ -20,9 +18,8 @@ from qkpatch.evaluation.chair import figures
 from qkpatch.evaluation.comparison import Comparison, columns, compare
 from qkpatch.evaluation.measure import Side, Task, measure, told
 from qkpatch.evaluation.records import Inputs, Protocol, Store, digest
-from qkpatch.evaluation.subject import Subject, find_place
+from qkpatch.evaluation.subject import Subject, base_of, find_place, recorded_in
 from qkpatch.patching.loaded import check_loadable
-from qkpatch.planning.manifest import Manifest
 from qkpatch.planning.plan import make_plan
 from qkpatch.planning.request import Request
 
@@ -82,15 +79,18 @@ class Evaluation:
 class Bench:
     """Where models are asked: one is loaded at a time, and what each says grows in a file of the folder."""
 
-    def __init__(self, inputs: Inputs, out: Path | None, observer: Observer) -> None:
-        self._inputs, self.out, self._observer = inputs, out, observer
+    def __init__(
+        self, inputs: Inputs, out: Path | None, observer: Observer, bases: Mapping[str, str | None]
+    ) -> None:
+        self._inputs, self.out, self._observer, self._bases = inputs, out, observer, bases
         self._subject: Subject | None = None
 
     def subject(self, name: str, protocol: Protocol) -> Subject:
         """A model that can be asked so."""
         if self._subject is None or self._subject.name != name:
             self._subject, trusted = None, self._inputs.trust_remote_code  # None: there may be room for one
-            self._subject = Subject.load(name, self._inputs.device, trust_remote_code=trusted)
+            base, device = self._bases.get(name) or "", self._inputs.device
+            self._subject = Subject.load(name, device, base=base, trust_remote_code=trusted)
             self._subject.check(protocol)
         return self._subject
 
@@ -98,11 +98,11 @@ class Bench:
         """What a model says under an edit."""
         subject = self.subject(name, task.protocol)
         which = {"model": subject.files, "edit": told(request), "asked": bool(task.questions)}
+        settings = _settings(name, request)
         path = None if self.out is None else self.out / f"{digest(which)[:12]}.jsonl"
         store = Store(path, {**task.settings, **which})
         try:
-            side = measure(subject, request, task, store, self._observer)
-            return replace(side, settings=_settings(name, request))
+            return replace(measure(subject, request, task, store, self._observer), settings=settings)
         except BaseException as end:
             if path is not None:
                 end.kept = f"{len(store) - 1} picture(s) are kept"  # type: ignore[attr-defined]
@@ -119,12 +119,10 @@ class Bench:
 def _settings(model: str, request: Request) -> dict[str, Any] | None:
     """An edit with nothing left open; of a model as it is, the edit that its manifest records, if it has one."""
     if request != Request():
-        block = make_plan(model, request).settings.block
-    elif (file := find_place(model) / MANIFEST_NAME).is_file():
-        block = Manifest.loads(source_file(file, MANIFEST_NAME).read(), str(file)).edit
+        said = as_json(make_plan(model, request).settings.block)
     else:
-        return None
-    return {key: value for key, value in as_json(block).items() if key != "from_recipe"}
+        said = {} if (made := recorded_in(find_place(model))) is None else as_json(made.edit)
+    return {key: value for key, value in said.items() if key != "from_recipe"} or None
 
 
 def n_layers(model: str, request: Request) -> int:
@@ -144,9 +142,8 @@ def run(
         n_layers(model, request)
         wanted = wanted or [(model, Request())]
     wanted.append((model, request))
-    for name, _ in wanted:
-        find_place(name)
-    bench = Bench(inputs, out, observer)
+    names = [model, *against]
+    bench = Bench(inputs, out, observer, {name: base_of(name, names) for name in names})
     sides = [bench.side(*each, task) for each in wanted]
     last = len(sides) - 1
     return bench.write(Evaluation(task, sides, [compare(task, sides, last, base) for base in range(last)]))

@@ -105,10 +105,8 @@ def _ask(subject: Subject, names: list[str], task: Task) -> dict[str, Mapping[st
     answers: dict[str, dict[str, float]] = {name: {} for name in names}
     said = subject.captions(list(paths.values()), task.protocol)
     kinds = ("present", *KINDS) if task.questions else ()
-    pairs = sorted(
-        {(name, thing) for name in names for kind in kinds for thing in task.questions[name][kind]}
-    )
-    for part in _batches(pairs, task.batch_size):
+    every = {(name, thing) for name in names for kind in kinds for thing in task.questions[name][kind]}
+    for part in _batches(sorted(every), task.batch_size):
         asked = [task.protocol.asked(thing) for _, thing in part]
         for (name, thing), p in zip(part, subject.yes([paths[n] for n, _ in part], asked), strict=True):
             answers[name][thing] = p

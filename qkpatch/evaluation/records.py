@@ -106,9 +106,8 @@ class Record:
     finished: bool
     tokens: int
     next_tokens: Mapping[str, float]  # after the prompt: the likeliest by id
-    stops: Sequence[
-        tuple[float, int]
-    ]  # biases of its end that would cut it sooner, falling, and where: letters
+    # Biases of its end that would cut it sooner, falling, and where: letters.
+    stops: Sequence[tuple[float, int]]
     answers: Mapping[str, float]  # P(yes) / (P(yes) + P(no)), by the object asked about
 
 

@@ -49,7 +49,7 @@ def run(
     task = Task.of(inputs, protocol)
     _check(out, task, limits)
     layers, seed = n_layers(model, fixed), protocol.sample_seed
-    bench = Bench(inputs, out.with_suffix(".tune"), observer)
+    bench = Bench(inputs, out.with_suffix(".tune"), observer, {})
     which = {"pictures": task.pictures.digest, "model": bench.subject(model, protocol).files}
     log = Store(out.with_suffix(".tune") / "log.jsonl", {**task.settings, **which})
     names = list(task.pictures.present)
@@ -60,9 +60,8 @@ def run(
     n = limits.trials
     if limits.minutes is not None:
         affordable = 60 * limits.minutes / (HALVING * (time.monotonic() - started))
-        n = log.once(
-            f"settings in {limits.minutes} minutes", lambda: min(max(RUNGS[0], int(affordable)), MOST)
-        )
+        most = min(max(RUNGS[0], int(affordable)), MOST)
+        n = log.once(f"settings in {limits.minutes} minutes", lambda: most)
     drawn = candidates(n, layers, fixed, seed, channels=limits.channels)
     tried = going_on = [request for request in drawn if _fits(model, request)]
     found: dict[Request, Mapping[str, Any]] = {}
@@ -122,12 +121,8 @@ def _look(bench: Bench, model: str, chosen: Request, task: Task, log: Store, lim
         beaten[name] = compared[-1].is_better()
     broken = limits.broken(_kept(task, sides[1], sides[0]))
     looked = sum(key.startswith("look ") for key in log)
-    found = {
-        "beaten": beaten,
-        "broken": broken,
-        "is_found": all(beaten.values()) and not broken,
-        "looked": looked,
-    }
+    is_found = all(beaten.values()) and not broken
+    found = {"beaten": beaten, "broken": broken, "is_found": is_found, "looked": looked}
     return Evaluation(task, sides, compared, {"edit": told(chosen), "limits": as_json(limits), **found})
 
 

@@ -241,7 +241,7 @@ def _claims(comparison: Comparison | None) -> Iterator[str]:
     )
     yield "".join(_row(metric) for metric in comparison.metrics)
     if comparison.tool != "lmms-eval":
-        yield "\nPaired: 95 % of the differences over pictures drawn anew lie there; where 0 does too, it may be chance.\n"
+        yield "\nPaired: where 95 % of the differences over pictures drawn anew lie; with 0 in it, it may be chance.\n"
     elif any(metric.paired is not None for metric in comparison.metrics):
         yield "\nPaired: the mean of the differences, question by question, ± 1.96 standard errors.\n"
     else:

@@ -138,9 +138,8 @@ def _evaluated(path: Path) -> Comparison | None:
         for name, figure in one["figures"].items():
             low, high = (float(figure["difference"][key]) for key in ("low", "high"))
             paired = Paired(n, None, f"{low:+.4f} to {high:+.4f}, 95 % bootstrap")
-            metrics.append(
-                Metric("pictures", str(name), n, float(figure["base"]), float(figure["model"]), paired)
-            )
+            both = float(figure["base"]), float(figure["model"])
+            metrics.append(Metric("pictures", str(name), n, *both, paired))
         doubts = [str(warning) for warning in document["warnings"]]
         tuned = document["tuned"] or {"beaten": {}}
         doubts += [f"not found better than {name}" for name, beaten in tuned["beaten"].items() if not beaten]

@@ -455,6 +455,37 @@ def test_an_adapter_is_evaluated_with_its_model_and_not_edited(run: Run, album: 
     assert edited.exit_code in (2, 3), edited.output
 
 
+def test_the_base_of_an_adapter_is_the_one_that_it_was_made_from(
+    run: Run, album: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    source, other, adapter = _toy(tmp_path), REPO / "demo" / "toy-1", tmp_path / "adapter"
+    assert run("lora", source, "--alpha", 0.2, "-o", adapter).exit_code == 0
+    (tmp_path / "elsewhere" / "toy").parent.mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    shutil.copytree(other, "toy")  # of the name that the adapter has its base by
+    short = given(album, "--sample", 8, "--questions", 0, "--max-new-tokens", 8)
+    for calls in ((adapter,), (adapter, "--against", other), (other, "--against", adapter)):
+        result = run("evaluate", *calls, *short, "-o", "m")
+        assert result.exit_code == 2, result.output
+        assert "the adapter's base, toy, is not there; not it: " in result.output
+        assert "--against SOURCE" in result.output
+        assert not Path("m").exists()
+    with_edit = run("evaluate", source, *short, "--json", "--alpha", 0.2)
+    for calls in ((adapter, "--against", source), (adapter, "--against", other, "--against", source)):
+        result = run("evaluate", *calls, *short, "--json")
+        assert result.exit_code == 0, result.output
+        ours, theirs = (json.loads(each.stdout)["comparisons"][-1]["kept"] for each in (result, with_edit))
+        assert ours["kl_prompts"] == pytest.approx(theirs["kl_prompts"], rel=0.2)
+    assert run("evaluate", source, "--against", adapter, *short).exit_code == 0
+    monkeypatch.chdir(tmp_path)  # where the base is, by its name
+    assert run("evaluate", adapter, *short).exit_code == 0
+    # What another program wrote has no digests, and goes by the name.
+    (adapter / "qkpatch.json").unlink()
+    monkeypatch.chdir(album)
+    assert run("evaluate", adapter, *short).exit_code == 2
+    assert run("evaluate", adapter, "--against", source, *short).exit_code == 0
+
+
 def test_from_python_what_is_wrong_is_an_error_object(album: Path) -> None:
     with pytest.raises(QKPatchError):
         qkpatch.evaluate(TOY, inputs(album), ASKED, alpha=2)

@@ -39,10 +39,8 @@ def evaluate(
     from qkpatch.cli.progress import bars
 
     with bars(quiet=show.is_bare) as observer:
-        how = vars(edit.request)
-        result = api.evaluate(
-            model, inputs, protocol, against=against or (), out=out, observer=observer, **how
-        )
+        how = {**vars(edit.request), "against": against or (), "out": out}
+        result = api.evaluate(model, inputs, protocol, observer=observer, **how)
     _show(result, show)
 
 
@@ -60,8 +58,8 @@ def tune(
     from qkpatch.cli.progress import bars
 
     with bars(quiet=show.is_bare) as observer:
-        how = vars(edit.request)
-        result = api.tune(model, inputs, out, protocol, limits=limits, observer=observer, **how)
+        how = {**vars(edit.request), "limits": limits}
+        result = api.tune(model, inputs, out, protocol, observer=observer, **how)
     is_written = limits.anyway or (result.tuned or {})["is_found"]
     with verdict(0 if is_written else MismatchError.exit_code):
         _show(result, show)
