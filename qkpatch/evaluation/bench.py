@@ -105,7 +105,7 @@ class Bench:
             return replace(measure(subject, request, task, store, self._observer), settings=settings)
         except BaseException as end:
             if path is not None:
-                end.kept = f"{len(store) - 1} picture(s) are kept"  # type: ignore[attr-defined]
+                end.kept = f"what was said so far is kept in {self.out}"  # type: ignore[attr-defined]
             raise
 
     def write(self, result: Evaluation) -> Evaluation:

@@ -171,7 +171,7 @@ def test_a_search_that_was_stopped_goes_on(run: Run, album: Path, tmp_path: Path
         monkeypatch.setattr(Subject, "captions", stopping)
         stopped = run("tune", *given(album, out))
         assert stopped.exit_code == 130, stopped.output
-        assert "Go on with" in stopped.output
+        assert f"what was said so far is kept in {out.with_suffix('.tune')}. Go on with" in stopped.output
     monkeypatch.setattr(Subject, "captions", before)
     assert run("tune", *given(album, out)).exit_code == 1
     a, b = (
