@@ -45,13 +45,14 @@ class Evaluation:
         """What came of a search, in lines for people."""
         if self.tuned is None:
             return []
+        advice = "" if self.tuned["limits"]["anyway"] else ": edit nothing"
         tuned, n, figure = self.tuned, len(self.task.pictures.present), self.comparisons[0].figures["chair_s"]
         return [
             f"Best of {tuned['trials']} settings, by {n} held-out pictures, looked at {tuned['looked']} time(s):",
             f"CHAIR_s {figure.base:.4f} before, {figure.model:.4f} after",
             *(f"{'' if yes else 'NOT found '}better than {name}" for name, yes in tuned["beaten"].items()),
             *(f"NOT within the limits: {limit}" for limit in tuned["broken"]),
-            *([] if tuned["is_found"] else ["nothing is found that beats all controls: edit nothing"]),
+            *([] if tuned["is_found"] else [f"nothing is found that beats all controls{advice}"]),
         ]
 
     def to_json(self) -> dict[str, Any]:

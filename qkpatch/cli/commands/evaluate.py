@@ -54,15 +54,17 @@ def tune(
     What a flag of the edit says is not searched. Exit code 1 where no setting is found better than its controls.
     """
     from qkpatch import api
-    from qkpatch.cli.console import verdict
+    from qkpatch.cli.console import note, verdict
     from qkpatch.cli.progress import bars
 
     with bars(quiet=show.is_bare) as observer:
         how = {**vars(edit.request), "limits": limits}
         result = api.tune(model, inputs, out, protocol, observer=observer, **how)
-    is_written = limits.anyway or (result.tuned or {})["is_found"]
-    with verdict(0 if is_written else MismatchError.exit_code):
+    is_found = (result.tuned or {})["is_found"]
+    with verdict(0 if is_found or limits.anyway else MismatchError.exit_code):
         _show(result, show)
+        if (is_found or limits.anyway) and not show.is_bare:
+            note(f"Wrote {out}{'' if is_found else ' (--anyway)'}")
 
 
 def _show(result: Evaluation, show: ShowFlags) -> None:
