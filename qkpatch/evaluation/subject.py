@@ -86,14 +86,15 @@ class Subject:
             if made is not None:
                 made.restore()
 
-    def prompt(self, text: str) -> str:
+    def prompt(self, text: str, flag: str = "--prompt") -> str:
         """What the processor is given: ``text`` where it has the image token, else the chat template's."""
         token, tokenizer = getattr(self.processor, "image_token", None) or "<image>", self.processor.tokenizer
         if token in text:
             return text
         if not (self.processor.chat_template or tokenizer.chat_template):
             fix = f"write prompts in full: --prompt '{token} describe' --question '{token} is there a {{object}}?'"
-            raise UnsupportedError("it has no chat template", where=self.name, fix=fix)
+            what = f"it lacks {token}, which a model that has no chat template must be given"
+            raise UnsupportedError(what, where=flag, fix=fix)
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
         return str(self.processor.apply_chat_template([turn], add_generation_prompt=True))
 
@@ -101,7 +102,7 @@ class Subject:
         """Raise :class:`UnsupportedError` where the model cannot be asked so."""
         self.prompt(protocol.prompt)
         if protocol.questions:
-            self.prompt(protocol.question)
+            self.prompt(protocol.question, "--question")
             self.spellings("yes"), self.spellings("no")
 
     def captions(self, pictures: Sequence[Path], protocol: Protocol) -> list[dict[str, Any]]:

@@ -353,6 +353,14 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_written(
     assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
 
 
+@pytest.mark.parametrize(("flag", "text"), [("--prompt", "describe :"), ("--question", "exists {object}")])
+def test_a_prompt_without_the_image_is_told_by_its_flag(flag: str, text: str, run: Run, album: Path) -> None:
+    result = run("evaluate", TOY, *given(album), flag, text)
+    assert result.exit_code == 3, result.output
+    assert "it lacks <image>" in result.output
+    assert f"where  {flag}\n" in result.output
+
+
 def test_yes_and_no_that_are_no_tokens_are_told_with_the_cure(run: Run, album: Path, tmp_path: Path) -> None:
     toy = _toy(tmp_path)
     tokens = json.loads((toy / "tokenizer.json").read_text())
