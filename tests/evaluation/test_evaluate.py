@@ -361,6 +361,14 @@ def test_a_prompt_without_the_image_is_told_by_its_flag(flag: str, text: str, ru
     assert f"where  {flag}\n" in result.output
 
 
+@pytest.mark.parametrize("command", ["evaluate", "tune"])
+def test_the_help_has_one_word_for_the_model_and_all_of_its_texts(command: str, run: Run) -> None:
+    text = " ".join(run(command, "--help").output.replace("│", " ").split())
+    assert "SOURCE" in text
+    assert "MODEL" not in text
+    assert "a list of words by object." in text
+
+
 def test_yes_and_no_that_are_no_tokens_are_told_with_the_cure(run: Run, album: Path, tmp_path: Path) -> None:
     toy = _toy(tmp_path)
     tokens = json.loads((toy / "tokenizer.json").read_text())

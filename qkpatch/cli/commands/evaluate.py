@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qkpatch.evaluation.bench import Evaluation
 
 _AgainstOpt = Annotated[
-    list[str] | None, typer.Option(help="Compare with this; repeatable.", show_default="MODEL unedited")
+    list[str] | None, typer.Option(help="Compare with this; repeatable.", show_default="SOURCE unedited")
 ]
 _FolderOpt = Annotated[
     Path | None, typer.Option("--out", "-o", help="Folder of the result; a run goes on there.")
@@ -31,9 +31,9 @@ def evaluate(
     model: SourceArg, inputs: Inputs, protocol: Protocol, edit: EditFlags, show: ShowFlags,
     against: _AgainstOpt = None, out: _FolderOpt = None,
 ) -> None:  # fmt: skip
-    """Measure what MODEL makes up, or MODEL under an edit in memory: CHAIR, POPE, and what is kept.
+    """Measure what SOURCE makes up, or SOURCE under an edit in memory: CHAIR, POPE, and what is kept.
 
-    MODEL is a checkpoint that transformers loads with its auto classes, or an adapter of peft.
+    SOURCE is a checkpoint that transformers loads with its auto classes, or an adapter of peft.
     """
     from qkpatch import api
     from qkpatch.cli.progress import bars
@@ -49,7 +49,7 @@ def tune(
     model: SourceArg, inputs: Inputs, protocol: Protocol, limits: Limits, edit: EditFlags, show: ShowFlags,
     out: _SettingOpt,
 ) -> None:  # fmt: skip
-    """Search for the edit of MODEL that makes up least, on one half of the pictures; look once at the other half.
+    """Search for the edit of SOURCE that makes up least, on one half of the pictures; look once at the other half.
 
     What a flag of the edit says is not searched. Exit code 1 where no setting is found better than its controls.
     """
