@@ -145,6 +145,9 @@ def run(
     wanted.append((model, request))
     names = [model, *against]
     bench = Bench(inputs, out, observer, {name: base_of(name, names) for name in names})
+    bench.subject(wanted[0][0], protocol)
+    if out is not None:  # refused where it is another run's
+        Store(out / "log.jsonl", {"models and edits": [[name, told(edit)] for name, edit in wanted]})
     sides = [bench.side(*each, task) for each in wanted]
     last = len(sides) - 1
     return bench.write(Evaluation(task, sides, [compare(task, sides, last, base) for base in range(last)]))

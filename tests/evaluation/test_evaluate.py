@@ -303,6 +303,22 @@ def test_a_run_of_other_settings_is_refused(run: Run, album: Path, tmp_path: Pat
     assert {p.name: p.read_bytes() for p in out.iterdir()} == files
 
 
+def test_another_run_does_not_write_over_the_result_of_the_first(
+    run: Run, album: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    short = given(album, "-o", out, "--sample", 8, "--questions", 0, "--max-new-tokens", 8)
+    assert run("evaluate", TOY, *short, "--alpha", 0.5).exit_code == 0
+    files = {p.name: p.read_bytes() for p in out.iterdir()}
+    for other in (("--alpha", 0.4), (), ("--alpha", 0.5, "--against", REPO / "demo" / "toy-1")):
+        result = run("evaluate", TOY, *short, *other)
+        assert result.exit_code == 2, result.output
+        assert "it holds a run of other settings: models and edits" in " ".join(result.output.split())
+        assert {p.name: p.read_bytes() for p in out.iterdir()} == files
+    assert run("evaluate", TOY, *short, "--alpha", 0.5).exit_code == 0
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == files
+
+
 # -------- what is refused
 
 
