@@ -118,8 +118,7 @@ def _check_rank(plan: EditPlan, max_rank: int, runtime: Runtime, ranks: _Ranks |
             fewer, some = max_rank // len(heads) // step * step, heads[: max_rank // step]
             named = "--modes {}" if plan.request.edits is None else "modes: {} in its edits"
             part = "" if fewer else f"--heads {format_ranges(some or heads)} "
-            cures = [part + named.format(fewer or step)] * bool(some) + [f"--max-rank {rank}"] * (
-                rank <= most
-            )
+            cures = [part + named.format(fewer or step)] * bool(some)
+            cures += [f"--max-rank {rank}"] * (rank <= most)
             what = f"{len(heads)} heads make rank {rank} in layer {target.layer}, more than {max_rank}"
             raise UsageError(what, where="--max-rank", fix=", or ".join(cures))

@@ -80,9 +80,7 @@ class Evaluation:
 class Bench:
     """Where models are asked: one is loaded at a time, and what each says grows in a file of the folder."""
 
-    def __init__(
-        self, inputs: Inputs, out: Path | None, observer: Observer, bases: Mapping[str, str | None]
-    ) -> None:
+    def __init__(self, inputs: Inputs, out: Path | None, observer: Observer, bases: dict[str, str]) -> None:
         self._inputs, self.out, self._observer, self._bases = inputs, out, observer, bases
         self._subject: Subject | None = None
 
@@ -90,8 +88,8 @@ class Bench:
         """A model that can be asked so."""
         if self._subject is None or self._subject.name != name:
             self._subject, trusted = None, self._inputs.trust_remote_code  # None: there may be room for one
-            base, device = self._bases.get(name) or "", self._inputs.device
-            self._subject = Subject.load(name, device, base=base, trust_remote_code=trusted)
+            base, device = self._bases.get(name, ""), self._inputs.device
+            self._subject = Subject.load(name, device, base, trusts=trusted)
             self._subject.check(protocol)
         return self._subject
 

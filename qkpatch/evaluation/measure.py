@@ -69,9 +69,7 @@ class Side:
     records: tuple[Record, ...]  # in the order of the pictures
     losses: tuple[float, ...]  # of the text's tokens, in nats
     reading: tuple[Mapping[str, float], ...]
-    settings: Mapping[str, Any] | None = (
-        None  # `edit` of a manifest: of the model's own where nothing is edited here
-    )
+    settings: Mapping[str, Any] | None = None  # this edit, or that of the model's own manifest
 
     @property
     def label(self) -> str:

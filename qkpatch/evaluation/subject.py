@@ -42,9 +42,7 @@ class Subject:
     processor: Any
 
     @classmethod
-    def load(
-        cls, name: str, device: str = "cpu", *, base: str = "", trust_remote_code: bool = False
-    ) -> Subject:
+    def load(cls, name: str, device: str = "cpu", base: str = "", *, trusts: bool = False) -> Subject:
         """A checkpoint, or an adapter of peft on ``base``.
 
         Raises:
@@ -55,7 +53,7 @@ class Subject:
         where, transformers = choose_device(device), library("transformers")
         library("PIL")
         places = [find_place(each) for each in (name, base) if each]
-        options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+        options = {"trust_remote_code": trusts, "local_files_only": True}
         try:
             processor = transformers.AutoProcessor.from_pretrained(places[-1], **options)
             auto = transformers.AutoModelForImageTextToText
@@ -217,14 +215,10 @@ def find_place(name: str) -> Path:
     return place
 
 
-def base_of(name: str, models: Sequence[str]) -> str | None:
-    """What an adapter is put on, of ``models`` or what it names itself; None of a checkpoint.
-
-    Raises:
-        UsageError: what it was made from is not among them.
-    """
+def base_of(name: str, models: Sequence[str]) -> str:
+    """What an adapter was made from, of ``models`` or what it names itself, else :class:`UsageError`; or nothing."""
     if not (config := find_place(name) / ADAPTER).is_file():
-        return None
+        return ""
     said = str(load_json(source_file(config, ADAPTER).read(), str(config)).get("base_model_name_or_path"))
     manifest, others = recorded_in(config.parent), list[str]()
     # Without a manifest there is but the name to go by.

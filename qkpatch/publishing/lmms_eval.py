@@ -159,11 +159,9 @@ def _read(path: Path) -> dict[str, Any]:
     document = load_json(source_file(path, path.name).read(), path.name)
     results = document.get("results") if isinstance(document, dict) else None
     if not isinstance(results, dict) or not all(isinstance(figures, dict) for figures in results.values()):
-        raise CheckpointError(
-            "not the results of a run of lmms-eval: it has no `results` by task",
-            where=path.name,
-            fix="give the file that lmms-eval wrote to --output_path, *_results.json",
-        )
+        what = "not the results of a run of lmms-eval: it has no `results` by task"
+        fix = "give the file that lmms-eval wrote to --output_path, *_results.json"
+        raise CheckpointError(what, where=path.name, fix=fix)
     return dict(document)
 
 

@@ -19,11 +19,9 @@ _AgainstOpt = Annotated[
     list[str] | None, typer.Option(help="Compare with this; repeatable.", show_default="SOURCE unedited")
 ]
 _FolderOpt = Annotated[
-    Path | None, typer.Option("--out", "-o", help="Folder of the result; a run goes on there.")
+    Path | None, typer.Option("--out", "-o", help="The result's folder; runs go on there.")
 ]
-_SettingOpt = Annotated[
-    Path, typer.Option("--out", "-o", help="The setting; its evidence and log come beside it.")
-]
+_SettingOpt = Annotated[Path, typer.Option("--out", "-o", help="The setting; evidence and log go beside it.")]
 
 
 @command
