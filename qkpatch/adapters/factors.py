@@ -41,9 +41,8 @@ class HeadFactors:
     @property
     def packed(self) -> bytes:
         """All of it, for a file of several; nothing of a head without a change."""
-        return (
-            _HEAD.pack(self.head, len(self.A)) + to_bytes(self.A) + to_bytes(self.B) if len(self.A) else b""
-        )
+        head = _HEAD.pack(self.head, len(self.A))
+        return head + to_bytes(self.A) + to_bytes(self.B) if len(self.A) else b""
 
 
 @dataclass(frozen=True)
@@ -117,9 +116,7 @@ def checked(target: LayerTarget, heads: Sequence[HeadFactors]) -> LayerFactors:
     is_finite = all(bool(part.isfinite().all()) for head in heads for part in (head.A, head.B))
     if not is_finite or not any(bool(head.B.any()) for head in heads):
         zero, query = "the edit leaves every value as it is: the product is zero", target.query
-        what, fix = (
-            zero if is_finite else "float32 does not hold the change",
-            f"leave layer {target.layer} out",
-        )
+        what = zero if is_finite else "float32 does not hold the change"
+        fix = f"leave layer {target.layer} out"
         raise NumericalError(what, where=f"{query.name} in {query.shard}", fix=fix)
     return LayerFactors(target, tuple(heads), sum(len(head.A) for head in heads))

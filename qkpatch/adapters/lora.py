@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +92,12 @@ def lora(
     observer.begins("factor", 0, len(plan.edits) * len(plan.settings.heads))
     layers = [(each, modules[each.target]) for each in edit_factors(plan, device, n_threads, observer)]
     _check_rank(plan, max_rank, loader, {layer.target: layer.rank for layer, _ in layers})
-    return write_adapter(place, plan.model.checkpoint, planned_manifest(plan, device), loader, layers, found)
+    manifest, checkpoint = planned_manifest(plan, device), plan.model.checkpoint
+    if plan.model.source.path is not None:  # else all of them would be fetched once more
+        digests = [[checkpoint.sha256(ref) for ref in target.written] for target in plan.edits]
+        pairs = zip(manifest.edits, digests, strict=True)
+        manifest = replace(manifest, edits=tuple(each.done(d, (None, None), ()) for each, d in pairs))
+    return write_adapter(place, checkpoint, manifest, loader, layers, found)
 
 
 def _check_rank(plan: EditPlan, max_rank: int, runtime: Runtime, ranks: _Ranks | None = None) -> None:
@@ -112,8 +118,7 @@ def _check_rank(plan: EditPlan, max_rank: int, runtime: Runtime, ranks: _Ranks |
             fewer, some = max_rank // len(heads) // step * step, heads[: max_rank // step]
             named = "--modes {}" if plan.request.edits is None else "modes: {} in its edits"
             part = "" if fewer else f"--heads {format_ranges(some or heads)} "
-            cures = [part + named.format(fewer or step)] * bool(some) + [f"--max-rank {rank}"] * (
-                rank <= most
-            )
+            cures = [part + named.format(fewer or step)] * bool(some)
+            cures += [f"--max-rank {rank}"] * (rank <= most)
             what = f"{len(heads)} heads make rank {rank} in layer {target.layer}, more than {max_rank}"
             raise UsageError(what, where="--max-rank", fix=", or ".join(cures))

@@ -34,11 +34,7 @@ def plan_recorded(out: Path, source: str | None, asked: Request) -> EditPlan:
     recipe = asked.recipe or manifest.recipe.name
     plan = make_plan(source, replace(manifest.request(), recipe=recipe, max_shard_size=None), Access.ranges)
     others = [mismatch.what for mismatch in origin_mismatches(manifest, plan.model.source)]
-    digests = {each.tensor: each.sha256_before for edit in manifest.edits for each in edit.written}
-    for ref in () if others else [ref for target in plan.edits for ref in target.written]:
-        with plan.model.checkpoint.opened(ref.shard, [(ref.begin, ref.end)]) as opened:
-            if digests.get(ref.name, "") not in (None, opened.sha256(ref.begin, ref.end)):
-                others.append(f"{ref.name} is another tensor than was edited")
-    if others:
+    foreign = [] if others else manifest.foreign(plan.model.checkpoint)
+    if others := others + [f"{name} is another tensor than was edited" for name in foreign]:
         raise CheckpointError(others[0], where=where, fix="name the SOURCE that it was made from")
     return plan

@@ -82,6 +82,11 @@ class Stored:
         """A file for reading, as :meth:`SourceFile.open`."""
         return self.files[name].open(ranges)
 
+    def sha256(self, ref: TensorRef) -> str:
+        """The digest of a tensor's bytes."""
+        with self.opened(ref.shard, [(ref.begin, ref.end)]) as opened:
+            return opened.sha256(ref.begin, ref.end)
+
     @cached_property
     def from_outside(self) -> tuple[str, ...]:
         """Files that are links to something outside the directory, other than to a snapshot's own blobs."""

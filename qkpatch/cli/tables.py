@@ -47,9 +47,8 @@ def show_plan(plan: EditPlan, costs: Mapping[str, int], *, is_markdown: bool) ->
                 query, key = plan.output.place(edit.query), plan.output.place(edit.key)
                 other = "" if key.shard == query.shard else key.shard
                 rows.setdefault((edit.attention, query.shard, other), []).append(edit.layer)
-            table = _table(
-                "layers", "attention", "shard", *(["key's shard"] if any(o for *_, o in rows) else [])
-            )
+            others = ["key's shard"] if any(o for *_, o in rows) else []
+            table = _table("layers", "attention", "shard", *others)
             for (attention, shard, other), layers in rows.items():
                 table.add_row(
                     format_ranges(sorted(layers)),
@@ -147,15 +146,13 @@ def _model(console: Console, model: Model) -> None:
     console.print(safe(model_line(model)))
     for other in sorted(set(model.tower.exceptions.values()) - {layout}, key=lambda other: other.d_head):
         where = format_ranges([n for n, layout in model.tower.exceptions.items() if layout == other])
-        console.print(
-            f"Layers {where}: {other.n_heads} / {other.n_kv_heads} heads of {other.d_head}", soft_wrap=True
-        )
+        heads = f"{other.n_heads} / {other.n_kv_heads} heads of {other.d_head}"
+        console.print(f"Layers {where}: {heads}", soft_wrap=True)
     for one in model.sets:
         names = one.names
         which = f" ({names.attention})" if model.recipe.others else ""
-        console.print(
-            f"Tensors{which}: {safe(one.prefix + names.query)} by {safe(names.key)}", soft_wrap=True
-        )
+        pair = f"{safe(one.prefix + names.query)} by {safe(names.key)}"
+        console.print(f"Tensors{which}: {pair}", soft_wrap=True)
 
 
 def show_spectra(model: Model, settings: EditSettings, sides: Sequence[Side], *, is_folded: bool) -> None:
@@ -179,9 +176,8 @@ def show_spectra(model: Model, settings: EditSettings, sides: Sequence[Side], *,
     with results() as console:
         _model(console, model)
         folded = ", the gain of the norm before attention folded in" if is_folded else ""
-        console.print(
-            f"Spectra: layers {format_ranges(settings.layers)}, heads {format_ranges(settings.heads)}{folded}"
-        )
+        heads = f"heads {format_ranges(settings.heads)}{folded}"
+        console.print(f"Spectra: layers {format_ranges(settings.layers)}, {heads}")
         if len(sides) > 1:
             console.print(safe(f"{sides[0].name} → {sides[1].name}, where they differ"), soft_wrap=True)
         console.print(table)
@@ -248,9 +244,8 @@ def show_publication(publication: Publication) -> None:
             table.add_row(safe(how), size_text(step.size), safe(step.name))
         console.print(table)
         copied = sum(step.size for step in publication.steps if step.is_copy)
-        console.print(
-            f"{size_text(publication.sent_bytes)} to upload, {size_text(copied)} copied on the Hub's side"
-        )
+        both = f"{size_text(publication.sent_bytes)} to upload, {size_text(copied)} copied"
+        console.print(f"{both} on the Hub's side")
 
 
 def show_verification(result: Verification, out: Path) -> None:

@@ -64,13 +64,11 @@ def read_annotations(file: Path, folder: Path) -> Annotations:
     except CheckpointError as error:
         raise UsageError(error.what, where=error.where, fix=_SHAPE) from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(
-            f"it does not say which objects are where: {error!r}", where=str(file), fix=_SHAPE
-        ) from error
+        what = f"it does not say which objects are where: {error!r}"
+        raise UsageError(what, where=str(file), fix=_SHAPE) from error
     if odd := [name for name in found if not isinstance(name, str)]:
-        raise UsageError(
-            f"a picture is named by {odd[0]!r:.80}, which is no text", where=str(file), fix=_SHAPE
-        )
+        what = f"a picture is named by {odd[0]!r:.80}, which is no text"
+        raise UsageError(what, where=str(file), fix=_SHAPE)
     if not names:
         raise UsageError("it names no object", where=str(file), fix=_SHAPE)
     with os_errors("list", folder):

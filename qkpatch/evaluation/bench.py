@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -18,7 +18,7 @@ from qkpatch.evaluation.chair import figures
 from qkpatch.evaluation.comparison import Comparison, columns, compare
 from qkpatch.evaluation.measure import Side, Task, measure, told
 from qkpatch.evaluation.records import Inputs, Protocol, Store, digest
-from qkpatch.evaluation.subject import Subject, find_place
+from qkpatch.evaluation.subject import Subject, base_of, find_place, recorded_in
 from qkpatch.patching.loaded import check_loadable
 from qkpatch.planning.plan import make_plan
 from qkpatch.planning.request import Request
@@ -45,13 +45,14 @@ class Evaluation:
         """What came of a search, in lines for people."""
         if self.tuned is None:
             return []
+        advice = "" if self.tuned["limits"]["anyway"] else ": edit nothing"
         tuned, n, figure = self.tuned, len(self.task.pictures.present), self.comparisons[0].figures["chair_s"]
         return [
             f"Best of {tuned['trials']} settings, by {n} held-out pictures, looked at {tuned['looked']} time(s):",
             f"CHAIR_s {figure.base:.4f} before, {figure.model:.4f} after",
             *(f"{'' if yes else 'NOT found '}better than {name}" for name, yes in tuned["beaten"].items()),
             *(f"NOT within the limits: {limit}" for limit in tuned["broken"]),
-            *([] if tuned["is_found"] else ["nothing is found that beats all controls: edit nothing"]),
+            *([] if tuned["is_found"] else [f"nothing is found that beats all controls{advice}"]),
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -71,6 +72,7 @@ class Evaluation:
             rows.append({"picture": name, "objects": sorted(there), "mentions": mentions, **as_json(record)})
             del rows[-1]["next_tokens"]
         said = {"model": side.model, "edit": side.edit, "said": rows, "text": list(side.losses)}
+        said["settings"] = side.settings
         read = {"perplexity": math.exp(fmean(side.losses))} if side.losses else {}
         return {**said, "figures": {**figures(columns(self.task, side)), **read}}
 
@@ -78,15 +80,16 @@ class Evaluation:
 class Bench:
     """Where models are asked: one is loaded at a time, and what each says grows in a file of the folder."""
 
-    def __init__(self, inputs: Inputs, out: Path | None, observer: Observer) -> None:
-        self._inputs, self.out, self._observer = inputs, out, observer
+    def __init__(self, inputs: Inputs, out: Path | None, observer: Observer, bases: dict[str, str]) -> None:
+        self._inputs, self.out, self._observer, self._bases = inputs, out, observer, bases
         self._subject: Subject | None = None
 
     def subject(self, name: str, protocol: Protocol) -> Subject:
         """A model that can be asked so."""
         if self._subject is None or self._subject.name != name:
             self._subject, trusted = None, self._inputs.trust_remote_code  # None: there may be room for one
-            self._subject = Subject.load(name, self._inputs.device, trust_remote_code=trusted)
+            base, device = self._bases.get(name, ""), self._inputs.device
+            self._subject = Subject.load(name, device, base, trusts=trusted)
             self._subject.check(protocol)
         return self._subject
 
@@ -94,13 +97,14 @@ class Bench:
         """What a model says under an edit."""
         subject = self.subject(name, task.protocol)
         which = {"model": subject.files, "edit": told(request), "asked": bool(task.questions)}
+        settings = _settings(name, request)
         path = None if self.out is None else self.out / f"{digest(which)[:12]}.jsonl"
         store = Store(path, {**task.settings, **which})
         try:
-            return measure(subject, request, task, store, self._observer)
+            return replace(measure(subject, request, task, store, self._observer), settings=settings)
         except BaseException as end:
             if path is not None:
-                end.kept = f"{len(store) - 1} picture(s) are kept"  # type: ignore[attr-defined]
+                end.kept = f"what was said so far is kept in {self.out}"  # type: ignore[attr-defined]
             raise
 
     def write(self, result: Evaluation) -> Evaluation:
@@ -109,6 +113,15 @@ class Bench:
             with os_errors("write", self.out):
                 (self.out / "evaluation.json").write_text(canonical_json(result.to_json()), "utf-8")
         return result
+
+
+def _settings(model: str, request: Request) -> dict[str, Any] | None:
+    """An edit with nothing left open; of a model as it is, the edit that its manifest records, if it has one."""
+    if request != Request():
+        said = as_json(make_plan(model, request).settings.block)
+    else:
+        said = {} if (made := recorded_in(find_place(model))) is None else as_json(made.edit)
+    return {key: value for key, value in said.items() if key != "from_recipe"} or None
 
 
 def n_layers(model: str, request: Request) -> int:
@@ -128,9 +141,11 @@ def run(
         n_layers(model, request)
         wanted = wanted or [(model, Request())]
     wanted.append((model, request))
-    for name, _ in wanted:
-        find_place(name)
-    bench = Bench(inputs, out, observer)
+    names = [model, *against]
+    bench = Bench(inputs, out, observer, {name: base_of(name, names) for name in names})
+    bench.subject(wanted[0][0], protocol)
+    if out is not None:  # refused where it is another run's
+        Store(out / "log.jsonl", {"models and edits": [[name, told(edit)] for name, edit in wanted]})
     sides = [bench.side(*each, task) for each in wanted]
     last = len(sides) - 1
     return bench.write(Evaluation(task, sides, [compare(task, sides, last, base) for base in range(last)]))

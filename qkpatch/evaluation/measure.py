@@ -69,6 +69,7 @@ class Side:
     records: tuple[Record, ...]  # in the order of the pictures
     losses: tuple[float, ...]  # of the text's tokens, in nats
     reading: tuple[Mapping[str, float], ...]
+    settings: Mapping[str, Any] | None = None  # this edit, or that of the model's own manifest
 
     @property
     def label(self) -> str:
@@ -102,10 +103,8 @@ def _ask(subject: Subject, names: list[str], task: Task) -> dict[str, Mapping[st
     answers: dict[str, dict[str, float]] = {name: {} for name in names}
     said = subject.captions(list(paths.values()), task.protocol)
     kinds = ("present", *KINDS) if task.questions else ()
-    pairs = sorted(
-        {(name, thing) for name in names for kind in kinds for thing in task.questions[name][kind]}
-    )
-    for part in _batches(pairs, task.batch_size):
+    every = {(name, thing) for name in names for kind in kinds for thing in task.questions[name][kind]}
+    for part in _batches(sorted(every), task.batch_size):
         asked = [task.protocol.asked(thing) for _, thing in part]
         for (name, thing), p in zip(part, subject.yes([paths[n] for n, _ in part], asked), strict=True):
             answers[name][thing] = p

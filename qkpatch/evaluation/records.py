@@ -43,7 +43,7 @@ class Inputs(_Checked):
 
     images: Path = option(..., "The folder with the pictures.")
     objects: Path = option(..., "What is in them: COCO's instances, or JSON lines.")
-    vocabulary: Path | None = option(None, "Synonyms, in YAML: cup: [mug, coffee cup].")
+    vocabulary: Path | None = option(None, "Synonyms, in YAML: a list of words by object.")
     text: Path | None = option(None, "Plain text, whose perplexity is measured.")
     batch_size: int = option(8, "Pictures at a time.", 1)
     device: str = option("cpu", "cpu, cuda, cuda:i or auto.")
@@ -106,9 +106,8 @@ class Record:
     finished: bool
     tokens: int
     next_tokens: Mapping[str, float]  # after the prompt: the likeliest by id
-    stops: Sequence[
-        tuple[float, int]
-    ]  # biases of its end that would cut it sooner, falling, and where: letters
+    # Biases of its end that would cut it sooner, falling, and where: letters.
+    stops: Sequence[tuple[float, int]]
     answers: Mapping[str, float]  # P(yes) / (P(yes) + P(no)), by the object asked about
 
 

@@ -18,6 +18,7 @@ from qkpatch.evaluation.chair import figures
 from qkpatch.evaluation.comparison import EQUAL_RECALL, columns, compare, kept
 from qkpatch.evaluation.measure import Side, Task, told
 from qkpatch.evaluation.records import Inputs, Limits, Protocol, Store
+from qkpatch.planning.plan import make_plan
 from qkpatch.planning.request import Request
 from qkpatch.spectral.rule import Channel, Select
 
@@ -49,7 +50,7 @@ def run(
     task = Task.of(inputs, protocol)
     _check(out, task, limits)
     layers, seed = n_layers(model, fixed), protocol.sample_seed
-    bench = Bench(inputs, out.with_suffix(".tune"), observer)
+    bench = Bench(inputs, out.with_suffix(".tune"), observer, {})
     which = {"pictures": task.pictures.digest, "model": bench.subject(model, protocol).files}
     log = Store(out.with_suffix(".tune") / "log.jsonl", {**task.settings, **which})
     names = list(task.pictures.present)
@@ -60,11 +61,10 @@ def run(
     n = limits.trials
     if limits.minutes is not None:
         affordable = 60 * limits.minutes / (HALVING * (time.monotonic() - started))
-        n = log.once(
-            f"settings in {limits.minutes} minutes", lambda: min(max(RUNGS[0], int(affordable)), MOST)
-        )
+        most = min(max(RUNGS[0], int(affordable)), MOST)
+        n = log.once(f"settings in {limits.minutes} minutes", lambda: most)
     drawn = candidates(n, layers, fixed, seed, channels=limits.channels)
-    tried = going_on = [request for request in drawn if _fits(model, request)]
+    tried = going_on = list(dict.fromkeys(full for request in drawn for full in _full(model, request)))
     found: dict[Request, Mapping[str, Any]] = {}
     for rung in RUNGS:
         part = task.at(names[: middle // rung], asks=False)
@@ -83,12 +83,14 @@ def run(
     return result
 
 
-def _fits(model: str, request: Request) -> bool:
-    """Whether the model can be edited so: it may have fewer modes, or layers without attention."""
+def _full(model: str, request: Request) -> list[Request]:
+    """The request with its main settings spelled out; none where the model has fewer modes, or no such layers."""
     try:
-        return n_layers(model, request) > 0
+        block = make_plan(model, request).settings.block
     except QKPatchError:
-        return False
+        return []
+    said = {key: block.items[0][key] for key in ("layers", "modes", "alpha", "channel")}
+    return [request if request.edits else Request.of(**said).over(request)]
 
 
 def _trial(bench: Bench, model: str, request: Request, task: Task, log: Store) -> Mapping[str, Any]:
@@ -122,12 +124,8 @@ def _look(bench: Bench, model: str, chosen: Request, task: Task, log: Store, lim
         beaten[name] = compared[-1].is_better()
     broken = limits.broken(_kept(task, sides[1], sides[0]))
     looked = sum(key.startswith("look ") for key in log)
-    found = {
-        "beaten": beaten,
-        "broken": broken,
-        "is_found": all(beaten.values()) and not broken,
-        "looked": looked,
-    }
+    is_found = all(beaten.values()) and not broken
+    found = {"beaten": beaten, "broken": broken, "is_found": is_found, "looked": looked}
     return Evaluation(task, sides, compared, {"edit": told(chosen), "limits": as_json(limits), **found})
 
 

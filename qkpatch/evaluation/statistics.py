@@ -83,9 +83,8 @@ def above_curve(sums: Array) -> float:
 def excess_over_curve(columns: Array, *, seed: int = 0, replicates: int = REPLICATES) -> Interval:
     """:func:`above_curve` with its interval; columns are (1 + curve, 2, pictures, 2)."""
     rng = np.random.default_rng(seed)
-    drawn = [
-        above_curve(s) for w in resampled(columns.shape[2], replicates, rng) for s in weighted(columns, w)
-    ]
+    draws = resampled(columns.shape[2], replicates, rng)
+    drawn = [above_curve(s) for w in draws for s in weighted(columns, w)]
     return Interval.of(above_curve(columns.sum(2)), np.array(drawn))
 
 

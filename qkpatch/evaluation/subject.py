@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkpatch.checkpoint.recognised import ADAPTER
+from qkpatch.checkpoint.source import MANIFEST_NAME, open_stored
 from qkpatch.checkpoint.tree import source_file, walk_files
 from qkpatch.common.json_text import load_json
+from qkpatch.common.number_ranges import some
 from qkpatch.errors import CheckpointError, FileSystemError, QKPatchError, UnsupportedError, UsageError
 from qkpatch.evaluation.records import Protocol, digest
 from qkpatch.evaluation.vocabulary import whole_sentences
 from qkpatch.model.locate import locate
 from qkpatch.patching.device import choose_device
 from qkpatch.patching.loaded import edit_loaded
+from qkpatch.planning.manifest import Manifest
 from qkpatch.planning.request import Request
 
 LIKELIEST = 64  # next tokens that are kept of a distribution
@@ -38,8 +42,8 @@ class Subject:
     processor: Any
 
     @classmethod
-    def load(cls, name: str, device: str = "cpu", *, trust_remote_code: bool = False) -> Subject:
-        """A checkpoint, or an adapter of peft with the model that it is for.
+    def load(cls, name: str, device: str = "cpu", base: str = "", *, trusts: bool = False) -> Subject:
+        """A checkpoint, or an adapter of peft on ``base``.
 
         Raises:
             UsageError: a library is not installed, or there is no such device.
@@ -48,11 +52,8 @@ class Subject:
         """
         where, transformers = choose_device(device), library("transformers")
         library("PIL")
-        places = [find_place(name)]
-        if (places[0] / "adapter_config.json").is_file():
-            file = source_file(places[0] / "adapter_config.json", "adapter_config.json")
-            places.append(find_place(str(load_json(file.read(), file.where).get("base_model_name_or_path"))))
-        options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+        places = [find_place(each) for each in (name, base) if each]
+        options = {"trust_remote_code": trusts, "local_files_only": True}
         try:
             processor = transformers.AutoProcessor.from_pretrained(places[-1], **options)
             auto = transformers.AutoModelForImageTextToText
@@ -83,14 +84,15 @@ class Subject:
             if made is not None:
                 made.restore()
 
-    def prompt(self, text: str) -> str:
+    def prompt(self, text: str, flag: str = "--prompt") -> str:
         """What the processor is given: ``text`` where it has the image token, else the chat template's."""
         token, tokenizer = getattr(self.processor, "image_token", None) or "<image>", self.processor.tokenizer
         if token in text:
             return text
         if not (self.processor.chat_template or tokenizer.chat_template):
             fix = f"write prompts in full: --prompt '{token} describe' --question '{token} is there a {{object}}?'"
-            raise UnsupportedError("it has no chat template", where=self.name, fix=fix)
+            what = f"it lacks {token}, which a model that has no chat template must be given"
+            raise UnsupportedError(what, where=flag, fix=fix)
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
         return str(self.processor.apply_chat_template([turn], add_generation_prompt=True))
 
@@ -98,7 +100,7 @@ class Subject:
         """Raise :class:`UnsupportedError` where the model cannot be asked so."""
         self.prompt(protocol.prompt)
         if protocol.questions:
-            self.prompt(protocol.question)
+            self.prompt(protocol.question, "--question")
             self.spellings("yes"), self.spellings("no")
 
     def captions(self, pictures: Sequence[Path], protocol: Protocol) -> list[dict[str, Any]]:
@@ -211,6 +213,30 @@ def find_place(name: str) -> Path:
     if place is None or not place.is_dir():
         raise UsageError("no directory that transformers could load", where=name, fix="name the directory")
     return place
+
+
+def base_of(name: str, models: Sequence[str]) -> str:
+    """What an adapter was made from, of ``models`` or what it names itself, else :class:`UsageError`; or nothing."""
+    if not (config := find_place(name) / ADAPTER).is_file():
+        return ""
+    said = str(load_json(source_file(config, ADAPTER).read(), str(config)).get("base_model_name_or_path"))
+    manifest, others = recorded_in(config.parent), list[str]()
+    # Without a manifest there is but the name to go by.
+    given = [model for model in models if manifest is not None or Path(model).name == Path(said).name]
+    for each in dict.fromkeys(one for one in (*given, said, *models) if one != name):
+        with suppress(QKPatchError):
+            found = find_place(each)
+            if manifest is None or not manifest.foreign(open_stored(found)):
+                return each
+            others.append(each)
+    what = f"the adapter's base, {said}, is not there; not it: {some(others, 3) or 'any other'}"
+    raise UsageError(what, where=name, fix="name what it was made from: --against SOURCE")
+
+
+def recorded_in(place: Path) -> Manifest | None:
+    """The manifest in a model's directory, where there is one."""
+    file = place / MANIFEST_NAME
+    return Manifest.loads(source_file(file, file.name).read(), str(file)) if file.is_file() else None
 
 
 def _not_loaded(name: str, error: Exception) -> QKPatchError:

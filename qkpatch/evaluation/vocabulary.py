@@ -60,10 +60,8 @@ class Vocabulary:
 
     @cached_property
     def _forms(self) -> dict[tuple[str, ...], str]:
-        said = [
-            (tuple(WORD.findall(word)), name) for name in self.names for word in (name, *self.names[name])
-        ]
-        forms = {words: name for words, name in said if words}
+        said = [(word, name) for name in self.names for word in (name, *self.names[name])]
+        forms = {words: name for word, name in said if (words := tuple(WORD.findall(word)))}
         for words, name in list(forms.items()):  # what is called so itself goes before what is derived
             forms.setdefault((*words[:-1], _plural(words[-1])), name)
             if words[-1].endswith("s"):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import distributions, version
 from typing import NamedTuple
 
-from qkpatch.checkpoint.source import MANIFEST_NAME
+from qkpatch.checkpoint.source import MANIFEST_NAME, Stored
 from qkpatch.checkpoint.tree import is_plain_relative
 from qkpatch.common.json_text import Json, canonical_json, load_json
 from qkpatch.common.typed_json import LEFT_OUT, as_json, from_json
@@ -210,6 +210,12 @@ class Manifest:
             raise ValueError("the source is of no known kind")
         if source.kind == "hub" and not _COMMIT.fullmatch(source.commit or ""):
             raise ValueError("the source is a repository, and its commit is none")
+
+    def foreign(self, stored: Stored) -> list[str]:
+        """The edited tensors that ``stored`` has not as they were before, as far as there are digests."""
+        pairs = [(stored.tensors.get(each.tensor), each) for edit in self.edits for each in edit.written]
+        return [each.tensor for ref, each in pairs
+                if ref is None or each.sha256_before not in (None, stored.sha256(ref))]  # fmt: skip
 
     def request(self) -> Request:
         """The request that leads to the recorded edit on the same SOURCE."""

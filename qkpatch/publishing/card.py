@@ -59,9 +59,11 @@ def model_card(
         manifest: what was done.
         title: the model's name.
         base_card: SOURCE's README.md, whose text is kept below ours; of a card of ours the text below that one.
-        comparison: results of both models.
+        comparison: results of both models; of another edit they are a :class:`UsageError`.
         is_checked: this very OUT was just verified.
     """
+    if comparison is not None:
+        comparison.check_is_of(manifest.edit)
     own = [*_edit(manifest, is_checked=is_checked), *_claims(comparison)]
     tail = _tail(base_card)
     if manifest.adapter is not None:
@@ -119,10 +121,8 @@ def _tail(base_card: str | None) -> str:
     base = FrontMatter.of(base_card or "")
     text = base.text.partition(f"{FOLLOWS}\n\n")[2] if is_ours(base) else base.text
     fault = None if "license" in base.entries else FrontMatter.of(text).fault
-    lost = (
-        f"\nThe head of the base model's card is {plain(fault)}: no license is inherited.\n" if fault else ""
-    )
-    return f"{lost}\n{FOLLOWS}\n\n{text}" if text else ""
+    lost = f"\nThe head of the base model's card is {plain(fault or '')}: no license is inherited.\n"
+    return f"{lost if fault else ''}\n{FOLLOWS}\n\n{text}" if text else ""
 
 
 def _edit(manifest: Manifest, *, is_checked: bool) -> Iterator[str]:
@@ -198,16 +198,12 @@ def _recipe(manifest: Manifest) -> str:
 def _command(manifest: Manifest) -> str:
     request, device = manifest.request(), manifest.compute.device
     source = shlex.quote(as_word(manifest.source.address or manifest.source.name))
-    said = {
-        key: exact(value) if isinstance(value, float) else value for key, value in as_json(request).items()
-    }
+    said = {k: exact(v) if isinstance(v, float) else v for k, v in as_json(request).items()}
     said |= {key: format_ranges(getattr(request, key) or ()) or None for key in ("layers", "heads")}
     said |= {"recipe": _recipe(manifest), "attention": ",".join(request.attention or ())}
     said |= {"seed": request.seed if request.draws else None, "device": None if device == "cpu" else device}
     said |= {"config": None if request.edits is None else "edit.yaml"}
-    given = [
-        f"--{key.replace('_', '-')} {shlex.quote(str(said[key]))}" for key in _FLAGS if said[key] is not None
-    ]
+    given = [f"--{k.replace('_', '-')} {shlex.quote(str(said[k]))}" for k in _FLAGS if said[k] is not None]
     given += ["--fold-norm"] if request.fold_norm else []
     given += [f"--exclude {shlex.quote(pattern)}" for pattern in request.exclude or ()]
     verb = "apply" if manifest.adapter is None else f"lora --for {manifest.adapter.runtime}"
@@ -235,7 +231,9 @@ def _claims(comparison: Comparison | None) -> Iterator[str]:
         "|---|---|---|---|---|---|---|---|\n"
     )
     yield "".join(_row(metric) for metric in comparison.metrics)
-    if any(metric.paired is not None for metric in comparison.metrics):
+    if comparison.tool != "lmms-eval":
+        yield "\nPaired: where 95 % of the differences over pictures drawn anew lie; with 0 in it, it may be chance.\n"
+    elif any(metric.paired is not None for metric in comparison.metrics):
         yield "\nPaired: the mean of the differences, question by question, ± 1.96 standard errors.\n"
     else:
         yield "\nThe samples of the runs were not at hand, so there is no interval: small differences may be chance.\n"
@@ -247,7 +245,7 @@ def _row(metric: Metric) -> str:
     paired, figures = metric.paired, (metric.base, metric.patched)
     base, patched = ("-" if figure is None else f"{figure:.4f}" for figure in figures)
     difference = "-" if metric.difference is None else f"{metric.difference:+.4f}"
-    interval = "-" if paired is None else f"{paired.mean:+.4f} ± {paired.half_width:.4f}"
+    interval = "-" if paired is None else paired.interval
     differing = "-" if paired is None or paired.changed is None else f"{paired.changed} of {paired.n}"
     n = "-" if metric.n is None else str(metric.n)
     return (

@@ -121,11 +121,9 @@ def _refuse_lame(withheld: dict[str, list[str]], plan: EditPlan) -> None:
     for flag, names in withheld.items():
         if lost := [name for name in names if name in needed]:
             insist = [flag] if flag == "--include-hidden" else [f"{flag} {shlex.quote(n)}" for n in lost]
-            raise UsageError(
-                f"the model cannot do without {abbreviate(lost, 5)}, {_WHY[flag]}",
-                where="--push",
-                fix=f"if the world may have that, insist: {' '.join(insist)}",
-            )
+            what = f"the model cannot do without {abbreviate(lost, 5)}, {_WHY[flag]}"
+            fix = f"if the world may have that, insist: {' '.join(insist)}"
+            raise UsageError(what, where="--push", fix=fix)
 
 
 _NOT_ON_HUB = {".git", ".cache"}  # folders that huggingface_hub refuses, when all is done
@@ -144,9 +142,8 @@ def _digest(file: FileRecord, present: Present) -> str:
     found = present.files.get(file.name)
     digest = None if found is None or found.size != file.size else present.sha256(file.name)
     if digest is None or file.sha256 not in (None, digest):
-        raise MismatchError(
-            "it is not the file that the manifest lists", where=file.name, fix="apply again, or verify OUT"
-        )
+        what = "it is not the file that the manifest lists"
+        raise MismatchError(what, where=file.name, fix="apply again, or verify OUT")
     return digest
 
 

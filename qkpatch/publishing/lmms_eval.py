@@ -15,8 +15,10 @@ from typing import Any
 
 from qkpatch.checkpoint.files import os_errors
 from qkpatch.checkpoint.tree import source_file
-from qkpatch.common.json_text import load_json
+from qkpatch.common.json_text import canonical_json, load_json
+from qkpatch.common.typed_json import as_json
 from qkpatch.errors import CheckpointError, UsageError, redact
+from qkpatch.planning.blocks import EditBlock
 
 # pope_yes_ratio counts the right answers, not the model's: one half, whatever the model says.
 _MEANINGLESS = {"pope_yes_ratio"}
@@ -43,12 +45,11 @@ _NORMAL_95 = 1.96
 
 @dataclass(frozen=True)
 class Paired:
-    """The mean of the differences, question by question, and half of its 95 % interval."""
+    """The mean of the differences, question by question, with its 95 % interval as people read it."""
 
     n: int
     changed: int | None  # questions whose figure differs, where that is known
-    mean: float
-    half_width: float
+    interval: str
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,14 @@ class Comparison:
     metrics: tuple[Metric, ...]
     doubts: tuple[str, ...] = ()  # what else may be behind a difference
     tool: str = "lmms-eval"
+    edit: Mapping[str, Any] | None = None  # what was evaluated, as a manifest has it, where that is known
+
+    def check_is_of(self, edit: EditBlock) -> None:
+        """Raise :class:`UsageError` where another edit was evaluated."""
+        said = json.loads(canonical_json(as_json(edit)))
+        if differing := [key for key, value in (self.edit or {}).items() if said.get(key) != value]:
+            what = f"another edit was evaluated than that of qkpatch.json: {', '.join(differing)} differ"
+            raise UsageError(what, where="--results", fix="run qkpatch evaluate OUT --against SOURCE")
 
 
 def compare_both(results: str | Path | None, base_results: str | Path | None) -> Comparison | None:
@@ -127,32 +136,32 @@ def _evaluated(path: Path) -> Comparison | None:
         one, n = document["comparisons"][0], int(document["pictures"]["n"])
         metrics = []
         for name, figure in one["figures"].items():
-            found = {key: float(figure["difference"][key]) for key in ("estimate", "low", "high")}
-            paired = Paired(n, None, found["estimate"], (found["high"] - found["low"]) / 2)
-            metrics.append(
-                Metric("pictures", str(name), n, float(figure["base"]), float(figure["model"]), paired)
-            )
+            low, high = (float(figure["difference"][key]) for key in ("low", "high"))
+            paired = Paired(n, None, f"{low:+.4f} to {high:+.4f}, 95 % bootstrap")
+            both = float(figure["base"]), float(figure["model"])
+            metrics.append(Metric("pictures", str(name), n, *both, paired))
         doubts = [str(warning) for warning in document["warnings"]]
         tuned = document["tuned"] or {"beaten": {}}
         doubts += [f"not found better than {name}" for name, beaten in tuned["beaten"].items() if not beaten]
         if "looked" in tuned:
             doubts.append(f"the held-out half was looked at {int(tuned['looked'])} time(s) in all")
-        base, model = (str(document["sides"][one[which]]["model"]) for which in ("base", "model"))
+        sides = [document["sides"][one[which]] for which in ("base", "model")]
+        base, model = (str(side["model"]) for side in sides)
+        edit = sides[1].get("settings") or sides[1]["edit"]
+        doubts += [] if edit else ["nothing records which edit the evaluated model has"]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise CheckpointError(f"no comparison of qkpatch evaluate: {error!r}", where=path.name) from error
     base, model = (_PART.sub(_without_folder, name) for name in (base, model))
-    return Comparison(base, model, tuple(metrics), tuple(doubts), "qkpatch evaluate")
+    return Comparison(base, model, tuple(metrics), tuple(doubts), "qkpatch evaluate", edit)
 
 
 def _read(path: Path) -> dict[str, Any]:
     document = load_json(source_file(path, path.name).read(), path.name)
     results = document.get("results") if isinstance(document, dict) else None
     if not isinstance(results, dict) or not all(isinstance(figures, dict) for figures in results.values()):
-        raise CheckpointError(
-            "not the results of a run of lmms-eval: it has no `results` by task",
-            where=path.name,
-            fix="give the file that lmms-eval wrote to --output_path, *_results.json",
-        )
+        what = "not the results of a run of lmms-eval: it has no `results` by task"
+        fix = "give the file that lmms-eval wrote to --output_path, *_results.json"
+        raise CheckpointError(what, where=path.name, fix=fix)
     return dict(document)
 
 
@@ -229,7 +238,8 @@ def _paired(base: Path, patched: Path, task: str, metric: str) -> Paired | None:
         return None
     differences = [b[question] - a[question] for question in a]
     half_width = _NORMAL_95 * stdev(differences) / math.sqrt(len(differences))
-    return Paired(len(differences), sum(d != 0 for d in differences), fmean(differences), half_width)
+    interval = f"{fmean(differences):+.4f} ± {half_width:.4f}"
+    return Paired(len(differences), sum(d != 0 for d in differences), interval)
 
 
 def _by_question(results: Path, task: str, metric: str) -> dict[str, float]:

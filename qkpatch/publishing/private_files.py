@@ -25,9 +25,8 @@ _PRIVATE = (
 
 def is_private(name: str) -> bool:
     """Whether a path is by its name one of those that nobody publishes on purpose."""
-    return name != _PUBLIC and any(
-        fnmatchcase(part.casefold(), pattern) for part in name.split("/") for pattern in _PRIVATE
-    )
+    parts = name.casefold().split("/")
+    return name != _PUBLIC and any(fnmatchcase(part, pattern) for part in parts for pattern in _PRIVATE)
 
 
 @dataclass(frozen=True)

@@ -206,6 +206,57 @@ def test_a_table_says_what_was_found(run: Run, album: Path) -> None:
     assert "adversarial" not in alone.output
 
 
+# -------- into a card
+
+
+def test_a_card_takes_the_figures_of_its_own_edit_alone(run: Run, album: Path, tmp_path: Path) -> None:
+    made, out, m = tmp_path / "made", tmp_path / "out", tmp_path / "m"
+    short = given(album, "--sample", 8, "--questions", 0, "--max-new-tokens", 8)
+    assert run("apply", TOY, "-o", made, "--layers", "2-6", "--modes", 2, "--alpha", 0.2).exit_code == 0
+    plain = Path(shutil.copytree(made, tmp_path / "plain"))
+    (plain / "qkpatch.json").unlink()
+    cases: list[tuple[tuple[object, ...], str | None]] = [
+        ((TOY, "--layers", "0-8", "--modes", 2, "--alpha", 0.5), "alpha, layers differ"),
+        ((TOY, "--layers", "2-6", "--modes", 2, "--alpha", 0.2, "--heads", 0), "heads differ"),
+        # What is said by default is said.
+        ((TOY, "--layers", "2-6", "--modes", 2, "--alpha", 0.2, "--channel", "full"), None),
+        ((made, "--against", TOY), None),
+        ((plain, "--against", TOY), "nothing records which edit"),
+    ]
+    for i, (arguments, says) in enumerate(cases):
+        assert run("evaluate", *arguments, *short, "-o", m / str(i)).exit_code == 0
+        result = run("card", made, "--results", m / str(i) / "evaluation.json")
+        is_refused = says is not None and "differ" in says
+        assert result.exit_code == (2 if is_refused else 0), result.output
+        assert says is None or says in result.output
+        assert ("nothing records" in result.output) == (says == "nothing records which edit")
+    assert run("apply", TOY, "-o", out, "--layers", "2-6", "--modes", 2, "--alpha", 0.5).exit_code == 0
+    for i in (2, 3):
+        result = run("card", out, "--results", m / str(i) / "evaluation.json", "--write")
+        assert result.exit_code == 2, result.output
+        assert "alpha differ" in result.output
+
+
+def test_a_card_has_the_interval_as_it_was_drawn(run: Run, album: Path, tmp_path: Path) -> None:
+    out, m = tmp_path / "out", tmp_path / "m"
+    edit = ("--layers", "0-8", "--modes", 1, "--alpha", 0)
+    assert run("apply", TOY, "-o", out, *edit).exit_code == 0
+    assert run("evaluate", TOY, *given(album, "--sample", 8, "--questions", 0), *edit, "-o", m).exit_code == 0
+    (compared,) = json.loads((m / "evaluation.json").read_text())["comparisons"]
+    result = run("card", out, "--results", m / "evaluation.json", "--write")
+    assert result.exit_code == 0, result.output
+    card = (out / "README.md").read_text()
+    for name, figure in compared["figures"].items():
+        low, high = (figure["difference"][key] for key in ("low", "high"))
+        assert f"| pictures | {name} | 8 |" in card
+        assert f"| {low:+.4f} to {high:+.4f}, 95 % bootstrap | - |" in card
+    assert "standard errors" not in card
+    assert "±" not in card
+    proof = run("verify", out, "--source", TOY)
+    assert proof.exit_code == 0, proof.output
+    assert "reports results, which are its author's" in proof.output
+
+
 # -------- runs that end early
 
 
@@ -249,6 +300,22 @@ def test_a_run_of_other_settings_is_refused(run: Run, album: Path, tmp_path: Pat
     assert {p.name: p.read_bytes() for p in out.iterdir()} == files
     # Another batch, which memory may ask for, is no other run; nothing is asked again.
     assert run("evaluate", TOY, *given(album, "-o", out, "--questions", 0, "--batch-size", 3)).exit_code == 0
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == files
+
+
+def test_another_run_does_not_write_over_the_result_of_the_first(
+    run: Run, album: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    short = given(album, "-o", out, "--sample", 8, "--questions", 0, "--max-new-tokens", 8)
+    assert run("evaluate", TOY, *short, "--alpha", 0.5).exit_code == 0
+    files = {p.name: p.read_bytes() for p in out.iterdir()}
+    for other in (("--alpha", 0.4), (), ("--alpha", 0.5, "--against", REPO / "demo" / "toy-1")):
+        result = run("evaluate", TOY, *short, *other)
+        assert result.exit_code == 2, result.output
+        assert "it holds a run of other settings: models and edits" in " ".join(result.output.split())
+        assert {p.name: p.read_bytes() for p in out.iterdir()} == files
+    assert run("evaluate", TOY, *short, "--alpha", 0.5).exit_code == 0
     assert {p.name: p.read_bytes() for p in out.iterdir()} == files
 
 
@@ -300,6 +367,22 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_written(
     assert result.exit_code == code, result.output
     assert says in result.output
     assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
+
+
+@pytest.mark.parametrize(("flag", "text"), [("--prompt", "describe :"), ("--question", "exists {object}")])
+def test_a_prompt_without_the_image_is_told_by_its_flag(flag: str, text: str, run: Run, album: Path) -> None:
+    result = run("evaluate", TOY, *given(album), flag, text)
+    assert result.exit_code == 3, result.output
+    assert "it lacks <image>" in result.output
+    assert f"where  {flag}\n" in result.output
+
+
+@pytest.mark.parametrize("command", ["evaluate", "tune"])
+def test_the_help_has_one_word_for_the_model_and_all_of_its_texts(command: str, run: Run) -> None:
+    text = " ".join(run(command, "--help").output.replace("│", " ").split())
+    assert "SOURCE" in text
+    assert "MODEL" not in text
+    assert "a list of words by object." in text
 
 
 def test_yes_and_no_that_are_no_tokens_are_told_with_the_cure(run: Run, album: Path, tmp_path: Path) -> None:
@@ -402,6 +485,37 @@ def test_an_adapter_is_evaluated_with_its_model_and_not_edited(run: Run, album: 
     assert json.loads(result.stdout)["comparisons"][0]["kept"]["kl_prompts"] > 0
     edited = run("evaluate", tmp_path / "adapter", *given(album, "--alpha", 0.5))
     assert edited.exit_code in (2, 3), edited.output
+
+
+def test_the_base_of_an_adapter_is_the_one_that_it_was_made_from(
+    run: Run, album: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    source, other, adapter = _toy(tmp_path), REPO / "demo" / "toy-1", tmp_path / "adapter"
+    assert run("lora", source, "--alpha", 0.2, "-o", adapter).exit_code == 0
+    (tmp_path / "elsewhere" / "toy").parent.mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    shutil.copytree(other, "toy")  # of the name that the adapter has its base by
+    short = given(album, "--sample", 8, "--questions", 0, "--max-new-tokens", 8)
+    for calls in ((adapter,), (adapter, "--against", other), (other, "--against", adapter)):
+        result = run("evaluate", *calls, *short, "-o", "m")
+        assert result.exit_code == 2, result.output
+        assert "the adapter's base, toy, is not there; not it: " in result.output
+        assert "--against SOURCE" in result.output
+        assert not Path("m").exists()
+    with_edit = run("evaluate", source, *short, "--json", "--alpha", 0.2)
+    for calls in ((adapter, "--against", source), (adapter, "--against", other, "--against", source)):
+        result = run("evaluate", *calls, *short, "--json")
+        assert result.exit_code == 0, result.output
+        ours, theirs = (json.loads(each.stdout)["comparisons"][-1]["kept"] for each in (result, with_edit))
+        assert ours["kl_prompts"] == pytest.approx(theirs["kl_prompts"], rel=0.2)
+    assert run("evaluate", source, "--against", adapter, *short).exit_code == 0
+    monkeypatch.chdir(tmp_path)  # where the base is, by its name
+    assert run("evaluate", adapter, *short).exit_code == 0
+    # What another program wrote has no digests, and goes by the name.
+    (adapter / "qkpatch.json").unlink()
+    monkeypatch.chdir(album)
+    assert run("evaluate", adapter, *short).exit_code == 2
+    assert run("evaluate", adapter, "--against", source, *short).exit_code == 0
 
 
 def test_from_python_what_is_wrong_is_an_error_object(album: Path) -> None:

@@ -102,6 +102,13 @@ def test_a_search_says_plainly_what_it_found_and_writes_only_what_beats_all(
     before = log(out)
     anyway = run("tune", *given(album, out, "--anyway"))
     assert anyway.exit_code == 0, anyway.output
+    assert f"Wrote {out} (--anyway)" in anyway.output
+    assert "edit nothing" not in anyway.output + out.read_text()
+    # The setting is spelled out, whatever was left to the recipe.
+    assert set(tuned["edit"]) == {"layers", "modes", "alpha", "channel"}
+    assert all(f"\n{key}: {value}\n" in out.read_text() for key, value in tuned["edit"].items())
+    heading = next(line for line in anyway.output.splitlines() if "against" in line)
+    assert all(f"{key} {value}" in heading for key, value in tuned["edit"].items())
     assert log(out) == before  # nothing is measured again, and the same look is no second one
     assert out.read_text().startswith(HEAD)
     assert "# NOT found better than" in out.read_text()
@@ -171,7 +178,7 @@ def test_a_search_that_was_stopped_goes_on(run: Run, album: Path, tmp_path: Path
         monkeypatch.setattr(Subject, "captions", stopping)
         stopped = run("tune", *given(album, out))
         assert stopped.exit_code == 130, stopped.output
-        assert "Go on with" in stopped.output
+        assert f"what was said so far is kept in {out.with_suffix('.tune')}. Go on with" in stopped.output
     monkeypatch.setattr(Subject, "captions", before)
     assert run("tune", *given(album, out)).exit_code == 1
     a, b = (

@@ -16,14 +16,12 @@ if TYPE_CHECKING:
     from qkpatch.evaluation.bench import Evaluation
 
 _AgainstOpt = Annotated[
-    list[str] | None, typer.Option(help="Compare with this; repeatable.", show_default="MODEL unedited")
+    list[str] | None, typer.Option(help="Compare with this; repeatable.", show_default="SOURCE unedited")
 ]
 _FolderOpt = Annotated[
-    Path | None, typer.Option("--out", "-o", help="Folder of the result; a run goes on there.")
+    Path | None, typer.Option("--out", "-o", help="The result's folder; runs go on there.")
 ]
-_SettingOpt = Annotated[
-    Path, typer.Option("--out", "-o", help="The setting; its evidence and log come beside it.")
-]
+_SettingOpt = Annotated[Path, typer.Option("--out", "-o", help="The setting; evidence and log go beside it.")]
 
 
 @command
@@ -31,18 +29,16 @@ def evaluate(
     model: SourceArg, inputs: Inputs, protocol: Protocol, edit: EditFlags, show: ShowFlags,
     against: _AgainstOpt = None, out: _FolderOpt = None,
 ) -> None:  # fmt: skip
-    """Measure what MODEL makes up, or MODEL under an edit in memory: CHAIR, POPE, and what is kept.
+    """Measure what SOURCE makes up, or SOURCE under an edit in memory: CHAIR, POPE, and what is kept.
 
-    MODEL is a checkpoint that transformers loads with its auto classes, or an adapter of peft.
+    SOURCE is a checkpoint that transformers loads with its auto classes, or an adapter of peft.
     """
     from qkpatch import api
     from qkpatch.cli.progress import bars
 
     with bars(quiet=show.is_bare) as observer:
-        how = vars(edit.request)
-        result = api.evaluate(
-            model, inputs, protocol, against=against or (), out=out, observer=observer, **how
-        )
+        how = {**vars(edit.request), "against": against or (), "out": out}
+        result = api.evaluate(model, inputs, protocol, observer=observer, **how)
     _show(result, show)
 
 
@@ -51,20 +47,22 @@ def tune(
     model: SourceArg, inputs: Inputs, protocol: Protocol, limits: Limits, edit: EditFlags, show: ShowFlags,
     out: _SettingOpt,
 ) -> None:  # fmt: skip
-    """Search for the edit of MODEL that makes up least, on one half of the pictures; look once at the other half.
+    """Search for the edit of SOURCE that makes up least, on one half of the pictures; look once at the other half.
 
     What a flag of the edit says is not searched. Exit code 1 where no setting is found better than its controls.
     """
     from qkpatch import api
-    from qkpatch.cli.console import verdict
+    from qkpatch.cli.console import note, verdict
     from qkpatch.cli.progress import bars
 
     with bars(quiet=show.is_bare) as observer:
-        how = vars(edit.request)
-        result = api.tune(model, inputs, out, protocol, limits=limits, observer=observer, **how)
-    is_written = limits.anyway or (result.tuned or {})["is_found"]
-    with verdict(0 if is_written else MismatchError.exit_code):
+        how = {**vars(edit.request), "limits": limits}
+        result = api.tune(model, inputs, out, protocol, observer=observer, **how)
+    is_found = (result.tuned or {})["is_found"]
+    with verdict(0 if is_found or limits.anyway else MismatchError.exit_code):
         _show(result, show)
+        if (is_found or limits.anyway) and not show.is_bare:
+            note(f"Wrote {out}{'' if is_found else ' (--anyway)'}")
 
 
 def _show(result: Evaluation, show: ShowFlags) -> None:

@@ -24,9 +24,8 @@ def push_wish(publish: PushFlags, comparison: Comparison | None = None) -> Wish 
         insisted = Insisted(tuple(publish.include or ()), publish.include_hidden)
         return Wish(repository, insisted, comparison)
     if publish != PushFlags():
-        raise UsageError(
-            "--private, --create-pr, --include and --include-hidden go with --push", fix="add --push org/name"
-        )
+        what = "--private, --create-pr, --include and --include-hidden go with --push"
+        raise UsageError(what, fix="add --push org/name")
     return None
 
 
