@@ -39,10 +39,10 @@ class Record:
     """What a patch says besides the manifest of its edit."""
 
     digests: Mapping[str, tuple[str, str]]  # of rows: SHA-256 of what they replace, and of themselves
-    # Of a patch: by edited tensor, SHA-256 of all that its edit was computed from.
+    # By edited tensor, SHA-256 of all that its edit was computed from; of an undo, less the rows, and of config.json.
     reads: Mapping[str, str] = field(default_factory=dict)
-    # Of an undo: the mtime_ns of files that are written or moved away.
-    former: Mapping[str, int] = field(default_factory=dict)
+    # Of an undo: the mtime_ns of files before the edit and after; of the manifest, whether there was one.
+    former: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,10 @@ class Patch:
         for name, ref in self.rows.items():
             match = _ROWS.fullmatch(name)
             tensor = tensors.get(match[1]) if match else None
-            if match is None or tensor is None or not tensor.nbytes or not tensor.shape:
+            first, last = map(int, match.groups()[1:]) if match else (0, 0)
+            if tensor is None or not tensor.nbytes or not first < last <= (*tensor.shape, 0)[0]:
                 raise self.unfit(f"{cut(name, 200)} is not there")
-            row, first, last = tensor.nbytes // tensor.shape[0], int(match[2]), int(match[3])
-            if not first < last <= tensor.shape[0]:
-                raise self.unfit(f"{cut(name, 200)} is not there")
+            row = tensor.nbytes // tensor.shape[0]
             found[name] = there = rows_of(tensor, tensor.begin + first * row, tensor.begin + last * row)
             if (ref.dtype, ref.shape) != (there.dtype, there.shape):
                 forms = [f"{one.dtype} {list(one.shape)}" for one in (there, ref)]
@@ -132,13 +131,14 @@ def planned_rows(plan: EditPlan) -> dict[str, TensorRef]:
     return {rows.name: rows for rows in found}
 
 
-def read_digest(target: LayerTarget, heads: Sequence[int], opened: Opened) -> str:
-    """SHA-256 of all that an edit of ``heads`` is computed from, whichever shards it lies in."""
-    digest = hashlib.sha256()
+def read_digest(target: LayerTarget, heads: Sequence[int], opened: Opened, *, is_done: bool = False) -> str:
+    """SHA-256 of all that an edit of ``heads`` is computed from; once it is done, of what it leaves of that."""
+    digest, rows = hashlib.sha256(), {part for head in heads for part in target.written_ranges(head)}
     for ref, ranges in target.read_rows(heads).items():
         with opened(ref.shard, ranges) as source:
             for begin, end in ranges:
-                source.feed(digest, begin, end)
+                if not is_done or (ref, begin, end) not in rows:
+                    source.feed(digest, begin, end)
     return digest.hexdigest()
 
 
