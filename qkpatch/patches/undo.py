@@ -30,6 +30,7 @@ from qkpatch.output.staging import Staging
 from qkpatch.planning.patch_file import Patch, read_patch
 
 Shards = Mapping[str, LocalOpenFile]
+_LOST = "the way back is lost: take SOURCE from a backup, or fetch it again; qkpatch verify or diff tell what differs"
 SMALL = {name: f"{UNDO}.{name}" for name in (MANIFEST_NAME, SUMS_NAME)}  # and where they are kept
 
 
@@ -62,7 +63,7 @@ def undo_in(folder: Rooted) -> Patch:
     """The undo file of a folder, of an edit that is whole or not; raises :class:`UsageError` where there is none."""
     name = UNDO if folder.status(UNFINISHED) is None else UNFINISHED
     status, here = folder.status(name), Path(os.path.realpath(f"/proc/self/fd/{folder.fd}"))
-    undo = read_patch(here / name) if status is not None and stat.S_ISREG(status.st_mode) else None
+    undo = read_patch(here / name, _LOST) if status is not None and stat.S_ISREG(status.st_mode) else None
     if undo is None or MANIFEST_NAME not in undo.record.former:
         what = f"there is no {UNDO} of an edit in place, so nothing says what was before"
         fix = "what `apply -o` wrote is a copy: its SOURCE is as it was"

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from qkpatch.checkpoint.files import LocalOpenFile, OpenFile, write_exact
 from qkpatch.checkpoint.header import TensorRef, read_header
-from qkpatch.checkpoint.tree import LocalFile, source_file
+from qkpatch.checkpoint.tree import LocalFile, is_plain_relative, source_file
 from qkpatch.common.json_text import canonical_json, load_json
 from qkpatch.common.text import cut
 from qkpatch.common.typed_json import as_json, from_json
-from qkpatch.errors import CheckpointError, HeaderError, UsageError
+from qkpatch.errors import CheckpointError, HeaderError, QKPatchError, UsageError
 from qkpatch.model.locate import Access
 from qkpatch.model.targets import LayerTarget
 from qkpatch.output.reshard import shard_header
@@ -29,6 +29,7 @@ from qkpatch.planning.request import Request
 
 FORMAT = "qkpatch-patch/1"
 _ROWS = re.compile(r"(.+)\[(\d{1,19}):(\d{1,19})\]", re.ASCII | re.DOTALL)
+_ANEW = "copy it anew from where it was made, or make it anew: qkpatch apply SOURCE --patch-only"
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 Opened = Callable[[str, Sequence[tuple[int, int]]], AbstractContextManager[OpenFile]]
@@ -142,7 +143,7 @@ def read_digest(target: LayerTarget, heads: Sequence[int], opened: Opened, *, is
     return digest.hexdigest()
 
 
-def read_patch(path: Path) -> Patch:
+def read_patch(path: Path, fix: str = _ANEW) -> Patch:
     """A patch or undo file, its header in memory; raises :class:`CheckpointError` where it is none, or damaged."""
     file = source_file(path, path.name, fix="name a file that --patch-only made")
     try:
@@ -153,14 +154,18 @@ def read_patch(path: Path) -> Patch:
                 raise ValueError(f"its metadata does not say {FORMAT}")
             manifest = Manifest.loads(said["manifest"].encode(), str(path))
             record: Record = from_json(Record, load_json(said["record"].encode(), str(path), unique=True))
+            times = [time for both in record.former.values() for time in both]
+            if not all(map(is_plain_relative, record.former)) or any(abs(time) >= 2**63 for time in times):
+                raise ValueError("files and times that it names are none")
+            if record.digests.keys() != header.tensors.keys():
+                raise ValueError("its rows are not those that its digests are of")
             for name, ref in header.tensors.items():
-                digests = record.digests.get(name, ("", ""))
+                digests = record.digests[name]
                 is_whole = all(map(_SHA256.fullmatch, digests))
                 if not is_whole or opened.sha256(ref.begin, ref.end) != digests[1]:
                     raise ValueError(f"{cut(name, 200)} is not what its digest says")
-    except (HeaderError, ValueError, KeyError) as error:
-        what = error.what if isinstance(error, HeaderError) else str(error)
-        fix = "copy it anew from where it was made, or make it anew: qkpatch apply SOURCE --patch-only"
+    except (HeaderError, CheckpointError, ValueError, KeyError) as error:
+        what = error.what if isinstance(error, QKPatchError) else str(error)
         raise CheckpointError(f"no patch file, or a damaged one: {what}", where=str(path), fix=fix) from error
     return Patch(file, manifest, record, header.tensors)
 

@@ -142,7 +142,7 @@ def sweep(
 def _replaced(out: Path, name: str, plan: EditPlan, form: Form) -> Replaced | None:
     """What a kill left of a variant unrecorded: an adapter, which is to be replaced, or a patch file, which goes."""
     if form is Form.patch and os.path.lexists(file := out / f"{name}.qkpatch"):
-        read_patch(file)  # or refused
+        read_patch(file, f"remove {file}, and it is made anew")
         file.unlink()
     found = (
         None if form is not Form.lora else standing(out / name, plan, Writing(overwrite=True), is_whole=False)

@@ -589,6 +589,30 @@ def test_a_damaged_undo_file_is_refused(damage: str, source: Path, run: Run) -> 
     raw[-5] ^= 1
     undo.write_bytes({"cut": raw[:-100], "flipped": raw, "empty": b"", "other": b"{}" * 100}[damage])
     refused(run, source, "revert", source, says="damaged", code=3)
+    result = run("apply", source, "--in-place", *EDIT)
+    assert (result.exit_code, "the way back is lost" in result.stderr) == (3, True), result.output
+    assert "--patch-only" not in result.stderr
+
+
+@pytest.mark.parametrize("forgery", ["a row less", "a row more", "late", "early", "outside", "nowhere"])
+def test_a_forged_undo_file_is_refused(forgery: str, source: Path, run: Run) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    assert run("apply", source, "--in-place", *EDIT).exit_code == 0
+    undo, shard = source / "qkpatch.undo", sorted(source.glob("*.safetensors"))[0].name
+    with safe_open(undo, framework="pt") as file:
+        said = dict(file.metadata())
+    tensors, record = load_file(undo), json.loads(said["record"])
+    if forgery == "a row less":
+        tensors.pop(next(iter(tensors)))
+    elif forgery == "a row more":
+        record["digests"].pop(next(iter(tensors)))
+    else:
+        times = {"late": {shard: [10**30, 0]}, "early": {shard: [0, -(10**30)]}, "outside": {"../a": [0, 0]}}
+        record["former"] |= times.get(forgery, {"a\0b": [0, 0]})
+    save_file(tensors, undo, {**said, "record": json.dumps(record)})
+    refused(run, source, "revert", source, says="the way back is lost", code=3)
 
 
 def test_an_edit_that_fails_leaves_source_as_it_was(tmp_path: Path, run: Run) -> None:
