@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+import time
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from qkpatch.checkpoint.files import LocalOpenFile, os_errors, write_exact
 from qkpatch.checkpoint.names import PART, UNDO, UNFINISHED
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.source import MANIFEST_NAME
+from qkpatch.checkpoint.tree import source_file
 from qkpatch.common.interrupts import signals_held, signals_let_through
 from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.errors import FileSystemError, UsageError
@@ -126,9 +128,9 @@ def apply_in_place(plan: EditPlan, *, digest: Digest = Digest.edited, **how: Any
                 patch.check_source(plan)
                 before = _digests(plan, shards, digest)
                 checkpoint.check_still()
-                _write_undo(folder, plan, patch.record, shards)
+                times = _write_undo(folder, plan, patch.record, shards)
             folder.sync()
-            undo.write_rows(shards, planned_rows(plan), patch)
+            undo.write_rows(shards, planned_rows(plan), patch, times)
             # SHA256SUMS of an edit before becomes untrue; SOURCE's own is one of its files.
             for name, kept in undo.SMALL.items() if checkpoint.previous_manifest is not None else ():
                 undo.move(folder, name, kept)
@@ -169,36 +171,57 @@ def check_in_place(plan: EditPlan) -> Path:
 
 def _done(folder: Rooted, plan: EditPlan) -> Manifest:
     """The manifest of the edit in place that was made, where that is this very one."""
-    made = Manifest.loads(plan.model.checkpoint.previous_manifest or b"", str(folder.path / MANIFEST_NAME))
-    planned = planned_manifest(plan, "")
-    if (made.edit, made.recipe) != (planned.edit, planned.recipe):
-        what, fix = (
-            f"it has an edit in place, and {UNDO} leads back from that alone",
-            "qkpatch revert SOURCE first",
-        )
-        raise UsageError(what, where=str(folder.path), fix=f"{fix}; or edit a copy: -o OUT")
+    way_back, planned = undo.undo_in(folder), planned_manifest(plan, "")
+    if (way_back.manifest.edit, way_back.manifest.recipe) != (planned.edit, planned.recipe):
+        what = f"it has an edit in place, and {UNDO} leads back from that alone"
+        fix = "qkpatch revert SOURCE first; or edit a copy: -o OUT"
+        raise UsageError(what, where=str(folder.path), fix=fix)
     undo.check_as_left(folder)
+    for name, digest in _reads(folder, plan).items():
+        if way_back.record.reads.get(name) != digest:
+            what = f"what its edit in place was computed from has changed since: {name}, or what goes with it"
+            fix = "qkpatch revert SOURCE takes back the edited rows alone; then make the edit anew"
+            raise UsageError(what, where=str(folder.path), fix=fix)
+    with folder.reading(MANIFEST_NAME) as opened:
+        made = Manifest.loads(bytes(opened.read(opened.size, 0)), opened.where)
     return replace(made, run=replace(made.run, already_done=True))
 
 
-def _digests(plan: EditPlan, shards: Mapping[str, LocalOpenFile], digest: Digest) -> list[list[str | None]]:
+def _reads(folder: Rooted, plan: EditPlan) -> dict[str, str]:
+    """Digests of what the edit was computed from, and leaves."""
+
+    def opened(name: str, _: Any = ()) -> AbstractContextManager[LocalOpenFile]:
+        return source_file(folder.path / name, name).open()
+
+    with opened("config.json") as config:
+        found = {"config.json": config.sha256(0, config.size)}
+    return found | {t.key.name: read_digest(t, plan.settings.heads, opened, is_done=True) for t in plan.edits}
+
+
+def _digests(plan: EditPlan, shards: undo.Shards, digest: Digest) -> list[list[str | None]]:
     """SHA-256 of each written tensor as it is now, by edit."""
     if digest is Digest.none:
         return [[None] * len(target.written) for target in plan.edits]
     return [[shards[ref.shard].sha256(ref.begin, ref.end) for ref in t.written] for t in plan.edits]
 
 
-def _write_undo(folder: Rooted, plan: EditPlan, record: Record, shards: Mapping[str, LocalOpenFile]) -> None:
-    """Put what leads back into the folder, and on the disk; for whoever may read the rows where they come from."""
-    statuses = {name: os.fstat(file.fd) for name, file in shards.items()}
-    former = {name: status.st_mtime_ns for name, status in statuses.items()}
-    former[MANIFEST_NAME] = int(folder.status(MANIFEST_NAME) is not None)
+def _write_undo(folder: Rooted, plan: EditPlan, record: Record, shards: undo.Shards) -> dict[str, int]:
+    """Put what leads back into the folder, and on the disk; returns what will be the shards' times."""
     rows = [(ref, shards[ref.shard]) for ref in planned_rows(plan).values()]
     digests = {r.name: (record.digests[r.name][1], shard.sha256(r.begin, r.end)) for r, shard in rows}
+    # Chosen now, to be known later; even seconds, which every file system keeps.
+    times = dict.fromkeys(shards, time.time_ns() // (2 * 10**9) * 2 * 10**9)
+    found = {name: folder.status(name) for name in plan.model.checkpoint.files}
+    stay = {name: was.st_mtime_ns for name, was in found.items() if was and stat.S_ISREG(was.st_mode)}
+    former = {name: (before, times.get(name, before)) for name, before in stay.items()}
+    former[MANIFEST_NAME] = int(folder.status(MANIFEST_NAME) is not None), 0
+    said = Record(digests, _reads(folder, plan), former)
+    mode = min((os.fstat(file.fd).st_mode & 0o777 for file in shards.values()), default=0o600) | 0o200
 
     def write(out: LocalOpenFile) -> None:
         with suppress(OSError):  # a file system without modes
-            os.fchmod(out.fd, min((s.st_mode & 0o777 for s in statuses.values()), default=0o600) | 0o200)
-        write_patch(out, rows, planned_manifest(plan, ""), Record(digests, former=former))
+            os.fchmod(out.fd, mode)  # for whoever may read the rows where they come from
+        write_patch(out, rows, planned_manifest(plan, ""), said)
 
     folder.replace(UNFINISHED, write, PART)
+    return times

@@ -29,6 +29,8 @@ from qkpatch.output.space import check_space
 from qkpatch.output.staging import Staging
 from qkpatch.planning.patch_file import Patch, read_patch
 
+Shards = Mapping[str, LocalOpenFile]
+_LOST = "the way back is lost: take SOURCE from a backup, or fetch it again; qkpatch verify or diff tell what differs"
 SMALL = {name: f"{UNDO}.{name}" for name in (MANIFEST_NAME, SUMS_NAME)}  # and where they are kept
 
 
@@ -61,10 +63,12 @@ def undo_in(folder: Rooted) -> Patch:
     """The undo file of a folder, of an edit that is whole or not; raises :class:`UsageError` where there is none."""
     name = UNDO if folder.status(UNFINISHED) is None else UNFINISHED
     status, here = folder.status(name), Path(os.path.realpath(f"/proc/self/fd/{folder.fd}"))
-    undo = read_patch(here / name) if status is not None and stat.S_ISREG(status.st_mode) else None
+    undo = read_patch(here / name, _LOST) if status is not None and stat.S_ISREG(status.st_mode) else None
     if undo is None or MANIFEST_NAME not in undo.record.former:
         what = f"there is no {UNDO} of an edit in place, so nothing says what was before"
         fix = "what `apply -o` wrote is a copy: its SOURCE is as it was"
+        if status is not None:
+            what, fix = f"what is called {name} is no undo file of an edit in place", "move it out of SOURCE"
         raise UsageError(what, where=str(folder.path), fix=fix)
     return undo
 
@@ -103,14 +107,14 @@ def rows_in(shards: Mapping[str, OpenFile], undo: Patch) -> dict[str, TensorRef]
     return undo.placed({ref.name: ref for header in headers for ref in header.tensors.values()})
 
 
-def write_rows(shards: Mapping[str, LocalOpenFile], rows: Mapping[str, TensorRef], patch: Patch) -> None:
-    """Write rows of shards as ``patch`` has them, and wait until they are on the disk."""
+def write_rows(shards: Shards, rows: Mapping[str, TensorRef], patch: Patch, times: Mapping[str, int]) -> None:
+    """Write rows of shards as ``patch`` has them, with ``times``, and wait until they are on the disk."""
     with patch.file.open() as opened:
         for name, to in rows.items():
             opened.copy_to(shards[to.shard], patch.rows[name].begin, patch.rows[name].end, to.begin)
     for name, shard in shards.items():
-        with suppress(KeyError, OSError):  # a patch; a file system without times
-            os.utime(shard.fd, ns=2 * (patch.record.former[name],))
+        with suppress(KeyError, OSError):  # a file system without times
+            os.utime(shard.fd, ns=2 * (times[name],))
         synced(shard.fd, shard.where)
 
 
@@ -126,12 +130,29 @@ def check_as_left(folder: Rooted) -> None:
                 raise UsageError(what, where=f"{name} in {shards[ref.shard].where}", fix=fix)
 
 
+def begin(folder: Rooted) -> list[str]:
+    """Say by the undo file's name that rows are of both sides; returns files of another time than the edit left."""
+    undo, is_whole = undo_in(folder), folder.status(UNFINISHED) is None
+    asked = undo.record.former.keys() - SMALL.keys() - (set() if is_whole else shards_of(undo))
+    now = {name: getattr(folder.status(name), "st_mtime_ns", None) for name in sorted(asked)}
+    changed = [name for name in now if now[name] != undo.record.former[name][1]]
+    if is_whole and shards_of(undo) & {*changed}:
+        # So after a kill, too, no former time is set over a change.
+        with writable(folder, [UNDO]) as files, suppress(OSError):
+            os.utime(files[UNDO].fd, ns=(0, 0))
+            synced(files[UNDO].fd, UNDO)
+    if is_whole:
+        move(folder, UNDO, UNFINISHED)
+    return changed
+
+
 def restore(folder: Rooted) -> None:
     """Write what the undo file of an unfinished edit holds; killed at any moment, it can be done again."""
     undo = undo_in(folder)
+    times = {name: before for name, (before, _) in undo.record.former.items() if undo.file.id.mtime_ns}
     with writable(folder, shards_of(undo)) as shards:
-        write_rows(shards, rows_in(shards, undo), undo)
-    if not undo.record.former[MANIFEST_NAME]:
+        write_rows(shards, rows_in(shards, undo), undo, times)
+    if not undo.record.former[MANIFEST_NAME][0]:
         folder.discard(MANIFEST_NAME)
     for name, kept in SMALL.items():
         move(folder, kept, name)
@@ -139,8 +160,10 @@ def restore(folder: Rooted) -> None:
     folder.sync()
 
 
-def revert(source: Path | str, out: Path | str | None = None) -> None:
+def revert(source: Path | str, out: Path | str | None = None) -> list[str]:
     """Undo an edit in place, byte for byte, also one that was cut short; or write a copy of what was before to ``out``.
+
+    Returns files of another time than the edit left: what else was changed in them, stays.
 
     Raises:
         UsageError: there is no undo file; somebody has changed since what was edited.
@@ -152,15 +175,15 @@ def revert(source: Path | str, out: Path | str | None = None) -> None:
         if folder.status(UNFINISHED) is None:
             check_as_left(folder)
         if out is not None:
-            _write_copy(folder, Path(out))
-            return
+            return _write_copy(folder, Path(out))
         with writable(folder, shards_of(undo_in(folder))):  # refused now, or not at all
-            move(folder, UNDO, UNFINISHED)
+            changed = begin(folder)
         restore(folder)
+        return changed
 
 
-def _write_copy(folder: Rooted, out: Path) -> None:
-    """Write a copy, and restore that; it appears whole, or not at all."""
+def _write_copy(folder: Rooted, out: Path) -> list[str]:
+    """Write a copy, and restore that; it appears whole, or not at all. Returns as :func:`revert`."""
     check_absent(out)
     check_out(out, overwrite=False, force=False)
     if folder.path in Path(os.path.realpath(out)).parents:
@@ -177,10 +200,11 @@ def _write_copy(folder: Rooted, out: Path) -> None:
         with signals_let_through(), os_errors("copy", folder.path, out):
             there = f"/proc/self/fd/{staging.files.fd}"
             shutil.copytree(folder.path, there, copy_function=copy, dirs_exist_ok=True)
-            move(staging.files, UNDO, UNFINISHED)
+            changed = begin(staging.files)
             restore(staging.files)
         directories = [name for name, status in staging.files.walk() if stat.S_ISDIR(status.st_mode)]
         staging.publish(directories, None)
+    return changed
 
 
 def check_absent(path: Path) -> None:

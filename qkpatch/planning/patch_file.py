@@ -15,11 +15,11 @@ from pathlib import Path
 
 from qkpatch.checkpoint.files import LocalOpenFile, OpenFile, write_exact
 from qkpatch.checkpoint.header import TensorRef, read_header
-from qkpatch.checkpoint.tree import LocalFile, source_file
+from qkpatch.checkpoint.tree import LocalFile, is_plain_relative, source_file
 from qkpatch.common.json_text import canonical_json, load_json
 from qkpatch.common.text import cut
 from qkpatch.common.typed_json import as_json, from_json
-from qkpatch.errors import CheckpointError, HeaderError, UsageError
+from qkpatch.errors import CheckpointError, HeaderError, QKPatchError, UsageError
 from qkpatch.model.locate import Access
 from qkpatch.model.targets import LayerTarget
 from qkpatch.output.reshard import shard_header
@@ -29,6 +29,7 @@ from qkpatch.planning.request import Request
 
 FORMAT = "qkpatch-patch/1"
 _ROWS = re.compile(r"(.+)\[(\d{1,19}):(\d{1,19})\]", re.ASCII | re.DOTALL)
+_ANEW = "copy it anew from where it was made, or make it anew: qkpatch apply SOURCE --patch-only"
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 Opened = Callable[[str, Sequence[tuple[int, int]]], AbstractContextManager[OpenFile]]
@@ -39,10 +40,10 @@ class Record:
     """What a patch says besides the manifest of its edit."""
 
     digests: Mapping[str, tuple[str, str]]  # of rows: SHA-256 of what they replace, and of themselves
-    # Of a patch: by edited tensor, SHA-256 of all that its edit was computed from.
+    # By edited tensor, SHA-256 of all that its edit was computed from; of an undo, less the rows, and of config.json.
     reads: Mapping[str, str] = field(default_factory=dict)
-    # Of an undo: the mtime_ns of files that are written or moved away.
-    former: Mapping[str, int] = field(default_factory=dict)
+    # Of an undo: the mtime_ns of files before the edit and after; of the manifest, whether there was one.
+    former: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,10 @@ class Patch:
         for name, ref in self.rows.items():
             match = _ROWS.fullmatch(name)
             tensor = tensors.get(match[1]) if match else None
-            if match is None or tensor is None or not tensor.nbytes or not tensor.shape:
+            first, last = map(int, match.groups()[1:]) if match else (0, 0)
+            if tensor is None or not tensor.nbytes or not first < last <= (*tensor.shape, 0)[0]:
                 raise self.unfit(f"{cut(name, 200)} is not there")
-            row, first, last = tensor.nbytes // tensor.shape[0], int(match[2]), int(match[3])
-            if not first < last <= tensor.shape[0]:
-                raise self.unfit(f"{cut(name, 200)} is not there")
+            row = tensor.nbytes // tensor.shape[0]
             found[name] = there = rows_of(tensor, tensor.begin + first * row, tensor.begin + last * row)
             if (ref.dtype, ref.shape) != (there.dtype, there.shape):
                 forms = [f"{one.dtype} {list(one.shape)}" for one in (there, ref)]
@@ -132,17 +132,18 @@ def planned_rows(plan: EditPlan) -> dict[str, TensorRef]:
     return {rows.name: rows for rows in found}
 
 
-def read_digest(target: LayerTarget, heads: Sequence[int], opened: Opened) -> str:
-    """SHA-256 of all that an edit of ``heads`` is computed from, whichever shards it lies in."""
-    digest = hashlib.sha256()
+def read_digest(target: LayerTarget, heads: Sequence[int], opened: Opened, *, is_done: bool = False) -> str:
+    """SHA-256 of all that an edit of ``heads`` is computed from; once it is done, of what it leaves of that."""
+    digest, rows = hashlib.sha256(), {part for head in heads for part in target.written_ranges(head)}
     for ref, ranges in target.read_rows(heads).items():
         with opened(ref.shard, ranges) as source:
             for begin, end in ranges:
-                source.feed(digest, begin, end)
+                if not is_done or (ref, begin, end) not in rows:
+                    source.feed(digest, begin, end)
     return digest.hexdigest()
 
 
-def read_patch(path: Path) -> Patch:
+def read_patch(path: Path, fix: str = _ANEW) -> Patch:
     """A patch or undo file, its header in memory; raises :class:`CheckpointError` where it is none, or damaged."""
     file = source_file(path, path.name, fix="name a file that --patch-only made")
     try:
@@ -153,14 +154,18 @@ def read_patch(path: Path) -> Patch:
                 raise ValueError(f"its metadata does not say {FORMAT}")
             manifest = Manifest.loads(said["manifest"].encode(), str(path))
             record: Record = from_json(Record, load_json(said["record"].encode(), str(path), unique=True))
+            times = [time for both in record.former.values() for time in both]
+            if not all(map(is_plain_relative, record.former)) or any(abs(time) >= 2**63 for time in times):
+                raise ValueError("files and times that it names are none")
+            if record.digests.keys() != header.tensors.keys():
+                raise ValueError("its rows are not those that its digests are of")
             for name, ref in header.tensors.items():
-                digests = record.digests.get(name, ("", ""))
+                digests = record.digests[name]
                 is_whole = all(map(_SHA256.fullmatch, digests))
                 if not is_whole or opened.sha256(ref.begin, ref.end) != digests[1]:
                     raise ValueError(f"{cut(name, 200)} is not what its digest says")
-    except (HeaderError, ValueError, KeyError) as error:
-        what = error.what if isinstance(error, HeaderError) else str(error)
-        fix = "copy it anew from where it was made, or make it anew: qkpatch apply SOURCE --patch-only"
+    except (HeaderError, CheckpointError, ValueError, KeyError) as error:
+        what = error.what if isinstance(error, QKPatchError) else str(error)
         raise CheckpointError(f"no patch file, or a damaged one: {what}", where=str(path), fix=fix) from error
     return Patch(file, manifest, record, header.tensors)
 

@@ -150,7 +150,7 @@ def _replaced(out: Path, name: str, plan: EditPlan, form: Form) -> Replaced | No
     """What a kill left of a variant unrecorded, which is to be replaced; what is another's is refused."""
     place, found, made = out / name, None, None
     if form is Form.patch and os.path.lexists(place := out / f"{name}.qkpatch"):
-        made = read_patch(place).manifest
+        made = read_patch(place, f"remove {place}, and it is made anew").manifest
     elif form is Form.lora:
         found = standing(place, plan, Writing(overwrite=True), is_whole=False)
         if isinstance(found, Replaced) and found.entries:

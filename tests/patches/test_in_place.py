@@ -475,6 +475,105 @@ def test_rows_that_somebody_changed_since_are_not_taken_back(source: Path, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_what_else_changed_since_is_told_and_kept(source: Path, tmp_path: Path, run: Run) -> None:
+    """Done already is what was computed from what is there now; and no former time is set over a later change."""
+    before = state(source)
+    assert run("apply", source, "--in-place", *EDIT).exit_code == 0
+    key = next(
+        ref
+        for name, ref in qkpatch.plan(source).model.checkpoint.tensors.items()
+        if "layers.1" in name and "k_proj" in name
+    )
+    shard = source / key.shard
+    with shard.open("r+b") as file:
+        file.seek(key.begin)
+        file.write(b"\1\2")
+    changed, time = shard.read_bytes(), shard.stat().st_mtime_ns
+    refused(
+        run,
+        source,
+        "apply",
+        source,
+        "--in-place",
+        *EDIT,
+        says="what its edit in place was computed from has changed",
+    )
+    copy = run("revert", source, "-o", tmp_path / "copy")
+    assert copy.exit_code == 0, copy.output
+    result = run("revert", source)
+    assert result.exit_code == 0, result.output
+    for said in (copy, result):
+        assert f"but for what changed since, by the time of {key.shard}" in said.output, said.output
+    assert shard.stat().st_mtime_ns >= time
+    wanted = bytearray(before[key.shard][2])
+    wanted[key.begin : key.begin + 2] = changed[key.begin : key.begin + 2]
+    assert shard.read_bytes() == wanted
+    assert (tmp_path / "copy" / key.shard).read_bytes() == wanted
+    assert {name for name, (_, _, raw) in state(source).items() if raw != before[name][2]} == {key.shard}
+
+
+def test_a_config_changed_since_is_told(source: Path, run: Run) -> None:
+    assert run("apply", source, "--in-place", *EDIT).exit_code == 0
+    with (source / "config.json").open("a") as file:
+        file.write(" ")
+    refused(run, source, "apply", source, "--in-place", *EDIT, says="config.json")
+    result = run("revert", source)
+    assert result.exit_code == 0, result.output
+    assert "but for what changed since, by the time of config.json" in result.output
+
+
+def test_a_way_back_cut_short_keeps_the_time_of_a_later_change(
+    driver: Driver,  # noqa: F811
+    source: Path,
+    tmp_path: Path,
+    run: Run,
+) -> None:
+    before = state(source)
+    assert run("apply", source, "--in-place", *EDIT).exit_code == 0
+    shard = sorted(source.glob("*.safetensors"))[0]
+    os.utime(shard, ns=(1, 10**18))
+    former = {name: of[1] for name, of in before.items() if name.endswith(".safetensors")}
+    command = ("revert", tmp_path / "try", "--quiet")
+    for n in moments(lambda n: driver(*command, at=fresh(source, tmp_path / "try") and n).code, 3)[::4]:
+        place = fresh(source, tmp_path / "place")
+        assert driver("revert", place, "--quiet", at=n).code == -signal.SIGKILL
+        if any("undo" in name for name in state(place)):
+            assert driver("revert", place, "--quiet").code == 0
+        after = state(place)
+        assert {name: of[2] for name, of in after.items()} == {name: of[2] for name, of in before.items()}
+        assert not [name for name in former if after[name][1] == former[name]]
+
+
+def test_a_plan_made_before_is_done_already_or_told_what_is_missing(source: Path) -> None:
+    plan = qkpatch.plan(source, layers=1, modes=2)
+    qkpatch.apply_in_place(plan)
+    assert qkpatch.apply_in_place(plan).run.already_done
+    (source / "qkpatch.json").unlink()
+    for again in (plan, qkpatch.plan(source, layers=1, modes=2)):
+        with pytest.raises(FileSystemError, match="No such file") as caught:
+            qkpatch.apply_in_place(again)
+        assert str(caught.value.where).endswith("qkpatch.json")
+    qkpatch.revert(source)
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "pipe", "patch"])
+def test_what_is_called_as_an_undo_file_and_is_none_is_told(
+    kind: str, source: Path, tmp_path: Path, run: Run
+) -> None:
+    undo = source / "qkpatch.undo"
+    make = {
+        "folder": undo.mkdir,
+        "link": lambda: undo.symlink_to("config.json"),
+        "pipe": lambda: os.mkfifo(undo),
+    }
+    made = make.get(
+        kind, lambda: qkpatch.make_patch(qkpatch.plan(source), tmp_path / "edit.qkpatch").rename(undo)
+    )
+    made()
+    for command in (("apply", source, "--in-place", *EDIT), ("revert", source)):
+        refused(run, source, *command, says="no undo file of an edit in place")
+
+
 def test_a_restored_copy_is_refused_where_something_is(source: Path, tmp_path: Path, run: Run) -> None:
     assert run("apply", source, "--in-place", *EDIT).exit_code == 0
     (tmp_path / "there").mkdir()
@@ -490,6 +589,30 @@ def test_a_damaged_undo_file_is_refused(damage: str, source: Path, run: Run) -> 
     raw[-5] ^= 1
     undo.write_bytes({"cut": raw[:-100], "flipped": raw, "empty": b"", "other": b"{}" * 100}[damage])
     refused(run, source, "revert", source, says="damaged", code=3)
+    result = run("apply", source, "--in-place", *EDIT)
+    assert (result.exit_code, "the way back is lost" in result.stderr) == (3, True), result.output
+    assert "--patch-only" not in result.stderr
+
+
+@pytest.mark.parametrize("forgery", ["a row less", "a row more", "late", "early", "outside", "nowhere"])
+def test_a_forged_undo_file_is_refused(forgery: str, source: Path, run: Run) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    assert run("apply", source, "--in-place", *EDIT).exit_code == 0
+    undo, shard = source / "qkpatch.undo", sorted(source.glob("*.safetensors"))[0].name
+    with safe_open(undo, framework="pt") as file:
+        said = dict(file.metadata())
+    tensors, record = load_file(undo), json.loads(said["record"])
+    if forgery == "a row less":
+        tensors.pop(next(iter(tensors)))
+    elif forgery == "a row more":
+        record["digests"].pop(next(iter(tensors)))
+    else:
+        times = {"late": {shard: [10**30, 0]}, "early": {shard: [0, -(10**30)]}, "outside": {"../a": [0, 0]}}
+        record["former"] |= times.get(forgery, {"a\0b": [0, 0]})
+    save_file(tensors, undo, {**said, "record": json.dumps(record)})
+    refused(run, source, "revert", source, says="the way back is lost", code=3)
 
 
 def test_an_edit_that_fails_leaves_source_as_it_was(tmp_path: Path, run: Run) -> None:

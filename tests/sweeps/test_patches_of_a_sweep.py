@@ -11,7 +11,7 @@ from conftest import Tiny, build_tiny
 from test_sweep import Ending, files, record
 
 import qkpatch
-from qkpatch.errors import NumericalError, QKPatchError
+from qkpatch.errors import CheckpointError, NumericalError, QKPatchError
 
 GRID: dict[str, Any] = {
     "layers": ["0-1"], "modes": [3], "alpha": [0.5], "channel": ["full", "symmetric", "antisymmetric"],
@@ -78,3 +78,16 @@ def test_an_edit_that_rounds_away_is_named(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(NumericalError, match="rounds away") as error:
         qkpatch.sweep(tiny.path, grid, tmp_path / "sweep", form="patch")
     assert "a0.999999999" in error.value.what
+
+
+def test_a_broken_patch_that_a_kill_left_is_named(tiny: Tiny, tmp_path: Path) -> None:
+    grid, out = {"modes": [1, 2], "layers": ["0-2"]}, tmp_path / "sweep"
+    with pytest.raises(KeyboardInterrupt):
+        qkpatch.sweep(tiny.path, grid, out, form="patch", threads=1, observer=Ending(tiny.n_heads + 1))
+    broken = out / f"{record(out)['variants'][0]['name']}.qkpatch"
+    broken.write_bytes(b"{}")
+    with pytest.raises(CheckpointError) as caught:
+        qkpatch.sweep(tiny.path, grid, out, form="patch")
+    assert caught.value.fix == f"remove {broken}, and it is made anew"
+    broken.unlink()
+    qkpatch.sweep(tiny.path, grid, out, form="patch")

@@ -56,7 +56,9 @@ def revert(
     """Make SOURCE what it was before `apply --in-place`, byte for byte, also where that was cut short."""
     from qkpatch import api
     from qkpatch.cli.console import note
+    from qkpatch.common.number_ranges import some
 
-    api.revert(source, out)
+    changed = api.revert(source, out)
     if not quiet:
-        note(f"{source} is as it was before its edit in place" if out is None else f"Wrote {out}")
+        but = f", but for what changed since, by the time of {some(changed)}" if changed else ""
+        note(f"{source} is as it was before its edit in place{but}" if out is None else f"Wrote {out}{but}")
