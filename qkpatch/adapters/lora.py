@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,10 +63,10 @@ def lora(
         QKPatchError: as :func:`qkpatch.plan`; SOURCE is not that of ``recorded``; a change is zero, or beyond float32.
     """
     from qkpatch.adapters.recorded import plan_recorded
-    from qkpatch.adapters.writing import write_adapter
+    from qkpatch.adapters.writing import adapter_record, write_adapter
     from qkpatch.compare.overwrite import standing
     from qkpatch.patching.apply import check_run
-    from qkpatch.planning.manifest import Manifest, planned_manifest
+    from qkpatch.planning.manifest import Manifest
 
     request, loader = Request.asked(request, edit), member(runtime, Runtime, "--for")
     place, name = Path(out), None if source is None else str(source)
@@ -92,12 +91,8 @@ def lora(
     observer.begins("factor", 0, len(plan.edits) * len(plan.settings.heads))
     layers = [(each, modules[each.target]) for each in edit_factors(plan, device, n_threads, observer)]
     _check_rank(plan, max_rank, loader, {layer.target: layer.rank for layer, _ in layers})
-    manifest, checkpoint = planned_manifest(plan, device), plan.model.checkpoint
-    if plan.model.source.path is not None:  # else all of them would be fetched once more
-        digests = [[checkpoint.sha256(ref) for ref in target.written] for target in plan.edits]
-        pairs = zip(manifest.edits, digests, strict=True)
-        manifest = replace(manifest, edits=tuple(each.done(d, (None, None), ()) for each, d in pairs))
-    return write_adapter(place, checkpoint, manifest, loader, layers, found)
+    record = adapter_record(plan, device, {})
+    return write_adapter(place, plan.model.checkpoint, record, loader, layers, found)
 
 
 def _check_rank(plan: EditPlan, max_rank: int, runtime: Runtime, ranks: _Ranks | None = None) -> None:

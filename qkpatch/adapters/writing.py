@@ -21,7 +21,8 @@ from qkpatch.output.space import free_bytes
 from qkpatch.output.staged_files import StagedFiles
 from qkpatch.output.staging import Staging
 from qkpatch.planning.blocks import AdapterBlock
-from qkpatch.planning.manifest import FileRecord, Manifest
+from qkpatch.planning.manifest import FileRecord, Manifest, planned_manifest
+from qkpatch.planning.plan import EditPlan
 from qkpatch.publishing.card import CARD_NAME, card_text, model_card
 
 if TYPE_CHECKING:
@@ -34,6 +35,21 @@ _PLAIN = {
     "peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
     "lora_dropout": 0.0, "task_type": None, "use_dora": False, "use_rslora": False,
 }  # fmt: skip
+
+
+def adapter_record(plan: EditPlan, device: str, known: dict[TensorRef, str]) -> Manifest:
+    """The record of an edit, with digests of the tensors it is made from where these are on this machine.
+
+    ``known`` are digests that were taken before, and are added to.
+    """
+    manifest = planned_manifest(plan, device)
+    if plan.model.source.path is None:  # all of them would be fetched once more
+        return manifest
+    refs = [target.written for target in plan.edits]
+    known |= {ref: plan.model.checkpoint.sha256(ref) for some in refs for ref in some if ref not in known}
+    digests = [[known[ref] for ref in some] for some in refs]
+    pairs = zip(manifest.edits, digests, strict=True)
+    return replace(manifest, edits=tuple(each.done(d, (None, None), ()) for each, d in pairs))
 
 
 def write_adapter(

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from qkpatch.adapters.modules import Runtime, query_modules
-from qkpatch.adapters.writing import FILE_NAMES, write_adapter
+from qkpatch.adapters.writing import FILE_NAMES, adapter_record, write_adapter
 from qkpatch.checkpoint.files import os_errors
+from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.names import USUAL, came_by_itself
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import Present
@@ -114,12 +115,12 @@ def sweep(
             for target, found in zip(rest.edits, each, strict=True):
                 parts.add(target, found)
             checkpoint.check_still()
-            saved = time.monotonic()
+            saved, digests = time.monotonic(), dict[TensorRef, str]()
             for name, plan in left.items():
                 files: dict[str, str | None] = {}
                 if planned.form is Form.lora and _files_of(variants[name], planned.form):
                     layers = [(unpacked(t, parts.kept(name, t)), modules[t]) for t in plan.edits]
-                    record = planned_manifest(plan, device)
+                    record = adapter_record(plan, device, digests)
                     made = write_adapter(out / name, checkpoint, record, Runtime.peft, layers, replaced[name])
                     files = {f"{name}/{file.name}": file.sha256 for file in made.files}
                 elif planned.form is Form.patch:
