@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkpatch.adapters.modules import VLLM_RANKS, Runtime, query_modules
-from qkpatch.common.interrupts import signals_held
+from qkpatch.common.interrupts import import_torch
 from qkpatch.common.number_ranges import format_ranges
 from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.errors import UnsupportedError, UsageError
@@ -86,8 +86,9 @@ def lora(
     per_thread = plan.head_memory + max(target.read_bytes(plan.settings.heads) for target in plan.edits)
     n_threads = choose_threads(threads, per_thread, len(plan.model.checkpoint.tensors))
     check_run(plan, device, n_threads)
-    with signals_held():  # torch's imports swallow what is raised in their midst
-        from qkpatch.adapters.factors import edit_factors
+    import_torch()
+    from qkpatch.adapters.factors import edit_factors
+
     observer.begins("factor", 0, len(plan.edits) * len(plan.settings.heads))
     layers = [(each, modules[each.target]) for each in edit_factors(plan, device, n_threads, observer)]
     _check_rank(plan, max_rank, loader, {layer.target: layer.rank for layer, _ in layers})

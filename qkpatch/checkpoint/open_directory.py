@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import secrets
@@ -164,6 +165,16 @@ class Rooted:
         """Make ``name`` a hard link to the file at the path ``source``."""
         with self._parent(name) as (fd, last):
             os.link(source, last, dst_dir_fd=fd)
+
+    def lock(self) -> bool:
+        """Hold the directory for this process; False where another one does. Where there are no locks, nobody does."""
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
 
     def sync(self, name: str = ".") -> bool:
         """Wait until a directory's entries are on the disk; False where the file system cannot do that."""

@@ -8,6 +8,7 @@ from statistics import mean, median
 from typing import TYPE_CHECKING
 
 from qkpatch.common.number_ranges import format_ranges
+from qkpatch.patching.apply import GAP_WARNING
 
 if TYPE_CHECKING:
     from qkpatch.patching.spectra import HeadSpectrum, LayerSpectra
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 _ROWS = 8
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
 _ASCII = "    #####"
-NARROW_GAP = 1e-3
 # A layer stands out where its share is this many times as far from the median as half of the layers are.
 _FAR = 6
 
@@ -55,11 +55,11 @@ def remarks(layers: Sequence[LayerSpectra], modes: int) -> Iterator[str]:
                 f"in the median layer {middle:.0%}"
             )
     heads = [(layer.layer, head) for layer in layers for head in layer.heads]
-    narrow = {n for n, head in heads if head.gap is not None and head.gap < NARROW_GAP}
+    narrow = {n for n, head in heads if head.gap is not None and head.gap < GAP_WARNING}
     if narrow:
-        n_narrow = sum(head.gap is not None and head.gap < NARROW_GAP for _, head in heads)
+        n_narrow = sum(head.gap is not None and head.gap < GAP_WARNING for _, head in heads)
         yield (
-            f"{n_narrow} head(s) have a gap under {NARROW_GAP:g} after mode {modes}, so which modes are cut there is "
+            f"{n_narrow} head(s) have a gap under {GAP_WARNING:g} after mode {modes}, so which modes are cut there is "
             f"nearly arbitrary: layers {format_ranges(sorted(narrow))}"
         )
     short = {

@@ -7,7 +7,6 @@ edit replaced are beside it under such names.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import stat
@@ -38,13 +37,9 @@ SMALL = {name: f"{UNDO}.{name}" for name in (MANIFEST_NAME, SUMS_NAME)}  # and w
 def locked(place: Path) -> Iterator[Rooted]:
     """The folder of a checkpoint, for one qkpatch alone, without what a kill left of files that were never whole."""
     with Rooted(Path(os.path.realpath(place))) as folder:
-        try:
-            fcntl.flock(folder.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not folder.lock():
             what = "another qkpatch edits or restores it"
-            raise UsageError(what, where=str(place), fix="wait until that is done") from error
-        except OSError:
-            pass  # a file system without locks
+            raise UsageError(what, where=str(place), fix="wait until that is done")
         for name in folder.names():
             if name.startswith(PART):
                 folder.discard(name)

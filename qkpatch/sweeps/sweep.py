@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
@@ -19,7 +18,7 @@ from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.names import USUAL, came_by_itself
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import Present
-from qkpatch.common.interrupts import signals_held
+from qkpatch.common.interrupts import import_torch
 from qkpatch.common.json_text import canonical_json
 from qkpatch.common.number_ranges import some
 from qkpatch.common.observer import UNSEEN, Observer
@@ -107,10 +106,11 @@ def sweep(
         with Parts(root, reading.edits, left) as parts:
             rest = replace(reading, edits=parts.missing)
             observer.begins("look", 0, len(rest.edits) * len(reading.settings.heads))
-            with signals_held():  # torch's imports swallow what is raised in their midst
-                from qkpatch.adapters.factors import unpacked
-                from qkpatch.patching.device import choose_device
-                from qkpatch.sweeps.figures import Kept, figures
+            import_torch()
+            from qkpatch.adapters.factors import unpacked
+            from qkpatch.patching.device import choose_device
+            from qkpatch.sweeps.figures import Kept, figures
+
             each = figures(rest, left, planned.form, parts.keep, device, n_threads, observer)
             for target, found in zip(rest.edits, each, strict=True):
                 parts.add(target, found)
@@ -195,11 +195,9 @@ def _digest(plan: EditPlan, form: Form, variants: Iterable[VariantRecord]) -> st
 
 def _standing(root: Rooted, planned: Sweep, plan: EditPlan) -> dict[str, VariantRecord]:
     """What is done of ``planned`` already, and is as it was left; what a kill left half written goes."""
-    try:
-        fcntl.flock(root.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    if not root.lock():
         what, fix = "another run is writing to it", "wait for it, or choose another -o"
-        raise UsageError(what, where=str(root.path), fix=fix) from error
+        raise UsageError(what, where=str(root.path), fix=fix)
     own = "|".join(map(re.escape, (SWEEP_NAME, REPORT_NAME, *FILES)))
     is_left = re.compile(rf"\.({own})\.[0-9a-f]{{8}}").fullmatch
     present, found = Present(root), planned

@@ -389,6 +389,7 @@ def test_a_signal_that_torch_swallows_while_it_is_imported_is_not_lost(
         ("verify {out} --source {source}", signal.SIGINT),
         ("inspect {source}", signal.SIGTERM),
         ("diff {source} {out}", signal.SIGHUP),
+        ("lora {source} -o {new}", signal.SIGINT),
         ("plan org/nowhere", signal.SIGINT),
         pytest.param("apply org/nowhere -o {new}", signal.SIGTERM, marks=pytest.mark.stress),
         pytest.param("apply {source} -o {new} --json", signal.SIGTERM, marks=pytest.mark.stress),
