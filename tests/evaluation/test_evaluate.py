@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import REPO, build_tiny
+from failing import interrupt
 from jsonschema import Draft202012Validator
 from safetensors.torch import load_file, save_file
 from typer.testing import Result
@@ -266,24 +267,17 @@ def test_a_run_goes_on_and_ends_as_if_it_had_never_stopped(
     whole, out = tmp_path / "whole", tmp_path / "out"
     edit = {"layers": "3-5", "alpha": 0.5}
     qkpatch.evaluate(TOY, inputs(album), ASKED, out=whole, **edit)
-    before, n_kept = Subject.captions, 0
+    n_kept = 0
     for n_batches in (1, 3, 4):
-        left = iter(range(n_batches))
-
-        def stopping(self: Subject, *arguments: Any, left: Any = left) -> Any:
-            if next(left, None) is None:
-                raise KeyboardInterrupt
-            return before(self, *arguments)
-
-        monkeypatch.setattr(Subject, "captions", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            qkpatch.evaluate(TOY, inputs(album), ASKED, out=out, **edit)
+        with monkeypatch.context() as patched:
+            interrupt(patched, Subject, "captions", n_batches)
+            with pytest.raises(KeyboardInterrupt):
+                qkpatch.evaluate(TOY, inputs(album), ASKED, out=out, **edit)
         assert not (out / "evaluation.json").exists()
         n_kept += n_batches
         assert sum(p.read_text().count(".png") for p in out.glob("*.jsonl")) == 8 * n_kept
     for grown in sorted(out.glob("*.jsonl")):
         grown.write_bytes(grown.read_bytes()[:-7])
-    monkeypatch.setattr(Subject, "captions", before)
     qkpatch.evaluate(TOY, inputs(album), ASKED, out=out, **edit)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {
         p.name: p.read_bytes() for p in whole.iterdir()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import REPO
+from failing import interrupt
 from jsonschema import Draft202012Validator
 from typer.testing import Result
 
@@ -166,20 +167,12 @@ def test_settings_that_the_model_has_not_are_not_tried(monkeypatch: Any, album: 
 def test_a_search_that_was_stopped_goes_on(run: Run, album: Path, tmp_path: Path, monkeypatch: Any) -> None:
     whole, out = tmp_path / "whole.yaml", tmp_path / "edit.yaml"
     assert run("tune", *given(album, whole)).exit_code == 1
-    before = Subject.captions
     for n_batches in (2, 4):
-        left = iter(range(n_batches))
-
-        def stopping(self: Subject, *arguments: Any, left: Any = left) -> Any:
-            if next(left, None) is None:
-                raise KeyboardInterrupt
-            return before(self, *arguments)
-
-        monkeypatch.setattr(Subject, "captions", stopping)
-        stopped = run("tune", *given(album, out))
+        with monkeypatch.context() as patched:
+            interrupt(patched, Subject, "captions", n_batches)
+            stopped = run("tune", *given(album, out))
         assert stopped.exit_code == 130, stopped.output
         assert f"what was said so far is kept in {out.with_suffix('.tune')}. Go on with" in stopped.output
-    monkeypatch.setattr(Subject, "captions", before)
     assert run("tune", *given(album, out)).exit_code == 1
     a, b = (
         {k: {**v, "seconds": 0} if isinstance(v, dict) else v for k, v in log(o).items()}

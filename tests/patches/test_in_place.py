@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import Tiny, build_tiny
+from failing import fill_disk
 from test_crash import Driver, driver  # noqa: F401 - a fixture
 from test_faults import commit, disk
 
@@ -280,17 +281,8 @@ def test_what_follows_waits_until_what_it_needs_is_on_the_disk(
 def test_a_disk_that_refuses_rows_leaves_source_as_it_was(
     after: int, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, pwrite, left = state(source), os.pwrite, after
-
-    def full(fd: int, data: Any, at: int) -> int:
-        nonlocal left
-        if os.path.realpath(f"/proc/self/fd/{fd}").endswith(".safetensors"):
-            left -= 1
-            if left == -1:
-                raise OSError(28, "No space left on device")
-        return pwrite(fd, data, at)
-
-    monkeypatch.setattr(os, "pwrite", full)
+    before = state(source)
+    fill_disk(monkeypatch, after + 1, ".safetensors")
     with pytest.raises(FileSystemError, match="No space left"):
         qkpatch.apply_in_place(qkpatch.plan(source))
     monkeypatch.undo()
@@ -299,23 +291,14 @@ def test_a_disk_that_refuses_rows_leaves_source_as_it_was(
 
 @pytest.mark.parametrize("at", range(1, 40, 6))
 def test_a_full_disk_leaves_nothing(at: int, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, pwrite, left = state(source), os.pwrite, at
-
-    def full(fd: int, data: Any, where: int) -> int:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            raise OSError(28, "No space left on device")
-        return pwrite(fd, data, where)
-
-    monkeypatch.setattr(os, "pwrite", full)
+    before, left = state(source), fill_disk(monkeypatch, at)
     try:
         qkpatch.apply_in_place(qkpatch.plan(source))
     except FileSystemError:
         monkeypatch.undo()
         assert state(source) == before
     else:
-        assert left > 0
+        assert left() > 0
 
 
 @pytest.mark.parametrize("kind", ["ext4", "btrfs"])

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Tiny, build_tiny
+from failing import fill_disk
 from fake_hub import FakeHub, Repo, hub_environment
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -392,21 +393,10 @@ def test_what_is_there_is_not_replaced(patch: Path, tiny: Tiny, tmp_path: Path) 
 
 
 def test_a_full_disk_leaves_no_patch(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
-    place, pwrite = tmp_path / "place", os.pwrite
+    place = tmp_path / "place"
     place.mkdir()
     for at in (1, 5, 14, 20):
-        left = at
-
-        def full(fd: int, data: Any, where: int) -> int:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                raise OSError(28, "No space left on device")
-            return pwrite(fd, data, where)
-
-        monkeypatch.setattr(os, "pwrite", full)
+        fill_disk(monkeypatch, at)
         with pytest.raises(FileSystemError, match="No space left"):
             qkpatch.make_patch(qkpatch.plan(tiny.path, layers=range(3)), place / "edit.qkpatch")
         monkeypatch.undo()
