@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: all check docs format test test-hub-floor hub-bytes fixtures demo toy evidence smoke fuzz stress bench clean
+.PHONY: all check docs pictures format test test-hub-floor hub-bytes fixtures demo toy evidence smoke fuzz stress bench clean
 all: check test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -23,6 +23,9 @@ check: $(STAMP)  ## format, lint, types, and pages that are stale; changes nothi
 
 docs: $(STAMP)  ## the pages that a program writes: commands, models, the README's picture, the evidence's report
 	$(BIN)/python -m scripts.docs
+
+pictures: $(STAMP) fixtures  ## the README's pictures of the report page; takes Chromium
+	$(BIN)/python -m scripts.docs.pictures
 
 format: $(STAMP)  ## rewrite to the house style
 	$(BIN)/ruff format .

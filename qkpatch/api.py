@@ -14,7 +14,7 @@ from qkpatch.adapters.lora import lora
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import Present
 from qkpatch.common.observer import UNSEEN, Observer
-from qkpatch.errors import HubError, UsageError
+from qkpatch.errors import HubError, UsageError, refuse_warnings
 from qkpatch.evaluation import evaluate as evaluate
 from qkpatch.evaluation import tune as tune
 from qkpatch.model.locate import Access, local_path, locate
@@ -22,6 +22,7 @@ from qkpatch.model.model import open_model
 from qkpatch.output.destination import check_out
 from qkpatch.output.options import Writing
 from qkpatch.patches.in_place import apply_in_place, make_patch
+from qkpatch.patches.in_place import foresee_in_place as foresee_in_place
 from qkpatch.patches.undo import revert
 from qkpatch.planning.manifest import Manifest, planned_manifest
 from qkpatch.planning.memory import choose_threads
@@ -129,7 +130,7 @@ def apply(
         cache: of the Hub: download into the Hub cache first; else straight into OUT.
         observer: hears of progress, from any thread.
         writing: how OUT is written; in its place, its fields by keyword: ``overwrite``, ``force``, ``resume``,
-            ``digest``, ``link``, ``link_cache``.
+            ``digest``, ``link``, ``link_cache``, ``strict``.
         **how: the fields of ``writing``.
 
     Raises:
@@ -137,12 +138,15 @@ def apply(
         HubError: a file does not come, or is not what the Hub lists.
         FileSystemError: reading, writing or space; SOURCE changed meanwhile.
         NumericalError: NaN or Inf, or a tensor that the edit would leave as it was.
+        WarnedError: there is a warning, and ``strict``.
     """
     from qkpatch.compare.overwrite import check_fits, standing
     from qkpatch.patching.apply import apply_plan, check_run
 
     writing = Writing(**how) if writing is None else writing
     check_device_name(device)
+    if writing.strict:
+        refuse_warnings(plan.warnings)
     # What is refused is refused before a download.
     n_threads = choose_threads(threads, plan.head_memory, len(plan.model.checkpoint.tensors))
     place = plan.default_out if out is None else Path(out)

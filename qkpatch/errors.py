@@ -1,8 +1,9 @@
 """Every failure qkpatch can explain: what happened, where, and what to do about it.
 
 The exit code is a property of the kind of failure, so the command line needs no table:
-0 ok, 1 verification mismatch, 2 usage, 3 unsupported or ambiguous checkpoint, 4 I/O and memory.
-Anything that is not a :class:`QKPatchError` is a bug of ours: it keeps its traceback, and ends with 5.
+0 ok, 1 verification mismatch, 2 usage, 3 unsupported or ambiguous checkpoint, 4 I/O and memory, 6 warnings where
+none are allowed. Anything that is not a :class:`QKPatchError` is a fault of ours: it keeps its traceback, and ends
+with 5.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ _LIBRARIES = {name: name for name in ("huggingface_hub", "safetensors", "numpy")
     "torch": "torch (a CPU build, where there is no GPU)"
 }
 _LEAST_TOKEN = 8  # characters; shorter ones are words
+_MOST_WARNINGS = 20
 
 
 def redact(text: str) -> str:
@@ -184,6 +186,25 @@ class HubError(FileSystemError):
     """The Hub could not deliver what was asked for."""
 
     kind = "hub"
+
+
+class WarnedError(QKPatchError):
+    """There are warnings, and none are allowed."""
+
+    exit_code = 6
+    kind = "warning"
+
+    def __init__(self, warnings: Sequence[str]) -> None:
+        told = [f"  {warning}" for warning in warnings[:_MOST_WARNINGS]]
+        more = [f"  and {len(warnings) - len(told)} more"] * (len(told) < len(warnings))
+        what = [f"{len(warnings)} warning(s), and none are allowed:", *told, *more]
+        super().__init__(what, where="--strict", fix="mend what they are about, or leave --strict out")
+
+
+def refuse_warnings(warnings: Sequence[str]) -> None:
+    """Raise :class:`WarnedError` where there are any."""
+    if warnings:
+        raise WarnedError(warnings)
 
 
 class UnexpectedError(QKPatchError):

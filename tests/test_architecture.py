@@ -61,6 +61,7 @@ ONLY_IN = {
     "safetensors": {"compare.byte_by_byte"},
     "torch": {"spectral", "patching", "compare.values", "adapters.factors", "evaluation.subject"},
     "numpy": {"evaluation"},
+    "matplotlib": {"reports.plot"},
     "click": set(),  # Typer vendors its own
 }
 TORCH_FREE = {"patching.apply", "patching.copier", "patching.inspection", "patching.checked_sources",
@@ -201,7 +202,7 @@ def test_a_module_can_be_read_in_one_sitting(module: str) -> None:
     ],
 )
 def test_help_plans_and_recipes_need_no_torch(code: str) -> None:
-    check = f"{code}; import sys; assert not {{'torch', 'numpy', 'huggingface_hub'}} & set(sys.modules)"
+    check = f"{code}; import sys; assert not {{'torch', 'numpy', 'huggingface_hub', 'matplotlib'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True)
 
 

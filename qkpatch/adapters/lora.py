@@ -9,7 +9,7 @@ from qkpatch.adapters.modules import VLLM_RANKS, Runtime, query_modules
 from qkpatch.common.interrupts import import_torch
 from qkpatch.common.number_ranges import format_ranges
 from qkpatch.common.observer import UNSEEN, Observer
-from qkpatch.errors import UnsupportedError, UsageError
+from qkpatch.errors import UnsupportedError, UsageError, refuse_warnings
 from qkpatch.model.locate import Access, local_path
 from qkpatch.model.targets import LayerTarget
 from qkpatch.output.destination import check_out
@@ -54,7 +54,7 @@ def lora(
         device: as of :func:`qkpatch.apply`.
         threads: how many layers are computed side by side.
         observer: hears of heads.
-        writing: ``overwrite`` and ``force``.
+        writing: ``overwrite``, ``force`` and ``strict``.
         **edit: the fields of ``request``.
 
     Raises:
@@ -78,6 +78,8 @@ def lora(
         raise UsageError("SOURCE is not named", fix="name it, or what was made from it: --from OUT")
     from_out = None if recorded is None else plan_recorded(Path(recorded), name, request)
     plan = from_out or make_plan(str(name), request, Access.ranges)
+    if writing.strict:
+        refuse_warnings(plan.warnings)
     found = standing(place, plan, writing, is_whole=False)
     if isinstance(found, Manifest):
         raise UsageError("it is the edited checkpoint itself", where=str(out), fix="choose another -o")

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
@@ -180,10 +181,28 @@ def _bytes_of(path: Path) -> int:
     return 0
 
 
+def near_paths(text: str) -> list[str]:
+    """What lies in the directory of a path that does not exist, and has nearly its name."""
+    folder, slash, name = text.rstrip("/").rpartition("/")
+    place = os.path.expanduser(folder) or slash or "."  # noqa: PTH111 - Path's raises for ~nobody/x
+    try:
+        there = os.listdir(place) if name else []
+    except (OSError, ValueError):
+        return []
+    return [f"{folder}{slash}{found}" for found in get_close_matches(name, there, 3, 0.8)]
+
+
 def source_file(path: Path, name: str, fix: str | None = None) -> LocalFile:
     """The regular file at ``path``, links followed; anything else is a :class:`FileSystemError`."""
-    with os_errors("read", path):
-        status = path.stat()
+    try:
+        with os_errors("read", path):
+            status = path.stat()
+    except FileSystemError as error:
+        near = near_paths(str(path)) if isinstance(error.__cause__, FileNotFoundError) else []
+        if not near:
+            raise
+        fix = f"near: {', '.join(near)}"
+        raise FileSystemError(error.what, where=str(path), fix=fix) from error.__cause__
     if not stat.S_ISREG(status.st_mode):
         raise FileSystemError("not a regular file", where=str(path), fix=fix)
     mode = stat.S_IMODE(status.st_mode)

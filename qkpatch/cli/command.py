@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import typer
 
 from qkpatch.checkpoint.files import machine_errors
-from qkpatch.cli.flags import spread
+from qkpatch.cli.groups import spread
 from qkpatch.common.interrupts import Terminated, end_at_once, unwinding_on_kill
 from qkpatch.errors import QKPatchError, UnexpectedError
 

@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -21,11 +21,21 @@ from rich.markup import escape
 
 from qkpatch.cli.redaction import Redacted
 from qkpatch.common.text import LONGEST, cut
-from qkpatch.errors import FileSystemError, QKPatchError, plain, shown
+from qkpatch.errors import FileSystemError, QKPatchError, WarnedError, plain, shown
+
+if TYPE_CHECKING:
+    from qkpatch.cli.flags import ShowFlags
 
 _MARKDOWN_WIDTH = 100
 _PIPED_WIDTH = 140  # rich assumes 80 where there is no terminal, which cuts tensor names
 _MOST = 100  # lines of one kind
+WIDE = 80  # columns, in less of which one draws closer together
+# Signs of ours for a terminal that has none; most are as wide, so that columns stay columns.
+_SIGNS = {
+    "‖": "|", "Δ": "d", "σ": "s", "Σ": "S", "α": "a", "×": "x", "−": "-", "–": "-", "→": ">", "₁": "1", "²": "^2",
+    "ᵀ": "^T", "≥": ">=", "≤": "<=", "…": "...", "─": "-", "━": "-", "╸": "-", "╺": "-",
+}  # fmt: skip
+_ASCII = str.maketrans(_SIGNS)
 
 
 class _Console(Console):
@@ -35,11 +45,28 @@ class _Console(Console):
         raise BrokenPipeError
 
 
+class _Spelled:
+    """A stream that has no signs of ours, as rich writes to it."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write what can be read there."""
+        return int(self._stream.write(text.translate(_ASCII)))
+
+
 def _console(*, stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     # A file called :heart: is not a heart.
     width = None if stream.isatty() else _PIPED_WIDTH
-    return _Console(stderr=stderr, width=width, highlight=False, emoji=False)
+    drawn = _Console(stderr=stderr, width=width, highlight=False, emoji=False)
+    if not drawn.encoding.startswith("utf"):
+        drawn.file = _Spelled(stream)  # type: ignore[assignment]
+    return drawn
 
 
 def stderr_console() -> Console:
@@ -124,6 +151,12 @@ def print_text(text: str) -> None:
         sys.stdout.write(shown(text))
 
 
+def print_told(text: str) -> None:
+    """Print text for people on stdout, as it is wrapped, in signs that the terminal has."""
+    has_signs = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+    print_text(text if has_signs else text.translate(_ASCII))
+
+
 @contextmanager
 def verdict(code: int) -> Iterator[None]:
     """Print what was found, and end with ``code``, also where printing fails: that must not hide a mismatch."""
@@ -163,6 +196,15 @@ def show_warnings(warnings: Sequence[str]) -> None:
     """Each warning on a line of its own, on stderr."""
     for line in lines("[yellow]Warning:[/]", warnings):
         _say(line)
+
+
+def end_strictly(warnings: Sequence[str], show: ShowFlags) -> None:
+    """Once all was shown, end with the code of :class:`WarnedError` where warnings are errors and there are any."""
+    if show.strict and warnings:
+        error = WarnedError(warnings)
+        said = error.what if show.quiet else error.what.partition(":\n")[0]  # they were shown
+        _say(f"[bold red]Error:[/] {escape(said)}")
+        raise typer.Exit(error.exit_code)
 
 
 def note(text: str) -> None:

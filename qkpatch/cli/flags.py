@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Callable
-from copy import copy
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args, get_type_hints
+from typing import Annotated
 
 import typer
 
-from qkpatch.checkpoint.tree import source_file
+from qkpatch.checkpoint.tree import near_paths, source_file
 from qkpatch.errors import FileSystemError
 from qkpatch.output.options import Digest, Writing
 from qkpatch.planning.request import Request, parse_request
@@ -94,6 +91,9 @@ ExcludeOpt = Annotated[
 ]
 OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of qkpatch.")]
 ForceOpt = Annotated[bool, typer.Option("--force", help="With --overwrite: replace OUT whatever it holds.")]
+InPlaceOpt = Annotated[
+    bool, typer.Option("--in-place", help="Rewrite the rows of SOURCE itself; `qkpatch revert` leads back.")
+]
 DigestOpt = Annotated[
     Digest,
     typer.Option(help="SHA-256 of the edited tensors; of all files, as SHA256SUMS; or of nothing."),
@@ -108,6 +108,7 @@ CsvOpt = Annotated[bool, typer.Option("--csv", help="Print the result as a table
 MarkdownOpt = Annotated[
     bool, typer.Option("--markdown", help="Print the result as Markdown, for a comment on a pull request.")
 ]
+StrictOpt = Annotated[bool, typer.Option("--strict", help="Warnings are errors: exit code 6.")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 DebugOpt = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", envvar="QKPATCH_DEBUG")]
 
@@ -141,33 +142,25 @@ OutArg = Annotated[
 def check_present(out: Path) -> None:
     """Raise :class:`FileSystemError` where OUT is no directory."""
     if not out.is_dir():
-        # --help needs nothing of the Hub.
-        from qkpatch.model.locate import near_paths
-
         near = near_paths(str(out))
         fix = f"near: {', '.join(near)}" if near else "check the path"
         raise FileSystemError("no such directory", where=str(out), fix=fix)
 
 
 @dataclass(frozen=True)
-class EditFlags:
-    """The edit, in the flags that `apply`, `plan` and whatever plans an edit share."""
+class HeadFlags:
+    """Which modes of which heads."""
 
     layers: LayersOpt = None
     modes: ModesOpt = None
     min_modes: MinModesOpt = None
     energy: EnergyOpt = None
-    alpha: AlphaOpt = None
     channel: ChannelOpt = None
-    select: SelectOpt = None
-    seed: SeedOpt = None
     heads: HeadsOpt = None
     recipe: RecipeOpt = None
     prefix: PrefixOpt = None
     attention: AttentionOpt = None
     fold_norm: FoldOpt = False
-    max_shard_size: ShardOpt = None
-    exclude: ExcludeOpt = None
     config: ConfigOpt = None
 
     @property
@@ -180,6 +173,44 @@ class EditFlags:
             return flags
         file = source_file(self.config, self.config.name)  # a regular one: a pipe or a device would never end
         return flags.over(parse_request(file.read(), str(self.config)))
+
+
+@dataclass(frozen=True)
+class EditFlags(HeadFlags):
+    """The edit, in the flags that `apply`, `plan` and whatever plans an edit share."""
+
+    alpha: AlphaOpt = None
+    select: SelectOpt = None
+    seed: SeedOpt = None
+
+
+@dataclass(frozen=True)
+class LookFlags(HeadFlags):
+    """What is looked at; of an edit in ``--config``, alpha, select and seed mean nothing to that."""
+
+    layers: Annotated[
+        str | None, typer.Option(help="Inclusive list such as 10-18,20.", show_default="all")
+    ] = None
+    modes: Annotated[
+        int | None,
+        typer.Option(help="r of energy share and gap; with --energy the most.", show_default="the recipe's"),
+    ] = None
+    channel: Annotated[
+        Channel | None, typer.Option(help="Part of the product to look at.", show_default="full")
+    ] = None
+    exclude: ExcludeOpt = None
+
+
+@dataclass(frozen=True)
+class CopyFlags:
+    """What of SOURCE goes into OUT, and into which shards."""
+
+    max_shard_size: ShardOpt = None
+    exclude: ExcludeOpt = None
+
+    def over(self, request: Request) -> Request:
+        """``request`` with what these say."""
+        return Request.of(**vars(self)).over(request)
 
 
 @dataclass(frozen=True)
@@ -209,15 +240,12 @@ class WriteFlags:
     patch_only: Annotated[
         bool, typer.Option("--patch-only", help="Write no OUT but a patch file, -o: the edited rows alone.")
     ] = False
-    in_place: Annotated[
-        bool,
-        typer.Option("--in-place", help="Rewrite the rows of SOURCE itself; `qkpatch revert` leads back."),
-    ] = False
+    in_place: InPlaceOpt = False
 
-    @property
-    def writing(self) -> Writing:
+    def writing(self, *, strict: bool) -> Writing:
         """What concerns a copy."""
-        return Writing(**{field.name: getattr(self, field.name) for field in fields(Writing)})
+        said = {field.name: getattr(self, field.name) for field in fields(Writing) if field.name != "strict"}
+        return Writing(**said, strict=strict)
 
 
 @dataclass(frozen=True)
@@ -249,68 +277,14 @@ class PushFlags:
 
 @dataclass(frozen=True)
 class ShowFlags:
-    """What is printed besides errors."""
+    """What is printed besides errors, and what is an error."""
 
     as_json: JsonOpt = False
     quiet: QuietOpt = False
+    strict: StrictOpt = False
     debug: DebugOpt = False
 
     @property
     def is_bare(self) -> bool:
         """Whether nothing is drawn for people."""
         return self.as_json or self.quiet
-
-
-def _with_help(hint: Any, field: Field[Any]) -> Any:
-    """The hint of a field that says itself what it is for."""
-    name, text = f"--{field.name.replace('_', '-')}", field.metadata.get("help")
-    return hint if text is None else Annotated[hint, typer.Option(name, help=text)]
-
-
-def _drawn(hint: Any, panel: str | None) -> Any:
-    """An option as ``--help`` shows it: below the heading of its group; of a flag, no type."""
-    kind, *said = get_args(hint) or (hint,)
-    said = [copy(one) for one in said]
-    for one in said:
-        if isinstance(one, typer.models.OptionInfo):
-            one.rich_help_panel = panel
-            if kind is bool:
-                one.metavar = ""
-    return Annotated[(kind, *said)] if said else hint
-
-
-def spread(
-    function: Callable[..., Any],
-) -> tuple[inspect.Signature, Callable[[dict[str, Any]], dict[str, Any]]]:
-    """What Typer is to see of a command: each group of flags as its fields; and how to put the groups together."""
-    hints = get_type_hints(function, include_extras=True)
-    shown: list[inspect.Parameter] = []
-    groups: dict[str, type[Any]] = {}
-    for parameter in inspect.signature(function).parameters.values():
-        hint = hints[parameter.name]
-        if not is_dataclass(hint):
-            kind = inspect.Parameter.KEYWORD_ONLY
-            shown.append(parameter.replace(annotation=_drawn(hint, None), kind=kind))
-            continue
-        groups[parameter.name] = cast("type[Any]", hint)
-        panel = groups[parameter.name].__name__.removesuffix("Flags")
-        inner = get_type_hints(hint, include_extras=True)
-        kind = inspect.Parameter.KEYWORD_ONLY
-        shown += [
-            inspect.Parameter(
-                field.name,
-                kind,
-                default=inspect.Parameter.empty if field.default is MISSING else field.default,
-                annotation=_drawn(_with_help(inner[field.name], field), panel),
-            )
-            for field in fields(hint)
-        ]
-
-    def gathered(given: dict[str, Any]) -> dict[str, Any]:
-        made = {}
-        for name, group in groups.items():
-            said = {field.name: given.pop(field.name) for field in fields(group) if field.name in given}
-            made[name] = group(**said)
-        return {**given, **made}
-
-    return inspect.Signature(shown), gathered

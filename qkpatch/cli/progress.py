@@ -10,9 +10,10 @@ from datetime import timedelta
 from threading import Lock
 
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 
-from qkpatch.cli.console import note, stderr_console
+from qkpatch.cli.console import WIDE, note, stderr_console
 from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.common.text import size_text
 
@@ -107,9 +108,14 @@ def bars(*, quiet: bool) -> Iterator[Observer]:
     if not sys.stderr.isatty():
         yield _Lines()
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), _Pace())
+    console = stderr_console()
+    whole = Column(no_wrap=True)
+    share = TextColumn("{task.percentage:>3.0f}%", table_column=whole)
+    columns = [TextColumn("{task.description}", table_column=whole), BarColumn(), share, _Pace(whole)]
+    if console.width < WIDE:
+        del columns[1]
     # Left to rich, lines that come meanwhile would be wrapped, and an address in two halves is not redacted.
-    progress = Progress(*columns, console=stderr_console(), transient=True, redirect_stderr=False)
+    progress = Progress(*columns, console=console, transient=True, redirect_stderr=False)
     try:
         yield _Bars(progress)
     finally:

@@ -1,10 +1,10 @@
-"""What people read of a plan, an edit, spectra and a verification: headings and tables, plain when piped."""
+"""What people read of a plan, an edit and a verification: headings and tables, plain when piped."""
 
 from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
@@ -13,33 +13,31 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from qkpatch.cli.console import lines, markdown_results, results, safe
-from qkpatch.cli.drawing import draw_spectrum, remarks
-from qkpatch.common.json_text import exact
+from qkpatch.cli.console import WIDE, lines, markdown_results, output_width, results, safe
 from qkpatch.common.number_ranges import format_ranges
-from qkpatch.common.text import LONGEST, as_word, cut, size_text, verify_command
+from qkpatch.common.text import LONGEST, about, as_word, cut, size_text, verify_command
 from qkpatch.errors import plain
+from qkpatch.planning.costs import COPIED, Costs
 
 if TYPE_CHECKING:
     from qkpatch.compare.verify import Verification
     from qkpatch.evaluation.bench import Evaluation
     from qkpatch.model.model import Model
-    from qkpatch.patching.spectra import LayerSpectra
+    from qkpatch.patches.in_place import Foreseen
     from qkpatch.planning.manifest import Manifest
     from qkpatch.planning.plan import EditPlan
-    from qkpatch.planning.settings import EditSettings
     from qkpatch.publishing.commit_plan import Publication
-    from qkpatch.reports.spectra_page import Side
     from qkpatch.sweeps.record import Sweep
 
 
-def show_plan(plan: EditPlan, costs: Mapping[str, int], *, is_markdown: bool) -> None:
+def show_plan(plan: EditPlan, costs: Costs, in_place: Foreseen | None, *, is_markdown: bool) -> None:
     """Print a plan: what is edited, where, and what it costs; as a block of Markdown, with warnings in it."""
     title = f"qkpatch plan {plan.model.source.name}"
     with markdown_results(title) if is_markdown else results() as console:
         for warning in plan.warnings if is_markdown else ():
             console.print(f"Warning: {safe(warning)}")
         _heading(console, plan)
+        _costs(console, plan, costs)
         if plan.edits:
             # A row for each shard, or pair of shards: it is a column of names that takes the room.
             rows: dict[tuple[str, str, str], list[int]] = {}
@@ -47,14 +45,12 @@ def show_plan(plan: EditPlan, costs: Mapping[str, int], *, is_markdown: bool) ->
                 query, key = plan.output.place(edit.query), plan.output.place(edit.key)
                 other = "" if key.shard == query.shard else key.shard
                 rows.setdefault((edit.attention, query.shard, other), []).append(edit.layer)
-            others = ["key's shard"] if any(o for *_, o in rows) else []
-            table = _table("layers", "attention", "shard", *others)
+            has_sets, has_others = len(plan.model.sets) > 1, any(other for *_, other in rows)
+            sets, others = ["attention"] * has_sets, ["key's shard"] * has_others
+            table = plain_table("layers", *sets, "shard", *others)
             for (attention, shard, other), layers in rows.items():
-                table.add_row(
-                    format_ranges(sorted(layers)),
-                    attention,
-                    *map(safe, (shard, other)[: len(table.columns) - 2]),
-                )
+                cells = [attention] * has_sets + [safe(shard)] + [safe(other)] * has_others
+                table.add_row(format_ranges(sorted(layers)), *cells)
             console.print(table)
         dtypes = " and ".join(sorted({edit.query.dtype for edit in plan.edits})) or "no dtype"
         n_files = len(plan.output.files)
@@ -62,14 +58,26 @@ def show_plan(plan: EditPlan, costs: Mapping[str, int], *, is_markdown: bool) ->
             f"{len(plan.edits)} tensor(s) in {dtypes}, {len(plan.edits) * len(plan.settings.heads)} head(s), "
             f"{size_text(plan.edited_bytes)} rewritten in {len(plan.edits_by_file)} of {n_files} file(s)"
         )
-        free = size_text(costs["free_disk_bytes"]) if "free_disk_bytes" in costs else "unknown"
-        memory, threads = size_text(costs["expected_peak_memory_bytes"]), costs["threads"]
-        console.print(
-            f"OUT {size_text(plan.output_bytes)}, free disk {free}, expected peak memory {memory} "
-            f"({threads} thread(s))"
-        )
+        if in_place is not None:
+            where = f"What leads back, by `qkpatch revert`: {safe(str(in_place.undo))}"
+            console.print(f"{where}, {size_text(in_place.undo_bytes)}", soft_wrap=True)
         if plan.is_done:
-            console.print("OUT is that already, as its manifest records: nothing would be written")
+            what = "OUT" if in_place is None else "SOURCE"
+            console.print(f"{what} is that already, as its manifest records: nothing would be written")
+
+
+def _costs(console: Console, plan: EditPlan, costs: Costs) -> None:
+    """Disk, memory and time."""
+    free = "unknown" if costs.free_disk_bytes is None else size_text(costs.free_disk_bytes)
+    kept = costs.undo_bytes if costs.output_bytes is None else costs.output_bytes
+    disk = f"{'Undo file' if costs.output_bytes is None else 'OUT'} {size_text(kept or 0)}, free disk {free}"
+    memory = f"expected peak memory {size_text(costs.expected_peak_memory_bytes)} ({costs.threads} thread(s))"
+    console.print(f"{disk}, {memory}")
+    if costs.estimated_seconds is not None and not plan.is_done:
+        heads = f" and a core edits {costs.heads_a_second:.0f} heads/s" if costs.heads_a_second else ""
+        rate = f"where a disk copies {COPIED / 1e9:g} GB/s{heads}"
+        download = "" if plan.model.source.path else ", and as long as the download takes"
+        console.print(f"About {about(costs.estimated_seconds)}, {rate}{download}")
 
 
 def show_applied(plan: EditPlan, manifest: Manifest, out: Path) -> None:
@@ -89,7 +97,7 @@ def show_edits(plan: EditPlan, manifest: Manifest, *said: str) -> None:
     """Print figures layer by layer, and what there is to say."""
     with results() as console:
         _heading(console, plan)
-        table = _table("layer", "heads", "‖ΔW_Q‖/‖W_Q‖ mean", "max", "‖M‖ after/before", "gap min")
+        table = plain_table("layer", "heads", "‖ΔW_Q‖/‖W_Q‖ mean", "max", "‖M‖ after/before", "gap min")
         by_energy = any(rule.energy is not None for _, rule in plan.settings.edits)
         if by_energy:
             table.add_column("modes", justify="right")
@@ -124,11 +132,16 @@ def show_edits(plan: EditPlan, manifest: Manifest, *said: str) -> None:
 
 def _heading(console: Console, plan: EditPlan) -> None:
     settings = plan.settings
-    _model(console, plan.model)
+    show_model(console, plan.model)
     chosen = f" (recipe's default: {', '.join(settings.from_recipe)})" if settings.from_recipe else ""
     heads = format_ranges(settings.heads)
-    for layers, rule in settings.edits:
+    if len(settings.edits) == 1:
+        ((layers, rule),) = settings.edits
         console.print(f"Edit: {plan.action(rule)}; layers {format_ranges(layers)}, heads {heads}{chosen}")
+        return
+    console.print(f"Edit, by layer; heads {heads}{chosen}")
+    for layers, rule in settings.edits:
+        console.print(f"  {format_ranges(layers)}: {plan.action(rule)}")
 
 
 def model_line(model: Model) -> str:
@@ -141,7 +154,8 @@ def model_line(model: Model) -> str:
     )
 
 
-def _model(console: Console, model: Model) -> None:
+def show_model(console: Console, model: Model) -> None:
+    """Print what a model is, and the names of the tensors that are looked at."""
     layout = model.tower.layout
     console.print(safe(model_line(model)))
     for other in sorted(set(model.tower.exceptions.values()) - {layout}, key=lambda other: other.d_head):
@@ -155,70 +169,9 @@ def _model(console: Console, model: Model) -> None:
         console.print(f"Tensors{which}: {pair}", soft_wrap=True)
 
 
-def show_spectra(model: Model, settings: EditSettings, sides: Sequence[Side], *, is_folded: bool) -> None:
-    """What was looked at, and one row per layer, means over heads: of two sides ``a → b`` where they are not the same.
-
-    There is a column for the set where there are several.
-    """
-    rule, has_sets = settings.rule_of(settings.layers[0]), len(model.sets) > 1
-    modes, by_energy = rule.modes, "" if rule.energy is None else f"modes for energy {exact(rule.energy)}"
-    table = _table(
-        "layer", *(["attention"] if has_sets else []), "σ₁ mean", "σ₁ max",
-        by_energy or f"energy in top {rule.modes}", "effective rank", "symmetric share", "gap min",
-    )  # fmt: skip
-    for layers in zip(*(side.layers for side in sides), strict=True):
-        figures = [dict.fromkeys(side) for side in zip(*map(_figures, layers), strict=True)]
-        table.add_row(
-            str(layers[0].layer),
-            *([layers[0].attention] if has_sets else []),
-            *(" → ".join(figure) for figure in figures),
-        )
-    with results() as console:
-        _model(console, model)
-        folded = ", the gain of the norm before attention folded in" if is_folded else ""
-        heads = f"heads {format_ranges(settings.heads)}{folded}"
-        console.print(f"Spectra: layers {format_ranges(settings.layers)}, {heads}")
-        if len(sides) > 1:
-            console.print(safe(f"{sides[0].name} → {sides[1].name}, where they differ"), soft_wrap=True)
-        console.print(table)
-        console.print(
-            f"Means over heads. Energy: share of ‖M‖². Symmetric share 0.5: both halves weigh the same. "
-            f"Gap: {'(s_r − s_r+1) / s_r' if by_energy else f'(s_{modes} − s_{modes + 1}) / s_{modes}'}.",
-            style="dim",
-        )
-        few = [(layer, head) for layer in sides[0].layers for head in layer.heads][: _DRAWN + 1]
-        for layer, head in few if len(few) <= _DRAWN else ():
-            console.print(f"Layer {layer.layer}, head {head.head}: singular values")
-            for line in draw_spectrum(head, head.modes or modes, console.width, is_ascii=_is_ascii(console)):
-                console.print(line, highlight=False, markup=False)
-        for remark in (
-            () if by_energy else remarks(sides[0].layers, modes)
-        ):  # which are of one cut for all heads
-            console.print(f"[yellow]Note:[/] {remark}", soft_wrap=True)
-
-
-def _is_ascii(console: Console) -> bool:
-    """Whether the terminal has nothing but ASCII."""
-    return not console.encoding.startswith("utf")
-
-
-_DRAWN = 4  # heads, each of ten lines
-
-
-def _figures(layer: LayerSpectra) -> Iterator[str]:
-    heads, counts = layer.heads, {head.modes for head in layer.heads if head.modes is not None}
-    gaps = [head.gap for head in heads if head.gap is not None]
-    yield f"{mean(head.singular_values[0] for head in heads):.4g}"
-    yield f"{max(head.singular_values[0] for head in heads):.4g}"
-    yield format_ranges(sorted(counts)) or f"{mean(head.energy_share for head in heads):.3f}"
-    yield f"{mean(head.effective_rank for head in heads):.1f}"
-    yield f"{mean(head.symmetric_share for head in heads):.3f}"
-    yield f"{min(gaps):.2g}" if gaps else "-"
-
-
 def show_sweep(sweep: Sweep, out: Path) -> None:
     """Print the figures of all variants, and what evaluates them."""
-    table = _table("variant", "‖ΔW_Q‖/‖W_Q‖", "energy removed", "realised", "rounding noise")
+    table = plain_table("variant", "‖ΔW_Q‖/‖W_Q‖", "energy removed", "realised", "rounding noise")
     for variant in sweep.variants:
         if (of := variant.figures) is not None:
             figures = (of.relative_change, of.energy_removed, of.realised_share, of.rounding_error)
@@ -238,7 +191,7 @@ def show_publication(publication: Publication) -> None:
     with results() as console:
         where = f"[bold]{safe(repository.name)}[/]{private}"
         console.print(f"{kind} {where}: {safe(publication.summary)}", soft_wrap=True)
-        table = _table("action", "size", "file")
+        table = plain_table("action", "size", "file")
         for step in publication.steps:
             how = f"copy from {base.repo}@{base.commit[:12]}" if step.is_copy and base else "upload"
             table.add_row(safe(how), size_text(step.size), safe(step.name))
@@ -283,14 +236,14 @@ def show_evaluation(result: Evaluation) -> None:
     with results() as console:
         console.print(f"{len(result.task.pictures.present)} pictures")
         if not result.comparisons:
-            table = _table("figure", "value")
+            table = plain_table("figure", "value")
             for name, value in result.to_json()["sides"][0]["figures"].items():
                 table.add_row(name, f"{value:.4f}")
             console.print(table)
         for one in result.comparisons:
             model, base = (safe(result.sides[i].label) for i in (one.model, one.base))
             console.print(f"[bold]{model}[/] against [bold]{base}[/]", soft_wrap=True)
-            table = _table("figure", "base", "model", "difference", "95 % interval", "p", "detectable")
+            table = plain_table("figure", "base", "model", "difference", "95 % interval", "p", "detectable")
             for name, figure in one.figures.items():
                 d = figure.difference
                 cells = (figure.base, figure.model), (d.p, figure.smallest_detectable)
@@ -305,9 +258,10 @@ def show_evaluation(result: Evaluation) -> None:
             console.print(line, soft_wrap=True)
 
 
-def _table(*columns: str) -> Table:
+def plain_table(*columns: str) -> Table:
     """Plain columns, no frame: fits 80 characters, survives copying; numbers to the right, names folded, not cut."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    # Closer together where there is less room, before words are broken.
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, int(output_width() >= WIDE)))
     for column in columns:
         is_text = column.startswith(("shard", "key", "attention", "action", "file", "figure", "variant"))
         table.add_column(column, justify="left" if is_text else "right", overflow="fold")

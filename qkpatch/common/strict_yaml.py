@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable
-from difflib import get_close_matches
 from enum import Enum
 from itertools import pairwise
 from typing import Any, TypeVar
 
 import yaml
 
-from qkpatch.common.text import cut
+from qkpatch.common.text import cut, meant
 from qkpatch.errors import RecipeError
 
 E = TypeVar("E", bound=Enum)
@@ -229,9 +228,7 @@ class Fields:
         known = sorted(str(key) for key in self._taken)
         # Some are enough to be told, and each takes time.
         for key in [key for key in self._data if key not in self._taken][:_MOST_UNKNOWN]:
-            near = get_close_matches(str(key)[:80], known, 1)
-            meant = f"did you mean {near[0]}? " if near else ""
-            self.fault(f"unknown key ({meant}known here: {', '.join(known)})", key)
+            self.fault(f"unknown key ({meant([str(key)], known)}known here: {', '.join(known)})", key)
         for child in self._children:
             child._note_unknown()
 

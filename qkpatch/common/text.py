@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import textwrap
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 from qkpatch.errors import plain
 
@@ -14,6 +16,13 @@ LONGEST = 2000  # characters of what is shown on one line: files put names and t
 def cut(text: str, most: int) -> str:
     """``text``, or its first ``most`` characters and an ellipsis."""
     return text if len(text) <= most else f"{text[:most]}…"
+
+
+def meant(unknown: Iterable[str], known: Iterable[str]) -> str:
+    """What of the known may have been meant, as a question to be put before more; empty where nothing is near."""
+    names = list(known)
+    near = [found for word in unknown for found in get_close_matches(word[:80], names, 1)]
+    return f"did you mean {', '.join(dict.fromkeys(near))}? " if near else ""
 
 
 def as_word(path: str) -> str:
@@ -39,6 +48,14 @@ def wrapped(line: str, width: int) -> str:
             break_long_words=False, break_on_hyphens=False,
         )
     )  # fmt: skip
+
+
+def about(seconds: float) -> str:
+    """A time that is not known exactly, in the unit that suits it: ``25 s``, ``3 min``."""
+    unit, length = ("s", 1) if seconds < 90 else ("min", 60) if seconds < 90 * 60 else ("h", 3600)
+    n = max(1.0, seconds / length)
+    step = 1 if n < 10 else 5
+    return f"{step * round(n / step)} {unit}"
 
 
 def size_text(n: float) -> str:

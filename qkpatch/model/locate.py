@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
 
 from qkpatch.checkpoint.cache import snapshot_at
-from qkpatch.checkpoint.tree import Repository
+from qkpatch.checkpoint.tree import Repository, near_paths
 from qkpatch.errors import FileSystemError, UsageError
 from qkpatch.recipes.catalogue import get_recipe, shipped_recipes
 from qkpatch.recipes.descriptions import near_names
@@ -85,7 +84,8 @@ def locate(text: str, access: Access = Access.download) -> Source:
     near = near_paths(text) if path is None and text not in shipped_recipes() else []
     if near:
         is_id = "" if hub_id is None else f"; if it is meant to be on the Hub: {text}@main"
-        raise UsageError("no such file or directory", where=text, fix=f"near: {', '.join(near)}{is_id}")
+        otherwise = is_id if "/" in text else f"; {near_names(text, shipped_recipes())}"
+        raise UsageError("no such file or directory", where=text, fix=f"near: {', '.join(near)}{otherwise}")
     page = _PAGE.fullmatch(text) if hub_id is None else None
     if page is not None and (page["scheme"] or page["tree"]):
         revision = page["at"] or page["tree"]
@@ -100,16 +100,6 @@ def locate(text: str, access: Access = Access.download) -> Source:
         found = open_repository(hub_id, use_cache=access is Access.ranges)
     place, commit, checked = found
     return Source(place, "hub", hub_id.repo, hub_id.revision, commit, recipe, checked, text)
-
-
-def near_paths(text: str) -> list[str]:
-    """What lies in the directory of a path that does not exist, and has nearly its name."""
-    folder, slash, name = text.rstrip("/").rpartition("/")
-    try:
-        there = os.listdir(os.path.expanduser(folder) or "/") if slash and name else []  # noqa: PTH111 - as below
-    except (OSError, ValueError):
-        return []
-    return [f"{folder}/{found}" for found in get_close_matches(name, there, 3, 0.8)]
 
 
 def local_path(text: str) -> Path | None:

@@ -32,6 +32,7 @@ class Writing:
     resume: bool = False
     overwrite: bool = False
     force: bool = False  # overwrite whatever is there
+    strict: bool = False  # a warning is an error, and there is no OUT
 
     def __post_init__(self) -> None:
         try:

@@ -7,7 +7,7 @@ import stat
 import tempfile
 import time
 from contextlib import AbstractContextManager, ExitStack, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from qkpatch.checkpoint.source import MANIFEST_NAME
 from qkpatch.checkpoint.tree import source_file
 from qkpatch.common.interrupts import signals_held, signals_let_through
 from qkpatch.common.observer import UNSEEN, Observer
-from qkpatch.errors import FileSystemError, UsageError
+from qkpatch.errors import FileSystemError, UsageError, refuse_warnings
 from qkpatch.output.destination import check_apart
 from qkpatch.output.options import Digest, Writing
 from qkpatch.output.space import free_bytes
@@ -28,7 +28,14 @@ from qkpatch.patching.apply import check_run, done_manifest, editor_of, now
 from qkpatch.patching.threads import Crew
 from qkpatch.planning.manifest import Manifest, planned_manifest
 from qkpatch.planning.memory import choose_threads
-from qkpatch.planning.patch_file import Record, planned_rows, read_digest, read_patch, write_patch
+from qkpatch.planning.patch_file import (
+    Record,
+    patch_header,
+    planned_rows,
+    read_digest,
+    read_patch,
+    write_patch,
+)
 from qkpatch.planning.plan import EditPlan
 from qkpatch.planning.request import check_device_name
 
@@ -37,6 +44,7 @@ def make_patch(
     plan: EditPlan,
     file: Path | str | None = None,
     *,
+    strict: bool = False,
     device: str = "cpu",
     threads: int | None = None,
     observer: Observer = UNSEEN,
@@ -47,6 +55,7 @@ def make_patch(
     Args:
         plan: of :func:`qkpatch.plan`; of a repository, only what the edit reads is fetched.
         file: which, not there yet; by default ``plan.default_name`` and ``.qkpatch``.
+        strict: whether a warning is an error, and there is no file.
         device: as of :func:`qkpatch.apply`.
         threads: as of :func:`qkpatch.apply`.
         observer: hears of heads.
@@ -65,6 +74,8 @@ def make_patch(
         what = "a patch file has the edited rows alone: no shards, no other files, no other patch"
         fix = "leave out --max-shard-size, --exclude and --patch; the first two go with --patch FILE -o OUT"
         raise UsageError(what, where="--patch-only", fix=fix)
+    if strict:
+        refuse_warnings(plan.warnings)
     check_device_name(device)
     n_threads = choose_threads(threads, plan.head_memory, len(checkpoint.tensors))
     check_run(plan, device, n_threads)
@@ -89,6 +100,8 @@ def make_patch(
             edited = dict(editor.edited(plan, checkpoint.opened, crew, write, observer))
         done = {t: (2 * [None], 2 * [None], edited[t]) for t in plan.edits}
         manifest = done_manifest(plan, editor, done)
+        if strict:
+            refuse_warnings(manifest.warnings)
         digests = {}
         for name, ref in rows.items():
             with checkpoint.opened(ref.shard, [(ref.begin, ref.end)]) as source:
@@ -102,12 +115,14 @@ def make_patch(
     return path
 
 
-def apply_in_place(plan: EditPlan, *, digest: Digest = Digest.edited, **how: Any) -> Manifest:
+def apply_in_place(
+    plan: EditPlan, *, digest: Digest = Digest.edited, strict: bool = False, **how: Any
+) -> Manifest:
     """Rewrite the planned rows of SOURCE itself, write ``SOURCE/qkpatch.json``, and return that manifest.
 
     First ``SOURCE/qkpatch.undo`` is on the disk, by which :func:`revert` leads back. What fails or interrupts this
     leaves SOURCE as it was; after a kill, :func:`revert` and plan again. Where this very edit was made in place
-    before, nothing is done. ``how``: ``device``, ``threads`` and ``observer``, as of :func:`make_patch`.
+    before, nothing is done. ``strict`` and ``how`` (``device``, ``threads``, ``observer``): as of :func:`make_patch`.
 
     Raises:
         UsageError: SOURCE cannot be edited in place, or was already, by another edit.
@@ -116,6 +131,8 @@ def apply_in_place(plan: EditPlan, *, digest: Digest = Digest.edited, **how: Any
     root, checkpoint, started = check_in_place(plan), plan.model.checkpoint, now()
     if Writing(digest).digest is Digest.files:
         raise UsageError("digests of all files are those of a copy", where="--digest", fix="use -o OUT")
+    if strict:
+        refuse_warnings(plan.warnings)
     with signals_held(), undo.locked(root) as folder, ExitStack() as stack:
         if folder.status(UNDO) is not None:
             return _done(folder, plan)
@@ -125,6 +142,8 @@ def apply_in_place(plan: EditPlan, *, digest: Digest = Digest.edited, **how: Any
         try:
             with signals_let_through():
                 patch = plan.patch or read_patch(make_patch(plan, new, **how))
+                if strict:
+                    refuse_warnings(patch.manifest.warnings)
                 patch.check_source(plan)
                 before = _digests(plan, shards, digest)
                 checkpoint.check_still()
@@ -167,6 +186,36 @@ def check_in_place(plan: EditPlan) -> Path:
     else:
         return root
     raise UsageError(f"SOURCE cannot be edited in place: {why}", where=source.name, fix="edit a copy: -o OUT")
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What :func:`apply_in_place` would do."""
+
+    undo: Path
+    undo_bytes: int  # what leads back, which stays
+    room: int  # bytes that must be free while rows are written
+    is_done: bool  # whether SOURCE has this very edit already
+
+
+def foresee_in_place(plan: EditPlan) -> Foreseen:
+    """What :func:`apply_in_place` would do; nothing is written.
+
+    Raises:
+        UsageError: as :func:`apply_in_place`.
+    """
+    root, rows = check_in_place(plan), planned_rows(plan)
+    with Rooted(Path(os.path.realpath(root))) as folder:
+        is_done = folder.status(UNDO) is not None and bool(_done(folder, plan))
+        with undo.writable(folder, plan.edits_by_file):
+            pass
+    digest, time = "0" * 64, 10**18  # as long as any
+    reads = {"config.json": digest, **{target.key.name: digest for target in plan.edits}}
+    former = {**dict.fromkeys(plan.model.checkpoint.files, (time, time)), MANIFEST_NAME: (0, 0)}
+    record = Record(dict.fromkeys(rows, (digest, digest)), reads, former)
+    header, _ = patch_header(UNDO, rows.values(), planned_manifest(plan, ""), record)
+    size = plan.edited_bytes
+    return Foreseen(root / UNDO, len(header) + size, size if plan.patch else 2 * size, is_done)
 
 
 def _done(folder: Rooted, plan: EditPlan) -> Manifest:

@@ -20,7 +20,7 @@ from qkpatch.common.interrupts import import_torch, signals_held, signals_let_th
 from qkpatch.common.json_text import canonical_json
 from qkpatch.common.number_ranges import abbreviate
 from qkpatch.common.observer import UNSEEN, Observer
-from qkpatch.errors import FileSystemError, HubError, QKPatchError, no_torch
+from qkpatch.errors import FileSystemError, HubError, QKPatchError, no_torch, refuse_warnings
 from qkpatch.model.targets import LayerTarget
 from qkpatch.output.destination import Replaced
 from qkpatch.output.journal import Journal
@@ -75,6 +75,7 @@ def apply_plan(
         UsageError: OUT came into being meanwhile, or there is no such device.
         FileSystemError: reading, writing or space.
         NumericalError: NaN or Inf, or a tensor that the edit would leave as it was.
+        WarnedError: there is a warning, and ``writing`` is strict.
     """
     checkpoint = plan.model.checkpoint
     checkpoint.check_still()
@@ -117,6 +118,8 @@ def apply_plan(
                 output=replace(done.output, digest=writing.digest),
                 run=RunBlock(started, now(), Counter(how.means for how in carried.values()), editor.stack),
             )
+            if writing.strict:
+                refuse_warnings((*manifest.warnings, *staging.lacks))
             record = manifest.dumps().encode()
             if writing.digest is Digest.files:
                 staged.write_new(SUMS_NAME, sums_text(manifest, record).encode())

@@ -35,9 +35,13 @@ class Inspection:
         Raises:
             QKPatchError: as :func:`open_model` and :func:`resolve`.
         """
+        # What is done to modes does not matter to how large they are.
+        request = request.without("alpha", "select", "seed", "max_shard_size")
         exclude = (*USUAL, *(request.exclude or ()))
         model = open_model(source, request.recipe, request.attention, Access.ranges, exclude, request.prefix)
-        settings = resolve(request.over(Request(layers=model.editable_layers)), model)
+        if request.edits is None:
+            request = request.over(Request(layers=model.editable_layers))
+        settings = resolve(request, model)
         return cls(model, settings, model.targets(settings.layers, fold_norm=settings.fold_norm))
 
     def spectra(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -170,12 +170,19 @@ def read_patch(path: Path, fix: str = _ANEW) -> Patch:
     return Patch(file, manifest, record, header.tensors)
 
 
+def patch_header(
+    name: str, rows: Iterable[TensorRef], manifest: Manifest, record: Record
+) -> tuple[bytes, dict[str, TensorRef]]:
+    """The header of a patch file called ``name``, and where ``rows`` are in it."""
+    said = {"format": FORMAT, "manifest": manifest.dumps(), "record": canonical_json(as_json(record))}
+    return shard_header(name, list(rows), said)
+
+
 def write_patch(
     out: LocalOpenFile, rows: Sequence[tuple[TensorRef, OpenFile]], manifest: Manifest, record: Record
 ) -> None:
     """Write a patch file: ``rows`` by their names, and where their bytes are."""
-    said = {"format": FORMAT, "manifest": manifest.dumps(), "record": canonical_json(as_json(record))}
-    own, places = shard_header(out.where, [ref for ref, _ in rows], said)
+    own, places = patch_header(out.where, [ref for ref, _ in rows], manifest, record)
     write_exact(out.fd, own, 0, out.where)
     for ref, opened in rows:
         opened.copy_to(out, ref.begin, ref.end, places[ref.name].begin)

@@ -9,6 +9,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qkpatch.common.number_ranges import as_numbers, format_ranges, some
+from qkpatch.common.text import meant
 from qkpatch.errors import UsageError
 from qkpatch.recipes.recipe import is_prefix
 from qkpatch.spectral.rule import Channel, Select
@@ -69,8 +70,9 @@ class Request:
     def of(cls, **said: Any) -> Request:
         """A request from what people write: ``layers=range(10, 19)`` or ``"10-18"``, ``channel="full"``, ``"5GB"``."""
         if unknown := said.keys() - {f.name for f in fields(cls)}:
-            known = ", ".join(f.name for f in fields(cls))
-            raise UsageError(f"no setting of an edit: {some(sorted(unknown))}", fix=f"there are {known}")
+            known = [f.name for f in fields(cls)]
+            fix = f"{meant(unknown, known)}there are {', '.join(known)}"
+            raise UsageError(f"no setting of an edit: {some(sorted(unknown))}", fix=fix)
         given = {key: value for key, value in said.items() if value is not None}
         return cls(**{key: _READ[key](value) if key in _READ else value for key, value in given.items()})
 
@@ -149,6 +151,11 @@ class Request:
     def said(self) -> dict[str, Any]:
         """The fields that say something."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+    def without(self, *names: str) -> Request:
+        """This request, with nothing said of these fields, in its items either."""
+        items = None if self.edits is None else tuple(item.without(*names) for item in self.edits)
+        return replace(self, **dict.fromkeys(names), edits=items)
 
     def over(self, other: Request) -> Request:
         """This request, with what it does not say taken from ``other``."""
@@ -232,7 +239,8 @@ def _items(
                 if unknown := {*map(str, part)} - {*ITEM_KEYS}:
                     is_common = unknown <= {f.name for f in fields(Request)}
                     said_so = "it holds for all: put it beside edits" if is_common else "unknown key"
-                    raise UsageError(f"{said_so} (an item has {', '.join(ITEM_KEYS)})")
+                    near = "" if is_common else meant(unknown, ITEM_KEYS)
+                    raise UsageError(f"{said_so} ({near}an item has {', '.join(ITEM_KEYS)})")
                 made = Request.of(**part)
                 said |= part
             except UsageError as error:

@@ -39,6 +39,12 @@ class EditSettings:
         return tuple(sorted(layer for layers, _ in self.edits for layer in layers))
 
     @property
+    def modes(self) -> int | None:
+        """How many modes every head has; None where heads differ in that."""
+        (_, rule), *others = self.edits
+        return None if others or rule.energy is not None else rule.paired_modes
+
+    @property
     def block(self) -> EditBlock:
         """The settings as the manifest records them."""
         own = {**{key: value for key, value in vars(self).items() if key != "edits"}, "layers": self.layers}

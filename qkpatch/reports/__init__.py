@@ -1,1 +1,1 @@
-"""Pages to look at: one file each, which needs no network."""
+"""Pages to look at, one file each, which needs no network; and figures for a paper."""

@@ -25,7 +25,7 @@ from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.common.typed_json import as_json
 from qkpatch.compare.overwrite import standing
 from qkpatch.compare.verify import recorded
-from qkpatch.errors import UsageError
+from qkpatch.errors import UsageError, refuse_warnings
 from qkpatch.model.locate import Access
 from qkpatch.model.model import open_model
 from qkpatch.output.destination import Replaced, check_apart, check_out
@@ -54,6 +54,7 @@ def sweep(
     *,
     form: str = "lora",
     many: bool = False,
+    strict: bool = False,
     device: str = "cpu",
     threads: int | None = None,
     observer: Observer = UNSEEN,
@@ -69,6 +70,7 @@ def sweep(
         out: the directory of the sweep.
         form: ``lora``, an adapter of each variant that has one; ``patch``, a patch file; ``none``, figures alone.
         many: whether there may be more than a thousand variants.
+        strict: whether a warning is an error, and nothing is written.
         device: as of :func:`qkpatch.apply`.
         threads: how many layers are computed side by side.
         observer: hears of heads.
@@ -80,6 +82,8 @@ def sweep(
     check_device_name(device)
     requests, out = read_grid(grid, many=many), Path(out)
     plans, reading, planned = _planned(str(source), requests, member(form, Form, "--as"))
+    if strict:
+        refuse_warnings(planned.warnings)
     checkpoint, per_thread = reading.model.checkpoint, reading.head_memory
     if reading.model.source.path is None:  # what is read of a repository waits in memory
         per_thread += max(target.read_bytes(reading.settings.heads) for target in reading.edits)

@@ -17,6 +17,7 @@ from typer.testing import Result
 
 import qkpatch
 from qkpatch.common.observer import UNSEEN
+from qkpatch.errors import UsageError
 
 Run = Callable[..., Result]
 SCHEMA = json.loads((resources.files("qkpatch") / "planning" / "manifest.schema.json").read_text())
@@ -38,7 +39,7 @@ def contents(root: Path) -> dict[str, bytes]:
         (["--channel", "antisymmetric", "--max-rank", "1"], 2, "more than 1", "--max-rank 16"),
         (["--max-rank", "0"], 2, "0 is not between 1 and", "-"),
         (["--for", "vllm", "--max-rank", "513"], 2, "513 is not between 1 and 512", "-"),
-        (["--max-shard-size", "1GB"], 2, "no shards", "leave it out"),
+        (["--max-shard-size", "1GB"], 2, "No such option", "-"),
         (["--device", "cuda:99"], 2, "is not there", "cpu"),
         (["--threads", "0"], 2, "is not between", "-"),
         (["--layers", "7"], 2, "out of range", "-"),
@@ -59,6 +60,11 @@ def test_what_no_adapter_holds_is_refused_with_what_does(
             rest = flags[: flags.index("--max-rank")] if "--max-rank" in each else flags
             again = run("lora", tiny.path, "--layers", "1", *rest, *each.split(), "-o", tmp_path / each)
             assert again.exit_code == 0, again.output
+
+
+def test_an_adapter_has_no_shards(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no shards"):
+        qkpatch.lora(tiny.path, tmp_path / "a", layers=[1], max_shard_size="1GB")
 
 
 def test_of_an_energy_the_rank_is_known_once_modes_are_counted(tiny: Tiny, tmp_path: Path, run: Run) -> None:

@@ -60,6 +60,37 @@ def test_a_key_that_is_nearly_right_is_told(tiny: Tiny, tmp_path: Path, run: Run
     assert "$.zzz: unknown key (known here: alpha" in text
 
 
+def test_a_key_of_an_item_and_of_a_call_that_is_nearly_right_is_told(
+    tiny: Tiny, tmp_path: Path, run: Run
+) -> None:
+    (tmp_path / "edit.yaml").write_text("edits:\n- {layers: 0, mode: 2}\n")
+    text = said(run("plan", tiny.path, "--config", tmp_path / "edit.yaml"), 2)
+    assert "edits[0].mode: unknown key (did you mean modes? an item has layers" in text
+    with pytest.raises(UsageError, match="did you mean layers"):
+        qkpatch.plan(tiny.path, layer=1)
+
+
+@pytest.mark.parametrize(
+    "flags", [("--config", "edit.yml"), ("--recipe", "mine.yml"), ("--patch", "edit.qkpach")]
+)
+def test_a_file_that_is_nearly_right_is_told(
+    flags: tuple[str, str], tiny: Tiny, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("edit.yaml", "mine.yaml", "edit.qkpatch"):
+        (tmp_path / name).write_text("")
+    monkeypatch.chdir(tmp_path)
+    command = "apply" if flags[0] == "--patch" else "plan"
+    assert f"near: {Path(flags[1]).stem}." in said(run(command, tiny.path, *flags), 4)
+
+
+def test_a_bare_name_that_is_nearly_right_is_told_beside_recipes(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_tiny(tmp_path / "llava-1.6")
+    monkeypatch.chdir(tmp_path)
+    assert "near: llava-1.6; recipes near it: llava-1.5" in said(run("plan", "lava-1.6"), 2)
+
+
 def test_a_recipe_file_of_ones_own_is_shown(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -395,7 +426,7 @@ def test_a_file_of_a_model_has_its_output_beside_the_model(
 def test_a_plan_warns_where_the_current_disk_is_too_small(
     tiny: Tiny, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qkpatch.output.space.free_bytes", lambda out: 1000)
+    monkeypatch.setattr("qkpatch.planning.costs.free_bytes", lambda out: 1000)
     result = run("plan", tiny.path)
     assert "1,000 are free here" in said(result, 0)
     document = json.loads(run("plan", tiny.path, "--json").stdout)

@@ -350,7 +350,7 @@ def _toy(tmp_path: Path) -> Path:
         (("--layers", "99"), 2, "99"),
         (("--device", "abacus"), 2, "not a device"),
         (("--against", "demo/toy-9"), 2, "no such file"),
-        (("--max-shard-size", "1GB"), 2, "has no files"),
+        (("--max-shard-size", "1GB"), 2, "No such option"),
         (("--text", "nowhere.txt"), 4, "nowhere.txt"),
     ],
 )

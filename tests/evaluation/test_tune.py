@@ -189,7 +189,7 @@ def test_a_search_that_was_stopped_goes_on(run: Run, album: Path, tmp_path: Path
         (("--trials", 0), 2, "no number from 1 on"),
         (("--layers", "99"), 2, "99"),
         (("--keep-recall", -1), 2, "no number from"),
-        (("--max-shard-size", "1GB"), 2, "no files"),
+        (("--max-shard-size", "1GB"), 2, "No such option"),
         (("--seed", 3), 2, "nothing is drawn"),
     ],
 )

@@ -20,6 +20,7 @@ from test_crash import Driver, driver  # noqa: F401 - a fixture
 from test_faults import commit, disk
 
 import qkpatch
+from qkpatch.checkpoint.names import UNDO
 from qkpatch.errors import FileSystemError, UsageError
 
 Run = Callable[..., Any]
@@ -92,6 +93,33 @@ def test_the_same_again_is_done_already_and_another_edit_is_refused(source: Path
     assert other.exit_code == 2
     assert "qkpatch revert" in other.stderr
     assert state(source) == before
+
+
+def test_a_preview_tells_what_would_be_done_and_does_nothing(source: Path, run: Run) -> None:
+    before = state(source)
+    shown = run("plan", source, *EDIT, "--in-place")
+    assert shown.exit_code == 0, shown.output
+    assert f"What leads back, by `qkpatch revert`: {source / UNDO}" in shown.stdout
+    planned, dry = (
+        json.loads(run(*command, source, *EDIT, "--in-place", "--json", *more).stdout)
+        for command, more in ((("plan",), ()), (("apply",), ("--dry-run",)))
+    )
+    assert {**planned["costs"], "free_disk_bytes": 0} == {**dry["costs"], "free_disk_bytes": 0}
+    assert "output_bytes" not in planned["costs"]
+    assert state(source) == before
+    assert run("apply", source, *EDIT, "--in-place").exit_code == 0
+    # But for how the manifest names the device.
+    assert abs((source / UNDO).stat().st_size - planned["costs"]["undo_bytes"]) < 64
+    after = state(source)
+    assert "SOURCE is that already" in run("plan", source, *EDIT, "--in-place").stdout
+    refused(run, source, "plan", source, "--layers", 1, "--in-place", says="leads back from that alone")
+    assert state(source) == after
+
+
+def test_a_preview_refuses_what_would_be_refused(source: Path, run: Run) -> None:
+    os.link(source / "model-00001-of-00002.safetensors", source.parent / "another name")
+    refused(run, source, "plan", source, *EDIT, "--in-place", says="other names (hard links)")
+    refused(run, source, "plan", source, *EDIT, "--in-place", "-o", source.parent / "x", says="--in-place")
 
 
 def test_an_earlier_output_gets_its_manifest_and_sums_back(source: Path, tmp_path: Path, run: Run) -> None:
@@ -405,7 +433,6 @@ def test_files_that_others_share_or_nobody_may_write_are_refused(
         ("--overwrite", "--force"),
         ("--digest", "files"),
         ("--push", "me/name"),
-        ("--dry-run",),
         ("--no-cache",),
         ("--patch-only",),
     ],

@@ -20,6 +20,7 @@ from conftest import Tiny, build_tiny
 from safetensors.torch import load_file
 
 import qkpatch
+from qkpatch.common.number_ranges import format_ranges
 from qkpatch.errors import QKPatchError, UsageError
 from qkpatch.planning.request import Request
 
@@ -571,6 +572,26 @@ def test_a_loaded_model_is_edited_by_layer_and_by_energy(tmp_path: Path) -> None
             assert torch.equal(model.state_dict()[name], stored)
 
 
-def test_spectra_are_not_by_item(source: Tiny) -> None:
-    with pytest.raises(UsageError, match="edits"):
-        qkpatch.spectra(source.path, edits=THREE)
+def test_spectra_of_items_are_those_of_each_with_its_own_cut_and_channel(
+    source: Tiny, tmp_path: Path, run: Run
+) -> None:
+    found = {layer.layer: layer for layer in qkpatch.spectra(source.path, edits=THREE)}
+    assert [*found] == [0, 1, 2, 3]
+    for item in THREE:
+        alone = qkpatch.spectra(source.path, **{key: said for key, said in item.items() if key != "alpha"})
+        assert [found[layer.layer] for layer in alone] == [*alone]
+    # What `apply` takes of each head is what was seen before.
+    manifest = qkpatch.apply(qkpatch.plan(source.path, edits=THREE), tmp_path / "out")
+    taken = {edit.layer: [len(head.modes) for head in edit.heads] for edit in manifest.edits}
+    assert taken == {n: [head.modes for head in layer.heads] for n, layer in found.items()}
+    config = tmp_path / "edit.yaml"
+    config.write_text(json.dumps({"edits": THREE}))
+    shown = json.loads(run("inspect", source.path, "--config", config, "--json").stdout)
+    assert "modes" not in shown
+    heads = {one["layer"]: [head["modes"] for head in one["heads"]] for one in shown["layers"]}
+    assert heads == taken
+    table = run("inspect", source.path, "--config", config).stdout
+    told = {
+        int(line.split()[0]): line.split()[3] for line in table.splitlines() if line[:6].strip().isdigit()
+    }
+    assert told == {n: format_ranges(sorted({*modes})) for n, modes in taken.items()}

@@ -34,7 +34,7 @@ def spectra(n_layers: int, n_heads: int, n: int, seed: int = 0) -> list[LayerSpe
             "self",
             tuple(
                 HeadSpectrum(
-                    head, head // 4, tuple(map(float, S)), float(np.linalg.norm(S)), 0.5, 0.1, 3.0, 0.1
+                    head, head // 4, tuple(map(float, S)), float(np.linalg.norm(S)), 0.5, 0.1, 3.0, 0.1, 4
                 )
                 for head, S in enumerate(heads)
             ),

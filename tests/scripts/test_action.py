@@ -76,6 +76,14 @@ def test_a_plan_that_fails_fails_the_step(runner: dict[str, str]) -> None:
     assert "out of range" in failed.stderr
 
 
+@pytest.mark.parametrize("step", ["Plan", "Apply"])
+def test_a_strict_action_fails_where_there_is_a_warning(step: str, runner: dict[str, str]) -> None:
+    inputs = {"source": str(REPO / "demo" / "toy-0"), "edit": "--layers 3 --alpha 1"}
+    assert run(step, runner, **inputs, strict="true").returncode == 6
+    assert not (Path(runner["HOME"]) / "edited").exists()
+    assert run(step, runner, **inputs).returncode == 0
+
+
 def test_an_input_is_no_command(runner: dict[str, str]) -> None:
     run("Plan", runner, source="x", edit="; touch broken $(touch broken) `touch broken`")
     assert not (Path(runner["HOME"]) / "broken").exists()

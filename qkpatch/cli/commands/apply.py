@@ -13,6 +13,7 @@ from qkpatch.cli.command import command
 from qkpatch.cli.commands.plan import preview
 from qkpatch.cli.commands.publishing import push_out, push_wish, show_commit
 from qkpatch.cli.flags import (
+    CopyFlags,
     EditFlags,
     OutOpt,
     PushFlags,
@@ -21,7 +22,7 @@ from qkpatch.cli.flags import (
     SourceArg,
     WriteFlags,
 )
-from qkpatch.errors import UsageError
+from qkpatch.errors import UsageError, refuse_warnings
 from qkpatch.output.options import Digest
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def apply(
     *,
     out: OutOpt = None,
     edit: EditFlags,
+    copy: CopyFlags,
     run: RunFlags,
     write: WriteFlags,
     publish: PushFlags,
@@ -49,22 +51,23 @@ def apply(
 ) -> None:
     """Write an edited copy of SOURCE to OUT, with a manifest of what was changed; or edit without a copy."""
     from qkpatch import api
-    from qkpatch.cli.console import note, print_text, show_warnings
+    from qkpatch.cli.console import end_strictly, note, print_text, show_warnings
     from qkpatch.cli.progress import bars
     from qkpatch.cli.tables import show_applied, show_edits
     from qkpatch.common.text import as_word, size_text
     from qkpatch.model.locate import local_path
     from qkpatch.planning.patch_file import read_patch
 
-    writing, request, wish = write.writing, edit.request, push_wish(publish)
+    writing, request, wish = write.writing(strict=show.strict), copy.over(edit.request), push_wish(publish)
     own = "--patch-only" if write.patch_only else "--in-place" if write.in_place else None
     if own is not None:
-        others = {**vars(writing), "no-cache": no_cache, "push": wish, "dry-run": dry_run}
-        others |= {"patch": write.patch, "in-place": write.in_place} if write.patch_only else {"out": out}
+        others = {**vars(writing), "no-cache": no_cache, "push": wish, "strict": False}
+        own_others = {"patch": write.patch, "in-place": write.in_place, "dry-run": dry_run}
+        others |= own_others if write.patch_only else {"out": out}
         others["digest"] = write.digest is Digest.files or (write.patch_only and write.digest is Digest.none)
         if wrong := [name.replace("_", "-") for name, given in others.items() if given]:
             raise UsageError(f"--{wrong[0]} does not go with {own}", where=own, fix="leave one of them out")
-        if write.in_place and (Path(source) / UNFINISHED).exists():
+        if write.in_place and not dry_run and (Path(source) / UNFINISHED).exists():
             note("An edit in place had been cut short: it is undone first")
             api.revert(source)
     if no_cache and local_path(source) is not None:
@@ -78,23 +81,27 @@ def apply(
     plan = api.plan(source, request, out=seen, writing=writing, cache=cache, patch=write.patch)
     if dry_run:
         publication = _foreseen(plan, wish, run)
-        preview(plan, out, run, show)
+        warnings = [*preview(plan, out, run, show, is_in_place=write.in_place)]
         if publication is not None:
             show_commit(publication, show)
+            warnings += publication.warnings
+        end_strictly(warnings, show)
         return
     say = (lambda _: None) if show.quiet else note
     if out is None and own is None:
         out = plan.default_out
         place = "in the current directory" if out.parent == Path() else "beside SOURCE"
         say(f"OUT is not named, so it is {out} {place}")
-    _foreseen(plan, wish, run)  # what is refused is refused before a download
+    publication = _foreseen(plan, wish, run)  # what is refused is refused before a download
+    if show.strict:
+        refuse_warnings([*plan.warnings, *(publication.warnings if publication is not None else ())])
     model = plan.model
     with bars(quiet=show.is_bare) as observer:
         how: dict[str, Any] = {**vars(run), "observer": observer}
         if write.in_place:
-            manifest = api.apply_in_place(plan, digest=write.digest, **how)
+            manifest = api.apply_in_place(plan, digest=write.digest, strict=show.strict, **how)
         elif write.patch_only:
-            out = api.make_patch(plan, out, **how)
+            out = api.make_patch(plan, out, strict=show.strict, **how)
             manifest = read_patch(out).manifest
         else:
             if model.source.path is None and not no_cache:
@@ -115,6 +122,8 @@ def apply(
     if wish is not None and out is not None:
         where = None if plan.model.source.kind == "hub" else source
         say(f"Published: {push_out(out, wish, where, plan.model.recipe_file, show)}")
+    if show.strict:  # what became known when all was done
+        refuse_warnings(manifest.run.weaker or ())
     # Last, so that stdout is one document: this, or an error.
     if show.as_json:
         print_text(manifest.dumps())

@@ -13,7 +13,7 @@ import typer
 
 from qkpatch.cli.command import command
 from qkpatch.cli.commands.publishing import push_out, push_wish
-from qkpatch.cli.flags import DebugOpt, OutArg, PushFlags, QuietOpt, ShowFlags, check_present
+from qkpatch.cli.flags import DebugOpt, OutArg, PushFlags, QuietOpt, ShowFlags, StrictOpt, check_present
 from qkpatch.common.text import as_word
 from qkpatch.errors import UsageError
 
@@ -46,6 +46,7 @@ def card(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With --push: do all but send.")] = False,
     write: Annotated[bool, typer.Option("--write", help="Put it in place of the card in OUT.")] = False,
     quiet: QuietOpt = False,
+    strict: StrictOpt = False,
     debug: DebugOpt = False,
 ) -> None:
     """Print the model card of OUT, or write it; with --push, verify OUT and publish it with the card.
@@ -62,11 +63,13 @@ def card(
     if write and wish is not None:
         raise UsageError("--push publishes a card of its own", where="--write", fix="leave one of them out")
     if wish is not None:
-        address = push_out(out, wish, source, recipe, ShowFlags(quiet=quiet), dry_run=dry_run)
+        address = push_out(out, wish, source, recipe, ShowFlags(quiet=quiet, strict=strict), dry_run=dry_run)
         print_text("" if address is None else f"{address}\n")
         return
-    if dry_run or source is not None or recipe is not None:
-        raise UsageError("--dry-run, --source and --recipe go with --push", fix="add --push org/name")
+    if dry_run or strict or source is not None or recipe is not None:
+        raise UsageError(
+            "--dry-run, --strict, --source and --recipe go with --push", fix="add --push org/name"
+        )
     if not write:
         _refuse_to_print_into(out / CARD_NAME)
     text = api.card(out, results, base_results, write=write)

@@ -28,7 +28,7 @@ def diff(
     Numbers are compared in the stored dtype; no config.json is needed. Exit codes: 0 all tensors, their metadata and
     all other files are equal, 1 something differs, 2 usage, 3 not a checkpoint that can be read, 4 I/O.
     """
-    from qkpatch.cli.console import output_width, print_json, print_markdown, print_text, verdict
+    from qkpatch.cli.console import output_width, print_json, print_markdown, print_told, verdict
     from qkpatch.cli.diff_text import text
     from qkpatch.cli.progress import bars
     from qkpatch.compare.diff import compare
@@ -48,4 +48,4 @@ def diff(
         elif markdown:
             print_markdown(f"qkpatch diff {a} {b}", text(result, a, b, 100))
         elif not quiet:
-            print_text(text(result, a, b, output_width()))
+            print_told(text(result, a, b, output_width()))

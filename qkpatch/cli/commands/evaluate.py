@@ -34,12 +34,14 @@ def evaluate(
     SOURCE is a checkpoint that transformers loads with its auto classes, or an adapter of peft.
     """
     from qkpatch import api
+    from qkpatch.cli.console import end_strictly
     from qkpatch.cli.progress import bars
 
     with bars(quiet=show.is_bare) as observer:
         how = {**vars(edit.request), "against": against or (), "out": out}
         result = api.evaluate(model, inputs, protocol, observer=observer, **how)
     _show(result, show)
+    end_strictly(result.warnings, show)
 
 
 @command
@@ -52,7 +54,7 @@ def tune(
     What a flag of the edit says is not searched. Exit code 1 where no setting is found better than its controls.
     """
     from qkpatch import api
-    from qkpatch.cli.console import note, verdict
+    from qkpatch.cli.console import end_strictly, note, verdict
     from qkpatch.cli.progress import bars
 
     with bars(quiet=show.is_bare) as observer:
@@ -63,6 +65,7 @@ def tune(
         _show(result, show)
         if (is_found or limits.anyway) and not show.is_bare:
             note(f"Wrote {out}{'' if is_found else ' (--anyway)'}")
+    end_strictly(result.warnings, show)
 
 
 def _show(result: Evaluation, show: ShowFlags) -> None:

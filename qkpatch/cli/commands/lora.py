@@ -10,6 +10,7 @@ import typer
 from qkpatch.adapters.modules import Runtime
 from qkpatch.cli.command import command
 from qkpatch.cli.flags import EditFlags, ForceOpt, OverwriteOpt, RunFlags, ShowFlags, expanded
+from qkpatch.errors import refuse_warnings
 from qkpatch.output.options import Writing
 
 
@@ -35,17 +36,21 @@ def lora(
 ) -> None:
     """Write the edit of SOURCE as a low-rank adapter in PEFT's layout, from its factors; SOURCE is only read."""
     from qkpatch import api
-    from qkpatch.cli.console import print_text, show_warnings
+    from qkpatch.cli.console import print_text, print_told, show_warnings
     from qkpatch.cli.progress import bars
     from qkpatch.publishing.card import loading, told
 
-    writing = Writing(overwrite=overwrite, force=force)
+    writing = Writing(overwrite=overwrite, force=force, strict=show.strict)
     how = {"recorded": recorded, "runtime": runtime, "max_rank": max_rank, "writing": writing, **vars(run)}
     with bars(quiet=show.is_bare) as observer:
         manifest = api.lora(source, out, edit.request, observer=observer, **how)
     if not show.quiet:
         show_warnings([*manifest.warnings, *(manifest.run.weaker or ())])
-    if show.as_json or not show.quiet:
+    if show.strict:  # what became known when all was done
+        refuse_warnings(manifest.run.weaker or ())
+    if show.as_json:
+        print_text(manifest.dumps())
+    elif not show.quiet:
         what = f"{len(manifest.edits)} module(s), {manifest.files[0].size:,} bytes; {told(manifest.edit)}"
         said = f"Wrote {out}: {what}\nLoad it with: {loading(manifest, str(out), source)}\n"
-        print_text(manifest.dumps() if show.as_json else said)
+        print_told(said)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,11 +10,23 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qkpatch.cli.command import command
-from qkpatch.cli.flags import EditFlags, MarkdownOpt, OutOpt, RunFlags, ShowFlags, SourceArg
+from qkpatch.cli.flags import (
+    CopyFlags,
+    EditFlags,
+    InPlaceOpt,
+    MarkdownOpt,
+    OutOpt,
+    RunFlags,
+    ShowFlags,
+    SourceArg,
+)
+from qkpatch.errors import UsageError
 from qkpatch.output.options import Writing
 from qkpatch.planning.request import check_device_name
 
 if TYPE_CHECKING:
+    from qkpatch.patches.in_place import Foreseen
+    from qkpatch.planning.costs import Costs
     from qkpatch.planning.plan import EditPlan
 
 
@@ -23,47 +36,63 @@ def plan(
     *,
     out: OutOpt = None,
     edit: EditFlags,
+    copy: CopyFlags,
     run: RunFlags,
     show: ShowFlags,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="OUT may be an earlier output.")] = False,
+    in_place: InPlaceOpt = False,
     markdown: MarkdownOpt = False,
 ) -> None:
-    """Show what `apply` would do, from headers alone: tensors, heads, bytes, disk and memory."""
+    """Show what `apply` would do, from headers alone: tensors, heads, bytes, disk, memory and time."""
     from qkpatch import api
+    from qkpatch.cli.console import end_strictly
 
     check_device_name(run.device)
-    made = api.plan(source, edit.request, out=out, writing=Writing(overwrite=overwrite))
-    preview(made, out, run, show, is_markdown=markdown)
+    if in_place and (out is not None or overwrite):
+        what = f"{'--overwrite' if out is None else '--out'} does not go with --in-place"
+        raise UsageError(what, where="--in-place", fix="leave one of them out")
+    made = api.plan(source, copy.over(edit.request), out=out, writing=Writing(overwrite=overwrite))
+    warnings = preview(made, out, run, show, is_in_place=in_place, is_markdown=markdown)
+    end_strictly(warnings, show)
 
 
 def preview(
-    plan: EditPlan, out: Path | None, run: RunFlags, show: ShowFlags, *, is_markdown: bool = False
-) -> None:
-    """Show a plan of which OUT would be ``out``, and what it would cost as ``run`` says."""
+    plan: EditPlan, out: Path | None, run: RunFlags, show: ShowFlags, *,
+    is_in_place: bool = False, is_markdown: bool = False,
+) -> Sequence[str]:  # fmt: skip
+    """Show a plan of which OUT would be ``out``, and what it would cost as ``run`` says; returns its warnings."""
+    from qkpatch import api
     from qkpatch.cli.console import print_text, show_warnings
     from qkpatch.cli.tables import show_plan
     from qkpatch.common.json_text import canonical_json
-    from qkpatch.output.space import free_bytes
+    from qkpatch.planning.costs import costs_of
     from qkpatch.planning.manifest import planned_manifest
-    from qkpatch.planning.memory import choose_threads, peak_memory
 
-    n_tensors = len(plan.model.checkpoint.tensors)
-    n_threads = choose_threads(run.threads, plan.head_memory, n_tensors)
-    costs = {
-        "output_bytes": plan.output_bytes,
-        "edited_bytes": plan.edited_bytes,
-        "expected_peak_memory_bytes": peak_memory(n_threads, plan.head_memory, n_tensors),
-        "threads": n_threads,
-    }
-    free_disk = free_bytes(plan.default_out if out is None else out)
-    if free_disk is not None:
-        costs["free_disk_bytes"] = free_disk
-    if out is None and free_disk is not None and free_disk < plan.output_bytes:
-        what = f"OUT takes {plan.output_bytes:,} bytes, and {free_disk:,} are free here"
-        plan = replace(plan, warnings=(*plan.warnings, f"{what}: choose a place with -o"))
+    foreseen = api.foresee_in_place(plan) if is_in_place else None
+    if foreseen is not None:
+        plan = replace(plan, is_done=foreseen.is_done)
+    place = foreseen.undo if foreseen is not None else plan.default_out if out is None else out
+    undo_bytes = None if foreseen is None else foreseen.undo_bytes
+    costs = costs_of(plan, place, run.device, run.threads, undo_bytes)
+    if out is None and (lack := _lack_of_room(plan, foreseen, costs)) is not None:
+        plan = replace(plan, warnings=(*plan.warnings, lack))
     if not show.quiet and not is_markdown:
         show_warnings(plan.warnings)
     if show.as_json:
-        print_text(canonical_json({**planned_manifest(plan, run.device).to_json(), "costs": costs}))
+        print_text(canonical_json({**planned_manifest(plan, run.device).to_json(), "costs": costs.to_json()}))
     elif not show.quiet:
-        show_plan(plan, costs, is_markdown=is_markdown)
+        show_plan(plan, costs, foreseen, is_markdown=is_markdown)
+    return plan.warnings
+
+
+def _lack_of_room(plan: EditPlan, foreseen: Foreseen | None, costs: Costs) -> str | None:
+    """What is missing where nobody chose the place; None where there is room."""
+    what, needed, fix = "OUT takes", plan.output_bytes, "choose a place with -o"
+    if foreseen is not None:
+        what, needed, fix = "meanwhile it takes", foreseen.room, "free some, or edit a copy: -o OUT"
+    free = costs.free_disk_bytes
+    return (
+        None
+        if free is None or free >= needed
+        else f"{what} {needed:,} bytes, and {free:,} are free here: {fix}"
+    )

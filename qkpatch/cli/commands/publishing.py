@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from qkpatch.cli.console import show_warnings
 from qkpatch.cli.flags import PushFlags, ShowFlags
-from qkpatch.errors import UsageError
+from qkpatch.errors import UsageError, refuse_warnings
 
 if TYPE_CHECKING:
     from qkpatch.publishing.commit_plan import Publication, Wish
@@ -37,6 +37,8 @@ def push_out(
 
     def decide(publication: Publication) -> bool:
         show_commit(publication, show)
+        if show.strict:
+            refuse_warnings(publication.warnings)
         return not dry_run
 
     from qkpatch.cli.progress import bars

@@ -31,7 +31,7 @@ def recipes(
     `check` tells what matched and what did not. For a family it does not know it names the command that would do, or
     prints a draft recipe on stdout, and the explanation on stderr. Exit 0 where exactly one recipe fits, else 3.
     """
-    from qkpatch.cli.console import output_width, print_json, print_text
+    from qkpatch.cli.console import output_width, print_json, print_text, print_told
     from qkpatch.errors import UsageError
     from qkpatch.recipes.catalogue import CHECK, get_recipe, is_recipe_file, recipe_text, shipped_recipes
     from qkpatch.recipes.descriptions import is_about, recipe_table
@@ -49,11 +49,11 @@ def recipes(
     elif is_one:
         print_text(recipe_text(name))
     else:
-        print_text(recipe_table(chosen, output_width()))
+        print_told(recipe_table(chosen, output_width()))
 
 
 def _check(source: str, *, as_json: bool) -> NoReturn:
-    from qkpatch.cli.console import note, output_width, print_json, print_text, verdict
+    from qkpatch.cli.console import note, output_width, print_json, print_text, print_told, verdict
     from qkpatch.diagnosis.diagnose import diagnose
     from qkpatch.diagnosis.explain import explanation
 
@@ -62,7 +62,7 @@ def _check(source: str, *, as_json: bool) -> NoReturn:
         if as_json:
             print_json(diagnosis.to_json())
         elif diagnosis.draft is None:
-            print_text(explanation(diagnosis, output_width()))
+            print_told(explanation(diagnosis, output_width()))
         else:
             # So that `> draft.yaml` makes a file that can be used.
             for line in explanation(diagnosis, output_width(stderr=True)).split("\n"):

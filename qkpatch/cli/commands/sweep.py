@@ -42,7 +42,9 @@ def sweep(
     if show.as_json and as_csv:
         raise UsageError("one of --json and --csv", fix="drop the other")
     with bars(quiet=show.is_bare) as observer:
-        done = api.sweep(source, grid, out, form=form, many=yes, **vars(run), observer=observer)
+        done = api.sweep(
+            source, grid, out, form=form, many=yes, strict=show.strict, **vars(run), observer=observer
+        )
     if not show.quiet:
         show_warnings(done.warnings)
     if show.as_json:

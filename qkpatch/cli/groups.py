@@ -1,0 +1,66 @@
+"""Groups of flags as Typer sees them: each field an option, below the heading of its group."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from copy import copy
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import Annotated, Any, cast, get_args, get_type_hints
+
+import typer
+
+
+def _with_help(hint: Any, field: Field[Any]) -> Any:
+    """The hint of a field that says itself what it is for."""
+    name, text = f"--{field.name.replace('_', '-')}", field.metadata.get("help")
+    return hint if text is None else Annotated[hint, typer.Option(name, help=text)]
+
+
+def _drawn(hint: Any, panel: str | None) -> Any:
+    """An option as ``--help`` shows it: below the heading of its group; of a flag, no type."""
+    kind, *said = get_args(hint) or (hint,)
+    said = [copy(one) for one in said]
+    for one in said:
+        if isinstance(one, typer.models.OptionInfo):
+            one.rich_help_panel = panel
+            if kind is bool:
+                one.metavar = ""
+    return Annotated[(kind, *said)] if said else hint
+
+
+def spread(
+    function: Callable[..., Any],
+) -> tuple[inspect.Signature, Callable[[dict[str, Any]], dict[str, Any]]]:
+    """What Typer is to see of a command: each group of flags as its fields; and how to put the groups together."""
+    hints = get_type_hints(function, include_extras=True)
+    shown: list[inspect.Parameter] = []
+    groups: dict[str, type[Any]] = {}
+    for parameter in inspect.signature(function).parameters.values():
+        hint = hints[parameter.name]
+        if not is_dataclass(hint):
+            kind = inspect.Parameter.KEYWORD_ONLY
+            shown.append(parameter.replace(annotation=_drawn(hint, None), kind=kind))
+            continue
+        groups[parameter.name] = cast("type[Any]", hint)
+        panel = groups[parameter.name].__name__.removesuffix("Flags")
+        inner = get_type_hints(hint, include_extras=True)
+        kind = inspect.Parameter.KEYWORD_ONLY
+        shown += [
+            inspect.Parameter(
+                field.name,
+                kind,
+                default=inspect.Parameter.empty if field.default is MISSING else field.default,
+                annotation=_drawn(_with_help(inner[field.name], field), panel),
+            )
+            for field in fields(hint)
+        ]
+
+    def gathered(given: dict[str, Any]) -> dict[str, Any]:
+        made = {}
+        for name, group in groups.items():
+            said = {field.name: given.pop(field.name) for field in fields(group) if field.name in given}
+            made[name] = group(**said)
+        return {**given, **made}
+
+    return inspect.Signature(shown), gathered
