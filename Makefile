@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: all check docs pictures format test test-hub-floor hub-bytes fixtures demo toy evidence smoke fuzz stress bench clean
+.PHONY: all check docs site pictures format test test-floor test-hub-floor hub-bytes fixtures demo toy evidence smoke fuzz stress bench clean
 all: check test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -19,10 +19,16 @@ check: $(STAMP)  ## format, lint, types, and pages that are stale; changes nothi
 	$(BIN)/python -m scripts.docs --check
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-actions action.yml
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.citation-file-format CITATION.cff
+	! test -x $(BIN)/hadolint || $(BIN)/hadolint Dockerfile  # there is no package of it for every machine
 
 docs: $(STAMP)  ## the pages that a program writes: commands, models, the README's picture, the evidence's report
 	$(BIN)/python -m scripts.docs
+
+site: $(STAMP)  ## the documentation as a site, build/site; a link that leads nowhere is an error. Python 3.11 or newer
+	$(BIN)/python -m scripts.site build
+	$(BIN)/zensical build --strict --config-file build/zensical.toml
 
 pictures: $(STAMP) fixtures  ## the README's pictures of the report page; takes Chromium
 	$(BIN)/python -m scripts.docs.pictures
@@ -80,6 +86,21 @@ STRESS ?=
 stress: $(STAMP)  ## attacks at the borders, then kills, faults and races, ROUNDS times those of `make test`; 50 take an hour
 	$(BIN)/python -m pytest -n auto -m stress $(STRESS) || test $$? -eq 5  # pytest's word for: none selected
 	QKPATCH_ROUNDS=$(ROUNDS) QKPATCH_SEED=$(SEED) $(BIN)/python -m pytest tests/promises/test_faults.py $(STRESS)
+
+# The oldest, and the newest, version of each dependency that pyproject.toml allows: in folders that Python looks in first.
+FLOORS := .cache/floor .cache/newest
+
+.cache/floor/.installed .cache/newest/.installed: pyproject.toml | $(STAMP)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --no-warn-conflicts --target $(@D) \
+	    $$($(BIN)/python -m scripts.floors $(if $(filter .cache/newest/%,$@),--newest))
+	touch $@
+
+test-floor: $(STAMP) $(FLOORS:=/.installed)  ## a few tests, with the oldest and the newest of every dependency but torch
+	for folder in $(FLOORS); do \
+	    QKPATCH_FLOOR=$$(basename $$folder) QKPATCH_TEST_HUB_PATH=$(CURDIR)/$$folder PYTHONPATH=$(CURDIR)/$$folder \
+	        $(BIN)/python -m pytest -q -m floor || exit 1; \
+	done
 
 # The oldest huggingface_hub that pyproject.toml allows: in a folder of its own, which the tested processes look in first.
 HUB_FLOOR := .cache/hub-floor

@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
 # Builds the wheel, installs it alone in a fresh environment, and runs it outside the repository:
 # a missing runtime dependency or a recipe left out of the wheel shows here and nowhere else.
-#   scripts/smoke.sh [PYTHON]
+#   scripts/smoke.sh [PYTHON [WHEEL]]
 set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 "${1:-python3}" -m venv "$work/venv"
-"$work/venv/bin/pip" wheel --quiet --no-deps --wheel-dir "$work" "$repo"
+if [ -n "${2-}" ]; then
+    cp "$2" "$work"
+else
+    "$work/venv/bin/pip" wheel --quiet --no-deps --wheel-dir "$work" "$repo"
+fi
 "$work/venv/bin/pip" install --quiet --constraint "$repo/constraints.txt" "$work"/qkpatch-*.whl
 cd "$work"
 venv/bin/qkpatch --version

@@ -48,7 +48,7 @@ class Subject:
         Raises:
             UsageError: a library is not installed, or there is no such device.
             UnsupportedError: code of its own, no image processor, or a model of text alone.
-            CheckpointError: transformers cannot load it.
+            CheckpointError: transformers cannot load it, or not all of it.
         """
         where, transformers = choose_device(device), library("transformers")
         library("PIL")
@@ -57,11 +57,15 @@ class Subject:
         try:
             processor = transformers.AutoProcessor.from_pretrained(places[-1], **options)
             auto = transformers.AutoModelForImageTextToText
-            model = auto.from_pretrained(places[-1], dtype="auto", **options)
+            model, found = auto.from_pretrained(places[-1], dtype="auto", output_loading_info=True, **options)
             if len(places) > 1:
                 model = library("peft", "pip install peft").PeftModel.from_pretrained(model, places[0])
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise _not_loaded(name, error) from error
+        if missing := sorted(found["missing_keys"]):  # transformers draws them at random, and goes on
+            what = f"transformers found no {some(missing)} in it"
+            fix = "use the version that saved it, config.json's transformers_version, or a newer one"
+            raise CheckpointError(what, where=name, fix=fix)
         if getattr(processor, "image_processor", None) is None:
             fix = "copy preprocessor_config.json from the model that it comes from; a text model sees no pictures"
             raise UnsupportedError("it has no image processor", where=name, fix=fix)

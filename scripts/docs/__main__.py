@@ -15,11 +15,14 @@ from pathlib import Path
 os.environ["TYPER_USE_RICH"] = "0"
 os.environ["COLUMNS"] = "100"
 
-from scripts.docs import commands, models, picture, report
+from scripts.docs import api, commands, documented, models, picture, report
+from scripts.docs.errors import page as errors
 
 REPO = Path(__file__).resolve().parent.parent.parent
 PAGES: dict[str, Callable[[Path], str]] = {
+    "docs/api.md": api.page,
     "docs/cli.md": commands.page,
+    "docs/errors.md": errors.page,
     "docs/models.md": models.page,
     "docs/spectrum.svg": picture.page,
     "docs/evidence/report.md": report.page,
@@ -27,12 +30,15 @@ PAGES: dict[str, Callable[[Path], str]] = {
 
 
 def main() -> int:
-    """Write or check the pages; 1 when one is stale."""
+    """Write or check the pages; 1 when one is stale, or what a user may say is told nowhere."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.docs", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--check", action="store_true", help="change nothing; 1 where a page is stale")
     is_check = parser.parse_args().check
+    if missing := documented.undocumented(REPO):
+        print("not documented:", *missing, sep="\n  ", file=sys.stderr)
+        return 1
     stale = []
     for name, page in PAGES.items():
         path, fresh = REPO / name, page(REPO)

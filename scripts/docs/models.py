@@ -40,8 +40,9 @@ def page(repo: Path) -> str:
     ]
     return joined([
         "# Models",
-        f"{len(recipes)} families, each a YAML file in [configs/](../configs). A recipe is chosen from `config.json` "
-        "and the tensor names; it knows the Hub's names and those of newer or older transformers versions. "
+        f"{len(recipes)} families, each a YAML file in [configs/](../configs/README.md). A recipe is chosen from "
+        "`config.json` and the tensor names; it knows the Hub's names and those of newer or older transformers "
+        "versions. "
         "`qkpatch recipes check SOURCE` says which one fits a checkpoint. Around a language model that one of them "
         "describes it says how to edit an unknown class; for others it drafts a recipe with open places: see "
         "[how to add a family](../configs/README.md).",

@@ -234,6 +234,7 @@ def test_without_torch_one_is_told_how_to_get_it_before_anything_is_written(
     for arguments in (
         ("apply", tiny.path, "-o", tmp_path / "new" / "out"),
         ("inspect", tiny.path),
+        ("lora", tiny.path, "-o", tmp_path / "new" / "adapter"),
         ("diff", tiny.path, out),
         ("verify", out, "--source", tiny.path),
     ):

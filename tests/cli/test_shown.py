@@ -175,6 +175,7 @@ def test_what_the_hub_says(hub: FakeHub, tmp_path: Path) -> None:
     assert "ok forged" in check(result)  # it is told, on the line of the error
 
 
+@pytest.mark.floor
 def test_what_the_command_line_itself_is(tiny: Tiny) -> None:
     for words in (
         ["plan", tiny.path, f"--{ALL}"],

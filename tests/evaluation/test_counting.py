@@ -229,6 +229,7 @@ def test_a_protocol_that_is_none_is_refused(given: dict[str, Any], where: str) -
 # -------- statistics
 
 
+@pytest.mark.floor
 def test_a_paired_interval_is_that_of_the_mean_difference() -> None:
     rng = np.random.default_rng(3)
     a, b = rng.random((2, 400))

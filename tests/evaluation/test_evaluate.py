@@ -149,6 +149,7 @@ def test_a_chat_template_is_used_where_there_is_one(
     subject.check(short)
 
 
+@pytest.mark.floor
 def test_an_edit_in_memory_is_what_apply_writes(run: Run, album: Path, tmp_path: Path) -> None:
     flags = ("--layers", "2-6", "--modes", 2, "--alpha", 0.2)
     assert run("apply", TOY, "-o", tmp_path / "out", *flags).exit_code == 0
@@ -317,6 +318,7 @@ def test_another_run_does_not_write_over_the_result_of_the_first(
 
 
 @pytest.mark.parametrize("broken", ["empty", "cut short", "text", "bomb"])
+@pytest.mark.floor
 def test_a_picture_that_cannot_be_read_is_named(broken: str, run: Run, album: Path, tmp_path: Path) -> None:
     shutil.copytree(album, tmp_path / "album")
     picture = tmp_path / "album" / "pictures" / "0007.png"
@@ -461,6 +463,23 @@ def test_a_model_that_computes_nan_is_told_so(run: Run, album: Path, tmp_path: P
     result = run("evaluate", toy, *given(album, "--sample", 4))
     assert result.exit_code == 3, result.output
     assert "computes NaN" in result.output
+
+
+def test_a_model_of_which_transformers_would_draw_a_part_is_refused(
+    run: Run, album: Path, tmp_path: Path
+) -> None:
+    toy = _toy(tmp_path)
+    tensors = load_file(toy / "model.safetensors")
+    norm = tensors.pop("language_model.model.norm.weight")
+    save_file(
+        {**tensors, "language_model.model.other_norm.weight": norm},
+        toy / "model.safetensors",
+        {"format": "pt"},
+    )
+    result = run("evaluate", toy, *given(album, "--sample", 4))
+    assert result.exit_code == 3, result.output
+    assert "transformers found no" in result.output
+    assert "norm.weight" in result.output
 
 
 def test_an_adapter_is_evaluated_with_its_model_and_not_edited(run: Run, album: Path, tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ def test_the_processes_run_the_version_that_is_to_be_tested(home: Path) -> None:
 # -------- what arrives
 
 
+@pytest.mark.floor
 def test_a_repository_is_patched_exactly_as_its_directory_is(
     hub: FakeHub, published: Repo, home: Path, tmp_path: Path, run: Callable[..., Result]
 ) -> None:
@@ -252,6 +253,7 @@ def test_a_default_repository_that_is_gated_is_said_to_be(
     assert_explains(result.returncode, result.stderr, result.stdout, "gated", repo, "HF_TOKEN")
 
 
+@pytest.mark.floor
 def test_an_unknown_revision_is_an_error_with_a_way_out(hub: FakeHub, published: Repo, home: Path) -> None:
     result = run_qkpatch(hub_environment(hub.endpoint, home), "plan", "org/tiny@nowhere")
     assert_explains(result.returncode, result.stderr, result.stdout, "no such branch", "org/tiny@nowhere")

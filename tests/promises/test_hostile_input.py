@@ -136,6 +136,7 @@ class TestConfig:
             ("layers: []", "must not be empty"),
         ],
     )
+    @pytest.mark.floor
     def test_yaml_that_would_be_read_as_something_else(
         self, text: str, message: str, tiny: Tiny, run
     ) -> None:

@@ -1,0 +1,1 @@
+"""The page of errors, written from the source of the package."""
