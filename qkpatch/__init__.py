@@ -5,6 +5,7 @@ The rooms, from the surface down; imports only run downwards, as ``tests/test_ar
 
 * ``cli``         parses, calls the api, shows;
 * ``api``         the library: one function for what each command does;
+* ``cluster``     one OUT by several machines: parts, and what publishes them;
 * ``sweeps``      many edits from one read: the grid, figures, what evaluates them;
 * ``adapters``    the edit as a low-rank adapter, beside the checkpoint;
 * ``compare``     proof and difference: ``verify``, ``diff``, what may be replaced, what may be published;
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from qkpatch.api import card as card
     from qkpatch.api import diff as diff
     from qkpatch.api import evaluate as evaluate
+    from qkpatch.api import finish as finish
     from qkpatch.api import lora as lora
     from qkpatch.api import make_patch as make_patch
     from qkpatch.api import patch_model as patch_model
@@ -49,8 +51,8 @@ if TYPE_CHECKING:
     from qkpatch.api import verify as verify
 
 _CALLS = (
-    "apply", "apply_in_place", "card", "diff", "evaluate", "lora", "make_patch", "patch_model", "patched", "plan",
-    "recipe_for", "revert", "spectra", "sweep", "tune", "verify",
+    "apply", "apply_in_place", "card", "diff", "evaluate", "finish", "lora", "make_patch", "patch_model", "patched",
+    "plan", "recipe_for", "revert", "spectra", "sweep", "tune", "verify",
 )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qkpatch.adapters.lora import lora
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import Present
+from qkpatch.cluster.finish import finish
 from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.errors import HubError, UsageError, refuse_warnings
 from qkpatch.evaluation import evaluate as evaluate
@@ -91,8 +92,7 @@ def plan(
     access = Access.ranges if cache else Access.no_cache
     plan_it = make_plan if patch is None else read_patch(Path(patch)).plan
     made = plan_it(str(source), request, access)
-    # Refuses what the record of the edit could not say, such as a broken record in SOURCE.
-    planned_manifest(made, "")
+    planned_manifest(made, "")  # which refuses what no record could say, such as a broken one in SOURCE
     if out is None:
         return made
     from qkpatch.compare.overwrite import standing
@@ -115,6 +115,7 @@ def apply(
     cache: bool = True,
     observer: Observer = UNSEEN,
     writing: Writing | None = None,
+    part: tuple[int, int] | None = None,
     **how: Any,
 ) -> Manifest:
     """Write the edited checkpoint and return its manifest, ``OUT/qkpatch.json``.
@@ -129,9 +130,9 @@ def apply(
         threads: heads that are computed side by side; by default processors, within 450 MiB.
         cache: of the Hub: download into the Hub cache first; else straight into OUT.
         observer: hears of progress, from any thread.
-        writing: how OUT is written; in its place, its fields by keyword: ``overwrite``, ``force``, ``resume``,
-            ``digest``, ``link``, ``link_cache``, ``strict``.
-        **how: the fields of ``writing``.
+        writing: how OUT is written; in its place, its fields by keyword.
+        part: ``(i, N)``: write this share of OUT alone, of which the manifest is, for :func:`finish` to join.
+        **how: of ``writing``: ``overwrite``, ``force``, ``resume``, ``digest``, ``link``, ``link_cache``, ``strict``.
 
     Raises:
         UsageError: OUT cannot be written, or holds what qkpatch did not write; there is no such device.
@@ -140,31 +141,32 @@ def apply(
         NumericalError: NaN or Inf, or a tensor that the edit would leave as it was.
         WarnedError: there is a warning, and ``strict``.
     """
+    from qkpatch.cluster.part import apply_part
+    from qkpatch.cluster.share import check_part, share_of
     from qkpatch.compare.overwrite import check_fits, standing
     from qkpatch.patching.apply import apply_plan, check_run
 
     writing = Writing(**how) if writing is None else writing
+    is_remote = plan.model.source.path is None
+    mine = None if part is None else check_part(part, writing, is_straight=is_remote and not cache)
     check_device_name(device)
-    if writing.strict:
-        refuse_warnings(plan.warnings)
-    # What is refused is refused before a download.
+    refuse_warnings(plan.warnings if writing.strict else ())
     n_threads = choose_threads(threads, plan.head_memory, len(plan.model.checkpoint.tensors))
     place = plan.default_out if out is None else Path(out)
-    found = standing(place, plan, writing, observer)
+    found = standing(place, plan, writing, observer, is_whole=False)
     if isinstance(found, Manifest):
         return found
+    check_fits(place, share_of(plan, mine), writing)
     check_run(plan, device, n_threads)
-    is_remote = plan.model.source.path is None
     if is_remote and cache:
         plan = _downloaded(plan, observer)
-        check_fits(place, plan, writing)
+        check_fits(place, share_of(plan, mine), writing)
     if plan.patch is not None:
         plan.patch.check_source(plan)
+    run: dict[str, Any] = {"observer": observer, "device": device, "threads": n_threads, "writing": writing}
     n_heads = len(plan.edits) * len(plan.settings.heads)
     observer.begins("download" if is_remote and not cache else "copy", plan.output_bytes, n_heads)
-    return apply_plan(
-        plan, place, observer=observer, device=device, threads=n_threads, writing=writing, replaced=found
-    )
+    return apply_part(plan, place, mine, **run) if mine else apply_plan(plan, place, replaced=found, **run)
 
 
 def _downloaded(plan: EditPlan, observer: Observer) -> EditPlan:
@@ -342,6 +344,6 @@ def patched(
 
 
 __all__ = (
-    "apply", "apply_in_place", "card", "diff", "evaluate", "lora", "make_patch", "patch_model", "patched", "plan",
-    "recipe_for", "revert", "spectra", "sweep", "tune", "verify",
+    "apply", "apply_in_place", "card", "diff", "evaluate", "finish", "lora", "make_patch", "patch_model", "patched",
+    "plan", "recipe_for", "revert", "spectra", "sweep", "tune", "verify",
 )  # fmt: skip

@@ -17,13 +17,14 @@ PACKAGE = ROOT / "qkpatch"
 ARROWS = {
     "__main__": {"cli"},
     "cli": {
-        "api", "sweeps", "adapters", "compare", "evaluation", "diagnosis", "reports", "publishing", "patching",
-        "planning", "model", "recipes", "output", "hub", "checkpoint", "spectral", "common", "errors",
+        "api", "cluster", "sweeps", "adapters", "compare", "evaluation", "diagnosis", "reports", "publishing",
+        "patching", "planning", "model", "recipes", "output", "hub", "checkpoint", "spectral", "common", "errors",
     },
     "api": {
-        "sweeps", "adapters", "compare", "evaluation", "publishing", "patches", "patching", "planning", "model",
-        "output", "checkpoint", "common", "errors",
+        "cluster", "sweeps", "adapters", "compare", "evaluation", "publishing", "patches", "patching", "planning",
+        "model", "output", "checkpoint", "common", "errors",
     },
+    "cluster": {"compare", "patching", "planning", "output", "checkpoint", "common", "errors"},
     "sweeps": {
         "adapters", "compare", "patches", "reports", "patching", "planning", "model", "recipes", "output", "checkpoint",
         "spectral", "common", "errors",
@@ -59,6 +60,7 @@ ONLY_IN = {
     "yaml": {"common"},
     "huggingface_hub": {"hub", "checkpoint.cache"},
     "safetensors": {"compare.byte_by_byte"},
+    "ray": {"cluster.on_ray"},
     "torch": {"spectral", "patching", "compare.values", "adapters.factors", "evaluation.subject"},
     "numpy": {"evaluation"},
     "matplotlib": {"reports.plot"},

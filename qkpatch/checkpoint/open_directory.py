@@ -203,6 +203,18 @@ class Rooted:
                 with suppress(OSError):
                     self.remove(name, status)
 
+    def remove_tree(self, name: str) -> None:
+        """Remove what has a name directly in the directory, and all below it.
+
+        Raises:
+            FileSystemError: something of it stays.
+        """
+        status = self.status(name)
+        if status is not None and stat.S_ISDIR(status.st_mode):
+            with Rooted(self.path / name, within=self, name=name) as inner:
+                inner.clear()
+        self.discard(name)
+
     def walk(self, skip: Collection[str] = ()) -> Iterator[tuple[str, os.stat_result]]:
         """Everything below but what is in ``skip``, directories before what is in them; links are told, not followed.
 

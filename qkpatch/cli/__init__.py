@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import qkpatch
-from qkpatch.cli.commands.apply import apply
+from qkpatch.cli.commands.apply import apply, finish
 from qkpatch.cli.commands.card import card
 from qkpatch.cli.commands.diff import diff
 from qkpatch.cli.commands.doctor import doctor
@@ -77,7 +77,7 @@ def root(
 
 
 for _command in (
-    apply, revert, plan, inspect, lora, sweep, verify, diff, recipes, card, evaluate, tune, doctor,
+    apply, finish, revert, plan, inspect, lora, sweep, verify, diff, recipes, card, evaluate, tune, doctor,
 ):  # fmt: skip
     app.command()(_command)
 

@@ -249,6 +249,28 @@ class WriteFlags:
 
 
 @dataclass(frozen=True)
+class ClusterFlags:
+    """How several machines share the work."""
+
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Write this share of OUT alone, 3/8, for `qkpatch finish`; auto, or auto/8: as the scheduler says.",
+            show_default=False,
+        ),
+    ] = None
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Have Ray write all parts, and finish: its address, auto, or local; --part 8 says how many.",
+            show_default=False,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
 class PushFlags:
     """What is published, and where."""
 

@@ -120,7 +120,7 @@ def recompute(
     except NumericalError as error:
         found.append(Mismatch(MANIFEST_NAME, f"its edit cannot be made on SOURCE: {error}"))
     else:
-        said = numerical_warnings(made, plan) if stack == "same" else []
+        said = numerical_warnings(made, plan.settings.rule_of) if stack == "same" else []
         unsaid = [warning for warning in said if warning not in manifest.warnings]
         found += [Mismatch(MANIFEST_NAME, f"warnings leave out: {warning}") for warning in unsaid]
     return Arithmetic(sum(len(r.heads) for r in made), stack, n_values, tuple(arbitrary)), found

@@ -113,6 +113,11 @@ class StagedFiles:
         """Note that a file is done: whoever touches it from here on is noticed, so later digests are of these bytes."""
         self._done[name] = FileId.of(status)
 
+    @property
+    def times(self) -> dict[str, int]:
+        """The files that are done, and their ``mtime_ns``."""
+        return {name: done.mtime_ns for name, done in self._done.items()}
+
     def check(self, directories: Collection[str]) -> None:
         """Every file that was done is there as it was, and nothing else.
 

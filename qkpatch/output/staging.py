@@ -5,6 +5,8 @@ one file system; it holds the journal and ``files``, the directory that becomes 
 one of ours. Nobody but its owner may enter it, and it is used by descriptor: whoever renames it, or puts another in
 its place, redirects nothing. Its owner holds a lock on it, which the kernel drops when the process dies in any way.
 The next run for the same OUT takes over or removes an unlocked one, if it is the caller's and plainly qkpatch's.
+In a directory that several machines share, a lock proves nothing between them (NFS may be mounted with locks of its
+own): there a machine looks only at what it has left itself, which its name says.
 What a file system cannot do (locks, modes, syncing directories, exchanging names) is done without, and told.
 """
 
@@ -13,7 +15,9 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import hashlib
 import os
+import platform
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator
@@ -45,10 +49,20 @@ class Staging:
     room: Rooted  # the staging directory itself
     files: Rooted  # what becomes OUT
 
-    def __init__(self, out: Path, resume: str | None = None, mode: int = 0o777) -> None:
-        """Name a new one; ``resume`` is the fingerprint of the run whose leftovers are taken over."""
+    def __init__(
+        self, out: Path, resume: str | None = None, mode: int = 0o777, shared: Rooted | None = None
+    ) -> None:
+        """Name a new one.
+
+        Args:
+            out: what it becomes.
+            resume: the fingerprint of the run whose leftovers are taken over.
+            mode: of OUT.
+            shared: OUT's parent, where several machines write to it.
+        """
         self.out = destination_path(out)
-        self.path = self.out.with_name(f".{out.name}.qkpatch-{secrets.token_hex(4)}")
+        self._shared, self._tag = shared, "" if shared is None else f"{_machine()}-"
+        self.path = self.out.with_name(f".{out.name}.qkpatch-{self._tag}{secrets.token_hex(4)}")
         self._resume, self._mode = resume, mode | 0o700
         self._is_held = self.is_kept = False
         self.lacks: dict[str, None] = {}  # which promises are weaker, since the file system cannot keep them
@@ -59,7 +73,8 @@ class Staging:
         try:
             with os_errors("create a directory", self.out.parent):
                 self.out.parent.mkdir(parents=True, exist_ok=True)
-            self._parent = Rooted(self.out.parent)
+            name = "." if self._shared is not None else ""
+            self._parent = Rooted(self.out.parent, within=self._shared, name=name)
             with os_errors("look for stale staging directories", self.out.parent):
                 self._take_over()
             with os_errors("create the staging directory", self.path):
@@ -75,7 +90,9 @@ class Staging:
 
     def _take_over(self) -> None:
         """Of what dead runs left, hold that of this plan in which most is done; the rest is removed."""
-        done = {room: journal.done_bytes(room, self._resume) for room in _stale(self._parent, self.out)}
+        done = {
+            room: journal.done_bytes(room, self._resume) for room in _stale(self._parent, self.out, self._tag)
+        }
         for room in sorted(done, key=done.__getitem__, reverse=True):
             if done[room] >= 0 and not self._is_held:
                 self.path, self.room, self._is_held = room.path, room, True
@@ -224,9 +241,26 @@ class Staging:
         return UsageError(what, where=str(self.out), fix="is another qkpatch writing to it?")
 
 
-def _stale(parent: Rooted, out: Path) -> Iterator[Rooted]:
+def _machine() -> str:
+    """The running system, in eight letters: within it, and nowhere else, a lock that can be had has no owner."""
+    boot = ""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8")
+    return hashlib.sha256(f"{platform.node()} {boot}".encode()).hexdigest()[:8]
+
+
+def clear_shared(parent: Rooted, out: Path) -> None:
+    """Remove what any machine left of a shared ``out``, once that is published: nobody can need it."""
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.qkpatch-[0-9a-f]{{8}}-[0-9a-f]{{8}}")
+    for name in filter(pattern.fullmatch, parent.names()):
+        with suppress(FileSystemError), Rooted(parent.path / name, within=parent, name=name) as room:
+            if _is_ours(room):
+                parent.remove_tree(name)
+
+
+def _stale(parent: Rooted, out: Path, tag: str = "") -> Iterator[Rooted]:
     """Staging directories for ``out`` whose owner is dead, each open, and locked by us from here on."""
-    pattern = re.compile(rf"\.{re.escape(out.name)}\.qkpatch-[0-9a-f]{{8}}")
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.qkpatch-{tag}[0-9a-f]{{8}}")
     for name in filter(pattern.fullmatch, parent.names()):
         try:
             room = Rooted(parent.path / name, within=parent, name=name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -15,9 +15,10 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, NamedTuple
 
+from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME
 from qkpatch.common.interrupts import import_torch, signals_held, signals_let_through
-from qkpatch.common.json_text import canonical_json
+from qkpatch.common.json_text import Json, canonical_json
 from qkpatch.common.number_ranges import abbreviate
 from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.errors import FileSystemError, HubError, QKPatchError, no_torch, refuse_warnings
@@ -37,7 +38,7 @@ from qkpatch.planning.memory import peak_memory
 from qkpatch.planning.patch_file import Patch, rows_of
 from qkpatch.planning.plan import EditPlan
 from qkpatch.planning.sha256sums import sums_text
-from qkpatch.spectral.rule import Select
+from qkpatch.spectral.rule import EditRule, Select
 
 if TYPE_CHECKING:
     from qkpatch.patching.edit_heads import Editor, Write
@@ -46,6 +47,13 @@ GAP_WARNING = 1e-3
 ROUNDING_WARNING = 0.1  # FP8 has three bits: a small change drowns in its rounding
 _NAMED = 8  # heads that a warning names
 _OPEN_FILES = 12  # beside those of OUT, and what each thread reads from: staging, its journal, a library
+
+
+class PartOf(NamedTuple):
+    """What a part belongs to."""
+
+    room: Rooted  # the directory that all parts share
+    said: Mapping[str, Json]  # of it, in the part's record; there is also when each file was written
 
 
 def apply_plan(
@@ -57,6 +65,7 @@ def apply_plan(
     threads: int = 1,
     writing: Writing = PLAIN,
     replaced: Replaced | None = None,
+    part: PartOf | None = None,
 ) -> Manifest:
     """Write the edited checkpoint to ``out`` and return its manifest; the same bytes whatever ``threads``.
 
@@ -70,6 +79,7 @@ def apply_plan(
         threads: how many heads are computed side by side.
         writing: how OUT is written.
         replaced: the earlier output that is replaced.
+        part: what ``out`` is a part of, where ``plan`` is a share of one.
 
     Raises:
         UsageError: OUT came into being meanwhile, or there is no such device.
@@ -83,7 +93,8 @@ def apply_plan(
     started = now()
     with signals_held(), ExitStack() as stack:
         resume = fingerprint if writing.resume else None
-        staging = stack.enter_context(Staging(out, resume, checkpoint.mode))
+        shared = None if part is None else part.room
+        staging = stack.enter_context(Staging(out, resume, checkpoint.mode, shared))
         journal = stack.enter_context(Journal(staging.room, fingerprint))
         staged = StagedFiles(staging.files)
         stack.enter_context(_keeping(staging, staged, journal, plan, writing))
@@ -111,17 +122,19 @@ def apply_plan(
             done = done_manifest(plan, editor, edited)
             hashed = {name: how.sha256 for name, how in carried.items()}
             hashed |= copier.edited_digests(crew, carried)
+            further = {} if part is None else {**part.said, "written": staged.times}
+            copied_by = Counter(how.means for how in carried.values())
             manifest = replace(
                 done,
                 source=replace(done.source, checked=sources.is_checked),
                 files=tuple(replace(file, sha256=hashed[file.name]) for file in done.files),
                 output=replace(done.output, digest=writing.digest),
-                run=RunBlock(started, now(), Counter(how.means for how in carried.values()), editor.stack),
+                run=RunBlock(started, now(), copied_by, editor.stack, further=further),
             )
             if writing.strict:
                 refuse_warnings((*manifest.warnings, *staging.lacks))
             record = manifest.dumps().encode()
-            if writing.digest is Digest.files:
+            if writing.digest is Digest.files and part is None:
                 staged.write_new(SUMS_NAME, sums_text(manifest, record).encode())
             staged.write_new(MANIFEST_NAME, record)
             staged.check(checkpoint.directories)
@@ -229,7 +242,7 @@ def done_manifest(plan: EditPlan, editor: Editor | Recorded, done: Mapping[Layer
     """The manifest of a plan that is carried out, but for files and times; ``done``: before, after, and figures."""
     planned = planned_manifest(plan, str(editor.device))
     edits = tuple(record.done(*done[t]) for record, t in zip(planned.edits, plan.edits, strict=True))
-    warnings = (*planned.warnings, *numerical_warnings(edits, plan))
+    warnings = (*planned.warnings, *numerical_warnings(edits, plan.settings.rule_of))
     run = RunBlock(stack=editor.stack)
     return replace(planned, tool=editor.tool, edits=edits, warnings=warnings, run=run)
 
@@ -243,11 +256,9 @@ def _digests(sources: Sources, copier: Copier, writing: Writing, target: LayerTa
     return before, after
 
 
-def numerical_warnings(edits: Sequence[EditRecord], plan: EditPlan) -> list[str]:
-    """What a user should know about the spectra that were met."""
-    heads = [
-        (f"{e.layer}.{head.head}", plan.settings.rule_of(e.layer), head) for e in edits for head in e.heads
-    ]
+def numerical_warnings(edits: Sequence[EditRecord], rule_of: Callable[[int], EditRule]) -> list[str]:
+    """What a user should know about the spectra that were met; ``rule_of`` a layer."""
+    heads = [(f"{e.layer}.{head.head}", rule_of(e.layer), head) for e in edits for head in e.heads]
     narrow = [name for name, _, head in heads if head.gap is not None and head.gap < GAP_WARNING]
     short, held, counts = list[str](), list[str](), set[int]()
     for name, rule, head in heads:

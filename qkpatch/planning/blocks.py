@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from qkpatch.common.json_text import Json, exact
@@ -13,7 +13,7 @@ from qkpatch.output.options import Digest
 from qkpatch.planning.request import ITEM_KEYS
 from qkpatch.recipes.heads import RowLayout
 from qkpatch.recipes.recipe import ConfigValue
-from qkpatch.spectral.rule import Channel, Select
+from qkpatch.spectral.rule import Channel, EditRule, Select
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,11 @@ class EditBlock(LayersBlock):
     def parts(self) -> tuple[LayersBlock, ...]:
         """What is done, by layers: one part where it is the same everywhere."""
         return self.edits or (self,)
+
+    def rule_of(self, layer: int) -> EditRule:
+        """What is done to every head of a layer."""
+        part = next(part for part in self.parts if layer in part.layers)
+        return EditRule(**{field.name: getattr(part, field.name) for field in fields(EditRule)})
 
     @property
     def items(self) -> list[dict[str, Json]]:

@@ -31,7 +31,7 @@ from qkpatch.patching import apply as patch
 from qkpatch.compare import verify
 from qkpatch.output import staging
 
-OPERATIONS = ("open", "mkdir", "copy_file_range", "pwrite", "fsync", "rename", "unlink", "rmdir")
+OPERATIONS = ("open", "mkdir", "copy_file_range", "pwrite", "fsync", "link", "rename", "unlink", "rmdir")
 
 def send_signal_before(n, number):
     left = n
@@ -234,6 +234,40 @@ def test_links_that_a_killed_run_left_are_no_change_of_source(
         assert driver(*apply, at=n).code == -signal.SIGKILL
     assert driver(*apply).code == 0
     assert staging_of(folder) == []
+
+
+@pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.stress)])
+def test_killed_before_any_file_operation_a_part_or_finish_is_gone_on_with(
+    driver: Driver, folder: Path, step: int
+) -> None:
+    source = build_tiny(folder / "source", shards=[["layers.0."], ["layers.1."], [""]]).path
+    (source / "sub").mkdir()
+    out, place, spare = folder / "out", folder / ".out.qkpatch-parts", folder / "spare"
+    apply, edit = ("apply", source, "-o"), ("--layers", "0-1", "--heads", "0", "--quiet")
+    assert driver(*apply, folder / "one", *edit).code == 0
+    expected = whole(folder / "one")
+    n, deaths = 1, 0
+    while (death := driver(*apply, out, *edit, "--part", "1/2", at=n)).code != 0:
+        assert death.code == -signal.SIGKILL, death.text
+        assert not out.exists()
+        assert not (place / "1").exists() or (place / "1" / "qkpatch.json").exists()
+        n, deaths = n + step, deaths + 1
+    assert deaths > 20 / step
+    assert driver(*apply, out, *edit, "--part", "2/2").code == 0
+    shutil.copytree(place, spare)
+    n, seen = 1, set()
+    while (death := driver("finish", out, "--quiet", at=n)).code != 0:
+        assert death.code == -signal.SIGKILL, death.text
+        seen.add(out.exists())
+        assert not out.exists() or whole(out) == expected
+        assert driver("finish", out, "--quiet").code == 0
+        assert whole(out) == expected
+        assert staging_of(folder) == []
+        shutil.rmtree(out)
+        shutil.copytree(spare, place)
+        n += step
+    assert n > 20
+    assert seen == {False, True}
 
 
 def test_killed_before_any_file_operation_overwrite_leaves_the_old_output_or_the_new(

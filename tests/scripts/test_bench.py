@@ -216,3 +216,15 @@ def test_the_cost_of_a_head_is_measured_in_each_channel() -> None:
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["full", "symmetric", "antisymmetric"]
     assert all(float(line.split()[1]) > 0 and "float64 arrays at the peak" in line for line in lines)
+
+
+@pytest.mark.stress
+def test_workers_behind_links_take_as_long_as_their_bytes(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "scripts.bench.parts", "--shape", "tiny", "--workers", "2"]
+    command += ["--link", "0.1", "--store", "0.15", "--dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    count, wall, _, least, start, finish = map(float, done.stderr.split())
+    assert count == 2
+    assert wall > start + finish + 0.7 * least  # planned rows pass no link
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny", "tiny.stamp"]

@@ -36,6 +36,7 @@ NOT_RUN = {
     r"^pip install \.$": "it would change the environment of the tests; `make smoke` installs the wheel",
     r"^make\b": "`.ci/run` runs every target, which a test below sees to",
     r"accelerate launch": "it takes a GPU, and images",
+    r" --ray ": "it starts a cluster; `tests/cluster` runs one",
     r"^(vllm serve|python -m sglang)": "servers that are not installed here; the page says that they were not run",
 }
 # What is run of a script in its place, lest it take long.

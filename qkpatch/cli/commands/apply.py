@@ -1,8 +1,11 @@
-"""``qkpatch apply``: an edited copy of SOURCE, or an edit without one; ``qkpatch revert``."""
+"""``qkpatch apply``: an edited copy of SOURCE, or an edit without one; ``qkpatch finish``: of parts, the whole."""
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,8 +16,10 @@ from qkpatch.cli.command import command
 from qkpatch.cli.commands.plan import preview
 from qkpatch.cli.commands.publishing import push_out, push_wish, show_commit
 from qkpatch.cli.flags import (
+    ClusterFlags,
     CopyFlags,
     EditFlags,
+    OutArg,
     OutOpt,
     PushFlags,
     RunFlags,
@@ -26,6 +31,7 @@ from qkpatch.errors import UsageError, refuse_warnings
 from qkpatch.output.options import Digest
 
 if TYPE_CHECKING:
+    from qkpatch.cluster.share import Part
     from qkpatch.planning.plan import EditPlan
     from qkpatch.publishing.commit_plan import Publication, Wish
 
@@ -39,6 +45,7 @@ def apply(
     copy: CopyFlags,
     run: RunFlags,
     write: WriteFlags,
+    cluster: ClusterFlags,
     publish: PushFlags,
     show: ShowFlags,
     no_cache: Annotated[
@@ -54,6 +61,7 @@ def apply(
     from qkpatch.cli.console import end_strictly, note, print_text, show_warnings
     from qkpatch.cli.progress import bars
     from qkpatch.cli.tables import show_applied, show_edits
+    from qkpatch.cluster.on_ray import apply_on_ray
     from qkpatch.common.text import as_word, size_text
     from qkpatch.model.locate import local_path
     from qkpatch.planning.patch_file import read_patch
@@ -64,12 +72,14 @@ def apply(
         others = {**vars(writing), "no-cache": no_cache, "push": wish, "strict": False}
         own_others = {"patch": write.patch, "in-place": write.in_place, "dry-run": dry_run}
         others |= own_others if write.patch_only else {"out": out}
+        others |= vars(cluster)
         others["digest"] = write.digest is Digest.files or (write.patch_only and write.digest is Digest.none)
         if wrong := [name.replace("_", "-") for name, given in others.items() if given]:
             raise UsageError(f"--{wrong[0]} does not go with {own}", where=own, fix="leave one of them out")
         if write.in_place and not dry_run and (Path(source) / UNFINISHED).exists():
             note("An edit in place had been cut short: it is undone first")
             api.revert(source)
+    part = _part(cluster, {"--push": wish, "--dry-run": dry_run})
     if no_cache and local_path(source) is not None:
         raise UsageError("SOURCE is on this machine already", where="--no-cache", fix="leave it out")
     if no_cache and (writing.link or writing.link_cache):
@@ -107,10 +117,21 @@ def apply(
             if model.source.path is None and not no_cache:
                 size = size_text(model.checkpoint.size)
                 say(f"{model.source.name}: {size} into the Hub cache, unless OUT is done already")
-            manifest = api.apply(plan, out, cache=not no_cache, writing=writing, **how)
+            how |= {"cache": not no_cache, "writing": writing}
+            if cluster.ray is not None and part is not None and out is not None:
+                here = str(Path(source).absolute()) if model.source.kind in ("directory", "file") else source
+                again = {"source": here, "request": request, "patch": write.patch and write.patch.absolute()}
+                manifest = apply_on_ray(again, out, part.total, address=cluster.ray, **how)
+            else:
+                manifest = api.apply(plan, out, part=part, **how)
     if not show.quiet:
         show_warnings([*manifest.warnings, *(manifest.run.weaker or ())])
-    if not show.is_bare and own is None and out is not None:
+    if not show.is_bare and "part" in manifest.run.further and out is not None:
+        wrote = f"{'Already done:' if manifest.run.already_done else 'Wrote'} part {part} of {out}"
+        files = f"{len(manifest.edits)} tensor(s) edited, {len(manifest.files)} file(s)"
+        next_step = shlex.join(["qkpatch", "finish", as_word(str(out))])
+        show_edits(plan, manifest, f"{wrote}: {files}", f"When all parts are done: {next_step}")
+    elif not show.is_bare and own is None and out is not None:
         show_applied(plan, manifest, out)
     elif not show.is_bare:
         then = ["qkpatch", "revert" if out is None else "apply", as_word(source)]
@@ -127,6 +148,50 @@ def apply(
     # Last, so that stdout is one document: this, or an error.
     if show.as_json:
         print_text(manifest.dumps())
+
+
+@command
+def finish(out: OutArg, show: ShowFlags) -> None:
+    """Check all parts of OUT, and publish it: what one machine would have written. It may be run again."""
+    from qkpatch import api
+    from qkpatch.cli.console import print_text, results, safe, show_warnings
+    from qkpatch.cli.progress import bars
+    from qkpatch.common.text import as_word, size_text
+
+    with bars(quiet=show.is_bare) as observer:
+        manifest = api.finish(out, strict=show.strict, observer=observer)
+    if not show.quiet:
+        show_warnings([*manifest.warnings, *(manifest.run.weaker or ())])
+    if show.as_json:
+        print_text(manifest.dumps())
+    elif not show.quiet:
+        size = size_text(sum(file.size for file in manifest.files))
+        did = "Already done:" if manifest.run.already_done else "Wrote"
+        with results() as console:
+            done = f"{len(manifest.edits)} tensor(s) edited, {len(manifest.files)} file(s), {size}"
+            console.print(safe(f"{did} {out}: {done}"))
+            console.print(
+                safe(f"Prove it with: {shlex.join(['qkpatch', 'verify', as_word(str(out))])} --source SOURCE")
+            )
+
+
+def _part(cluster: ClusterFlags, others: Mapping[str, object]) -> Part | None:
+    """The part that is to be written, or by Ray, the last of all."""
+    from qkpatch.cluster.share import Part, parse_part
+
+    asked, ray = cluster.part, cluster.ray
+    if asked is None and ray is None:
+        return None
+    if wrong := [where for where, given in others.items() if given]:
+        what = "it is of a whole OUT, which `qkpatch finish` makes of parts"
+        raise UsageError(
+            what, where=wrong[0], fix="leave it out; to publish: qkpatch card OUT --push ORG/NAME"
+        )
+    if ray is None:
+        return parse_part(str(asked), os.environ)
+    if asked is None or not re.fullmatch(r"\d{1,9}", asked, re.ASCII):
+        raise UsageError("into how many parts?", where="--ray", fix="say it: --part 8")
+    return Part.of((int(asked), int(asked)))
 
 
 def _foreseen(plan: EditPlan, wish: Wish | None, run: RunFlags) -> Publication | None:

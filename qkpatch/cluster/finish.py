@@ -1,0 +1,191 @@
+"""``finish``: all parts are there and as they were left, and their files become OUT; it may die, and run again.
+
+Parts stay as they are until OUT is published: files are linked into a directory beside them, or copied where the file
+system has no links, and that becomes OUT as the output of a single run does.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from qkpatch.checkpoint.files import changed, synced
+from qkpatch.checkpoint.open_directory import Rooted
+from qkpatch.checkpoint.present_files import Present
+from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME
+from qkpatch.checkpoint.tree import source_file
+from qkpatch.cluster.part import is_as_written, read_part
+from qkpatch.cluster.place import AGREED, agreed_in, as_agreed, opened, place_of
+from qkpatch.cluster.share import Part
+from qkpatch.common.interrupts import signals_held, signals_let_through
+from qkpatch.common.number_ranges import format_ranges
+from qkpatch.common.observer import UNSEEN, Observer
+from qkpatch.compare.verify import recorded
+from qkpatch.errors import FileSystemError, QKPatchError, UsageError, refuse_warnings
+from qkpatch.output.copying import copy_range
+from qkpatch.output.destination import destination_path, occupied
+from qkpatch.output.layout import OutputFile
+from qkpatch.output.options import Digest
+from qkpatch.output.staged_files import StagedFiles
+from qkpatch.output.staging import Staging, clear_shared
+from qkpatch.patching.apply import now, numerical_warnings
+from qkpatch.patching.threads import Crew
+from qkpatch.planning.blocks import RunBlock
+from qkpatch.planning.manifest import FileRecord, Manifest
+from qkpatch.planning.memory import choose_threads
+from qkpatch.planning.sha256sums import sums_text
+
+_Parts = Mapping[int, Manifest]
+
+
+def finish(out: str | Path, *, strict: bool = False, observer: Observer = UNSEEN) -> Manifest:
+    """Publish what the parts of ``out`` have written, and return its manifest: that of a single run, but for ``run``.
+
+    Every digest that parts have recorded is taken again first; of files without one, size and mtime are compared.
+
+    Args:
+        out: as of :func:`qkpatch.apply` with a ``part``.
+        strict: a warning is an error, and there is no OUT.
+        observer: hears of bytes.
+
+    Raises:
+        UsageError: parts are missing; OUT is another, or none was begun.
+        CheckpointError: a part is not as it was left.
+        FileSystemError: reading, linking or publishing fails.
+        WarnedError: there is a warning, and ``strict``.
+    """
+    out, place = destination_path(Path(out)), place_of(Path(out))
+    with Rooted(out.parent) as parent:
+        has_parts = parent.status(f"{place.name}/{AGREED}") is not None
+        if not has_parts and not _is_there(out):
+            fix = "write its parts first: qkpatch apply SOURCE -o OUT --part 1/8, ..."
+            raise UsageError("no part of it was written", where=str(out), fix=fix)
+        agreed = manifest = None
+        try:
+            if has_parts:
+                with opened(parent, place) as room:
+                    agreed = agreed_in(room)
+                    if not _is_there(out):
+                        parts = _all_parts(room, out, agreed, observer)
+                        manifest = _publish(out, parent, room, agreed, parts, strict)
+        except QKPatchError:
+            if not _is_there(out):  # else another run of this was faster
+                raise
+        manifest = manifest or _done(out, agreed)
+        weaker = [*(manifest.run.weaker or ()), *_clear(out, parent, place)]
+    return replace(manifest, run=replace(manifest.run, weaker=tuple(weaker) or None))
+
+
+def _clear(out: Path, parent: Rooted, place: Path) -> Iterator[str]:
+    """Remove what the parts of a published OUT left; what is said where some of it stays."""
+    try:
+        for path in (out, place):
+            clear_shared(parent, path)
+        if parent.status(place.name) is not None:
+            with opened(parent, place):
+                parent.remove_tree(place.name)
+    except FileSystemError as error:
+        if parent.status(place.name) is not None:
+            yield f"what the parts left stays until `qkpatch finish` is run again: {error}"
+
+
+def _is_there(out: Path) -> bool:
+    return os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir()))
+
+
+def _done(out: Path, agreed: Manifest | None) -> Manifest:
+    """The manifest in OUT, which is what was agreed on."""
+    with Rooted(out) as root:
+        manifest = recorded(Present(root))
+    if agreed is not None:
+        bare = as_agreed(manifest, agreed)
+        if replace(bare, run=agreed.run).dumps() != agreed.dumps():
+            raise occupied(out, MANIFEST_NAME, "it is of another plan than the parts", overwrite=False)
+    return replace(manifest, run=replace(manifest.run, already_done=True))
+
+
+def _all_parts(room: Rooted, out: Path, agreed: Manifest, observer: Observer) -> _Parts:
+    """The manifest of each part, every one of which is as it was left."""
+    count = int(agreed.run.further["parts"])
+    observer.begins("check", sum(file.size for file in agreed.files), 0)
+    numbers = range(1, count + 1)
+    if missing := [number for number in numbers if room.status(str(number)) is None]:
+        what = f"of its {count} parts these are not done: {format_ranges(missing)}"
+        fix = f"run what is missing as before, with --part {missing[0]}/{count}; then finish again"
+        raise UsageError(what, where=str(out), fix=fix)
+    read = partial(read_part, room, agreed=agreed, observer=observer)
+    with Crew(min(choose_threads(None, 0, 0), count)) as crew:
+        found = list(crew.map(read, [Part(number, count) for number in numbers]))
+    return {number: part for number, part in zip(numbers, found, strict=True) if part is not None}
+
+
+def _whole(agreed: Manifest, parts: _Parts) -> Manifest:
+    """The manifest of OUT."""
+    edits = {edit.tensor: edit for part in parts.values() for edit in part.edits}
+    files = {file.name: file for part in parts.values() for file in part.files}
+    if len(edits) < len(agreed.edits) or len(files) < len(agreed.files):
+        raise UsageError("the parts together are not the whole", fix="run all parts again, with another -o")
+    ordered = tuple(edits[edit.tensor] for edit in agreed.edits)
+    runs = [part.run for part in parts.values()]
+    checked = {part.source.checked for part in parts.values()}
+    how: Counter[str] = sum((Counter(run.copied_by) for run in runs), Counter())
+    return replace(
+        agreed,
+        source=replace(agreed.source, checked=None if None in checked else all(checked)),
+        edits=ordered,
+        files=tuple(files[file.name] for file in agreed.files),
+        warnings=(*agreed.warnings, *numerical_warnings(ordered, agreed.edit.rule_of)),
+        run=RunBlock(min(run.started or "" for run in runs), now(), how, agreed.run.stack),
+    )
+
+
+def _publish(
+    out: Path, parent: Rooted, room: Rooted, agreed: Manifest, parts: _Parts, strict: bool
+) -> Manifest:
+    """Make the files of the parts OUT; its manifest."""
+    manifest = _whole(agreed, parts)
+    with _part(room, 1) as one:  # each part has made all directories
+        mode, below = os.fstat(one.fd).st_mode & 0o777, [*one.walk()]
+    directories = {name: status.st_mode & 0o777 for name, status in below if stat.S_ISDIR(status.st_mode)}
+    with signals_held(), Staging(out, None, mode, parent) as staging:
+        staged = StagedFiles(staging.files)
+        with signals_let_through():
+            staged.make_directories([*directories.items()])
+            for number, part in parts.items():
+                with _part(room, number) as root:
+                    for file in part.files:
+                        _take(root, file, part, staged)
+            refuse_warnings((*manifest.warnings, *staging.lacks) if strict else ())
+            record = manifest.dumps().encode()
+            if manifest.output.digest is Digest.files:
+                staged.write_new(SUMS_NAME, sums_text(manifest, record).encode())
+            staged.write_new(MANIFEST_NAME, record)
+            staged.check([*directories])
+            staging.publish([*directories], None)
+    return replace(manifest, run=replace(manifest.run, weaker=tuple(staging.lacks) or None))
+
+
+def _part(room: Rooted, number: int) -> Rooted:
+    return Rooted(room.path / str(number), within=room, name=str(number))
+
+
+def _take(root: Rooted, file: FileRecord, part: Manifest, staged: StagedFiles) -> None:
+    """Make a part's file one of OUT's, and leave it to the part."""
+    found = source_file(root.path / file.name, file.name)
+    if not is_as_written(root, file, part):
+        raise changed("the part's file changed while qkpatch was running", found.where)
+    if staged.link(found, file.name):
+        return
+    fd = staged.create(OutputFile.copy_of(found))
+    try:
+        with found.open() as source:
+            copy_range(source, fd, 0, file.size, lambda _: None, where=staged.where(file.name))
+        synced(fd, staged.where(file.name))
+        staged.is_done(file.name, os.fstat(fd))
+    finally:
+        os.close(fd)

@@ -1,0 +1,120 @@
+"""One part: its share of the files written into the shared directory, or found there as it was left."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from qkpatch.checkpoint.header import read_header
+from qkpatch.checkpoint.open_directory import Rooted
+from qkpatch.checkpoint.source import MANIFEST_NAME
+from qkpatch.cluster.place import agreement, as_agreed, different, joined, read_manifest
+from qkpatch.cluster.share import Part, share_of
+from qkpatch.common.observer import UNSEEN, Observer
+from qkpatch.errors import CheckpointError, QKPatchError, UsageError
+from qkpatch.output.options import Writing
+from qkpatch.patching.apply import PartOf, apply_plan, editor_of
+from qkpatch.planning.manifest import FileRecord, Manifest
+from qkpatch.planning.plan import EditPlan
+
+
+def apply_part(
+    plan: EditPlan,
+    out: Path,
+    part: Part,
+    *,
+    observer: Observer,
+    device: str,
+    threads: int,
+    writing: Writing,
+) -> Manifest:
+    """Write a part of ``out``, and return the manifest of its share; ``run.already_done`` where it was there.
+
+    Raises:
+        UsageError: parts of another plan are there.
+        QKPatchError: as :func:`apply_plan`.
+    """
+    editor = editor_of(plan, device)
+    agreed = agreement(plan, part.total, str(editor.device), editor.tool, editor.stack, writing)
+    share, name = share_of(plan, part), str(part.number)
+    with joined(out, agreed) as room:
+        try:
+            done = read_part(room, part, agreed, observer)
+        except QKPatchError:  # damaged: it is made anew
+            room.remove_tree(name)
+            done = None
+        if done is not None:
+            return done
+        n_heads = len(share.edits) * len(share.settings.heads)
+        observer.begins(f"part {part}: copy", share.output_bytes, n_heads)
+        said = PartOf(room, {"part": part.number, **agreed.run.further})
+        how: dict[str, Any] = {"device": device, "threads": threads, "writing": writing}
+        try:
+            return apply_plan(share, room.path / name, observer=observer, part=said, **how)
+        except UsageError:
+            # Another run of this part may have been faster.
+            if (done := read_part(room, part, agreed, observer)) is None:
+                raise
+            return done
+
+
+def read_part(room: Rooted, part: Part, agreed: Manifest, observer: Observer = UNSEEN) -> Manifest | None:
+    """The manifest of a part that is done, whose every file is as it was left; None where it is not done.
+
+    Each recorded digest is taken again, of edited tensors or of all files; of other files, size and mtime are compared.
+
+    Raises:
+        CheckpointError: it is not as it was left.
+        FileSystemError: it cannot be read.
+    """
+    name = str(part.number)
+    if room.status(name) is None:
+        return None
+    with Rooted(room.path / name, within=room, name=name) as root:
+        manifest = read_manifest(root, MANIFEST_NAME)
+        if (wrong := next(_wrong(root, manifest, agreed, observer), None)) is not None:
+            fix = f"run it again: --part {part}"
+            raise CheckpointError(
+                f"part {part} is not as it was left: {wrong}", where=str(root.path), fix=fix
+            )
+    return replace(manifest, run=replace(manifest.run, already_done=True))
+
+
+def _wrong(root: Rooted, manifest: Manifest, agreed: Manifest, observer: Observer) -> Iterator[str]:
+    """Where a part is not what its manifest, and what was agreed on, say."""
+    bare = as_agreed(manifest, agreed)
+    yield from different(replace(bare, edits=agreed.edits, files=agreed.files), agreed)
+    if not ({*bare.files} <= {*agreed.files} and {*bare.edits} <= {*agreed.edits}):
+        yield "it has what is not planned"
+    names = {name for name, status in root.walk() if not stat.S_ISDIR(status.st_mode)}
+    yield from sorted(
+        f"{name} came from elsewhere" for name in names - {MANIFEST_NAME, *(f.name for f in bare.files)}
+    )
+    for file in manifest.files:
+        if not is_as_written(root, file, manifest):
+            yield f"{file.name} is gone, or was changed"
+        elif file.sha256 is not None:
+            with root.reading(file.name) as opened:
+                if opened.sha256(0, file.size) != file.sha256:
+                    yield f"{file.name} has another digest (sha256)"
+        observer.copied(file.size)
+    for written in (written for edit in manifest.edits for written in edit.written):
+        if written.sha256_after is not None:
+            with root.reading(written.shard) as opened:
+                ref = read_header(opened, written.shard).tensors.get(written.tensor)
+                if ref is None or opened.sha256(ref.begin, ref.end) != written.sha256_after:
+                    yield f"{written.tensor} has another digest (sha256)"
+
+
+def is_as_written(root: Rooted, file: FileRecord, manifest: Manifest) -> bool:
+    """Whether a file of a part is there, with the size and mtime that it had when the part was done.
+
+    Not its ctime: what a killed :func:`finish` linked has another. Nor its inode: behind another mount it is another.
+    """
+    status, written = root.status(file.name), manifest.run.further.get("written")
+    if status is None or not stat.S_ISREG(status.st_mode) or not isinstance(written, dict):
+        return False
+    return (status.st_size, status.st_mtime_ns) == (file.size, written.get(file.name))
