@@ -14,6 +14,7 @@ from qkpatch.adapters.lora import lora
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import Present
 from qkpatch.cluster.finish import finish
+from qkpatch.common.checked import checked
 from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.errors import HubError, UsageError, refuse_warnings
 from qkpatch.evaluation import evaluate as evaluate
@@ -347,3 +348,6 @@ __all__ = (
     "apply", "apply_in_place", "card", "diff", "evaluate", "finish", "lora", "make_patch", "patch_model", "patched",
     "plan", "recipe_for", "revert", "spectra", "sweep", "tune", "verify",
 )  # fmt: skip
+
+for _call in __all__:
+    globals()[_call] = checked(globals()[_call])

@@ -138,6 +138,33 @@ def test_a_wrong_value_is_an_error_object(edit: dict[str, Any], where: str, tiny
     assert (caught.value.where or "").startswith(where)
 
 
+@pytest.mark.parametrize(
+    ("call", "arguments", "where"),
+    [
+        ("plan", {"source": 3}, "plan(source=...)"),
+        ("plan", {"source": "org/name", "patch": 3}, "plan(patch=...)"),
+        ("plan", {"source": "org/name", "writing": "files"}, "plan(writing=...)"),
+        ("apply", {"plan": "org/name"}, "apply(plan=...)"),
+        ("make_patch", {"plan": "org/name"}, "make_patch(plan=...)"),
+        ("apply_in_place", {"plan": None}, "apply_in_place(plan=...)"),
+        ("verify", {"out": None, "source": "x"}, "verify(out=...)"),
+        ("revert", {"source": 3}, "revert(source=...)"),
+        ("card", {"out": "x", "results": 3}, "card(results=...)"),
+        ("sweep", {"source": "x", "grid": 3, "out": "y"}, "sweep(grid=...)"),
+        ("lora", {"source": "x", "out": None}, "lora(out=...)"),
+        ("evaluate", {"model": "x", "inputs": "y"}, "evaluate(inputs=...)"),
+    ],
+)
+def test_an_argument_of_another_type_is_an_error_object(
+    call: str, arguments: dict[str, Any], where: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        getattr(qkpatch, call)(**arguments)
+    assert caught.value.where == where
+    with pytest.raises(TypeError, match="missing a required argument"):
+        getattr(qkpatch, call)()
+
+
 def test_nothing_is_written_where_something_is_wrong(tiny: Tiny, tmp_path: Path) -> None:
     plan, out = qkpatch.plan(tiny.path), tmp_path / "out"
     for wrong in ({"device": "abacus"}, {"threads": 0}, {"force": True}):

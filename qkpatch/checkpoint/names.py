@@ -20,7 +20,8 @@ RUBBISH = {
     ".fseventsd": "macOS", "Thumbs.db": "Windows", "desktop.ini": "Windows", "$RECYCLE.BIN": "Windows",
     "System Volume Information": "Windows", ".Trash-*": "Linux", ".directory": "Linux", "lost+found": "Linux",
     ".nfs[0-9a-f]*": "NFS", ".fuse_hidden*": "FUSE", ".smbdelete*": "SMB", "@eaDir": "Synology",
-    ".git": "git", ".cache/huggingface": "huggingface_hub", ".locks": "huggingface_hub",
+    ".git": "git", ".hg": "Mercurial", ".svn": "Subversion", ".idea": "JetBrains",
+    ".cache/huggingface": "huggingface_hub", ".locks": "huggingface_hub",
     "._____temp": "ModelScope", ".mdl": "ModelScope", ".msc": "ModelScope", ".mv": "ModelScope",
     ".ipynb_checkpoints": "Jupyter", ".~lock.*": "LibreOffice", ".*.sw[nop]": "vim",
     f"{UNDO}*": "qkpatch",
@@ -37,7 +38,26 @@ LEFTOVERS = {
 }  # fmt: skip
 
 USUAL = (*RUBBISH, *LEFTOVERS)
-_OUT_ALONE = (".gitattributes",)  # which the Hub puts into every repository
+
+# Any part of a path, in lower case. Model files have tokenizers, not tokens.
+_SECRET = (
+    ".env*", ".netrc*", ".ssh", ".aws", ".azure", ".kube", ".docker", ".gnupg", ".npmrc", ".pypirc", ".pgpass",
+    ".git-credentials", ".htpasswd", ".huggingface",
+    "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "ssh_host_*", "*.pem*", "*.key", "*.key.*", "*.key~", "*.ppk",
+    "*.p12*", "*.pfx*", "*.jks", "*.keystore", "*.kdb", "*.kdbx*", "*private_key*", "*private-key*", "wallet.dat",
+    "_netrc", "netrc", "*credential*", "secret", "secret.*", "secrets*", "*_secret", "*_secret.*", "*_secrets*",
+    "*-secrets*", "client_secret*", "service_account*.json", "service-account*.json", "kubeconfig*", "htpasswd",
+    "passwd", "password*", "pgpass*", "rclone.conf", "*.env", "env.local", "auth.json",
+    "token", "token.txt", "token.json", "*_token", "*_token.txt", "*-token", "*-token.txt", "hf_token*", "hf-token*",
+    "access_token*", "api_key*", "apikey*", "api-key*", "*.token", "*_token.json", "*-token.json", "token.*",
+    "*.asc", "*.gpg", "*.der", "*.pk8", "*.rsa", "*.env.*", "*secret?key*", "secretkey*", "*password*", "ssh_key*",
+    "kaggle.json", "cookies.txt",
+)  # fmt: skip
+_HIDDEN = (".*", "__pycache__", "*.pyc")
+# The first is the Hub's, which puts it into every repository.
+_OUT_ALONE = (".gitattributes", ".gitignore", ".hgignore")
+# At the top of an OUT that is replaced: what people work with.
+KEPT = (".git", ".hg", ".svn", ".idea", *_OUT_ALONE)
 
 
 def matching(name: str, patterns: Collection[str]) -> str | None:
@@ -60,6 +80,16 @@ def _regex(patterns: tuple[str, ...]) -> re.Pattern[str]:
 def came_by_itself(name: str, recorded: Collection[str]) -> bool:
     """Whether a file of OUT is nobody's wish: rubbish that no manifest records."""
     return name not in recorded and matching(name, (*RUBBISH, *_OUT_ALONE)) is not None
+
+
+def is_secret(name: str) -> bool:
+    """Whether a path is by its name one of those that hold what nobody should know."""
+    return matching(name.casefold(), _SECRET) is not None
+
+
+def is_private(name: str) -> bool:
+    """Whether a path is by its name one of those that nobody publishes on purpose."""
+    return name != ".gitattributes" and matching(name.casefold(), (*_HIDDEN, *_SECRET)) is not None
 
 
 def usual_beside(recorded: Iterable[str]) -> tuple[str, ...]:

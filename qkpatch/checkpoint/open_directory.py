@@ -12,9 +12,9 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
-from qkpatch.checkpoint.files import LocalOpenFile, os_errors, regular, synced, write_exact
+from qkpatch.checkpoint.files import CANNOT, LocalOpenFile, os_errors, regular, synced, write_exact
 from qkpatch.common.text import cut
-from qkpatch.errors import FileSystemError
+from qkpatch.errors import FileSystemError, UsageError
 
 # The deepest and widest real checkpoints have about 10 levels and 10^4 files.
 MOST_LEVELS, MOST_NAMES = 64, 1 << 20
@@ -127,6 +127,42 @@ class Rooted:
             finally:
                 os.close(fd)
 
+    def create(self, name: str, content: Callable[[LocalOpenFile], None]) -> None:
+        """Put a file directly in the directory, whole or not at all, where nothing has its name yet.
+
+        Until it is whole it has no name, so that a kill leaves nothing; where the file system cannot do that, one of
+        its own.
+
+        Raises:
+            UsageError: something has its name by now.
+        """
+        where, temporary = self.path / name, ""
+        with os_errors("write", where):
+            try:
+                fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o666, dir_fd=self.fd)
+            except OSError as error:
+                if error.errno not in {*CANNOT, errno.EISDIR, errno.ENOENT}:
+                    raise
+                temporary = f"{name}.{os.getpid()}"
+                fd = self.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                content(LocalOpenFile(fd, str(where)))
+                synced(fd, where)
+                try:
+                    whole = temporary or f"/proc/self/fd/{fd}"
+                    os.link(whole, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+                except PermissionError:  # there are no hard links
+                    if self.status(name) is not None:
+                        raise raced(where) from None
+                    os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+            except FileExistsError as error:
+                raise raced(where) from error
+            finally:
+                os.close(fd)
+                if temporary:
+                    with suppress(OSError):
+                        os.unlink(temporary, dir_fd=self.fd)
+
     def replace(self, name: str, content: bytes | Callable[[LocalOpenFile], None], part: str = "") -> None:
         """Put a file directly in the directory, in place of one that may be there, whole or not at all.
 
@@ -236,6 +272,12 @@ class Rooted:
                         if name not in skip:
                             yield name, status
                             waiting += [f"{name}/"] if stat.S_ISDIR(status.st_mode) else []
+
+
+def raced(where: Path) -> UsageError:
+    """The error for a name that was free when a run began, and is not when it ends."""
+    what = "came into being while qkpatch was running; nothing was written to it"
+    return UsageError(what, where=str(where), fix="is another qkpatch writing to it?")
 
 
 def _listed(fd: int) -> list[str]:

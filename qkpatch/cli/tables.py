@@ -217,11 +217,18 @@ def show_verification(result: Verification, out: Path) -> None:
             console.print(f"[red]{len(result.mismatches)} mismatch(es)[/] in {safe(str(out))}")
 
 
+_STACKS = {
+    "same": "",
+    "other": ", on another stack than made OUT",
+    "unknown": ", of which OUT names no stack",
+}
+
+
 def _arithmetic(result: Verification) -> str:
     done = result.arithmetic
     if done is None:
         return "the edit was not computed anew" + ("" if result.edited_tensors else ": there is none")
-    said = f"{done.heads} heads computed anew: "
+    said = f"{done.heads} heads computed anew{_STACKS[done.stack]}: "
     if not done.differing_values:
         return said + "every bit the same"
     return said + f"{done.differing_values} number(s) differ by what another stack may make of them"

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
+import ctypes
+import importlib.util
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -34,7 +35,7 @@ class _Arrivals:
     """
 
     is_on: bool = False
-    is_aside: bool = False  # whether something is done by a thread that cannot be stopped
+    aside: set[Future[object]] = field(default_factory=set)  # what is done by threads that cannot be stopped
     held: int = 0
     first: int | None = None
     is_raised: bool = False
@@ -71,9 +72,14 @@ def unwinding_on_kill() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def is_own_process() -> bool:
+    """Whether :func:`unwinding_on_kill` is at work: signals are qkpatch's to hear, not a host's."""
+    return _arrivals.is_on
+
+
 def hears_signals() -> bool:
     """Whether this thread is the one that hears signals, in a process of qkpatch's own."""
-    return _arrivals.is_on and threading.current_thread() is threading.main_thread()
+    return is_own_process() and threading.current_thread() is threading.main_thread()
 
 
 @contextmanager
@@ -109,27 +115,36 @@ def signals_let_through() -> Iterator[None]:
 
 
 def aside(work: Callable[..., object], *arguments: Any) -> None:
-    """Do what hears no signal in a thread, while this one does."""
-    if not hears_signals():
+    """Do what hears no signal in a thread, while this one does, or asks whether it is to stop."""
+    if not _arrivals.is_on:
         work(*arguments)
         return
-    _arrivals.is_aside = True
     with signals_masked():
         doing = ThreadPoolExecutor(1).submit(work, *arguments)
-    wait([doing])
-    _arrivals.is_aside = False
+    _arrivals.aside.add(doing)
+    while wait([doing], 0.1).not_done:
+        check_stop()
+    _arrivals.aside.discard(doing)
     doing.result()
 
 
 def import_torch() -> None:
     """Import torch, which swallows what is raised in the midst of that."""
     if "torch" not in sys.modules:
-        aside(importlib.import_module, "torch")
+        aside(_load_torch)
+
+
+def _load_torch() -> None:
+    """Its largest library first, by a call during which other threads run: in an import none hears a signal."""
+    spec = importlib.util.find_spec("torch")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        ctypes.CDLL(None).dlopen(os.fsencode(f"{folder}/lib/libtorch_cpu.so"), os.RTLD_NOW)
+    importlib.import_module("torch")
 
 
 def end_at_once(code: int) -> None:
     """End the process here, where something is still done :func:`aside`: Python itself could not end before that."""
-    if _arrivals.is_aside:
+    if not all(doing.done() for doing in _arrivals.aside):
         with suppress(OSError, ValueError):
             sys.stdout.flush()
         os._exit(code)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qkpatch.checkpoint.names import UNDO, UNFINISHED, usual_beside
+from qkpatch.checkpoint.names import UNDO, UNFINISHED, is_private, usual_beside
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import Present
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME, open_checkpoint, unfinished
@@ -16,7 +16,7 @@ from qkpatch.common.json_text import Json
 from qkpatch.common.number_ranges import abbreviate
 from qkpatch.common.observer import Observer
 from qkpatch.compare.byte_by_byte import Listing, Mismatch, library_verdict, side_by_side
-from qkpatch.compare.manifest_against_plan import differences
+from qkpatch.compare.manifest_against_plan import differences, open_questions, warnings_apart
 from qkpatch.compare.recorded import another_source, check_edits, check_files, origin_mismatches
 from qkpatch.errors import AmbiguousError, CheckpointError, FileSystemError, UnsupportedError, UsageError
 from qkpatch.model.locate import Access, Source, locate
@@ -25,7 +25,6 @@ from qkpatch.planning.manifest import Manifest, planned_manifest
 from qkpatch.planning.plan import EditPlan, make_plan
 from qkpatch.publishing.card import CARD_NAME, CHECKED, card_text, has_results, is_card_of, is_ours
 from qkpatch.publishing.front_matter import FrontMatter
-from qkpatch.publishing.private_files import is_private
 from qkpatch.recipes.catalogue import get_recipe, shipped_recipes
 
 if TYPE_CHECKING:
@@ -208,6 +207,10 @@ def check(
 
             arithmetic, off = recompute(manifest, planned, plan, present, listing.open, observer)
             found += off
+    more: list[str] = []
+    if not found and plan is not None and planned is not None and (arithmetic is not None or not plan.edits):
+        lacking, more = warnings_apart(manifest, planned, plan)
+        found += [Mismatch(MANIFEST_NAME, f"its warnings leave out: {warning}") for warning in lacking]
     present.check_still()
     checkpoint.check_still()
     return Verification(
@@ -216,7 +219,10 @@ def check(
         compared_bytes=sum(present.files[name].size for name in names),
         edited_bytes=sum(end - begin for name in common for begin, end in _planned(plan, name)),
         mismatches=tuple(found),
-        notes=tuple(_notes(manifest, located, unpublished, present.aside, card, arithmetic)),
+        notes=(
+            *_notes(manifest, located, unpublished, present.aside, card, arithmetic),
+            *(() if planned is None else open_questions(manifest, planned, more)),
+        ),
         arithmetic=arithmetic,
         plan=plan,
     )
@@ -245,6 +251,8 @@ def _notes(
     if UNDO in aside:
         aside = [name for name in aside if name != UNDO]
         yield f"edited in place: {UNDO} leads back (qkpatch revert), and is no part of the checkpoint"
+    elif manifest.run.copied_by is None:
+        yield f"recorded as edited in place, and there is no {UNDO} to lead back"
     if aside:
         yield f"not looked at, since systems leave such things anywhere: {abbreviate(aside, 5)}"
     if unpublished:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import re
 from collections import Counter
@@ -94,7 +95,7 @@ def _coco(raw: bytes, where: str) -> tuple[Found, set[str]]:
 
 def _lines(raw: bytes, where: str) -> tuple[Found, set[str]]:
     found: Found = {}
-    for number, line in enumerate(raw.splitlines(), 1):
+    for number, line in enumerate(io.BytesIO(raw), 1):  # one after the other: there may be as many as bytes
         if line.strip():
             one = load_json(line, f"{where}:{number}")
             if one["image"] in found or not isinstance(one["objects"], list):

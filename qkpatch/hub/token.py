@@ -14,10 +14,10 @@ from contextvars import ContextVar
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
-from urllib.request import getproxies
+from urllib.request import getproxies, proxy_bypass
 
 import qkpatch
-from qkpatch.common.interrupts import aside, hears_signals
+from qkpatch.common.interrupts import aside, is_own_process
 from qkpatch.errors import HubError
 from qkpatch.hub.answers import Call, RefusedError, httpx, limit_answer, limit_request
 
@@ -75,7 +75,8 @@ def _check_request(request: Any) -> None:
     if not _is_ours(request):
         return
     limit_request(request)
-    _look_up(request.url.host)
+    for host in _hosts(request.url) if is_own_process() else ():
+        _look_up(host)
     if _is_home(request.url):
         return
     # The Hub's own, which a part of its domain may see; no redirect needs it.
@@ -84,14 +85,22 @@ def _check_request(request: Any) -> None:
         raise _refusal(str(request.url))
 
 
+def _hosts(url: Any) -> list[str]:
+    """The hosts whose addresses a request takes: its own, or those of the proxies that may look that up."""
+    proxies = {} if proxy_bypass(url.host) else getproxies()
+    through = [proxy for kind, proxy in proxies.items() if kind in (url.scheme, "all")]
+    # Without a scheme it is http, as for the library.
+    found = [urlsplit(proxy if "://" in proxy else f"http://{proxy}").hostname for proxy in through]
+    return [host for host in found if host] or [url.host]
+
+
 @lru_cache
 def _look_up(host: str) -> None:
     """Find a host's address before it is asked for: the system's resolver, which may take a minute, hears no signal."""
-    if hears_signals() and not getproxies():  # which would do it
-        try:
-            aside(socket.getaddrinfo, host, None)
-        except OSError as error:
-            raise httpx().ConnectError(str(error)) from error
+    try:
+        aside(socket.getaddrinfo, host, None)
+    except OSError as error:
+        raise httpx().ConnectError(str(error)) from error
 
 
 def _check_answer(response: Any) -> None:

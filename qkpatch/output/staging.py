@@ -26,9 +26,10 @@ from pathlib import Path
 from types import TracebackType
 
 from qkpatch.checkpoint.files import CANNOT, os_errors
-from qkpatch.checkpoint.open_directory import Rooted
+from qkpatch.checkpoint.names import KEPT
+from qkpatch.checkpoint.open_directory import Rooted, raced
 from qkpatch.common.interrupts import signals_held
-from qkpatch.errors import FileSystemError, UsageError
+from qkpatch.errors import FileSystemError
 from qkpatch.output import journal
 from qkpatch.output.destination import destination_path
 
@@ -184,12 +185,12 @@ class Staging:
                 except BaseException:
                     self._move_back(aside)
                     raise
-                for name in (".git", ".gitattributes"):  # but what git keeps there is the user's
+                for name in KEPT:  # but these are the user's
                     with suppress(OSError):
                         if self.files.status(name) is None:
                             self._rename(f"{aside}/{name}", f"{self.out.name}/{name}")
             else:
-                raise self._raced()
+                raise raced(self.out)
         if not all([*synced, self.room.sync(), self._parent.sync()]):
             self.lacks[NO_SYNC] = None
 
@@ -213,7 +214,7 @@ class Staging:
                 return _REPLACED
         except OSError as error:
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                raise self._raced() from error
+                raise raced(self.out) from error
             raise
 
     def _move_plainly(self, flag: int) -> None:
@@ -235,10 +236,6 @@ class Staging:
             return
         self._rename_back(self.out.name, FILES)
         self._rename(aside, self.out.name)
-
-    def _raced(self) -> UsageError:
-        what = "came into being while qkpatch was running; nothing was written to it"
-        return UsageError(what, where=str(self.out), fix="is another qkpatch writing to it?")
 
 
 def _machine() -> str:

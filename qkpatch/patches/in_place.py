@@ -109,8 +109,8 @@ def make_patch(
             digests[name] = before, new.sha256(held[name].begin, held[name].end)
         record = Record(digests, {t.query.name: read_digest(t, heads, checkpoint.opened) for t in plan.edits})
         checkpoint.check_still()
-        parts, unfinished = [(ref, new) for ref in held.values()], f"{path.name}.{os.getpid()}"
-        folder.replace(path.name, lambda out: write_patch(out, parts, manifest, record), unfinished)
+        parts = [(ref, new) for ref in held.values()]
+        folder.create(path.name, lambda out: write_patch(out, parts, manifest, record))
         folder.sync()
     return path
 

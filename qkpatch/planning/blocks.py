@@ -65,9 +65,17 @@ class LayersBlock(Block):
 
     @property
     def counted(self) -> str:
-        """How many modes of a head are edited, for people."""
+        """How many modes of a head are edited, for people; of a shrink, how many would change it as much."""
+        if self.select is Select.shrink:
+            return f"as much as {self.modes} dominant"
         n = self.modes_edited
         return str(n) if self.energy is None else f"≤ {n} (energy {exact(self.energy)})"
+
+    @property
+    def chosen(self) -> str:
+        """Which modes of a head are edited, likewise."""
+        is_all = self.select is Select.shrink
+        return f"shrunk {self.counted}" if is_all else f"{self.counted} {self.select.value}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from qkpatch.planning.plan import EditPlan
 from qkpatch.planning.request import Request
 
 SCHEMA = "qkpatch/1"
-_COMMIT = re.compile("[0-9a-f]{40}")
+COMMIT = re.compile("[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ class Manifest:
             raise ValueError("a tensor or a file is recorded twice, or the manifest itself")
         if source.kind not in ("directory", "file", "hub"):
             raise ValueError("the source is of no known kind")
-        if source.kind == "hub" and not _COMMIT.fullmatch(source.commit or ""):
+        if source.kind == "hub" and not COMMIT.fullmatch(source.commit or ""):
             raise ValueError("the source is a repository, and its commit is none")
 
     def foreign(self, stored: Stored) -> list[str]:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qkpatch.checkpoint.header import TensorRef
-from qkpatch.checkpoint.names import RUBBISH, USUAL, matching
+from qkpatch.checkpoint.names import RUBBISH, USUAL, is_secret, matching
+from qkpatch.checkpoint.source import Checkpoint
 from qkpatch.common.json_text import canonical_json, exact
 from qkpatch.common.number_ranges import abbreviate, format_ranges, some
-from qkpatch.common.text import size_text
+from qkpatch.common.text import LONGEST, cut, size_text
 from qkpatch.common.typed_json import as_json
 from qkpatch.errors import CheckpointError
 from qkpatch.model.locate import Access
@@ -32,6 +33,8 @@ from qkpatch.spectral.rule import EditRule, Select
 
 if TYPE_CHECKING:
     from qkpatch.planning.patch_file import Patch
+
+_UNLESS = "--exclude leaves them out"
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,8 @@ def plan_of(model: Model, request: Request) -> EditPlan:
     most = request.max_shard_size
     output = Output.copy_of(checkpoint) if most is None else reshard(checkpoint, most)
     _refuse_disputed(model, settings, targets)
-    warnings = tuple(_warnings(model, settings, targets))
+    # Names of tensors and files, which they hold, may be of any length.
+    warnings = tuple(cut(warning, LONGEST) for warning in _warnings(model, settings, targets))
     return EditPlan(model, settings, edits, warnings, output, request)
 
 
@@ -219,9 +223,6 @@ def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, 
         say(f"adapters (lora) add to the queries of {where}; the edit acts on the base weight alone")
     if model.recipe.tested == UNTESTED:
         say(f"recipe {model.recipe.name} says that it is untested: compare it with the model's own code")
-    if strays := checkpoint.from_outside:
-        what = "file(s) are links that lead out of SOURCE, and what they lead to is copied"
-        say(f"{len(strays)} {what}: {abbreviate(strays, 5)}")
     warnings += checkpoint.notes
     if (method := quantised_by_name(checkpoint.config, checkpoint.tensors.values())) is not None:
         what = f"config.json says that weights are quantised ({method}), and none are"
@@ -229,23 +230,38 @@ def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, 
     if empty := [name for name, ref in checkpoint.tensors.items() if ref.shape == (0,)]:
         what = "tensor(s) are empty, as a ZeRO-3 save without gathering leaves them"
         say(f"{len(empty)} {what}: {abbreviate(empty, 3)}")
-    asked = [pattern for pattern in checkpoint.exclude if pattern not in USUAL]
-    if unused := [p for p in asked if not any(matching(name, (p,)) for name in checkpoint.left_out)]:
-        say(f"nothing in SOURCE is called as --exclude says: {some(unused)}")
     if disputed := [f"{name}: {what}" for name, what in checkpoint.disputed.items()]:
         say(f"the index is wrong about {len(disputed)} tensor(s), none of them edited: {some(disputed, 1)}")
+    secret = {name: file.size for name, file in checkpoint.files.items() if is_secret(name)}
+    warnings += _listed("file(s) named as secrets are", secret, f"are copied into OUT ({_UNLESS})")
     twins = {name: checkpoint.files[name].size for name in checkpoint.twins}
-    left = {name: n for name, n in checkpoint.left_out.items() if not matching(name, tuple(RUBBISH))}
-    for sizes, what in ((left, "are left out of OUT"), (twins, "stay unpatched (--exclude leaves them out)")):
-        if sizes:
-            kind = "other weight file(s)" if sizes is twins else "file(s) or folder(s)"
-            shown = abbreviate([f"{name} ({size_text(n)})" for name, n in sizes.items()], 5)
-            say(f"{len(sizes)} {kind}, {size_text(sum(sizes.values()))}, {what}: {shown}")
+    warnings += _listed("other weight file(s)", twins, f"stay unpatched ({_UNLESS})")
+    warnings += folder_warnings(checkpoint)
     if checkpoint.single_file:
         say("SOURCE is one file: nothing beside it (tokenizer, config) is copied")
     if checkpoint.previous_manifest is not None:
         say("SOURCE was written by qkpatch: this edit comes on top of that one")
     return warnings
+
+
+def folder_warnings(checkpoint: Checkpoint) -> list[str]:
+    """What a user should know of things beside the model, which copies of SOURCE need not have."""
+    warnings = []
+    if strays := checkpoint.from_outside:
+        what = "file(s) are links that lead out of SOURCE, and what they lead to is copied"
+        warnings.append(f"{len(strays)} {what}: {abbreviate(strays, 5)}")
+    asked = [pattern for pattern in checkpoint.exclude if pattern not in USUAL]
+    if unused := [p for p in asked if not any(matching(name, (p,)) for name in checkpoint.left_out)]:
+        warnings.append(f"nothing in SOURCE is called as --exclude says: {some(unused)}")
+    left = {name: n for name, n in checkpoint.left_out.items() if not matching(name, tuple(RUBBISH))}
+    warnings += _listed("file(s) or folder(s)", left, "are left out of OUT")
+    return [cut(warning, LONGEST) for warning in warnings]
+
+
+def _listed(kind: str, sizes: Mapping[str, int], what: str) -> list[str]:
+    """A warning of files, if there are any."""
+    shown = abbreviate([f"{name} ({size_text(n)})" for name, n in sizes.items()], 5)
+    return [f"{len(sizes)} {kind}, {size_text(sum(sizes.values()))}, {what}: {shown}"] if sizes else []
 
 
 def _norm_warnings(model: Model, targets: Sequence[LayerTarget]) -> list[str]:

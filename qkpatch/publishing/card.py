@@ -183,8 +183,8 @@ def _edit(manifest: Manifest, *, is_checked: bool) -> Iterator[str]:
 def told(edit: EditBlock) -> str:
     """The settings of an edit in one line."""
     return "; ".join(
-        f"layers {format_ranges(part.layers)}, {part.counted} {part.select.value} mode(s), "
-        f"alpha {exact(part.alpha)}, {part.channel.value} channel"
+        f"layers {format_ranges(part.layers)}, {part.chosen} mode(s), alpha {exact(part.alpha)}, "
+        f"{part.channel.value} channel"
         for part in edit.parts
     )
 

@@ -33,12 +33,12 @@ _IDENTITY = ("pretrained", "model", "model_version", "model_name", "model_path",
 _OF_A_QUESTION: dict[str, Callable[[Any], Any]] = {
     "pope_accuracy": lambda said: said["score"],
     # A share of captions, in percent: those with an object that is not there.
-    "coco_cap_chair_s": lambda said: 100.0 * any(thing not in said["answer"] for thing in said["pred"]),
+    "coco_cap_chair_s": lambda said: 100.0 * (not {*said["pred"]} <= {*said["answer"]}),
 }
 _LARGEST = 1e15  # no metric is larger, and digits by the hundred are none
 _PART = re.compile(r"[^,;=\"']+")  # of a model's arguments
 _LOCAL = re.compile(r"\s*(?:file:)?(?:/|~|[A-Za-z]:[\\/]|\\\\)")
-_MOST_BYTES = 1 << 30  # of an evaluation, which has all captions
+_MOST_BYTES = 256 << 20  # of an evaluation, which has all captions: those of 100,000 pictures
 _SUFFIX = "results.json"
 _NORMAL_95 = 1.96
 
@@ -136,9 +136,9 @@ def _evaluated(path: Path) -> Comparison | None:
         one, n = document["comparisons"][0], int(document["pictures"]["n"])
         metrics = []
         for name, figure in one["figures"].items():
-            low, high = (float(figure["difference"][key]) for key in ("low", "high"))
+            low, high = (_finite(figure["difference"][key]) for key in ("low", "high"))
             paired = Paired(n, None, f"{low:+.4f} to {high:+.4f}, 95 % bootstrap")
-            both = float(figure["base"]), float(figure["model"])
+            both = _finite(figure["base"]), _finite(figure["model"])
             metrics.append(Metric("pictures", str(name), n, *both, paired))
         doubts = [str(warning) for warning in document["warnings"]]
         tuned = document["tuned"] or {"beaten": {}}
@@ -147,9 +147,9 @@ def _evaluated(path: Path) -> Comparison | None:
             doubts.append(f"the held-out half was looked at {int(tuned['looked'])} time(s) in all")
         sides = [document["sides"][one[which]] for which in ("base", "model")]
         base, model = (str(side["model"]) for side in sides)
-        edit = sides[1].get("settings") or sides[1]["edit"]
+        edit = dict(sides[1].get("settings") or sides[1]["edit"] or {})
         doubts += [] if edit else ["nothing records which edit the evaluated model has"]
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"no comparison of qkpatch evaluate: {error!r}", where=path.name) from error
     base, model = (_PART.sub(_without_folder, name) for name in (base, model))
     return Comparison(base, model, tuple(metrics), tuple(doubts), "qkpatch evaluate", edit)
@@ -230,6 +230,13 @@ def _figures(figures: Mapping[str, Any]) -> dict[str, float | None]:
 def _number(value: Any) -> float | None:
     # Compared before it is made a float, which an integer may be too large for.
     return float(value) if -_LARGEST <= value <= _LARGEST else None
+
+
+def _finite(value: Any) -> float:
+    """The same of a figure that must be there."""
+    if (number := _number(value)) is None:
+        raise ValueError(f"{value!r:.80} is no figure")
+    return number
 
 
 def _paired(base: Path, patched: Path, task: str, metric: str) -> Paired | None:

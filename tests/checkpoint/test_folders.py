@@ -17,6 +17,7 @@ from conftest import Tiny, build_tiny
 from fake_hub import FakeHub, Repo, hub_environment, run_qkpatch
 from safetensors.torch import save_file
 
+import qkpatch
 from qkpatch.checkpoint.names import BOOKKEEPING, LEFTOVERS, RUBBISH, matching
 from qkpatch.checkpoint.open_directory import MOST_LEVELS
 
@@ -61,6 +62,7 @@ RUBBISH_FILES = [
 ]  # fmt: skip
 
 
+TOOLS = [".gitignore", ".hg/store", ".hgignore", ".svn/entries", ".idea/workspace.xml"]
 KEPT = {"config.json", "model.safetensors", "tokenizer.json", "qkpatch.json"}
 
 
@@ -72,14 +74,32 @@ def test_what_systems_leave_is_left_out_and_does_not_matter_in_out(
     assert names(tmp_path / "out") == {*KEPT, "sub/kept"}
     assert [p.name for p in (tmp_path / "out").iterdir() if p.is_dir()] == ["sub"]
     assert "left out" not in said
-    put(tmp_path / "out", *RUBBISH_FILES, ".gitattributes")
+    put(tmp_path / "out", *RUBBISH_FILES, *TOOLS, ".gitattributes")
     proof = run("verify", tmp_path / "out", "--source", tiny.path)
     assert proof.exit_code == 0, proof.output
     assert ".DS_Store" in proof.output
     again = run("apply", tiny.path, "-o", tmp_path / "out", *EDIT, "--overwrite")
     assert again.exit_code == 0, again.output
-    # What git keeps there is the user's.
-    assert names(tmp_path / "out") == {*KEPT, "sub/kept", ".git/config", ".gitattributes"}
+    # What git and the like keep there is the user's.
+    assert names(tmp_path / "out") == {*KEPT, *TOOLS, "sub/kept", ".git/config", ".gitattributes"}
+
+
+def test_secrets_by_their_names_are_told_and_what_is_told_has_an_end(
+    tiny: Tiny, tmp_path: Path, run: Run
+) -> None:
+    put(tiny.path, ".env", "keys/id_rsa", ".gitignore", "tokenizer.model")
+    said = apply(run, tiny.path, tmp_path / "out")
+    assert (
+        "2 file(s) named as secrets are, 2.0 kB, are copied into OUT (--exclude leaves them out): .env (1.0"
+        in said
+    )
+    assert (
+        apply(run, tiny.path, tmp_path / "without", "--exclude", ".env", "--exclude", "keys").count("secrets")
+        == 0
+    )
+    names = [f"{'x' * 200}/{i}{'y' * 200}/{'z' * 200}/token" for i in range(9)]
+    put(tiny.path, *names)
+    assert max(len(w) for w in qkpatch.plan(tiny.path, layers=1).warnings) <= 2001
 
 
 def test_an_output_that_git_keeps_is_proved_and_replaced_with_its_history(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,7 @@ from test_fp8 import build
 
 import qkpatch
 from qkpatch.errors import CheckpointError, FileSystemError, UsageError
+from qkpatch.patches import in_place
 
 Run = Callable[..., Any]
 EDITS: dict[str, tuple[str, ...]] = {
@@ -390,6 +393,51 @@ def test_what_is_there_is_not_replaced(patch: Path, tiny: Tiny, tmp_path: Path) 
         qkpatch.make_patch(plan, tiny.path / "edit.qkpatch")
     with pytest.raises(FileSystemError):
         qkpatch.make_patch(plan, tmp_path / "nowhere" / "edit.qkpatch")
+
+
+@pytest.mark.parametrize("can", ["unnamed files", "links", "neither"])
+def test_what_comes_there_meanwhile_is_not_replaced_and_a_kill_leaves_nothing(
+    can: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, file = qkpatch.plan(tiny.path, layers=1), tmp_path / "folder" / "edit.qkpatch"
+    file.parent.mkdir()
+    seen, write = list[list[str]](), in_place.write_patch
+    opens, links = os.open, os.link
+
+    def refusing(path: Any, flags: int, *arguments: Any, **named: Any) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "not supported")
+        return opens(path, flags, *arguments, **named)
+
+    def unlinking(*arguments: Any, **named: Any) -> None:
+        raise PermissionError(errno.EPERM, "not permitted")
+
+    def watched(*arguments: Any) -> None:
+        write(*arguments)
+        seen.append(os.listdir(file.parent))
+
+    monkeypatch.setattr(in_place, "write_patch", watched)
+    if can != "unnamed files":
+        monkeypatch.setattr(os, "open", refusing)
+        monkeypatch.setattr(os, "link", links if can == "links" else unlinking)
+    made = qkpatch.make_patch(plan, file)
+    assert seen.pop() == ([] if can == "unnamed files" else [f"edit.qkpatch.{os.getpid()}"])
+    assert os.listdir(file.parent) == ["edit.qkpatch"]
+    whole = made.read_bytes()
+    made.unlink()
+
+    def late(*arguments: Any) -> None:
+        write(*arguments)
+        file.write_text("mine")
+
+    monkeypatch.setattr(in_place, "write_patch", late)
+    with pytest.raises(UsageError, match="came into being while qkpatch was running"):
+        qkpatch.make_patch(plan, file)
+    assert file.read_text() == "mine"
+    assert os.listdir(file.parent) == ["edit.qkpatch"]
+    file.unlink()
+    monkeypatch.undo()
+    assert qkpatch.make_patch(plan, file).read_bytes() == whole
 
 
 def test_a_full_disk_leaves_no_patch(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

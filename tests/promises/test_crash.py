@@ -425,6 +425,7 @@ def test_a_signal_that_torch_swallows_while_it_is_imported_is_not_lost(
         ("diff {source} {out}", signal.SIGHUP),
         ("lora {source} -o {new}", signal.SIGINT),
         ("plan org/nowhere", signal.SIGINT),
+        ("http_proxy=http://proxy.invalid:3128 plan org/nowhere", signal.SIGTERM),
         pytest.param("apply org/nowhere -o {new}", signal.SIGTERM, marks=pytest.mark.stress),
         pytest.param("apply {source} -o {new} --json", signal.SIGTERM, marks=pytest.mark.stress),
         pytest.param("apply {source} -o {out} --overwrite", signal.SIGHUP, marks=pytest.mark.stress),
@@ -438,9 +439,10 @@ def test_a_signal_is_heard_within_a_second_while_torch_is_imported_or_a_host_loo
     assert driver("apply", tiny.path, "-o", out, "--quiet").code == 0
     before = whole(out)
     words = arguments.format(source=tiny.path, out=out, new=folder / "new").split()
+    more = dict([words.pop(0).split("=")] if "=" in words[0] else [])
     with subprocess.Popen(
         [sys.executable, "-c", SLOW, str(marker), *words], preexec_fn=heed_signals,
-        env={**ENVIRONMENT, "HF_ENDPOINT": "http://nowhere.invalid", "HF_HUB_OFFLINE": "0"},
+        env={**ENVIRONMENT, "HF_ENDPOINT": "http://nowhere.invalid", "HF_HUB_OFFLINE": "0", **more},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         while not marker.exists():
@@ -455,6 +457,26 @@ def test_a_signal_is_heard_within_a_second_while_torch_is_imported_or_a_host_loo
     assert len(said.strip().splitlines()) == 1
     assert sorted(path.name for path in folder.iterdir()) == ["marker", "out"]
     assert whole(out) == before
+
+
+def test_a_thread_of_a_library_that_is_stuck_does_not_hold_the_process() -> None:
+    code = """
+import os, signal, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from qkpatch.common.interrupts import Terminated, aside, end_at_once, unwinding_on_kill
+
+with unwinding_on_kill():
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            pool.submit(aside, time.sleep, 60).result()
+    except Terminated as end:
+        end_at_once(128 + end.number)
+"""
+    begun = time.monotonic()
+    ended = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, preexec_fn=heed_signals, timeout=30)
+    assert ended.returncode == 128 + signal.SIGTERM
+    assert time.monotonic() - begun < 5
 
 
 def test_of_two_runs_for_one_out_one_wins_and_the_other_is_refused_or_finds_it_done(

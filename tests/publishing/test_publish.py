@@ -19,8 +19,9 @@ from conftest import REPO, Tiny
 from fake_hub import TOKEN, FakeHub, Repo, hub_environment, run_qkpatch
 from typer.testing import Result
 
+import qkpatch
 from qkpatch.planning.manifest import Manifest
-from qkpatch.publishing.card import CHECKED, FOLLOWS, is_card_of, model_card
+from qkpatch.publishing.card import CHECKED, FOLLOWS, is_card_of, model_card, told
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,16 @@ def test_the_card_tells_the_edit_and_claims_nothing(out: Path, run: Callable[...
     assert "model.layers.1.self_attn.q_proj.weight" in text
     assert text.endswith("\n# Base\n\nIt is *good*. --- or so.\n")
     assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_shrink_is_told_by_what_it_is_as_much_as(
+    base: Tiny, tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    plan = qkpatch.plan(base.path, layers=1, select="shrink")
+    edit = qkpatch.apply(plan, tmp_path / "out").edit
+    assert told(edit) == "layers 1, shrunk as much as 4 dominant mode(s), alpha 0.8, full channel"
+    card = run("card", tmp_path / "out").stdout
+    assert "| selection | shrink, as much as 4 dominant mode(s) per head |" in card
 
 
 def test_the_command_in_the_card_makes_the_same_edit(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,53 @@ def test_a_sample_that_is_none_is_told_or_gives_no_interval(
         assert "not a sample of pope" in result.stderr
     else:
         assert "| pope | pope_accuracy | 2 | 0.5000 | 1.0000 | +0.5000 | - | - |" in result.stdout
+
+
+def test_captions_of_any_length_take_time_in_proportion(
+    out: Path, tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    """Each of a hundred thousand things was once looked for among a hundred thousand: an hour."""
+    before, after = (lmms(tmp_path / side, [1.0, 0.0], [True, False]) for side in "bp")
+    things = [str(i) for i in range(100_000)]
+    sample = {"doc_id": 0, "coco_cap_chair_s": {"answer": things, "pred": things[::-1]}}
+    file = tmp_path / "p" / "20261127_samples_coco_cap_chair.jsonl"
+    file.write_text(json.dumps(sample) + "\n" + file.read_text().splitlines()[1] + "\n")
+    begun = time.process_time()
+    result = run("card", out, "--results", after, "--base-results", before)
+    assert result.exit_code == 0, result.stderr
+    assert time.process_time() - begun < 10
+    assert "-50.0000 ± 98.0000 | 1 of 2 |" in result.stdout
+
+
+FORGED: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no number of pictures": lambda d: d["pictures"].update(n=math.inf),
+    "no number of looks": lambda d: d.update(tuned={"beaten": {}, "looked": math.inf}),
+    "no figure": lambda d: d["comparisons"][0]["figures"]["chair_s"].update(base=math.nan),
+    "a figure of 300 digits": lambda d: d["comparisons"][0]["figures"]["chair_s"].update(model=10**299),
+    "no interval": lambda d: d["comparisons"][0]["figures"]["chair_s"]["difference"].update(low=-math.inf),
+    "no edit": lambda d: d["sides"][1].update(edit="full"),
+    "no side": lambda d: d["comparisons"][0].update(model=9),
+    "no comparison": lambda d: d.update(comparisons=[]),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGED)
+def test_an_evaluation_that_is_none_is_refused(
+    out: Path, tmp_path: Path, run: Callable[..., Result], forgery: str
+) -> None:
+    figure = {"base": 0.5, "model": 0.25, "difference": {"low": -0.5, "high": 0.0}}
+    document = {
+        "comparisons": [{"base": 0, "model": 1, "figures": {"chair_s": figure}}], "pictures": {"n": 4},
+        "warnings": [], "tuned": None, "sides": [{"model": "a"}, {"model": "b", "edit": {"alpha": 0.8}}],
+    }  # fmt: skip
+    file = tmp_path / "evaluation.json"
+    file.write_text(json.dumps(document))
+    assert run("card", out, "--results", file).exit_code == 0
+    FORGED[forgery](document)
+    file.write_text(json.dumps(document))
+    result = run("card", out, "--results", file)
+    assert result.exit_code == 3
+    assert "no comparison of qkpatch evaluate" in result.stderr
 
 
 def test_a_result_without_its_base_and_a_file_of_another_kind_are_refused(

@@ -21,6 +21,7 @@ from conftest import Tiny, build_tiny
 from fake_hub import FakeHub, Repo, fake_hub, hub_environment, run_qkpatch
 from typer.testing import Result
 
+from qkpatch.checkpoint.names import is_private
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import Present
 from qkpatch.compare.verify import recorded
@@ -28,7 +29,7 @@ from qkpatch.errors import CheckpointError
 from qkpatch.planning.manifest import Manifest
 from qkpatch.planning.plan import make_plan
 from qkpatch.publishing import commit_plan as publication
-from qkpatch.publishing.private_files import Insisted, is_private
+from qkpatch.publishing.private_files import Insisted
 
 SHARDS = [["layers.0."], ["layers.1."], [""]]
 UNTOUCHED, PATCHED = "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"

@@ -1,0 +1,39 @@
+"""Calls from outside: an argument of another type than is asked for is told as any other slip, before all else."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import suppress
+from functools import wraps
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin
+
+from qkpatch.errors import UsageError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def checked(function: F) -> F:
+    """``function``, whose arguments must be what its hints name, as far as those are classes.
+
+    Raises:
+        UsageError: one is not. What is missing or unknown is Python's own :class:`TypeError`.
+    """
+    signature = inspect.signature(function)
+    named = {key: one for key, one in signature.parameters.items() if one.kind is not one.VAR_KEYWORD}
+
+    @wraps(function)
+    def call(*arguments: Any, **more: Any) -> Any:
+        for name, given in signature.bind(*arguments, **more).arguments.items():
+            with suppress(NameError, TypeError):  # a class of a library that is imported late, or a protocol
+                kind = eval(named[name].annotation, function.__globals__) if name in named else Any
+                each = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+                kinds = [get_origin(one) or one for one in each]
+                if Any not in kinds and not isinstance(given, tuple(kinds)):
+                    called = " or ".join("None" if one is type(None) else one.__name__ for one in kinds)
+                    where = f"{function.__name__}({name}=...)"
+                    raise UsageError(f"{given!r:.80} is no {called}", where=where)
+        return function(*arguments, **more)
+
+    return call  # type: ignore[return-value]
