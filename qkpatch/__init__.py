@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from qkpatch.api import apply as apply
     from qkpatch.api import apply_in_place as apply_in_place
     from qkpatch.api import card as card
+    from qkpatch.api import collect as collect
     from qkpatch.api import diff as diff
     from qkpatch.api import evaluate as evaluate
     from qkpatch.api import finish as finish
@@ -51,8 +52,8 @@ if TYPE_CHECKING:
     from qkpatch.api import verify as verify
 
 _CALLS = (
-    "apply", "apply_in_place", "card", "diff", "evaluate", "finish", "lora", "make_patch", "patch_model", "patched",
-    "plan", "recipe_for", "revert", "spectra", "sweep", "tune", "verify",
+    "apply", "apply_in_place", "card", "collect", "diff", "evaluate", "finish", "lora", "make_patch", "patch_model",
+    "patched", "plan", "recipe_for", "revert", "spectra", "sweep", "tune", "verify",
 )  # fmt: skip
 
 

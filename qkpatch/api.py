@@ -31,6 +31,7 @@ from qkpatch.planning.memory import choose_threads
 from qkpatch.planning.patch_file import read_patch
 from qkpatch.planning.plan import EditPlan, make_plan
 from qkpatch.planning.request import Request, check_device_name
+from qkpatch.sweeps.collect import collect as collect
 from qkpatch.sweeps.sweep import sweep
 
 if TYPE_CHECKING:
@@ -345,8 +346,8 @@ def patched(
 
 
 __all__ = (
-    "apply", "apply_in_place", "card", "diff", "evaluate", "finish", "lora", "make_patch", "patch_model", "patched",
-    "plan", "recipe_for", "revert", "spectra", "sweep", "tune", "verify",
+    "apply", "apply_in_place", "card", "collect", "diff", "evaluate", "finish", "lora", "make_patch", "patch_model",
+    "patched", "plan", "recipe_for", "revert", "spectra", "sweep", "tune", "verify",
 )  # fmt: skip
 
 for _call in __all__:

@@ -26,8 +26,8 @@ ARROWS = {
     },
     "cluster": {"compare", "patching", "planning", "output", "checkpoint", "common", "errors"},
     "sweeps": {
-        "adapters", "compare", "patches", "reports", "patching", "planning", "model", "recipes", "output", "checkpoint",
-        "spectral", "common", "errors",
+        "adapters", "compare", "evaluation", "patches", "reports", "publishing", "patching", "planning", "model",
+        "recipes", "output", "checkpoint", "spectral", "common", "errors",
     },
     "adapters": {
         "compare", "publishing", "patching", "planning", "model", "recipes", "output", "checkpoint", "spectral",

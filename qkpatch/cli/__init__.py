@@ -21,7 +21,7 @@ from qkpatch.cli.commands.inspect import inspect
 from qkpatch.cli.commands.lora import lora
 from qkpatch.cli.commands.plan import plan
 from qkpatch.cli.commands.recipes import recipes
-from qkpatch.cli.commands.sweep import sweep
+from qkpatch.cli.commands.sweep import collect, sweep
 from qkpatch.cli.commands.verify import revert, verify
 from qkpatch.cli.console import note, prepare_streams, print_error, silence_stdout
 from qkpatch.errors import FileSystemError, QKPatchError, UnexpectedError, UsageError, redact
@@ -77,7 +77,7 @@ def root(
 
 
 for _command in (
-    apply, finish, revert, plan, inspect, lora, sweep, verify, diff, recipes, card, evaluate, tune, doctor,
+    apply, finish, revert, plan, inspect, lora, sweep, collect, verify, diff, recipes, card, evaluate, tune, doctor,
 ):  # fmt: skip
     app.command()(_command)
 

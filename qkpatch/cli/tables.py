@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qkpatch.planning.manifest import Manifest
     from qkpatch.planning.plan import EditPlan
     from qkpatch.publishing.commit_plan import Publication
+    from qkpatch.sweeps.collect import Collected
     from qkpatch.sweeps.record import Sweep
 
 
@@ -263,6 +264,25 @@ def show_evaluation(result: Evaluation) -> None:
             console.print(f"Kept: {', '.join(kept)}", soft_wrap=True)
         for line in result.verdict:
             console.print(line, soft_wrap=True)
+
+
+def show_collected(collected: Collected) -> None:
+    """Print, by task and figure, every variant against the one that all are held against."""
+    with results() as console:
+        for task in dict.fromkeys(one.task for one in collected.found):
+            mine = [one for one in collected.found if one.task == task]
+            for name in dict.fromkeys(name for one in mine for name in one.figures):
+                console.print(f"[bold]{safe(task)}[/]: {safe(name)}, less that of {safe(collected.against)}")
+                table = plain_table(
+                    "variant", "n", "figure", "difference", "95 % interval", "p (Holm)", "McNemar"
+                )
+                for one in (one for one in mine if name in one.figures):
+                    figure, test = one.figures[name], one.mcnemar.get(name)
+                    d = figure.difference
+                    cells = f"{figure.model:.4f}", f"{d.estimate:+.4f}", f"{d.low:+.4f} to {d.high:+.4f}"
+                    sides = "-" if test is None else f"{test.only_base} : {test.only_model}, p {test.p:.4f}"
+                    table.add_row(safe(one.variant), str(one.n), *cells, f"{one.holm[name]:.4f}", sides)
+                console.print(table)
 
 
 def plain_table(*columns: str) -> Table:

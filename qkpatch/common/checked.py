@@ -21,7 +21,8 @@ def checked(function: F) -> F:
         UsageError: one is not. What is missing or unknown is Python's own :class:`TypeError`.
     """
     signature = inspect.signature(function)
-    named = {key: one for key, one in signature.parameters.items() if one.kind is not one.VAR_KEYWORD}
+    many = {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}
+    named = {key: one for key, one in signature.parameters.items() if one.kind not in many}
 
     @wraps(function)
     def call(*arguments: Any, **more: Any) -> Any:

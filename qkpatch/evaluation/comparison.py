@@ -10,30 +10,23 @@ from statistics import fmean
 import numpy as np
 
 from qkpatch.evaluation.annotations import KINDS
-from qkpatch.evaluation.chair import CaptionScore, chair_columns, figures, yes_no_columns
+from qkpatch.evaluation.chair import CaptionScore, chair_columns, yes_no_columns
 from qkpatch.evaluation.measure import Side, Task
 from qkpatch.evaluation.records import Record
-from qkpatch.evaluation.statistics import Array, Interval, McNemar, excess_over_curve, mcnemar, paired
+from qkpatch.evaluation.statistics import (
+    Array,
+    Figure,
+    Interval,
+    McNemar,
+    excess_over_curve,
+    figures_beside,
+    mcnemar,
+)
 from qkpatch.evaluation.vocabulary import WORD
 
 EQUAL_RECALL = "chair_s_at_equal_recall"  # of the base: of its captions under a bias towards their end
 BIASES = 33
 LEAST = 1e-12  # a probability that rounding leaves
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure of both, and what these pictures could have shown."""
-
-    base: float
-    model: float
-    difference: Interval
-    smallest_detectable: float  # at 80 % power
-
-    @classmethod
-    def of(cls, model: float, difference: Interval) -> Figure:
-        """From the model's figure and the difference."""
-        return cls(model - difference.estimate, model, difference, difference.smallest_detectable)
 
 
 @dataclass(frozen=True)
@@ -80,10 +73,8 @@ def compare(task: Task, sides: Sequence[Side], model: int, base: int) -> Compari
     """Hold one side against another."""
     a, b = sides[model], sides[base]
     ours, theirs = columns(task, a), columns(task, b)
-    seed, values = task.protocol.sample_seed, figures(ours)
-    found = paired(np.stack(list(ours.values())), np.stack(list(theirs.values())), seed=seed)
-    named = {name: Figure.of(x, d) for (name, x), d in zip(values.items(), found, strict=True)}
-    named[EQUAL_RECALL] = Figure.of(values["chair_s"], _stop_earlier(task, a, b))
+    named = figures_beside(ours, theirs, task.protocol.sample_seed)
+    named[EQUAL_RECALL] = Figure.of(named["chair_s"].model, _stop_earlier(task, a, b))
     tests = {"chair_s": mcnemar(*(each["chair_s"][:, 0] > 0 for each in (theirs, ours)))}
     for kind in KINDS if task.questions else ():
         right = ([(p > 0.5) == t for rows in answered(task, s, kind) for p, t in rows] for s in (b, a))

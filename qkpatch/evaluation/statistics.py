@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -48,6 +48,21 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class Figure:
+    """One figure of both, and what these pictures could have shown."""
+
+    base: float
+    model: float
+    difference: Interval
+    smallest_detectable: float  # at 80 % power
+
+    @classmethod
+    def of(cls, model: float, difference: Interval) -> Figure:
+        """From the model's figure and the difference."""
+        return cls(model - difference.estimate, model, difference, difference.smallest_detectable)
+
+
+@dataclass(frozen=True)
 class McNemar:
     """Pairs where something holds for one alone, and the exact two-sided p-value: a fair coin in all of them."""
 
@@ -78,6 +93,43 @@ def above_curve(sums: Array) -> float:
     effect, place = ratio(sums).T
     order = np.argsort(place[1:], kind="stable")
     return float(effect[0] - np.interp(place[0], place[1:][order], effect[1:][order]))
+
+
+def figures_beside(model: Mapping[str, Array], base: Mapping[str, Array], seed: int) -> dict[str, Figure]:
+    """Every figure of two sides over the same pictures; columns are (pictures, 2)."""
+    columns = [np.stack([side[name] for name in model]) for side in (model, base)]
+    values = ratio(columns[0].sum(1)).tolist()
+    return {
+        name: Figure.of(*both) for name, *both in zip(model, values, paired(*columns, seed=seed), strict=True)
+    }
+
+
+def as_pairs(values: Sequence[float]) -> Array:
+    """Plain numbers as numerators over one, (questions, 2)."""
+    return np.stack([np.array(values, float), np.ones(len(values))], -1)
+
+
+def grouped(pairs: Array, pictures: Sequence[str]) -> Array:
+    """Sums over the questions of each picture, (pictures, 2)."""
+    names, places = np.unique(pictures, return_inverse=True)
+    sums = np.zeros((len(names), 2))
+    np.add.at(sums, places, pairs)
+    return sums
+
+
+def is_yes_or_no(pairs: Array) -> bool:
+    """Whether something holds of each question, or does not."""
+    return bool((pairs[:, 1] == 1).all() and np.isin(pairs[:, 0], (0, 1)).all())
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values of Holm (1979), in the given order. Equivalent to ``statsmodels`` ``multipletests``."""
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = highest
+    return adjusted
 
 
 def excess_over_curve(columns: Array, *, seed: int = 0, replicates: int = REPLICATES) -> Interval:

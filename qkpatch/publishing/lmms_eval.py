@@ -4,42 +4,41 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from qkpatch.checkpoint.files import os_errors
 from qkpatch.checkpoint.tree import source_file
 from qkpatch.common.json_text import canonical_json, load_json
 from qkpatch.common.typed_json import as_json
 from qkpatch.errors import CheckpointError, UsageError, redact
 from qkpatch.planning.blocks import EditBlock
+from qkpatch.publishing.runs import (
+    IDENTITY,
+    MOST_BYTES,
+    arguments,
+    may_differ,
+    must_agree,
+    not_a_sample,
+    number,
+    raw_samples,
+    read_results,
+    take,
+)  # fmt: skip
 
 # pope_yes_ratio counts the right answers, not the model's: one half, whatever the model says.
 _MEANINGLESS = {"pope_yes_ratio"}
-_MUST_AGREE = ("versions", "n-shot", "n-samples")
-# What may move a figure, and need not.
-_SHOULD_AGREE = ("config.limit", "config.model", "config.gen_kwargs", "config.batch_size", "config.random_seed",
-                 "config.numpy_seed", "config.torch_seed", "config.fewshot_seed", "config.model_dtype",
-                 "transformers_version", "git_hash")  # fmt: skip
-# Of a model's arguments: which model it is; all others are how it is run.
-_IDENTITY = ("pretrained", "model", "model_version", "model_name", "model_path", "revision")
 # One question's part in a metric that is a mean over questions, which F1 for one is not.
 _OF_A_QUESTION: dict[str, Callable[[Any], Any]] = {
     "pope_accuracy": lambda said: said["score"],
     # A share of captions, in percent: those with an object that is not there.
     "coco_cap_chair_s": lambda said: 100.0 * (not {*said["pred"]} <= {*said["answer"]}),
 }
-_LARGEST = 1e15  # no metric is larger, and digits by the hundred are none
 _PART = re.compile(r"[^,;=\"']+")  # of a model's arguments
 _LOCAL = re.compile(r"\s*(?:file:)?(?:/|~|[A-Za-z]:[\\/]|\\\\)")
-_MOST_BYTES = 256 << 20  # of an evaluation, which has all captions: those of 100,000 pictures
-_SUFFIX = "results.json"
 _NORMAL_95 = 1.96
 
 
@@ -104,7 +103,7 @@ def compare_both(results: str | Path | None, base_results: str | Path | None) ->
         what = "an effect is a difference: --results and --base-results go together"
         raise UsageError(what, fix="run both models")
     base, patched = Path(base_results), Path(results)
-    a, b = _read(base), _read(patched)
+    a, b = read_results(base), read_results(patched)
     _check_alike(a, b, base, patched)
     metrics = tuple(
         Metric(task, name, _count(a, task), left.get(key), right.get(key), _paired(base, patched, task, name))
@@ -115,13 +114,11 @@ def compare_both(results: str | Path | None, base_results: str | Path | None) ->
     )
     if all(metric.difference is None for metric in metrics):
         raise UsageError("they have no figure in common", where=f"{base.name}, {patched.name}")
-    differing = [key for key in _SHOULD_AGREE if _of(a, *key.split(".")) != _of(b, *key.split("."))]
-    left, right = _arguments(a), _arguments(b)
-    others = [k for k in sorted({*left, *right} - {*_IDENTITY}) if left.get(k) != right.get(k)]
-    # What is no name may be a path, or a token.
-    differing += dict.fromkeys(f"{k} of model_args" if k.isidentifier() else "model_args" for k in others)
+    left, right = arguments(a), arguments(b)
+    ours, theirs = may_differ(a), may_differ(b)
+    differing = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     doubts = [f"the runs differ in {', '.join(differing)}"] if differing else []
-    models = [[said.get(key) for key in _IDENTITY] for said in (left, right)]
+    models = [[said.get(key) for key in IDENTITY] for said in (left, right)]
     if models[0] == models[1] and left and (any(models[0]) or left == right):
         doubts.append("both name the same model")
     return Comparison(_what_ran(a), _what_ran(b), metrics, tuple(doubts))
@@ -129,7 +126,7 @@ def compare_both(results: str | Path | None, base_results: str | Path | None) ->
 
 def _evaluated(path: Path) -> Comparison | None:
     """What ``qkpatch evaluate`` or ``tune`` wrote, which holds both models; None where it is something else."""
-    document = load_json(source_file(path, path.name).read(_MOST_BYTES), path.name)
+    document = load_json(source_file(path, path.name).read(MOST_BYTES), path.name)
     if not isinstance(document, dict) or "comparisons" not in document:
         return None
     try:
@@ -155,65 +152,35 @@ def _evaluated(path: Path) -> Comparison | None:
     return Comparison(base, model, tuple(metrics), tuple(doubts), "qkpatch evaluate", edit)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    document = load_json(source_file(path, path.name).read(), path.name)
-    results = document.get("results") if isinstance(document, dict) else None
-    if not isinstance(results, dict) or not all(isinstance(figures, dict) for figures in results.values()):
-        what = "not the results of a run of lmms-eval: it has no `results` by task"
-        fix = "give the file that lmms-eval wrote to --output_path, *_results.json"
-        raise CheckpointError(what, where=path.name, fix=fix)
-    return dict(document)
-
-
 def _check_alike(a: Mapping[str, Any], b: Mapping[str, Any], base: Path, patched: Path) -> None:
     if json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True):
         fix = "give the run on OUT to --results, that on SOURCE to --base-results"
         raise UsageError("they are the same run, and no comparison", where=f"{base}, {patched}", fix=fix)
     tasks_a, tasks_b = a["results"].keys(), b["results"].keys()
     differing = [] if tasks_a == tasks_b else ["tasks"]
-    differing += [key for key in _MUST_AGREE if a.get(key) != b.get(key)]
-    for task in tasks_a & tasks_b:
-        one, other = (_of(said, "configs", task, "generation_kwargs") for said in (a, b))
-        differing += [] if one == other else [f"generation of {task}"]
+    for task in sorted(tasks_a & tasks_b):
+        one, other = must_agree(a, task), must_agree(b, task)
+        differing += [key for key in one if one[key] != other[key] and key not in differing]
     if differing:
         what = f"the two runs cannot be compared; they differ in {', '.join(differing)}"
         fix = "run lmms-eval on both models with the same call"
         raise UsageError(what, where=f"{base.name}, {patched.name}", fix=fix)
 
 
-def _of(document: Any, *keys: str) -> Any:
-    for key in keys:
-        document = document.get(key) if isinstance(document, dict) else None
-    return document
-
-
 def _count(document: Mapping[str, Any], task: str) -> int | None:
-    n = _of(document, "n-samples", task, "effective")
+    n = take(document, "n-samples", task, "effective")
     return n if type(n) is int else None
 
 
 def _what_ran(document: Mapping[str, Any]) -> str:
-    model, arguments = _of(document, "config", "model"), _of(document, "config", "model_args")
-    if isinstance(arguments, dict):
-        arguments = ",".join(f"{key}={value}" for key, value in arguments.items())
-    said = model, arguments, document.get("model_name")
+    model, given = take(document, "config", "model"), take(document, "config", "model_args")
+    if isinstance(given, dict):
+        given = ",".join(f"{key}={value}" for key, value in given.items())
+    said = model, given, document.get("model_name")
     parts = [part for part in said if isinstance(part, str) and part]
     # The arguments may have had a token among them; and where models lie on a machine is nobody's business.
     told = (_PART.sub(_without_folder, part) for part in parts)
     return redact(", ".join(dict.fromkeys(told))) or "not said"
-
-
-def _arguments(document: Mapping[str, Any]) -> dict[str, str]:
-    """The arguments of the model by name, in each of the forms that lmms-eval writes."""
-    said = _of(document, "config", "model_args")
-    if isinstance(said, str) and said.lstrip().startswith("{"):
-        with suppress(ValueError, RecursionError):
-            said = json.loads(said)
-    if isinstance(said, str):
-        parts = (part.partition("=") for part in said.split(",") if part.strip())
-        said = {key.strip() if equals else f"{key},": value for key, equals, value in parts}
-    named = said.items() if isinstance(said, dict) else ()
-    return {key: os.path.normpath(str(value).strip()) for key, value in named}
 
 
 def _without_folder(found: re.Match[str]) -> str:
@@ -224,19 +191,14 @@ def _figures(figures: Mapping[str, Any]) -> dict[str, float | None]:
     """All metrics by key; None for what is no finite number."""
     names = {key: key.partition(",")[0] for key, value in figures.items() if type(value) in (int, float)}
     meant = (key for key, name in names.items() if name not in _MEANINGLESS and not name.endswith("_stderr"))
-    return {key: _number(figures[key]) for key in meant}
-
-
-def _number(value: Any) -> float | None:
-    # Compared before it is made a float, which an integer may be too large for.
-    return float(value) if -_LARGEST <= value <= _LARGEST else None
+    return {key: number(figures[key]) for key in meant}
 
 
 def _finite(value: Any) -> float:
     """The same of a figure that must be there."""
-    if (number := _number(value)) is None:
+    if (found := number(value)) is None:
         raise ValueError(f"{value!r:.80} is no figure")
-    return number
+    return found
 
 
 def _paired(base: Path, patched: Path, task: str, metric: str) -> Paired | None:
@@ -251,22 +213,15 @@ def _paired(base: Path, patched: Path, task: str, metric: str) -> Paired | None:
 
 def _by_question(results: Path, task: str, metric: str) -> dict[str, float]:
     """A metric of each question; only of those metrics that are means over questions."""
-    name = results.name.removesuffix(_SUFFIX) + f"samples_{task}.jsonl"
-    part, folder = _OF_A_QUESTION.get(metric), results.absolute().parent
-    if part is None or not results.name.endswith(_SUFFIX):
-        return {}
-    with os_errors("list", folder):
-        is_there = name in os.listdir(folder)  # a task may be called what no file can be
-    if not is_there:
-        return {}
-    found: dict[str, float] = {}
-    try:
-        for line in source_file(folder / name, name).read().splitlines():
-            sample = json.loads(line)
-            value = _number(part(sample[metric]))
-            if value is None:
-                return {}
-            found[str(sample["doc_id"])] = value
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"not a sample of {task}: {error!r}", where=name) from error
+    part, found = _OF_A_QUESTION.get(metric), dict[str, float]()
+    if part is None:
+        return found
+    for sample in raw_samples(results, task):
+        try:
+            value = number(part(sample[metric]))
+        except (KeyError, TypeError) as error:
+            raise not_a_sample(task, results.name, error) from error
+        if value is None:
+            return {}
+        found[str(sample["doc_id"])] = value
     return found

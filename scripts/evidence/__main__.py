@@ -91,14 +91,18 @@ def main() -> None:
     replicates = 20 if arguments.tiny else REPLICATES
     reader = None if arguments.no_language else language.Reader(arguments.language, results, language_budget)
     tell("bootstrap and report")
-    write_report(
+    changes = write_report(
         Findings(subjects, chosen, toy_budget, replicates),
         reader,
         language_budget,
         out,
         timings(results),
     )
-    tell(f"written: {out / 'report.md'}")
+    tell(
+        f"written: {out / 'report.md'}; {len(changes)} conclusions differ from those of the report that was there"
+    )
+    for line in changes:
+        tell(line)
 
 
 def choices(subjects: list[toy.Subject], budget: toy.Budget) -> dict[str, Edit]:

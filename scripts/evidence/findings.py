@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import mean
 from typing import Any
 
 import numpy as np
 
-from qkpatch.evaluation.statistics import REPLICATES, Array, ratio
+from qkpatch.evaluation.statistics import Array, holm, ratio
 from qkpatch.spectral.rule import Channel
 from scripts.evidence.edits import Edit
-from scripts.evidence.statistics import Difference, difference, excess_over_curve, holm
+from scripts.evidence.statistics import Difference, difference, excess_over_curve
 from scripts.evidence.toy import CHOSEN, Budget, Measured, Subject, companions, grid
 from scripts.toy_vlm.scenes import ABILITIES
 
@@ -184,7 +184,3 @@ class Findings:
 
 def _has(measured: Measured, figure: str) -> bool:
     return (measured.losses if figure == "perplexity" else measured.right) is not None
-
-
-Tell = Callable[[str], None]
-DEFAULT_REPLICATES = REPLICATES

@@ -32,9 +32,11 @@ def write_report(
     language_budget: language.Budget,
     out: Path,
     timing: Timing,
-) -> None:
-    """Write ``report.md``, ``report.json`` and the figures to ``out``."""
+) -> list[str]:
+    """Write ``report.md``, ``report.json`` and the figures to ``out``; how its conclusions differ from those there."""
     out.mkdir(parents=True, exist_ok=True)
+    file = out / "report.json"
+    before = json.loads(file.read_text("utf-8")) if file.exists() else None
     primary, secondary = findings.primary(), findings.secondary()
     document: dict[str, Any] = {
         "budget": {"toy": asdict(findings.budget), "language": asdict(language_budget)},
@@ -56,9 +58,31 @@ def write_report(
         "smallest_detectable": findings.power(primary),
         "language": None if reader is None else language_rows(reader, language_budget),
     }
-    (out / "report.json").write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    file.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
     _figures(document, findings, out)
     (out / "report.md").write_text(markdown(document), "utf-8")
+    return [] if before is None else changed(verdicts(before), verdicts(json.loads(file.read_text("utf-8"))))
+
+
+def verdicts(document: Mapping[str, Any]) -> dict[str, str]:
+    """What each comparison says: lower, higher, or, where the interval over everything has zero in it, nothing."""
+    rows = {
+        f"{row['question']} {row['figure']}, {row['setting']}": row["found"]
+        for row in (*document["primary"], *document["secondary"])
+    }
+    for setting, kinds in document["over_stopping"].items():
+        rows |= {f"{kind} over stopping earlier, {setting}": found for kind, found in kinds.items()}
+    found = {name: Interval(**row["crossed"]) for name, row in rows.items()}
+    return {
+        name: ("lower" if i.high < 0 else "higher") if i.excludes_zero else "nothing"
+        for name, i in found.items()
+    }
+
+
+def changed(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    """Where two reports do not say the same."""
+    names = dict.fromkeys((*before, *after))
+    return [f"{n}: {before.get(n)}, now {after.get(n)}" for n in names if before.get(n) != after.get(n)]
 
 
 def _figures(document: Mapping[str, Any], findings: Findings, out: Path) -> None:

@@ -82,16 +82,6 @@ def excess_over_curve(
     return _difference(excess(columns.sum(3)), everything, scenes_only)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values of Holm (1979), in the given order. Equivalent to ``statsmodels`` ``multipletests``."""
-    order = sorted(range(len(p_values)), key=p_values.__getitem__)
-    adjusted, highest = [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
-        adjusted[i] = highest
-    return adjusted
-
-
 def scenes_needed(
     rate: float, relative: float, discordance: float, power: float = 0.8, level: float = 0.05
 ) -> int:

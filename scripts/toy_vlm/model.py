@@ -79,8 +79,8 @@ def make_model(seed: int) -> Any:
     return LlavaForConditionalGeneration(make_config())
 
 
-def make_processor() -> Any:
-    """The ``LlavaProcessor``; its image processor needs Pillow and no torchvision."""
+def make_processor(tokenizer: Any = None) -> Any:
+    """The ``LlavaProcessor``, of the toy's own words or others; its image processor needs no torchvision."""
     from transformers import LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -91,7 +91,7 @@ def make_processor() -> Any:
     make: Any = LlavaProcessor
     return make(
         image_processor=images,
-        tokenizer=make_tokenizer(),
+        tokenizer=tokenizer or make_tokenizer(),
         patch_size=SIZE,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,

@@ -18,15 +18,15 @@ from conftest import REPO, Tiny
 from safetensors.torch import load_file
 
 from qkpatch.evaluation.records import Store
-from qkpatch.evaluation.statistics import Interval, ratio
+from qkpatch.evaluation.statistics import Interval, holm, ratio
 from qkpatch.spectral.rule import Channel
 
 sys.path.insert(0, str(REPO))
 
 from scripts.evidence import __main__ as entry
-from scripts.evidence import language, toy
+from scripts.evidence import language, report, toy
 from scripts.evidence.edits import DRAWN, Edit, Editor, applied, thirds
-from scripts.evidence.statistics import difference, excess_over_curve, holm, scenes_needed
+from scripts.evidence.statistics import difference, excess_over_curve, scenes_needed
 from scripts.toy_vlm import captioning, training
 
 HOWS = ("dominant", "random", "bottom", "subspace", "shrink")
@@ -199,6 +199,19 @@ def test_excess_over_a_straight_curve_is_the_distance_to_it() -> None:
     assert beyond.crossed.estimate == pytest.approx(0.0)
 
 
+def test_another_conclusion_is_told_and_another_figure_is_not() -> None:
+    before = json.loads((REPO / "docs" / "evidence" / "report.json").read_text())
+    after = json.loads(json.dumps(before))
+    assert report.changed(report.verdicts(before), report.verdicts(after)) == []
+    first = after["primary"][0]["found"]["crossed"]
+    assert first["high"] < 0
+    first["low"] -= 0.01
+    assert report.changed(report.verdicts(before), report.verdicts(after)) == []
+    first["high"] = 0.01
+    (line,) = report.changed(report.verdicts(before), report.verdicts(after))
+    assert line == "dominant > random? chair_s, chosen: lower, now nothing"
+
+
 def test_holm_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
@@ -265,14 +278,14 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_small_run_writes_a_report_and_a_second_one_measures_nothing_anew(
-    toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["evidence", "--tiny", "--no-language", "--jobs", "1", "--models", str(toys)]
     command += ["--results", str(tmp_path / "results"), "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", command)
     monkeypatch.setattr(captioning, "LONGEST", 3)
     entry.main()
-    report = (tmp_path / "out" / "report.md").read_text()
+    written = (tmp_path / "out" / "report.md").read_text()
     document = json.loads((tmp_path / "out" / "report.json").read_text())
     for question in (
         "dominant > random?",
@@ -281,7 +294,7 @@ def test_a_small_run_writes_a_report_and_a_second_one_measures_nothing_anew(
         "capability kept?",
     ):
         assert sum(row["question"] == question for row in document["primary"]) in (3, 9)
-        assert question in report
+        assert question in written
     assert {row["kind"] for row in document["validation"]} >= {
         "dominant",
         "shrink",
@@ -300,6 +313,7 @@ def test_a_small_run_writes_a_report_and_a_second_one_measures_nothing_anew(
     assert {path.name: path.read_bytes() for path in (tmp_path / "results").glob("*.jsonl")} == stored
     again = json.loads((tmp_path / "out" / "report.json").read_text())
     assert {**again, "cpu_seconds": 0} == {**document, "cpu_seconds": 0}
+    assert "; 0 conclusions differ from those of the report that was there" in capsys.readouterr().err
     # The command itself, whose work is divided between processes, finds the same.
     (tmp_path / "out" / "report.json").unlink()
     shared = [sys.executable, "-m", "scripts.evidence", *command[1:], "--jobs", "2"]

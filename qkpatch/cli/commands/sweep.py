@@ -1,4 +1,4 @@
-"""``qkpatch sweep``: many edits of SOURCE from one read."""
+"""``qkpatch sweep``: many edits of SOURCE from one read; ``qkpatch collect``: what other tools found of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 
 from qkpatch.cli.command import command
 from qkpatch.cli.flags import CsvOpt, RunFlags, ShowFlags, SourceArg, expanded
+from qkpatch.sweeps.collect import BASE
 from qkpatch.sweeps.grid import Form
 from qkpatch.sweeps.record import Figures
 
@@ -54,3 +55,37 @@ def sweep(
         print_csv(columns, ((v.name, *vars(layer).values()) for v in done.variants for layer in v.layers))
     elif not show.quiet:
         show_sweep(done, out)
+
+
+@command
+def collect(
+    sweep: Annotated[
+        Path, typer.Argument(metavar="SWEEP", help="What qkpatch sweep wrote.", show_default=False)
+    ],
+    results: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="RESULTS",
+            help="Folders of lmms-eval or VLMEvalKit, called after variants; or NAME=FOLDER.",
+            show_default="SWEEP/results",
+        ),
+    ] = None,
+    *,
+    against: Annotated[str, typer.Option(help="Hold variants against this one.", metavar="NAME")] = BASE,
+    show: ShowFlags,
+) -> None:
+    """Compare what lmms-eval and VLMEvalKit found of a sweep's variants: intervals, McNemar's test, Holm's p.
+
+    Answers are paired by question, so evaluate with --log_samples. What cannot be compared is told and left out.
+    """
+    from qkpatch import api
+    from qkpatch.cli.console import print_json, show_warnings
+    from qkpatch.cli.tables import show_collected
+    from qkpatch.common.typed_json import as_json
+
+    found = api.collect(sweep, *(results or ()), against=against)
+    if show.as_json:
+        print_json({"schema": 1, **as_json(found)})
+    elif not show.quiet:
+        show_warnings(found.warnings)
+        show_collected(found)
