@@ -41,7 +41,7 @@ fixtures: $(STAMP)  ## real checkpoints for tests and demo, built once under .ca
 	$(BIN)/python scripts/make_fixtures.py
 
 test: $(STAMP) fixtures
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 demo: $(STAMP)  ## the main job on a toy VLM, offline; ends with a picture, out/captions.png
 	bash scripts/demo.sh $(BIN)
@@ -85,7 +85,8 @@ STRESS ?=
 
 stress: $(STAMP)  ## attacks at the borders, then kills, faults and races, ROUNDS times those of `make test`; 50 take an hour
 	$(BIN)/python -m pytest -n auto -m stress $(STRESS) || test $$? -eq 5  # pytest's word for: none selected
-	QKPATCH_ROUNDS=$(ROUNDS) QKPATCH_SEED=$(SEED) $(BIN)/python -m pytest tests/promises/test_faults.py $(STRESS)
+	QKPATCH_ROUNDS=$(ROUNDS) QKPATCH_SEED=$(SEED) $(BIN)/python -m pytest tests/promises/test_kills.py \
+	    tests/promises/test_faults.py tests/promises/test_races.py $(STRESS)
 
 # The oldest, and the newest, version of each dependency that pyproject.toml allows: in folders that Python looks in first.
 FLOORS := .cache/floor .cache/newest
@@ -105,7 +106,8 @@ test-floor: $(STAMP) $(FLOORS:=/.installed)  ## a few tests, with the oldest and
 # The oldest huggingface_hub that pyproject.toml allows: in a folder of its own, which the tested processes look in first.
 HUB_FLOOR := .cache/hub-floor
 HUB_TESTS ?= tests/hub/test_hub.py tests/hub/test_remote.py tests/hub/test_no_cache.py tests/publishing/test_publish.py \
-    tests/publishing/test_trust_publish.py tests/hub/test_trust_token.py tests/hub/test_trust_download.py
+    tests/publishing/test_trust_publish.py tests/publishing/test_trust_private.py tests/hub/test_trust_token.py \
+    tests/hub/test_trust_download.py
 
 $(HUB_FLOOR)/.installed: pyproject.toml
 	rm -rf $(HUB_FLOOR)

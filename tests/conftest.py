@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 
-# Small dense factorisations, many of them: threads only get in each other's way.
+# Small matrices, many of them: a second thread only spins, here as in the processes that tests start.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 import sys
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 import torch
 from fake_hub import FakeHub, fake_hub
@@ -24,6 +26,7 @@ from qkpatch.cli import app
 
 REPO = Path(__file__).resolve().parent.parent
 REAL = REPO / ".cache" / "fixtures"
+commands.built_once()
 
 
 @dataclass(frozen=True)
@@ -107,15 +110,6 @@ def build_tiny_folder(path: Path, **options: Any) -> Path:
     (path / "sub").mkdir()
     (path / "sub" / "notes.txt").write_text("notes")
     return path
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Small matrices only lose time to a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -16,9 +16,9 @@ import pytest
 import torch
 import transformers
 from conftest import Tiny, build_tiny
+from edited_families import CASES
 from fake_hub import Repo, fake_hub, hub_environment
 from safetensors.torch import load_file
-from test_families import CASES
 from typer.testing import Result
 
 import qkpatch

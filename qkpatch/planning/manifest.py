@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from importlib.metadata import distributions, version
 from typing import NamedTuple
 
@@ -242,10 +243,9 @@ def planned_manifest(plan: EditPlan, device: str) -> Manifest:
         if found.kind != "hub":  # where all can see them anyway
             strays |= {file.name for file in previous.files if file.outside}
     outside = plan.output.made_of(strays)
-    torch = next((found.version for found in distributions(name="torch")), "none")  # a plan takes none
     prefixes = {chosen.names.attention: chosen.prefix for chosen in model.sets}
     return Manifest(
-        tool=blocks.ToolBlock("qkpatch", version("qkpatch"), torch),
+        tool=_tool(),
         compute=blocks.ComputeBlock(device, "float64"),
         source=source,
         recipe=from_json(blocks.RecipeBlock, {**model.recipe.to_json(), "prefix": prefixes}),
@@ -268,6 +268,12 @@ def planned_manifest(plan: EditPlan, device: str) -> Manifest:
         warnings=plan.warnings,
         run=blocks.RunBlock(already_done=plan.is_done or None),
     )
+
+
+@cache  # each look reads files of the environment, and neither changes while a process runs
+def _tool() -> blocks.ToolBlock:
+    torch = next((found.version for found in distributions(name="torch")), "none")  # a plan takes none
+    return blocks.ToolBlock("qkpatch", version("qkpatch"), torch)
 
 
 def _planned_file(file: OutputFile, plan: EditPlan, outside: Collection[str]) -> FileRecord:

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import edited_families
 import peft
 import pytest
-import test_families
 import torch
 from adapters import CHANNELS, Agreement, agreement, load, main, save_source
 from safetensors.torch import load_file, save_file
@@ -35,14 +35,14 @@ def config_of(adapter: Path) -> dict[str, Any]:
     return json.loads((adapter / "adapter_config.json").read_text())
 
 
-CASES = [key for key, case in test_families.CASES.items() if case.model_class in classes("peft")]
+CASES = [key for key, case in edited_families.CASES.items() if case.model_class in classes("peft")]
 
 
 @pytest.mark.parametrize(
     "key", [key if key in KINDS else pytest.param(key, marks=pytest.mark.stress) for key in CASES]
 )
 def test_an_adapter_is_the_edited_checkpoint_in_every_channel(key: str, tmp_path: Path) -> None:
-    case = test_families.CASES[key]
+    case = edited_families.CASES[key]
     save_source(case, tmp_path / "source")
     for channel in CHANNELS:
         found = agreement(case, tmp_path / "source", tmp_path / channel, channel=channel)
@@ -77,14 +77,14 @@ def test_an_adapter_is_the_edited_checkpoint_in_every_channel(key: str, tmp_path
     ids=str,
 )
 def test_so_it_is_with_every_other_way_to_choose(key: str, edit: dict[str, Any], tmp_path: Path) -> None:
-    case = test_families.CASES[key]
+    case = edited_families.CASES[key]
     save_source(case, tmp_path / "source")
     found = agreement(case, tmp_path / "source", tmp_path, **edit)
     assert_same(found, config_of(tmp_path / "adapter")["target_modules"])
 
 
 def test_one_that_does_nothing_or_is_nowhere_would_be_noticed(tmp_path: Path) -> None:
-    case = test_families.CASES["llava-1.5"]
+    case = edited_families.CASES["llava-1.5"]
     save_source(case, tmp_path / "source")
     found = agreement(case, tmp_path / "source", tmp_path, layers="1-2")
     modules = config_of(tmp_path / "adapter")["target_modules"]
@@ -107,7 +107,7 @@ def test_one_that_does_nothing_or_is_nowhere_would_be_noticed(tmp_path: Path) ->
 
 
 def test_the_files_are_as_peft_has_them(tmp_path: Path) -> None:
-    case = test_families.CASES["phi3"]
+    case = edited_families.CASES["phi3"]
     save_source(case, tmp_path / "source")
     manifest = qkpatch.lora(tmp_path / "source", tmp_path / "a", layers="1", heads="0,2", modes=3, alpha=0.5)
     tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
@@ -139,7 +139,7 @@ def test_the_files_are_as_peft_has_them(tmp_path: Path) -> None:
 
 def test_layers_of_other_ranks_are_padded_to_one(tmp_path: Path) -> None:
     """A head whose product has rank 1 has one mode alone."""
-    case = test_families.CASES["llama"]
+    case = edited_families.CASES["llama"]
     save_source(case, tmp_path / "source")
     file = tmp_path / "source" / "model.safetensors"
     tensors = load_file(file)

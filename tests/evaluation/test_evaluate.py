@@ -22,6 +22,7 @@ from typer.testing import Result
 import qkpatch
 from qkpatch.errors import QKPatchError
 from qkpatch.evaluation.annotations import KINDS
+from qkpatch.evaluation.bench import Evaluation
 from qkpatch.evaluation.comparison import ended
 from qkpatch.evaluation.measure import Task
 from qkpatch.evaluation.records import Inputs, Protocol
@@ -40,8 +41,6 @@ TOY = REPO / "demo" / "toy-0"
 ASKED = Protocol("<image> describe :", "<image> exists {object}", 1, max_new_tokens=32, keep_unfinished=True)
 FLAGS = ("--prompt", ASKED.prompt, "--question", ASKED.question, "--max-new-tokens", 32, "--questions", 1)
 SCHEMA = json.loads((resources.files("qkpatch") / "evaluation" / "evaluation.schema.json").read_text())
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def inputs(album: Path, **more: Any) -> Inputs:
@@ -64,14 +63,25 @@ def toy32(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def plain(toy32: Path, album: Path) -> Evaluation:
+    """What the model says by itself."""
+    return qkpatch.evaluate(toy32, inputs(album), ASKED)
+
+
+@pytest.fixture(scope="module")
+def evidence() -> tuple[Any, Seen]:
+    """The model and the pictures, as the evidence's own code takes them."""
+    loaded = load_model(TOY)
+    return loaded, Seen.by(loaded, list(islice(scenes("broken", 2026, 4), 40)))
+
+
 # -------- figures
 
 
-def test_captions_and_chair_are_those_of_the_evidence(toy32: Path, album: Path) -> None:
-    result = qkpatch.evaluate(toy32, inputs(album), ASKED)
-    seen = list(islice(scenes("broken", 2026, 4), 40))
-    loaded = load_model(TOY)
-    theirs = captions(loaded, Seen.by(loaded, seen))
+def test_captions_and_chair_are_those_of_the_evidence(plain: Evaluation, evidence: tuple[Any, Seen]) -> None:
+    result, seen = plain, evidence[1].scenes
+    theirs = captions(*evidence)
     assert [record.caption.split() for record in result.sides[0].records] == [list(words) for words in theirs]
     expected = chair([score(words, scene.names) for words, scene in zip(theirs, seen, strict=True)])
     found = result.to_json()["sides"][0]["figures"]
@@ -79,16 +89,16 @@ def test_captions_and_chair_are_those_of_the_evidence(toy32: Path, album: Path) 
     assert 0 < found["chair_s"] < 1
 
 
-def test_captions_that_stop_earlier_are_those_of_the_evidence(toy32: Path, album: Path) -> None:
+def test_captions_that_stop_earlier_are_those_of_the_evidence(
+    plain: Evaluation, evidence: tuple[Any, Seen]
+) -> None:
     """A bias towards the end cuts a greedy caption short, and changes nothing before: no second run is needed."""
-    side = qkpatch.evaluate(toy32, inputs(album), ASKED).sides[0]
-    loaded = load_model(TOY)
-    seen = Seen.by(loaded, list(islice(scenes("broken", 2026, 4), 40)))
-    whole = captions(loaded, seen)
-    for bias in (0.5, 1.0, 2.0, 4.0, 1e9):
-        theirs = captions(loaded, seen, stop_bias=bias)
-        assert [ended(record, bias).split() for record in side.records] == [list(words) for words in theirs]
-    assert whole != captions(loaded, seen, stop_bias=2.0)
+    theirs = {bias: captions(*evidence, stop_bias=bias) for bias in (0.5, 1.0, 2.0, 4.0, 1e9)}
+    for bias, said in theirs.items():
+        assert [ended(record, bias).split() for record in plain.sides[0].records] == [
+            list(words) for words in said
+        ]
+    assert captions(*evidence) != theirs[2.0]
 
 
 def test_answers_are_the_probabilities_of_yes_beside_no(toy32: Path, album: Path) -> None:

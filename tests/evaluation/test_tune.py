@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -12,9 +13,10 @@ import pytest
 from conftest import REPO
 from failing import interrupt
 from jsonschema import Draft202012Validator
-from typer.testing import Result
+from typer.testing import CliRunner, Result
 
 import qkpatch
+from qkpatch.cli import app
 from qkpatch.evaluation import Inputs, Limits, Protocol
 from qkpatch.evaluation.search import HEAD, candidates
 from qkpatch.evaluation.subject import Subject
@@ -27,8 +29,6 @@ TOY = REPO / "demo" / "toy-0"
 FLAGS = ("--prompt", "<image> describe :", "--question", "<image> exists {object}", "--max-new-tokens", 16,
          "--questions", 1, "--batch-size", 20, "--trials", 3)  # fmt: skip
 SCHEMA = json.loads((resources.files("qkpatch") / "evaluation" / "evaluation.schema.json").read_text())
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def given(album: Path, out: Path, *more: object) -> tuple[object, ...]:
@@ -50,6 +50,20 @@ def log(out: Path) -> dict[str, Any]:
     return dict(json.loads(line) for line in lines)
 
 
+@pytest.fixture(scope="module")
+def searched(album: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
+    """A whole search, and where its setting would be."""
+    out = tmp_path_factory.mktemp("searched") / "edit.yaml"
+    return CliRunner().invoke(app, [str(word) for word in ("tune", *given(album, out))]), out
+
+
+def copied(searched: tuple[Result, Path], folder: Path) -> Path:
+    """What a whole search leaves, for a test to go on from."""
+    out = folder / "edit.yaml"
+    shutil.copytree(searched[1].with_suffix(".tune"), out.with_suffix(".tune"))
+    return out
+
+
 def test_settings_are_drawn_with_a_seed_and_what_is_fixed_is_fixed() -> None:
     drawn = candidates(20, 9, Request(), 0, channels=False)
     assert (
@@ -68,14 +82,13 @@ def test_settings_are_drawn_with_a_seed_and_what_is_fixed_is_fixed() -> None:
 
 
 def test_a_search_says_plainly_what_it_found_and_writes_only_what_beats_all(
-    run: Run, album: Path, tmp_path: Path
+    run: Run, searched: tuple[Result, Path], album: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "edit.yaml"
-    result = run("tune", *given(album, out))
+    result, out = searched[0], copied(searched, tmp_path)
     assert result.exit_code == 1, result.output  # twenty pictures cannot show what is there
     assert "NOT found better than" in result.output
     assert "edit nothing" in result.output
-    assert not out.exists()
+    assert not searched[1].exists()
     document = json.loads((tmp_path / "edit.tune" / "evaluation.json").read_text())
     Draft202012Validator(SCHEMA).validate(document)
     tuned = document["tuned"]
@@ -164,9 +177,10 @@ def test_settings_that_the_model_has_not_are_not_tried(monkeypatch: Any, album: 
     assert not [key for key in log(tmp_path / "edit.yaml") if "999" in key]
 
 
-def test_a_search_that_was_stopped_goes_on(run: Run, album: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    whole, out = tmp_path / "whole.yaml", tmp_path / "edit.yaml"
-    assert run("tune", *given(album, whole)).exit_code == 1
+def test_a_search_that_was_stopped_goes_on(
+    run: Run, searched: tuple[Result, Path], album: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    whole, out = searched[1], tmp_path / "edit.yaml"
     for n_batches in (2, 4):
         with monkeypatch.context() as patched:
             interrupt(patched, Subject, "captions", n_batches)
@@ -210,9 +224,10 @@ def test_other_files_are_not_written_over(run: Run, album: Path, tmp_path: Path)
     assert (tmp_path / "mine.yaml").read_text() == "layers: 3\n"
 
 
-def test_a_log_of_other_pictures_or_another_model_is_refused(run: Run, album: Path, tmp_path: Path) -> None:
-    out = tmp_path / "edit.yaml"
-    assert run("tune", *given(album, out)).exit_code == 1
+def test_a_log_of_other_pictures_or_another_model_is_refused(
+    run: Run, searched: tuple[Result, Path], album: Path, tmp_path: Path
+) -> None:
+    out = copied(searched, tmp_path)
     other = run("tune", REPO / "demo" / "toy-1", *given(album, out)[1:])
     assert other.exit_code == 2, other.output
     assert "other settings: model" in other.output

@@ -13,6 +13,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+from edited_families import CASES
 from families import Case
 from torch import Tensor
 
@@ -107,9 +108,6 @@ def agreement(case: Case, source: Path, scratch: Path, **edit: Any) -> Agreement
 def main(names: list[str]) -> None:
     """The table."""
     import tempfile
-
-    sys.path.append(str(Path(__file__).parent.parent / "promises"))
-    from test_families import CASES
 
     print(
         "| family | channel | ‖W + BA − W'‖/‖ΔW‖ | of its bound | logits apart | allowed | edit moves them |"

@@ -226,6 +226,7 @@ def together(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    import commands
     import torch
 
     from qkpatch import cli
@@ -236,6 +237,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
         cli.app(["recipes", "--json"])
+    commands.ready_to_fork()
     for line in sys.stdin:
         print(json.dumps(together(json.loads(line))), flush=True)
 

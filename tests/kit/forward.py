@@ -16,15 +16,14 @@ import numpy as np
 import oracle
 import torch
 import transformers
+from edited_families import edited_head
 from families import Case, Tensors, answer
 from oracle import Matrix
-from test_families import edited_head
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 RECORDING = "recording"  # the name of the attention implementation
-PROJECTIONS = ("q_proj", "k_proj", "qkv", "query_key_value")
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_eps")  # what text configs call the norms' epsilon
 
 
@@ -84,23 +83,6 @@ def no_rotation(_module: nn.Module, _args: object, output: Any) -> Any:
     if isinstance(output, tuple):
         return torch.ones_like(output[0]), torch.zeros_like(output[1])
     return torch.ones_like(output) if output.is_complex() else output
-
-
-def save_source(case: Case, path: Path) -> Any:
-    """Norm gains and biases that matter, queries and keys large enough for uneven attention; returns the config."""
-    torch.manual_seed(0)
-    config = case.config()
-    model = getattr(transformers, case.model_class)(config)
-    for name, parameter in model.named_parameters():
-        is_projection = any(projection in name for projection in PROJECTIONS)
-        if name.endswith("bias") and (is_projection or "norm" in name):
-            parameter.data.uniform_(-0.5, 0.5)
-        elif "norm" in name:
-            parameter.data.uniform_(0.5, 1.5)
-        elif is_projection:
-            parameter.data *= 8
-    model.to(torch.bfloat16).save_pretrained(path, save_original_format=case.original is not False)
-    return config.get_text_config()
 
 
 def forward(case: Case, path: Path, stem: str) -> tuple[dict[int, Seen], Matrix]:

@@ -36,6 +36,8 @@ LIBRARIES = (
 
 def serve(path: str) -> None:
     """Fork for each call, with the caller's environment, directory and streams; answer with the exit code."""
+    import commands
+
     import qkpatch
     from qkpatch.recipes import catalogue
 
@@ -45,7 +47,8 @@ def serve(path: str) -> None:
     for name in LIBRARIES:
         with suppress(ModuleNotFoundError):
             importlib.import_module(name)
-    catalogue.shipped_recipes()  # what is parsed here, no fork has to
+    catalogue.shipped_recipes()  # what is parsed and built here, no fork has to
+    commands.ready_to_fork()
     assert "huggingface_hub" not in sys.modules
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(path)

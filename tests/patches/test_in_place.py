@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from conftest import Tiny, build_tiny
 from failing import fill_disk
+from faulty_runs import commit, disk
 from test_crash import Driver, driver  # noqa: F401 - a fixture
-from test_faults import commit, disk
 
 import qkpatch
 from qkpatch.checkpoint.names import UNDO

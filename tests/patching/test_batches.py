@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -31,14 +30,6 @@ from qkpatch.spectral.rule import Channel, Select
 RULES = [(c.value, s.value) for c in Channel for s in Select if s is not Select.subspace or c is Channel.full]
 every_rule = pytest.mark.parametrize(("channel", "select"), RULES)
 KEY_HEADS = {"MHA": 5, "GQA": 3, "MQA": 1}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1
 # opening of a file, the fork sends itself a signal.
 DRIVER = """
 import contextlib, io, json, os, sys, traceback
-import torch
+import commands, torch
 from qkpatch import cli
 from qkpatch.patching import apply as patch
 from qkpatch.compare import verify
@@ -68,6 +68,7 @@ def child(request, pipe):
 torch.set_num_threads(1)
 with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
     cli.app(["recipes", "--json"])  # what is imported and parsed here, no fork has to
+commands.ready_to_fork()
 for line in sys.stdin:
     reader, writer = os.pipe()
     pid = os.fork()
@@ -160,7 +161,7 @@ def driver() -> Iterator[Driver]:
     with subprocess.Popen(
         [sys.executable, "-c", DRIVER],
         preexec_fn=heed_signals,
-        env=ENVIRONMENT,
+        env={**ENVIRONMENT, "PYTHONPATH": f"{REPO_ROOT}:{REPO_ROOT / 'tests' / 'kit'}"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

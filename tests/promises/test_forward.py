@@ -6,18 +6,14 @@ oracle and the weights of the source say what its queries, keys and attention we
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import test_families
-import torch
-from forward import Layer, Seen, forward, read_layer, save_source
+from edited_families import CASES, edited, read_all
+from families import same
+from forward import Layer, Seen, forward, read_layer
 from oracle import Matrix
 
 CLOSE = 1e-5  # of the largest element: the forward pass runs in float32
@@ -74,19 +70,16 @@ ANOTHER_WAY = {
 
 
 @pytest.mark.filterwarnings("ignore:Casting complex values")  # Llama 4's vision tower in bfloat16
-@pytest.mark.parametrize("key", [key for key in test_families.CASES if key not in ANOTHER_WAY])
-def test_the_forward_pass_meets_the_edited_product(key: str, run: Callable[..., Any], tmp_path: Path) -> None:
-    case = test_families.CASES[key]
-    source, out = tmp_path / "source", tmp_path / "out"
-    config = save_source(case, source)
-    layers = f"{case.edited[0]}-{case.edited[-1]}"
-    result = run("apply", source, "--layers", layers, "--modes", 2, "--alpha", 0, "-o", out)
-    assert result.exit_code == 0, result.output
+@pytest.mark.parametrize("key", [key for key in CASES if key not in ANOTHER_WAY])
+def test_the_forward_pass_meets_the_edited_product(key: str) -> None:
+    case, made = CASES[key], edited(key, CASES[key].original is not False)
+    source, out = made.source, made.out
+    config = case.config().get_text_config()
 
-    tensors, patched = test_families.read_all(source), test_families.read_all(out)
-    changed = next(name for name in tensors if not torch.equal(tensors[name], patched[name]))
+    tensors, patched = read_all(source), read_all(out)
+    changed = next(name for name in tensors if not same(tensors[name], patched[name]))
     prefix, _, attention, query, _ = changed.rsplit(".", 4)  # …layers, 1, self_attn, q_proj, weight
-    norms = json.loads((out / "qkpatch.json").read_text())["recipe"]["tensors"]["norms"]
+    norms = made.manifest["recipe"]["tensors"]["norms"]
 
     before, logits_before = forward(case, source, f"{prefix}.0.{attention}")
     after, logits_after = forward(case, out, f"{prefix}.0.{attention}")

@@ -1,7 +1,10 @@
-"""What is published is what was verified, and of that only what is meant for the world.
+"""What is published is what was verified.
 
 One attack of a kind by default; its relatives are marked `stress`.
 """
+
+# Fixtures are imported, and asked for by the names of parameters.
+# ruff: noqa: F401, F811
 
 from __future__ import annotations
 
@@ -9,16 +12,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from subprocess import CompletedProcess
-from typing import Any
 
 import pytest
 import torch
-from conftest import Tiny, build_tiny
-from fake_hub import FakeHub, Repo, fake_hub, hub_environment, run_qkpatch
+from conftest import build_tiny
+from fake_hub import Repo, hub_environment, run_qkpatch
+from published import CARD, PATCHED, UNTOUCHED, World, flip, made, refused, rewrite, stress, sub_folder, world
 from typer.testing import Result
 
 from qkpatch.checkpoint.names import is_private
@@ -30,87 +31,6 @@ from qkpatch.planning.manifest import Manifest
 from qkpatch.planning.plan import make_plan
 from qkpatch.publishing import commit_plan as publication
 from qkpatch.publishing.private_files import Insisted
-
-SHARDS = [["layers.0."], ["layers.1."], [""]]
-UNTOUCHED, PATCHED = "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"
-CARD = "---\nlicense: mit\n---\n\n# Base\n"
-stress = pytest.mark.stress
-
-
-@dataclass(frozen=True)
-class World:
-    """A Hub with a repository, an output that was made from it, and its own copy of that for a test."""
-
-    hub: FakeHub
-    base: Tiny
-    repo: Repo
-    environment: dict[str, str]
-    out: Path
-
-    def card(self, *flags: object, **more: Any) -> CompletedProcess[str]:
-        return run_qkpatch(self.environment, "card", self.out, "--push", "me/new", *flags, **more)
-
-    def verify(self, source: object) -> CompletedProcess[str]:
-        return run_qkpatch(self.environment, "verify", self.out, "--source", source)
-
-    def cache(self) -> Path:
-        """The snapshot in the Hub cache."""
-        return next((Path(self.environment["HF_HOME"]) / "hub").rglob("snapshots/*"))
-
-
-def sub_folder(path: Path) -> Path:
-    path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    folder = tmp_path_factory.mktemp("made")
-    wide = {"n_layers": 3, "d_head": 32, "d_model": 128}
-    base = build_tiny(folder / "base", shards=SHARDS, **wide)  # type: ignore[arg-type]
-    (base.path / "README.md").write_text(CARD)
-    (base.path / ".gitattributes").write_text("*.safetensors filter=lfs\n")
-    with fake_hub() as hub:
-        hub.repos["org/base"] = Repo(base.path)
-        environment = hub_environment(hub.endpoint, folder / "home")
-        out = folder / "out"
-        result = run_qkpatch(environment, "apply", "org/base", "-o", out, "--heads", "0-1", "--quiet")
-        assert result.returncode == 0, result.stderr
-        yield World(hub, base, hub.repos["org/base"], environment, out)
-
-
-@pytest.fixture
-def world(made: World, tmp_path: Path) -> World:
-    shutil.copytree(made.out, tmp_path / "out")
-    made.hub.commits.clear()
-    made.hub.created.clear()
-    made.hub.uploads.clear()
-    made.hub.duplicated.clear()
-    made.hub.log.clear()
-    made.hub.sent.clear()
-    made.hub.meddle.clear()
-    made.hub.repos = {"org/base": made.repo}
-    return World(made.hub, made.base, made.repo, made.environment, tmp_path / "out")
-
-
-def flip(path: Path, offset: int = -1) -> None:
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 1
-    path.write_bytes(data)
-
-
-def rewrite(out: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    document = json.loads((out / "qkpatch.json").read_bytes())
-    change(document)
-    (out / "qkpatch.json").write_text(json.dumps(document))
-
-
-def refused(world: World, result: CompletedProcess[str], code: int, said: str) -> None:
-    assert result.returncode == code, result.stderr
-    assert said in result.stderr
-    assert "Traceback" not in result.stderr
-    assert world.hub.commits == []
-
 
 # -------- what was verified
 
@@ -447,169 +367,6 @@ def test_no_name_in_a_manifest_leads_out_or_comes_twice(made: World, name: str, 
         document["edits"][0][where] = name
     with pytest.raises(CheckpointError, match=r"malformed|not valid"):
         Manifest.loads(json.dumps(document).encode(), "it")
-
-
-# -------- what is not meant for the world
-
-
-@pytest.fixture
-def leaky(tmp_path: Path) -> Path:
-    """A directory with secrets in it, and links to some outside."""
-    source = build_tiny(tmp_path / "leaky").path
-    (source / ".env").write_text("HF_TOKEN=hf_secret")
-    (sub_folder(source / ".ssh") / "id_ed25519").write_text("private")
-    (sub_folder(source / "code" / "__pycache__") / "x.cpython-311.pyc").write_bytes(b"x")
-    (source / "server.pem").write_text("private")
-    (source / "special_tokens_map.json").write_text("{}")
-    (tmp_path / "diary").write_text("dear diary")
-    (source / "notes.txt").symlink_to(tmp_path / "diary")
-    return source
-
-
-def test_secrets_and_what_links_led_to_stay_here(world: World, leaky: Path, tmp_path: Path) -> None:
-    push = ("apply", leaky, "-o", tmp_path / "edited", "--push", "me/new")
-    result = run_qkpatch(world.environment, *push)
-    assert result.returncode == 0, result.stderr
-    (commit,) = world.hub.commits
-    assert {*commit.files, *commit.large} == {
-        "config.json", "model.safetensors", "tokenizer.json", "special_tokens_map.json", "qkpatch.json", "README.md",
-    }  # fmt: skip
-    assert ".env" not in commit.files["qkpatch.json"].decode()
-    for name in (".env", ".ssh/id_ed25519", "server.pem", "notes.txt", "--include-hidden", "--include"):
-        assert name in result.stderr
-
-
-@pytest.mark.parametrize("name", ["sub/.GIT/config", "sub/.cache/x", "sub/.GIT", "a/.cache"])
-def test_a_name_that_the_hub_refuses_is_refused_before_the_edit(
-    world: World, leaky: Path, tmp_path: Path, name: str
-) -> None:
-    sub_folder((leaky / name).parent)
-    (leaky / name).write_text("x")
-    push = ("apply", leaky, "-o", tmp_path / "edited", "--push", "me/new")
-    insisted = run_qkpatch(world.environment, *push, "--include-hidden")
-    refused(world, insisted, 2, "no name for a file on the Hub")
-    assert name in insisted.stderr
-    assert not (tmp_path / "edited").exists()
-    result = run_qkpatch(world.environment, *push)
-    assert result.returncode == 0, result.stderr
-    (commit,) = world.hub.commits
-    assert name not in commit.files
-
-
-@stress
-def test_what_was_withheld_is_in_the_output_and_goes_along_where_somebody_insists(
-    world: World, leaky: Path, tmp_path: Path, run: Callable[..., Result]
-) -> None:
-    assert run("apply", leaky, "-o", tmp_path / "edited").exit_code == 0
-    more = ("--source", leaky, "--include", "notes.*", "--include-hidden")
-    again = run_qkpatch(world.environment, "card", tmp_path / "edited", "--push", "me/more", *more)
-    assert again.returncode == 0, again.stderr
-    assert {".env", ".ssh/id_ed25519", "server.pem", "notes.txt"} <= world.hub.commits[0].files.keys()
-
-
-@stress
-@pytest.mark.parametrize("via", ["apply", "card", "copy of SOURCE", "second edit"])
-def test_what_a_link_led_to_stays_here_on_every_way(
-    world: World, leaky: Path, tmp_path: Path, run: Callable[..., Result], via: str
-) -> None:
-    out = tmp_path / "edited"
-    if via != "apply":
-        assert run("apply", leaky, "-o", out).exit_code == 0
-    source = leaky
-    if via == "copy of SOURCE":
-        source = tmp_path / "copy"
-        shutil.copytree(leaky, source)
-    if via == "second edit":
-        source, out = out, tmp_path / "again"
-    if via in ("apply", "second edit"):
-        result = run_qkpatch(world.environment, "apply", source, "-o", out, "--push", "me/new")
-    else:
-        result = run_qkpatch(world.environment, "card", out, "--push", "me/new", "--source", source)
-    assert result.returncode == 0, result.stderr
-    assert "notes.txt" not in world.hub.commits[0].files
-    assert "notes.txt" in result.stderr
-
-
-@stress
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-@pytest.mark.parametrize("reshard", [(), ("--max-shard-size", "4KB")])
-def test_a_model_that_lies_elsewhere_is_published_on_demand_alone(
-    world: World, tmp_path: Path, name: str, reshard: tuple[str, ...]
-) -> None:
-    source, out = build_tiny(tmp_path / "linked").path, tmp_path / "edited"
-    (source / name).rename(tmp_path / "far")
-    (source / name).symlink_to(tmp_path / "far")
-    push = ("apply", source, "-o", out, "--push", "me/new", *reshard)
-    result = run_qkpatch(world.environment, *push)
-    refused(world, result, 2, "--include")
-    assert not out.exists()
-    insisted = run_qkpatch(world.environment, *push, "--include", "config.json", "--include", "*.safetensors")
-    assert insisted.returncode == 0, insisted.stderr
-
-
-@stress
-def test_a_card_that_is_a_link_out_of_source_is_not_quoted(world: World, tmp_path: Path) -> None:
-    source = build_tiny(tmp_path / "linked").path
-    (tmp_path / "diary").write_text("dear diary")
-    (source / "README.md").symlink_to(tmp_path / "diary")
-    push = ("apply", source, "-o", tmp_path / "edited", "--push", "me/new")
-    assert run_qkpatch(world.environment, *push).returncode == 0
-    assert b"dear diary" not in world.hub.commits[0].files["README.md"]
-
-
-PRIVATE = [
-    ".env", ".netrc", ".ssh/config", "a/.git/config", ".gitignore", "a/.gitattributes", "__pycache__/a", "a.pyc",
-    "A.PYC", "id_rsa", "ID_RSA.pub", "id_ed25519_work", "x.pem", "x.key", "x.p12", "x.pfx", "x.kdbx", "_netrc",
-    "credentials", "credentials.json", "aws_credentials", "secrets.yaml", "Secrets.toml", "token", "token.txt",
-    "TOKEN", "hf_token", "hf_token.txt", "client_secret_1.json", "service_account.json",
-    "service_account-prod.json", "keys/x.key", "prod.env", "my_private_key", "api_key.txt", "secrets/a.txt", "token/a",
-]  # fmt: skip
-
-
-@stress
-@pytest.mark.parametrize("name", PRIVATE)
-def test_private_by_name(name: str) -> None:
-    assert is_private(name)
-    assert Insisted().withholds(name, ()) == "--include-hidden"
-    assert Insisted(hidden=True).withholds(name, ()) is None
-    assert Insisted(names=("*",)).withholds(name, ()) == "--include-hidden"
-
-
-PUBLIC = [
-    ".gitattributes", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "tokenization_qwen.py", "tokens.txt", "token_type.json", "vocab.json", "merges.txt",
-    "config.json", "model.safetensors", "model.safetensors.index.json", "modeling_key.py", "keyboard.json",
-    "monkey.txt", "LICENSE", "generation_config.json", "chat_template.jinja", "environment.yml", "secretary.json",
-    "keypoints.json", "x.keys.json", "sub/preprocessor_config.json", "README.md",
-]  # fmt: skip
-
-
-@stress
-@pytest.mark.parametrize("name", PUBLIC)
-def test_not_private_by_name(name: str) -> None:
-    assert not is_private(name)
-
-
-@stress
-def test_a_published_copy_without_what_was_withheld_is_proved(
-    world: World, tmp_path: Path, run: Callable[..., Result]
-) -> None:
-    (tmp_path / "source").mkdir()
-    source = build_tiny(tmp_path / "source" / "it").path
-    (source / ".gitignore").write_text("x")
-    out = tmp_path / "edited"
-    assert run_qkpatch(world.environment, "apply", source, "-o", out, "--push", "me/new").returncode == 0
-    (commit,) = world.hub.commits
-    copy = sub_folder(tmp_path / "downloaded")
-    for name, data in commit.files.items():
-        (copy / name).write_bytes(data)
-    for name, digest in commit.large.items():
-        (copy / name).write_bytes(world.hub.uploads[digest])
-    result = run("verify", copy, "--source", source)
-    assert result.exit_code == 0, result.stdout
-    assert ".gitignore" in result.stdout
-    (copy / "tokenizer.json").unlink()
-    assert run("verify", copy, "--source", source).exit_code == 1
 
 
 # -------- between hashing and sending

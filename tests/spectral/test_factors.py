@@ -22,7 +22,6 @@ EPS = torch.finfo(torch.float64).eps
 ROUNDOFF = {"F8_E4M3": 2.0**-4, "BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24, "F64": 2.0**-53}
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 GRADES = range(13)
-pytestmark = pytest.mark.usefixtures("one_thread")
 every_channel = pytest.mark.parametrize("channel", Channel, ids=lambda c: c.value)
 
 

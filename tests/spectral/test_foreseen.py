@@ -43,7 +43,6 @@ def squared(M: Tensor) -> float:
     return float(M.square().sum())
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     "rule", RULES, ids=lambda r: f"{r.channel.value}-{r.select.value}-{r.modes}-{r.alpha}"
 )

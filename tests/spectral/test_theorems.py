@@ -1,15 +1,12 @@
-"""Theorems about the edit of one head, in float64. Each also checks that it was not true before the edit.
+"""Theorems about the edit of one head, in float64. Each also checks that it was not true before the edit."""
 
-All hold for heads that are factored by QR alone, and for those that take their Gram matrix where they can.
-"""
+# ruff: noqa: F401 - a fixture that every test of a module has is imported
 
 from __future__ import annotations
 
-import math
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,144 +15,48 @@ import oracle
 import pytest
 import torch
 from conftest import build_tiny
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from one_head import (
+    HALVES,
+    QUARTER,
+    RULES,
+    Head,
+    _factored,
+    alphas,
+    close,
+    dense,
+    directions,
+    edit_as_is,
+    edited,
+    edited_and_rounded,
+    either_half,
+    every_channel,
+    every_rule,
+    head,
+    head_of,
+    modes_of,
+    orthonormal,
+    part,
+    product,
+    random,
+    rank,
+    rotation,
+    seeds,
+    shapes,
+    spectrum_of,
+    theorem,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import Result
 
-from qkpatch.errors import NumericalError, UsageError
-from qkpatch.spectral.edit import HeadReport, QueryEdit, edit_query, measure, select_modes
+from qkpatch.spectral.edit import edit_query, measure
 from qkpatch.spectral.factors import Factor
 from qkpatch.spectral.lazy import cached_property
-from qkpatch.spectral.product import QKProduct, Spectrum, effective_rank, energy_share
+from qkpatch.spectral.product import effective_rank, energy_share
 from qkpatch.spectral.rounding import round_once
 from qkpatch.spectral.rule import Channel, EditRule, Select
-
-HALVES = (Channel.symmetric, Channel.antisymmetric)
-RULES = [(c, s) for c in Channel for s in Select if s is not Select.subspace or c is Channel.full]
-every_channel = pytest.mark.parametrize("channel", Channel, ids=lambda c: c.value)
-either_half = pytest.mark.parametrize("channel", HALVES, ids=lambda c: c.value)
-every_rule = pytest.mark.parametrize(("channel", "select"), RULES, ids=lambda v: v.value)
-theorem = settings(derandomize=True, deadline=None, max_examples=60)
-
-QUARTER = torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=torch.float64)  # turn of a plane
-
-shapes = st.tuples(st.integers(1, 6), st.integers(2, 13))  # d_head, d_model, either of them the larger
-seeds = st.integers(0, 2**32)
-alphas = st.floats(0, 1)
-Head = tuple[Tensor, Tensor]
-pytestmark = pytest.mark.usefixtures("one_thread")
-roundoff = 0.0
-
-
-@pytest.fixture(autouse=True, scope="module", params=["QR", "Gram"])
-def _factored(request: pytest.FixtureRequest) -> None:
-    global roundoff
-    roundoff = 0.0 if request.param == "QR" else 2.0**-11
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def orthonormal(rows: int, columns: int, seed: int) -> Tensor:
-    return torch.linalg.qr(random(rows, columns, seed=seed))[0]
-
-
-def head(d_head: int = 4, d_model: int = 10, seed: int = 0) -> Head:
-    """Random W_Q and W_K."""
-    both = random(2, d_head, d_model, seed=seed)
-    return both[0], both[1]
-
-
-def head_of(U: Tensor, S: Tensor, V: Tensor, seed: int = 0) -> Head:
-    """W_Q and W_K, neither of them orthogonal, with ``W_Qᵀ W_K = U diag(S) Vᵀ``."""
-    T = random(len(S), len(S), seed=seed) + 3 * torch.eye(len(S), dtype=S.dtype)
-    return T.T @ (U * S).T, torch.linalg.inv(T) @ V.T
-
-
-@dataclass(frozen=True)
-class Edited:
-    """The edit of one head."""
-
-    W_Q: Tensor
-    spectrum: Spectrum
-    indices: tuple[int, ...]
-    directions: Tensor | None
-    gap: float | None
-    realised_share: float | None
-
-
-def product(W: Head) -> QKProduct:
-    return QKProduct(Factor(W[0][None], roundoff), Factor(W[1][None], roundoff))
-
-
-def edited(
-    W: Head,
-    channel: Channel = Channel.full,
-    select: Select = Select.dominant,
-    modes: int = 2,
-    alpha: float = 0.0,
-    seed: int = 0,
-) -> Edited:
-    edit = edit_as_is(W, channel, select, modes, alpha, seed)
-    directions = None if edit.directions is None else edit.directions[0]
-    return Edited(
-        edit.W_Q[0], edit.spectra[0], edit.indices[0], directions, edit.gaps[0], edit.realised_shares[0]
-    )
-
-
-def edit_as_is(
-    W: Head, channel: Channel, select: Select, modes: int, alpha: float, seed: int = 0
-) -> QueryEdit:
-    rule = EditRule(channel, select, modes, alpha)
-    return edit_query(product(W), rule, [torch.Generator().manual_seed(seed)])
-
-
-def directions(edit: Edited) -> Tensor:
-    assert edit.directions is not None
-    return edit.directions
-
-
-def spectrum_of(W: Head, channel: Channel = Channel.full) -> Spectrum:
-    return product(W).spectra(channel)[0]
-
-
-def modes_of(W: Head, channel: Channel, indices: Iterable[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """U, S and V of some modes."""
-    modes = product(W).decompose(channel)[1].modes([tuple(indices)])
-    return modes.U[0], modes.S[0], modes.V[0]
-
-
-def dense(U: Tensor, S: Tensor, V: Tensor) -> Tensor:
-    return (U * S) @ V.T
-
-
-def part(W: Head, channel: Channel) -> Tensor:
-    return torch.from_numpy(oracle.channel_of((W[0].T @ W[1]).numpy(), channel.value))
-
-
-def close(a: Tensor, b: Tensor, size: float = 1.0, digits: int = 9) -> bool:
-    """Equal up to ``10^-digits`` of the larger of their norms and ``size``."""
-    assert a.shape == b.shape
-    bound = max(float(a.norm()), float(b.norm()), size)
-    return float((a - b).norm()) <= 10.0**-digits * bound
-
-
-def rank(A: Tensor, size: float) -> int:
-    return int((torch.linalg.svdvals(A) > 1e-9 * size).sum())
-
-
-def rotation(d_head: int, offset: int) -> Tensor:
-    """``R_δ`` of RoPE as in llama: coordinates i and i + d_head/2 turn together."""
-    half = d_head // 2
-    angles = offset * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
-    cos, sin = torch.diag(angles.cos()), torch.diag(angles.sin())
-    return torch.cat([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)])
-
-
-# Full channel.
 
 
 @theorem
@@ -234,14 +135,6 @@ def test_every_rope_offset_is_edited_by_the_same_projection(offset: int) -> None
 
 
 # All rules.
-
-
-def edited_and_rounded(W: Head, rule: EditRule, dtype: torch.dtype) -> tuple[Tensor, HeadReport]:
-    """What is stored, and what it does."""
-    edit = edit_query(product(W), rule, [torch.Generator()])
-    rounded = round_once(edit.W_Q, dtype)
-    (report,) = measure(product(W), edit, rounded.double())
-    return rounded[0], report
 
 
 @every_rule
@@ -516,143 +409,6 @@ def test_the_symmetric_share_of_one_half_alone_is_zero_or_one(seed: int) -> None
         (share,) = product((turn @ W_K, W_K)).symmetric_shares()
         assert share == pytest.approx(expected, abs=1e-12)
         assert 0 <= share <= 1
-
-
-# Controls.
-
-
-@every_channel
-@theorem
-@given(shape=shapes, seed=seeds, modes=st.integers(1, 4))
-def test_random_modes_are_none_of_the_dominant_ones(
-    channel: Channel, shape: tuple[int, int], seed: int, modes: int
-) -> None:
-    spectrum = spectrum_of(head(*shape, seed=seed), channel)
-
-    def draw(select: Select) -> tuple[int, ...]:
-        generator = torch.Generator().manual_seed(seed)
-        return select_modes(spectrum, EditRule(channel, select, modes, 0.5), generator)
-
-    drawn, dominant = draw(Select.random), draw(Select.dominant)
-    assert not set(drawn) & set(dominant)
-    assert len(set(drawn)) == min(len(dominant), spectrum.rank - len(dominant))
-    assert all(0 <= j < spectrum.rank for j in drawn)
-    assert list(drawn) == sorted(drawn)
-    assert drawn == draw(Select.random)
-    if channel is Channel.antisymmetric:
-        assert {j ^ 1 for j in drawn} == set(drawn)
-
-
-@every_rule
-@theorem
-@given(seed=seeds, energy=st.floats(0.01, 1))
-def test_heads_that_are_computed_together_take_each_as_many_modes_as_by_itself(
-    channel: Channel, select: Select, seed: int, energy: float
-) -> None:
-    heads = [head(4, 13, seed=seed + i) for i in range(3)]
-    assume(all(np.linalg.cond(W_K) < 30 for _, W_K in heads))
-    rule = EditRule(channel, select, 3, 0.95, energy=energy, min_modes=1)
-    both = QKProduct(*(Factor(torch.stack(weights), roundoff) for weights in zip(*heads, strict=True)))
-    together = edit_query(both, rule, [torch.Generator().manual_seed(i) for i in range(3)])
-    for i, W in enumerate(heads):
-        alone = edit_query(product(W), rule, [torch.Generator().manual_seed(i)])
-        assert together.indices[i] == alone.indices[0]
-        assert together.counts[i] == alone.counts[0]
-        assert close(together.W_Q[i], alone.W_Q[0])
-
-
-@every_channel
-def test_another_seed_draws_other_modes_until_each_has_been_drawn(channel: Channel) -> None:
-    W = head(6, 20)
-    draws = {edited(W, channel, Select.random, 2, seed=seed).indices for seed in range(100)}
-    rest = range(2, spectrum_of(W, channel).rank)
-    assert {j for draw in draws for j in draw} == set(rest)
-    pairs = len(rest) // 2 if channel is Channel.antisymmetric else math.comb(len(rest), 2)
-    assert len(draws) > 0.6 * min(pairs, 100)
-
-
-@theorem
-@given(shape=shapes, seed=seeds, r=st.integers(1, 4), alpha=alphas)
-def test_the_subspace_control_projects_inside_the_row_space_of_the_query(
-    shape: tuple[int, int], seed: int, r: int, alpha: float
-) -> None:
-    W = head(*shape, seed=seed)
-    assume(np.linalg.cond(W[0]) < 1e4)
-    edit = edited(W, select=Select.subspace, modes=r, alpha=alpha, seed=seed)
-    G = directions(edit)
-    P = W[0].pinverse() @ W[0]
-    assert G.shape == (shape[1], min(r, *shape))
-    assert close(G.T @ G, torch.eye(G.shape[1], dtype=torch.float64))
-    assert close(P @ G, G)
-    assert close(edit.W_Q - W[0], -(1 - alpha) * W[0] @ G @ G.T)
-
-
-@pytest.mark.parametrize("dependent", [False, True], ids=["full rank", "equal rows"])
-def test_the_subspace_is_uniform_over_the_row_space(dependent: bool) -> None:
-    W_Q, W_K = head(5, 9)
-    if dependent:
-        W_Q[4] = W_Q[0]
-    n, r, draws = 5 - dependent, 2, 2000
-    bases = [
-        directions(edited((W_Q, W_K), select=Select.subspace, modes=r, seed=seed)) for seed in range(draws)
-    ]
-    projectors = torch.stack([G @ G.T for G in bases])
-    P = W_Q.pinverse() @ W_Q
-    assert round(float(P.trace())) == n
-    # Moments of |Gᵀ x|² for a unit vector x of the row space: it is Beta(r/2, (n − r)/2).
-    x = P @ random(9, seed=1)
-    x /= x.norm()
-    shares = torch.einsum("i,bij,j->b", x, projectors, x)
-    assert close(projectors.mean(0), P * r / n, digits=1)
-    assert (projectors.mean(0) - P * r / n).abs().max() < 0.03
-    assert (projectors[0] - P * r / n).abs().max() > 0.1
-    assert float(shares.mean()) == pytest.approx(r / n, abs=0.02)
-    assert float(shares.square().mean()) == pytest.approx(r * (r + 2) / (n * (n + 2)), abs=0.02)
-    again = directions(edited((W_Q, W_K), select=Select.subspace, modes=r, seed=7))
-    assert torch.equal(again, bases[7])
-
-
-@either_half
-def test_a_subspace_belongs_to_the_full_channel_only(channel: Channel) -> None:
-    assert edited(head(), select=Select.subspace).W_Q.isfinite().all()
-    with pytest.raises(UsageError):
-        edited(head(), channel, Select.subspace)
-
-
-@every_channel
-@theorem
-@given(seed=seeds, modes=st.integers(1, 3), alpha=st.floats(0, 0.9))
-def test_shrink_only_scales_the_query_and_moves_it_as_far_as_the_dominant_edit(
-    channel: Channel, seed: int, modes: int, alpha: float
-) -> None:
-    W = head(seed=seed)
-    assume(np.linalg.cond(W[1]) < 30)
-    reference = edited(W, channel, Select.dominant, modes, alpha).W_Q - W[0]
-    assume(reference.norm() < W[0].norm())
-    shrunk = edited(W, channel, Select.shrink, modes, alpha).W_Q
-    factor = shrunk / W[0]
-    assert float(factor.max() - factor.min()) < 1e-12
-    assert 0 <= float(factor.mean()) < 1
-    assert float((shrunk - W[0]).norm()) == pytest.approx(float(reference.norm()))
-    assert not close(shrunk - W[0], reference, digits=1)
-
-
-@theorem
-@given(shape=shapes, seed=seeds)
-def test_a_shrink_as_large_as_the_query_is_not_too_large(shape: tuple[int, int], seed: int) -> None:
-    W = head(*shape, seed=seed)
-    assume(np.linalg.cond(W[0]) < 1e3 and np.linalg.cond(W[1]) < 1e3)
-    shrunk = edited(W, select=Select.shrink, modes=min(shape), alpha=0.0).W_Q
-    assert shrunk.norm() < 1e-9 < W[0].norm()
-
-
-def test_no_shrink_matches_an_edit_larger_than_the_query() -> None:
-    W_Q, W_K = head()
-    W_K[3] = W_K[2] + 1e-3 * W_K[3]  # keys that reach part of the change only by a huge query
-    reference = edited((W_Q, W_K), Channel.symmetric).W_Q - W_Q
-    assert reference.norm() > W_Q.norm()
-    with pytest.raises(NumericalError):
-        edited((W_Q, W_K), Channel.symmetric, Select.shrink)
 
 
 # Reports.
