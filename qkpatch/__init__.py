@@ -5,6 +5,7 @@ The rooms, from the surface down; imports only run downwards, as ``tests/test_ar
 
 * ``cli``         parses, calls the api, shows;
 * ``api``         the library: one function for what each command does;
+* ``uploads``     OUT in a store: claimed, made object by object, its manifest last;
 * ``cluster``     one OUT by several machines: parts, and what publishes them;
 * ``sweeps``      many edits from one read: the grid, figures, what evaluates them;
 * ``adapters``    the edit as a low-rank adapter, beside the checkpoint;
@@ -18,7 +19,8 @@ The rooms, from the surface down; imports only run downwards, as ``tests/test_ar
 * ``planning``    the request, the plan, the manifest;
 * ``model``       from SOURCE to the tensors of its language model;
 * ``recipes``     model families as data;
-* ``hub``         repositories by commit, byte ranges, commits;
+* ``hub``         repositories by commit, commits;
+* ``stores``      folders at any URL that fsspec knows, byte ranges, objects in parts;
 * ``output``      which files OUT has, how they grow, how they appear;
 * ``checkpoint``  files, headers, directories; knows no algebra;
 * ``spectral``    the maths on tensors; knows no files;

@@ -6,20 +6,21 @@ Every failure that can be explained is a :class:`~qkpatch.errors.QKPatchError` w
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkpatch.adapters.lora import lora
 from qkpatch.checkpoint.open_directory import Rooted
-from qkpatch.checkpoint.present_files import Present
 from qkpatch.cluster.finish import finish
 from qkpatch.common.checked import checked
 from qkpatch.common.observer import UNSEEN, Observer
-from qkpatch.errors import HubError, UsageError, refuse_warnings
+from qkpatch.errors import UsageError, refuse_warnings
 from qkpatch.evaluation import evaluate as evaluate
 from qkpatch.evaluation import tune as tune
-from qkpatch.model.locate import Access, local_path, locate
+from qkpatch.model.locate import Access, local_path, locate, out_url
 from qkpatch.model.model import open_model
 from qkpatch.output.destination import check_out
 from qkpatch.output.options import Writing
@@ -29,14 +30,13 @@ from qkpatch.patches.undo import revert
 from qkpatch.planning.manifest import Manifest, planned_manifest
 from qkpatch.planning.memory import choose_threads
 from qkpatch.planning.patch_file import read_patch
-from qkpatch.planning.plan import EditPlan, make_plan
+from qkpatch.planning.plan import EditPlan, downloaded, make_plan
 from qkpatch.planning.request import Request, check_device_name
 from qkpatch.sweeps.collect import collect as collect
 from qkpatch.sweeps.sweep import sweep
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from contextlib import AbstractContextManager
 
     import torch
 
@@ -66,7 +66,8 @@ def plan(
     queries, ``W_Q' = W_Q (I − (1 − alpha) U_r U_rᵀ)``. Keys stay.
 
     Args:
-        source: a directory, a ``.safetensors`` file, ``org/name[@revision]``, or a recipe's name.
+        source: a directory, a ``.safetensors`` file, the URL of a folder in a store (``s3://bucket/name``),
+            ``org/name[@revision]``, or a recipe's name.
         request: the edit as a value; in its place, its fields by keyword: ``layers=range(10, 19)`` (or ``"10-18"``),
             ``heads``, ``modes=4``, ``alpha=0.8`` in [0, 1], ``channel="full"``, ``select="dominant"``, ``seed``,
             ``recipe``, ``prefix``, ``attention``, ``fold_norm``, ``max_shard_size`` (bytes, or ``"5GB"``),
@@ -97,6 +98,10 @@ def plan(
     planned_manifest(made, "")  # which refuses what no record could say, such as a broken one in SOURCE
     if out is None:
         return made
+    if (url := out_url(out)) is not None:
+        from qkpatch.uploads.apply import standing_in_store
+
+        return replace(made, is_done=isinstance(standing_in_store(url, made, how), Manifest))
     from qkpatch.compare.overwrite import standing
 
     return replace(made, is_done=isinstance(standing(Path(out), made, how), Manifest))
@@ -104,7 +109,11 @@ def plan(
 
 def refuse_early(source: PathLike, out: PathLike, writing: Writing) -> None:
     """Refuse an OUT that is wrong anyway, before the Hub is asked; where SOURCE is here, :func:`plan` looks at both."""
-    if local_path(str(source)) is None:
+    if (url := out_url(out)) is not None:
+        from qkpatch.uploads.apply import check_url
+
+        check_url(url, str(source), writing)
+    elif local_path(str(source)) is None:
         check_out(Path(out), overwrite=writing.overwrite, force=writing.force)
 
 
@@ -122,12 +131,13 @@ def apply(
 ) -> Manifest:
     """Write the edited checkpoint and return its manifest, ``OUT/qkpatch.json``.
 
-    SOURCE is only read. OUT appears whole, by one rename, or not at all; the bytes do not depend on ``threads``.
-    Where OUT is what would be written, as its manifest records, nothing is: ``run.already_done`` of that says so.
+    SOURCE is only read. OUT appears whole, by one rename, or not at all; in a store, object by object, the manifest
+    last. The bytes do not depend on ``threads``. Where OUT is what would be written, as its manifest records, nothing
+    is: ``run.already_done`` of that says so.
 
     Args:
         plan: of :func:`plan`.
-        out: a directory; by default ``plan.default_out``.
+        out: a directory, or the URL of a folder in a store; by default ``plan.default_out``.
         device: ``cpu``, ``cuda``, ``cuda:i`` or ``auto``.
         threads: heads that are computed side by side; by default processors, within 450 MiB.
         cache: of the Hub: download into the Hub cache first; else straight into OUT.
@@ -149,43 +159,35 @@ def apply(
     from qkpatch.patching.apply import apply_plan, check_run
 
     writing = Writing(**how) if writing is None else writing
-    is_remote = plan.model.source.path is None
-    mine = None if part is None else check_part(part, writing, is_straight=is_remote and not cache)
+    source = plan.model.source
+    is_straight = source.path is None and not (cache and source.kind == "hub")
+    mine = None if part is None else check_part(part, writing, is_straight=is_straight)
     check_device_name(device)
     refuse_warnings(plan.warnings if writing.strict else ())
     n_threads = choose_threads(threads, plan.head_memory, len(plan.model.checkpoint.tensors))
+    run: dict[str, Any] = {"observer": observer, "device": device, "threads": n_threads, "writing": writing}
+    if out is not None and (url := out_url(out)) is not None:
+        from qkpatch.uploads.apply import into_store
+
+        if mine is not None:
+            raise UsageError(
+                "parts share a directory, not a store", where="--part", fix="name a path: -o OUT"
+            )
+        return into_store(plan, url, partial(downloaded, observer=observer) if cache else None, **run)
     place = plan.default_out if out is None else Path(out)
     found = standing(place, plan, writing, observer, is_whole=False)
     if isinstance(found, Manifest):
         return found
     check_fits(place, share_of(plan, mine), writing)
     check_run(plan, device, n_threads)
-    if is_remote and cache:
-        plan = _downloaded(plan, observer)
+    if source.path is None and source.kind == "hub" and cache:
+        plan = downloaded(plan, observer)
         check_fits(place, share_of(plan, mine), writing)
     if plan.patch is not None:
         plan.patch.check_source(plan)
-    run: dict[str, Any] = {"observer": observer, "device": device, "threads": n_threads, "writing": writing}
     n_heads = len(plan.edits) * len(plan.settings.heads)
-    observer.begins("download" if is_remote and not cache else "copy", plan.output_bytes, n_heads)
+    observer.begins("copy" if plan.model.source.path else "download", plan.output_bytes, n_heads)
     return apply_part(plan, place, mine, **run) if mine else apply_plan(plan, place, replaced=found, **run)
-
-
-def _downloaded(plan: EditPlan, observer: Observer) -> EditPlan:
-    """The same plan, of the snapshot in the Hub cache, which is made complete."""
-    observer.begins("fetch", 0, 0)
-    source = plan.model.source
-    anew = make_plan(source.text, plan.request)
-    if plan.patch is not None:
-        of_patch = replace(anew.settings, from_recipe=plan.settings.from_recipe)
-        anew = replace(anew, patch=plan.patch, settings=of_patch)
-    if (anew.settings, anew.model.recipe) != (plan.settings, plan.model.recipe):
-        what = "the recipe changed after the edit was planned"
-        raise UsageError(what, where=plan.request.recipe, fix="plan again")
-    if anew.model.source.commit != source.commit:
-        what = f"it moved from commit {source.commit} to {anew.model.source.commit} after it was planned"
-        raise HubError(what, where=source.name, fix="plan again, or name a commit: org/name@commit")
-    return anew
 
 
 def spectra(
@@ -229,7 +231,7 @@ def verify(
     """Check that OUT is SOURCE with only the planned rows changed, and these by the edit that its manifest records.
 
     Args:
-        out: what :func:`apply` wrote.
+        out: what :func:`apply` wrote, a directory or a URL.
         source: what it was made from; of a repository, the planned rows are fetched and digests compared.
         recipe: the YAML file, where OUT was made by a recipe of the user's own.
         recompute: compute the planned heads anew; else their rows are believed where their digests are right.
@@ -239,18 +241,17 @@ def verify(
         CheckpointError: OUT has no manifest, or one that cannot be read.
         QKPatchError: SOURCE cannot be opened.
     """
-    from qkpatch.compare.verify import check, n_heads, recorded
+    from qkpatch.compare.verify import check, n_heads, opened_out, recorded
 
-    with Rooted(_named(out)) as root:
-        present = Present(root)
+    with opened_out(_named(out)) as present:
         observer.begins("compare", present.size, n_heads(recorded(present)) if recompute else 0)
         return check(present, str(source), observer, recipe, recomputed=recompute)
 
 
-def _named(out: PathLike) -> Path:
+def _named(out: PathLike) -> PathLike:
     if out == "":
         raise UsageError("OUT is empty", fix="name the directory; is a variable unset?")
-    return Path(out)
+    return out
 
 
 def diff(a: PathLike, b: PathLike, *, observer: Observer = UNSEEN) -> Difference:
@@ -298,7 +299,7 @@ def card(
     from qkpatch.publishing.lmms_eval import compare_both
 
     comparison = compare_both(results, base_results)
-    manifest, base_card = read_out(_named(out))
+    manifest, base_card = read_out(Path(_named(out)))
     text = model_card(manifest, Path(out).resolve().name, base_card, comparison)
     if write:
         with Rooted(Path(out)) as root:
@@ -328,21 +329,14 @@ def patch_model(model: torch.nn.Module, request: Request | None = None, **edit: 
     return edit_loaded(model, Request.asked(request, edit))
 
 
-def patched(
-    model: torch.nn.Module, request: Request | None = None, **edit: Any
-) -> AbstractContextManager[LoadedEdit]:
+@contextmanager
+def patched(model: torch.nn.Module, request: Request | None = None, **edit: Any) -> Iterator[LoadedEdit]:
     """:func:`patch_model` for the length of a ``with`` block; the former bits are back however it ends."""
-    from contextlib import contextmanager
-
-    @contextmanager
-    def within() -> Iterator[LoadedEdit]:
-        made = patch_model(model, request, **edit)
-        try:
-            yield made
-        finally:
-            made.restore()
-
-    return within()
+    made = patch_model(model, request, **edit)
+    try:
+        yield made
+    finally:
+        made.restore()
 
 
 __all__ = (

@@ -27,7 +27,10 @@ _USERINFO = re.compile(
 _QUERY = re.compile(rf"({_SCHEME}[^?{_SPACE}]{{0,4096}})\?[^{_SPACE}]*|[?&#][\w.%+~-]+=[^{_SPACE}]*")
 # A short one is taken for a token where it is a word by itself: hf_models may be a directory, hf_api.py is a module.
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}|(?<![\w/.\\-])hf_[A-Za-z0-9]{6,}(?![\w/\\-]|\.\w)")
-_TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_TOKEN_VARIABLES = {"HF_TOKEN": "hf_***", "HUGGING_FACE_HUB_TOKEN": "hf_***"} | dict.fromkeys(
+    ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN",
+     "AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_CLIENT_SECRET"), "***"
+)  # fmt: skip
 # What is imported late, and how to install it.
 _LIBRARIES = {name: name for name in ("huggingface_hub", "safetensors", "numpy")} | {
     "torch": "torch (a CPU build, where there is no GPU)"
@@ -38,10 +41,10 @@ _MOST_WARNINGS = 20
 
 def redact(text: str) -> str:
     """``text`` without what nobody should read in it; done twice, the same."""
-    for variable in _TOKEN_VARIABLES:
+    for variable, shown_as in _TOKEN_VARIABLES.items():
         token = os.environ.get(variable, "").strip()
         if len(token) >= _LEAST_TOKEN:
-            text = text.replace(token, "hf_***")
+            text = text.replace(token, shown_as)
     text = _USERINFO.sub(r"\1***@", text)
     text = _QUERY.sub(lambda found: f"{found[1] or ''}?...", text)
     return _TOKEN.sub("hf_***", text)
@@ -186,6 +189,12 @@ class HubError(FileSystemError):
     """The Hub could not deliver what was asked for."""
 
     kind = "hub"
+
+
+class StoreError(FileSystemError):
+    """A store could not deliver, or take, what it was asked to."""
+
+    kind = "store"
 
 
 class WarnedError(QKPatchError):

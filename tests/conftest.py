@@ -19,6 +19,7 @@ import commands
 import pytest
 import torch
 from fake_hub import FakeHub, fake_hub
+from s3_server import S3, s3_server
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
@@ -129,6 +130,25 @@ def hub() -> Iterator[FakeHub]:
     """A model Hub on this machine."""
     with fake_hub() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def s3_session() -> Iterator[S3]:
+    """An S3 server on this machine, where moto and s3fs are installed."""
+    pytest.importorskip("moto.server")
+    pytest.importorskip("s3fs")
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_session: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+    """The server, without faults, and the environment that leads clients to it."""
+    s3_session.clear()
+    for name, value in s3_session.environment.items():
+        monkeypatch.setenv(name, value)
+    yield s3_session
+    s3_session.clear()
 
 
 @pytest.fixture

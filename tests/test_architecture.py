@@ -21,8 +21,11 @@ ARROWS = {
         "patching", "planning", "model", "recipes", "output", "hub", "checkpoint", "spectral", "common", "errors",
     },
     "api": {
-        "cluster", "sweeps", "adapters", "compare", "evaluation", "publishing", "patches", "patching", "planning",
-        "model", "output", "checkpoint", "common", "errors",
+        "uploads", "cluster", "sweeps", "adapters", "compare", "evaluation", "publishing", "patches", "patching",
+        "planning", "model", "output", "checkpoint", "common", "errors",
+    },
+    "uploads": {
+        "compare", "patching", "planning", "model", "output", "stores", "checkpoint", "common", "errors",
     },
     "cluster": {"compare", "patching", "planning", "output", "checkpoint", "common", "errors"},
     "sweeps": {
@@ -34,7 +37,7 @@ ARROWS = {
         "common", "errors",
     },
     "compare": {
-        "publishing", "patching", "planning", "model", "recipes", "output", "checkpoint", "common", "errors",
+        "publishing", "patching", "planning", "model", "recipes", "output", "stores", "checkpoint", "common", "errors",
     },
     "evaluation": {"patching", "planning", "model", "spectral", "checkpoint", "common", "errors"},
     "diagnosis": {"model", "recipes", "checkpoint", "common", "errors"},
@@ -43,9 +46,10 @@ ARROWS = {
     "patches": {"patching", "planning", "output", "checkpoint", "common", "errors"},
     "patching": {"planning", "model", "recipes", "output", "checkpoint", "spectral", "common", "errors"},
     "planning": {"model", "recipes", "output", "checkpoint", "spectral", "common", "errors"},
-    "model": {"recipes", "hub", "checkpoint", "common", "errors"},
+    "model": {"recipes", "hub", "stores", "checkpoint", "common", "errors"},
     "recipes": {"checkpoint", "common", "errors"},
-    "hub": {"checkpoint", "common", "errors"},
+    "hub": {"stores", "checkpoint", "common", "errors"},
+    "stores": {"checkpoint", "common", "errors"},
     "output": {"checkpoint", "common", "errors"},
     "checkpoint": {"common", "errors"},
     "spectral": {"errors"},
@@ -59,6 +63,7 @@ ONLY_IN = {
     "rich": {"cli"},
     "yaml": {"common"},
     "huggingface_hub": {"hub", "checkpoint.cache"},
+    "fsspec": {"stores"},
     "safetensors": {"compare.byte_by_byte"},
     "ray": {"cluster.on_ray"},
     "torch": {"spectral", "patching", "compare.values", "adapters.factors", "evaluation.subject"},
@@ -182,7 +187,7 @@ def test_the_maths_knows_no_files(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", sorted(m for m in modules() if m.startswith(("checkpoint", "output", "hub")))
+    "module", sorted(m for m in modules() if m.startswith(("checkpoint", "output", "hub", "stores")))
 )
 def test_the_files_know_no_maths(module: str) -> None:
     assert not {name.split(".")[0] for name in imports(modules()[module])} & {"torch", "numpy", "math"}
@@ -204,7 +209,8 @@ def test_a_module_can_be_read_in_one_sitting(module: str) -> None:
     ],
 )
 def test_help_plans_and_recipes_need_no_torch(code: str) -> None:
-    check = f"{code}; import sys; assert not {{'torch', 'numpy', 'huggingface_hub', 'matplotlib'}} & set(sys.modules)"
+    unwanted = {"torch", "numpy", "huggingface_hub", "matplotlib", "fsspec"}
+    check = f"{code}; import sys; assert not {unwanted} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True)
 
 

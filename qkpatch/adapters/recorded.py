@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qkpatch.checkpoint.open_directory import Rooted
-from qkpatch.checkpoint.present_files import Present
+from qkpatch.checkpoint.present_files import PresentHere
 from qkpatch.checkpoint.source import MANIFEST_NAME
 from qkpatch.compare.recorded import origin_mismatches
 from qkpatch.compare.verify import recorded
@@ -26,7 +26,7 @@ def plan_recorded(out: Path, source: str | None, asked: Request) -> EditPlan:
     if replace(asked, recipe=None) != Request():
         raise UsageError("it takes the recorded edit", where="--from", fix="leave out the flags of an edit")
     with Rooted(out) as root:
-        manifest = recorded(Present(root))
+        manifest = recorded(PresentHere(root))
     where, said = f"{out.name}/{MANIFEST_NAME}", manifest.source
     if (source := source or said.address) is None:
         what = f"it was made from the {said.kind} {said.name!r}, and nothing records where that is"

@@ -13,6 +13,9 @@ BOOKKEEPING = (".git", ".cache/huggingface")
 # In a folder that was edited in place: what leads back; the same while rows are of both sides; what a kill may leave.
 UNDO, UNFINISHED, PART = "qkpatch.undo", "qkpatch.undo.unfinished", "qkpatch.undo.part"
 
+# In OUT in a store, while it is not whole: whose it is, and what is done.
+CLAIM = "qkpatch.unfinished"
+
 # Patterns as of `matching`, and who makes such things without being asked. Left out of OUT; where one comes into OUT
 # afterwards, it is named and does not matter. Nothing that is ever run or loaded belongs here.
 RUBBISH = {
@@ -24,7 +27,7 @@ RUBBISH = {
     ".cache/huggingface": "huggingface_hub", ".locks": "huggingface_hub",
     "._____temp": "ModelScope", ".mdl": "ModelScope", ".msc": "ModelScope", ".mv": "ModelScope",
     ".ipynb_checkpoints": "Jupyter", ".~lock.*": "LibreOffice", ".*.sw[nop]": "vim",
-    f"{UNDO}*": "qkpatch",
+    f"{UNDO}*": "qkpatch", CLAIM: "qkpatch",
 }  # fmt: skip
 
 # Left out of OUT as well, and said: states of a run that the edited weights are no longer of.

@@ -1,16 +1,17 @@
-"""``Present``: what lies in OUT, as it was when it was listed; read by descriptor, never through a link."""
+"""``Present``: what is in OUT, as it was when it was listed; of a directory by descriptor, never through a link."""
 
 from __future__ import annotations
 
 import os
 import stat
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
-from qkpatch.checkpoint.files import FileId, LocalOpenFile, changed, os_errors
+from qkpatch.checkpoint.files import FileId, LocalOpenFile, OpenFile, changed, os_errors
 from qkpatch.checkpoint.names import BOOKKEEPING, came_by_itself
 from qkpatch.checkpoint.open_directory import Rooted
-from qkpatch.checkpoint.tree import MAX_JSON_BYTES, check_size
+from qkpatch.checkpoint.tree import MAX_JSON_BYTES, SourceFile, check_size
 
 _CHANGED = "it changed while qkpatch was reading it"
 _KINDS = {
@@ -22,18 +23,74 @@ _KINDS = {
 }
 
 
-class Present:
-    """The regular files of an open directory. One that changes after it was listed is an error when it is used."""
+class Present(ABC):
+    """The files of OUT. One that changes after it was listed is an error when it is used."""
+
+    def __init__(self, address: str, name: str) -> None:
+        """``address`` is what finds it again; ``name`` is what it is called for short."""
+        self.address, self.name = address, name
+        self.files: dict[str, FileId | SourceFile] = {}
+        self.odd: dict[str, str] = {}  # what is neither a regular file nor a directory, and what it is
+        self.directories: list[str] = []
+        self.aside: list[str] = []
+        self._digests: dict[str, str] = {}
+
+    def set_aside(self, recorded: Collection[str]) -> None:
+        """Look no more at what came into OUT by itself, and is none of what its manifest records."""
+        found = {name for name in {**self.files, **self.odd} if came_by_itself(name, recorded)}
+        self.aside = sorted({*self.aside, *found})
+        for name in self.aside:
+            self.files.pop(name, None)
+            self.odd.pop(name, None)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files.values())
+
+    def where(self, name: str) -> str:
+        """What messages call a file."""
+        return f"{self.address}/{name}"
+
+    @abstractmethod
+    def open(self, name: str) -> AbstractContextManager[OpenFile]:
+        """A file for reading.
+
+        Raises:
+            FileSystemError: it is no regular file, not readable, or not the one that was listed, now or on closing.
+        """
+
+    @abstractmethod
+    def check_still(self) -> None:
+        """Raise :class:`FileSystemError` where anything is not as it was listed, whether it was used or not."""
+
+    def read(self, name: str, limit: int = MAX_JSON_BYTES) -> bytes:
+        """All of a small file.
+
+        Raises:
+            CheckpointError: it has more than ``limit`` bytes.
+            FileSystemError: as :meth:`open`.
+        """
+        with self.open(name) as opened:
+            check_size(opened.size, limit, opened.where)
+            return bytes(opened.read(opened.size, 0))
+
+    def sha256(self, name: str) -> str:
+        """SHA-256 of a whole file, read once: whoever uses the file afterwards meets the same one, or an error."""
+        if name not in self._digests:
+            with self.open(name) as opened:
+                self._digests[name] = opened.sha256(0, opened.size)
+        return self._digests[name]
+
+
+class PresentHere(Present):
+    """The regular files of an open directory."""
 
     def __init__(self, root: Rooted) -> None:
         """Raises :class:`FileSystemError` where the directory cannot be listed."""
+        super().__init__(str(root.path), root.path.name)
         self.root = root
-        self.files: dict[str, FileId] = {}
-        self.odd: dict[str, str] = {}  # what is neither a regular file nor a directory, and what it is
-        self.directories: list[str] = []
         self.identities: dict[str, FileId] = {}  # of all, for whoever asks later whether anything changed
-        self.aside: list[str] = []
-        self._digests: dict[str, str] = {}
         with os_errors("list", root.path):
             for name, status in root.walk(BOOKKEEPING):
                 self._add(name, status)
@@ -53,30 +110,13 @@ class Present:
         else:
             self.files[name] = FileId.of(status)
 
-    def set_aside(self, recorded: Collection[str]) -> None:
-        """Look no more at what came into OUT by itself, and is none of what its manifest records."""
-        found = {name for name in {**self.files, **self.odd} if came_by_itself(name, recorded)}
-        self.aside = sorted({*self.aside, *found})
-        for name in self.aside:
-            self.files.pop(name, None)
-            self.odd.pop(name, None)
-
-    @property
-    def size(self) -> int:
-        """Bytes of all files."""
-        return sum(file.size for file in self.files.values())
-
     def where(self, name: str) -> str:
-        """What messages call a file."""
+        """As :meth:`Present.where`."""
         return str(self.root.path / name)
 
     @contextmanager
     def open(self, name: str) -> Iterator[LocalOpenFile]:
-        """A file for reading.
-
-        Raises:
-            FileSystemError: it is no regular file, not readable, or not the one that was listed, now or on closing.
-        """
+        """As :meth:`Present.open`."""
         with self.root.reading(name) as opened:
             self._check(name, opened)
             yield opened
@@ -94,29 +134,11 @@ class Present:
             return
 
     def check_still(self) -> None:
-        """Raise :class:`FileSystemError` where anything is not as it was listed, whether it was used or not."""
+        """As :meth:`Present.check_still`."""
         with Rooted(self.root.path) as root:
-            name = first_change(self.identities, Present(root).identities)
+            name = first_change(self.identities, PresentHere(root).identities)
         if name is not None:
             raise changed(_CHANGED, self.where(ascii(name)[1:-1]))
-
-    def read(self, name: str, limit: int = MAX_JSON_BYTES) -> bytes:
-        """All of a small file.
-
-        Raises:
-            CheckpointError: it has more than ``limit`` bytes.
-            FileSystemError: as :meth:`open`.
-        """
-        with self.open(name) as opened:
-            check_size(opened.size, limit, opened.where)
-            return bytes(opened.read(opened.size, 0))
-
-    def sha256(self, name: str) -> str:
-        """SHA-256 of a whole file, read once: whoever uses the file afterwards meets the same one, or an error."""
-        if name not in self._digests:
-            with self.open(name) as opened:
-                self._digests[name] = opened.sha256(0, opened.size)
-        return self._digests[name]
 
 
 def first_change(before: Mapping[str, FileId], after: Mapping[str, FileId]) -> str | None:

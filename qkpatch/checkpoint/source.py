@@ -16,7 +16,7 @@ from typing import Any
 from qkpatch.checkpoint.cache import leads_out
 from qkpatch.checkpoint.files import OpenFile, os_errors
 from qkpatch.checkpoint.header import Header, TensorRef, read_header
-from qkpatch.checkpoint.names import RUBBISH, UNFINISHED, USUAL, matching
+from qkpatch.checkpoint.names import CLAIM, RUBBISH, UNFINISHED, USUAL, matching
 from qkpatch.checkpoint.recognised import ADAPTER, no_weights, refuse_folder
 from qkpatch.checkpoint.tree import (
     MAX_CONFIG_BYTES,
@@ -47,7 +47,7 @@ class Stored:
     """Tensors and other files of a directory, a repository, or one ``.safetensors`` file; of what model is not said."""
 
     where: str  # what messages call it
-    root: Path | None  # the directory; None where it is on the Hub
+    root: Path | None  # the directory; None where it is elsewhere
     headers: Mapping[str, Header]  # weight shards, by file name
     files: Mapping[str, SourceFile]  # all files to carry over, shards included, sorted by name
     single_file: bool = False
@@ -62,6 +62,7 @@ class Stored:
     left_out: Mapping[str, int] = field(default_factory=dict)  # that, with bytes
     disputed: Mapping[str, str] = field(default_factory=dict)  # what the index says wrongly, by tensor
     notes: tuple[str, ...] = ()  # what people should know of the choice of weights
+    elsewhere: Repository | None = None  # where it is on no disk of this machine
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorRef]:
@@ -96,7 +97,9 @@ class Stored:
         return tuple(file.name for file in local if leads_out(file.path, self.root))
 
     def check_still(self) -> None:
-        """Raise :class:`FileSystemError` where a file on this machine is another by now, or one more is there."""
+        """Raise :class:`FileSystemError` where a file is another by now, or one more is there."""
+        if self.elsewhere is not None:
+            self.elsewhere.check_still(self.files)
         if self.root is not None and not self.single_file:
             files = walk_files(self.root, self.exclude).files
             if new := sorted(files.keys() - {*self.files, MANIFEST_NAME, SUMS_NAME}):
@@ -168,6 +171,8 @@ def open_stored(place: Path | Repository, exclude: Collection[str] = tuple(RUBBI
         files, where, root, mode = {**found}, str(place), place, status.st_mode & 0o777
     if UNFINISHED in {*files, *left_out}:
         raise unfinished(where)
+    if CLAIM in {*files, *left_out} and MANIFEST_NAME not in files:
+        raise half_written(where)
     # A folder of nothing but what is left out is left out.
     inside = Counter(name.rpartition("/")[0] for name in (*files, *directories))
     for folder in (entry.rpartition("/")[0] for entry in left_out):
@@ -198,6 +203,7 @@ def open_stored(place: Path | Repository, exclude: Collection[str] = tuple(RUBBI
         left_out=left_out,
         disputed=disputed,
         notes=weights.notes,
+        elsewhere=place if isinstance(place, Repository) else None,
     )
 
 
@@ -205,6 +211,12 @@ def unfinished(where: str) -> CheckpointError:
     """The error for a checkpoint of which some rows are edited and others are not."""
     fix = f"qkpatch revert {shlex.quote(where)}; or run that edit again"
     return CheckpointError("an edit in place was cut short here", where=where, fix=fix)
+
+
+def half_written(where: str) -> CheckpointError:
+    """The error for an OUT in a store that no run has finished."""
+    fix = "finish it, by the same command with --resume"
+    return CheckpointError("an OUT that was not finished, or is being written", where=where, fix=fix)
 
 
 def _open_single(path: Path) -> Stored:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from qkpatch.checkpoint.cache import blob_of, is_in_cache
@@ -45,6 +45,11 @@ class SourceFile(ABC):
     def listed(self) -> Content | None:
         """What the Hub says it holds, where it is the Hub's; not checked here."""
         return None
+
+    @property
+    def is_known_by_digest(self) -> bool:
+        """Whether it is elsewhere, where a digest of it is listed: nothing else of it has to come to be compared."""
+        return False
 
     @abstractmethod
     def open(self, ranges: Sequence[tuple[int, int]] = ()) -> AbstractContextManager[OpenFile]:
@@ -95,15 +100,20 @@ class LocalFile(SourceFile):
 
 
 class Repository(ABC):
-    """All files of a checkpoint that is elsewhere, at one commit."""
+    """All files of a checkpoint that is elsewhere, as they were at one time."""
 
     where: str
     files: Mapping[str, SourceFile]
 
     @property
+    def directories(self) -> dict[str, int]:
+        """All sub-directories, each after the one that it lies in; their modes are not known elsewhere."""
+        parents = (PurePosixPath(name).parents for name in self.files)
+        return dict.fromkeys(sorted({path.as_posix() for some in parents for path in some} - {"."}), 0o777)
+
     @abstractmethod
-    def directories(self) -> Mapping[str, int]:
-        """All sub-directories with their modes, each after the one that it lies in."""
+    def check_still(self, names: Collection[str]) -> None:
+        """Raise :class:`FileSystemError` where one of these files is another by now, or one more is there."""
 
 
 def is_plain_relative(name: str) -> bool:

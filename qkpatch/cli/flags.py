@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from qkpatch.checkpoint.tree import near_paths, source_file
-from qkpatch.errors import FileSystemError
+from qkpatch.errors import FileSystemError, UsageError
 from qkpatch.output.options import Digest, Writing
 from qkpatch.planning.request import Request, parse_request
 from qkpatch.spectral.rule import Channel, Select
@@ -19,7 +19,7 @@ SourceArg = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help="Checkpoint directory, .safetensors file, Hub id (org/name or org/name@revision) or recipe name.",
+        help="Checkpoint directory, .safetensors file, URL in a store, Hub id (org/name[@revision]) or recipe name.",
         show_default=False,
     ),
 ]
@@ -114,8 +114,24 @@ DebugOpt = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", envv
 
 
 def expanded(path: Path | None) -> Path | None:
-    """``~`` as the shell would have it, had it seen it."""
+    """``~`` as the shell would have it, had it seen it; a URL is no path."""
+    if path is not None:
+        from qkpatch.model.locate import out_url
+
+        try:
+            out_url(path)
+        except UsageError as error:
+            raise typer.BadParameter("it is a URL, and is to be a path") from error
     return None if path is None else Path(os.path.expanduser(path))  # noqa: PTH111 - Path's raises for ~nobody
+
+
+def place_of(text: str) -> Path | str:
+    """OUT: a path, or a URL as it was written."""
+    from qkpatch.model.locate import out_url
+
+    if not text:
+        raise UsageError("OUT is empty", fix="name it; is a variable of the shell unset?")
+    return text if out_url(text) else Path(os.path.expanduser(text))  # noqa: PTH111 - as above
 
 
 def _named(text: str) -> Path:
@@ -125,14 +141,17 @@ def _named(text: str) -> Path:
 
 
 OutOpt = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--out",
         "-o",
-        help="Directory to write.",
+        metavar="OUT",
+        help="Directory to write, or a URL in a store.",
         show_default="SOURCE's name, qkpatch, a hash of the edit",
-        callback=expanded,
     ),
+]
+OutOrUrlArg = Annotated[
+    str, typer.Argument(metavar="OUT", help="What `apply` wrote, a directory or a URL.", show_default=False)
 ]
 OutArg = Annotated[
     Path, typer.Argument(metavar="OUT", help="What `apply` wrote.", show_default=False, parser=_named)

@@ -81,7 +81,7 @@ def _costs(console: Console, plan: EditPlan, costs: Costs) -> None:
         console.print(f"About {about(costs.estimated_seconds)}, {rate}{download}")
 
 
-def show_applied(plan: EditPlan, manifest: Manifest, out: Path) -> None:
+def show_applied(plan: EditPlan, manifest: Manifest, out: Path | str) -> None:
     """Print what was done, layer by layer, and how to prove it."""
     n_of, run = Counter(file.action for file in manifest.files), manifest.run
     anew = f", {n_of['resharded']} written anew" if n_of["resharded"] else ""
@@ -202,7 +202,7 @@ def show_publication(publication: Publication) -> None:
         console.print(f"{both} on the Hub's side")
 
 
-def show_verification(result: Verification, out: Path) -> None:
+def show_verification(result: Verification, out: Path | str) -> None:
     """Print every mismatch and note, then the verdict."""
     with results() as console:
         wrong = [f"{cut(mismatch.where, LONGEST // 2)}: {mismatch.what}" for mismatch in result.mismatches]

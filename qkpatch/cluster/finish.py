@@ -16,7 +16,7 @@ from pathlib import Path
 
 from qkpatch.checkpoint.files import changed, synced
 from qkpatch.checkpoint.open_directory import Rooted
-from qkpatch.checkpoint.present_files import Present
+from qkpatch.checkpoint.present_files import PresentHere
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME
 from qkpatch.checkpoint.tree import source_file
 from qkpatch.cluster.part import is_as_written, read_part
@@ -101,7 +101,7 @@ def _is_there(out: Path) -> bool:
 def _done(out: Path, agreed: Manifest | None) -> Manifest:
     """The manifest in OUT, which is what was agreed on."""
     with Rooted(out) as root:
-        manifest = recorded(Present(root))
+        manifest = recorded(PresentHere(root))
     if agreed is not None:
         bare = as_agreed(manifest, agreed)
         if replace(bare, run=agreed.run).dumps() != agreed.dumps():

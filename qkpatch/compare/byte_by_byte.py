@@ -1,4 +1,4 @@
-"""OUT's bytes against SOURCE's: side by side where those are on this machine, by the Hub's digests where not."""
+"""OUT's bytes against SOURCE's: side by side, or by the Hub's digests where those are on the Hub."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from operator import attrgetter
 from safetensors import SafetensorError, safe_open
 
 from qkpatch.checkpoint.content import Held, Parts, damaged, feed_source, held_file
-from qkpatch.checkpoint.files import OpenFile, Progress, os_errors
+from qkpatch.checkpoint.files import LocalOpenFile, OpenFile, Progress, os_errors
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.pairs import Reader, Span
 from qkpatch.checkpoint.present_files import Present
@@ -34,7 +34,7 @@ class Mismatch:
 def side_by_side(
     wanted: OutputFile, present: Present, planned: list[tuple[int, int]], source: Stored, progress: Progress
 ) -> Iterator[Mismatch]:
-    """The first byte of a file outside ``planned`` that is neither our own header's nor SOURCE's, where that is local.
+    """The first byte of a file outside ``planned`` that is neither our own header's nor SOURCE's, where that is read.
 
     Args:
         wanted: the file as it should be.
@@ -52,7 +52,7 @@ def side_by_side(
             yield Mismatch(wanted.name, "the header or index is not as qkpatch writes it")
             return
         for file, extents in groupby(wanted.around(planned), attrgetter("file")):
-            if not isinstance(file, LocalFile):
+            if file.is_known_by_digest:
                 continue
             with file.open() as a:
                 for extent in extents:
@@ -67,7 +67,7 @@ def side_by_side(
 
 
 class Listing:
-    """Files that are elsewhere, by the Hub's digests: OUT's bytes have them, once the planned rows are put back.
+    """Files that are on the Hub, by its digests: OUT's bytes have them, once the planned rows are put back.
 
     Of SOURCE nothing is read but those rows, and the headers that a resharded OUT does not have.
     """
@@ -95,7 +95,7 @@ class Listing:
         """What is wrong with files of SOURCE as OUT has them."""
         for file in self._files.values():
             held = self._held.get(file.name, [])
-            if file.name in self.lost or not held or isinstance(file, LocalFile):
+            if file.name in self.lost or not held or not file.is_known_by_digest:
                 continue
             whole, listed, is_same = [Held(0, file.size, held[0].name, 0)], file.listed, False
             if listed is not None and listed.sha256 is not None and held == whole:
@@ -118,9 +118,9 @@ class Listing:
 
     @contextmanager
     def open(self, name: str, ranges: Sequence[tuple[int, int]] = ()) -> Iterator[OpenFile]:
-        """A file of SOURCE for reading; one that is elsewhere out of OUT, once that was found to have it."""
+        """A file of SOURCE for reading; one that is on the Hub out of OUT, once that was found to have it."""
         file, held = self._files[name], self._held.get(name, [])
-        if isinstance(file, LocalFile):
+        if not file.is_known_by_digest:
             with file.open(ranges) as opened:
                 yield opened
             return
@@ -133,9 +133,9 @@ class Listing:
     def sha256(self, ref: TensorRef) -> str | None:
         """Of an edited tensor in SOURCE; None where it was not met there."""
         file = self._files[ref.shard]
-        if not isinstance(file, LocalFile):
+        if file.is_known_by_digest:
             return self._digests.get((ref.shard, ref.begin, ref.end))
-        with file.open() as opened:
+        with file.open([(ref.begin, ref.end)]) as opened:
             return opened.sha256(ref.begin, ref.end)
 
 
@@ -154,7 +154,7 @@ def library_verdict(wanted: OutputFile, present: Present) -> Iterator[Mismatch]:
     if not all(isinstance(file, LocalFile) and _library_accepts(str(file.path)) for file in sources):
         return
     with present.open(wanted.name) as opened:
-        if not _library_accepts(f"/proc/self/fd/{opened.fd}"):
+        if isinstance(opened, LocalOpenFile) and not _library_accepts(f"/proc/self/fd/{opened.fd}"):
             yield Mismatch(wanted.name, "the safetensors library opens it in SOURCE and refuses it in OUT")
 
 

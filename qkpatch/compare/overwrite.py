@@ -13,7 +13,7 @@ from pathlib import Path
 
 from qkpatch.checkpoint.files import Progress
 from qkpatch.checkpoint.open_directory import Rooted
-from qkpatch.checkpoint.present_files import Present
+from qkpatch.checkpoint.present_files import Present, PresentHere
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME
 from qkpatch.common.json_text import canonical_json, load_json
 from qkpatch.common.observer import UNSEEN, Observer
@@ -21,7 +21,7 @@ from qkpatch.compare.byte_by_byte import Mismatch
 from qkpatch.compare.manifest_against_plan import differences
 from qkpatch.compare.recorded import origin_mismatches, sums_mismatches
 from qkpatch.compare.verify import check, recorded
-from qkpatch.errors import CheckpointError, FileSystemError
+from qkpatch.errors import CheckpointError, FileSystemError, UsageError
 from qkpatch.output.destination import Replaced, check_apart, check_out, destination_path, occupied
 from qkpatch.output.options import Digest, Writing
 from qkpatch.output.space import check_space
@@ -70,7 +70,7 @@ def check_fits(out: Path, plan: EditPlan, writing: Writing) -> None:
 
 def _present(out: Path, plan: EditPlan, writing: Writing, observer: Observer) -> Replaced | Manifest | None:
     with Rooted(out) as root:
-        present = Present(root)
+        present = PresentHere(root)
         if not present.identities:  # nothing, or what is nobody's wish
             return Replaced(destination_path(out), {}) if root.names() else None
         observer.begins("look at OUT:", present.size, 0)
@@ -88,6 +88,21 @@ def _present(out: Path, plan: EditPlan, writing: Writing, observer: Observer) ->
         why = {"overwrite": writing.overwrite, "by_edit": by_edit, "or_source": or_source}
         raise occupied(out, first.where, first.what, **why)
     return replaced
+
+
+def already_done(present: Present, plan: EditPlan, writing: Writing, observer: Observer) -> Manifest:
+    """The manifest of an OUT in a store that is just what ``plan`` would write.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    observer.begins("look at OUT:", present.size, 0)
+    first = next(_foreign(present, plan, writing, observer), None)
+    if first is not None:
+        what = f"there is an OUT that is not what this edit would make of it: {first.where}: {first.what}"
+        raise UsageError(what, where=present.address, fix="choose another -o, or remove it yourself")
+    manifest = recorded(present)
+    return replace(manifest, run=replace(manifest.run, already_done=True))
 
 
 def _foreign(present: Present, plan: EditPlan, writing: Writing, observer: Observer) -> Iterator[Mismatch]:
@@ -121,8 +136,7 @@ def _foreign(present: Present, plan: EditPlan, writing: Writing, observer: Obser
     elif all(file.sha256 is not None for file in manifest.files):
         yield from _by_digest(manifest, present, observer.copied)
     else:
-        source = plan.model.source
-        where = str(source.path) if source.path is not None else f"{source.name}@{source.commit}"
+        where = plan.model.source.address
         own = None if manifest.recipe.name in shipped_recipes() else plan.model.recipe_file
         try:
             # Bytes alone: whether qkpatch left them so is the question, not whether it computed well.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qkpatch.checkpoint.open_directory import Rooted
-from qkpatch.checkpoint.present_files import Present
+from qkpatch.checkpoint.present_files import PresentHere
 from qkpatch.common.number_ranges import some
 from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.common.text import verify_command
@@ -44,7 +44,7 @@ def publish_verified(
         QKPatchError: as :func:`check` and :func:`plan_publication`.
     """
     with Rooted(out) as root:
-        present = Present(root)
+        present = PresentHere(root)
         manifest = recorded(present)
         plan = _verified(present, manifest, source, recipe, observer)
         publication = plan_publication(wish, manifest, plan, present)
@@ -52,7 +52,7 @@ def publish_verified(
 
 
 def _verified(
-    present: Present, manifest: Manifest, source: str | None, recipe: str | None, observer: Observer
+    present: PresentHere, manifest: Manifest, source: str | None, recipe: str | None, observer: Observer
 ) -> EditPlan:
     """OUT against SOURCE, and where the manifest names a repository that SOURCE is not, against that as well."""
     said, verified = manifest.source, None

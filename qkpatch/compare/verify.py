@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qkpatch.checkpoint.names import UNDO, UNFINISHED, is_private, usual_beside
+from qkpatch.checkpoint.names import CLAIM, UNDO, UNFINISHED, is_private, usual_beside
 from qkpatch.checkpoint.open_directory import Rooted
-from qkpatch.checkpoint.present_files import Present
-from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME, open_checkpoint, unfinished
+from qkpatch.checkpoint.present_files import Present, PresentHere
+from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME, half_written, open_checkpoint, unfinished
 from qkpatch.common.interrupts import import_torch
 from qkpatch.common.json_text import Json
 from qkpatch.common.number_ranges import abbreviate
@@ -19,7 +20,7 @@ from qkpatch.compare.byte_by_byte import Listing, Mismatch, library_verdict, sid
 from qkpatch.compare.manifest_against_plan import differences, open_questions, warnings_apart
 from qkpatch.compare.recorded import another_source, check_edits, check_files, origin_mismatches
 from qkpatch.errors import AmbiguousError, CheckpointError, FileSystemError, UnsupportedError, UsageError
-from qkpatch.model.locate import Access, Source, locate
+from qkpatch.model.locate import Access, Source, locate, out_url
 from qkpatch.output.layout import Output
 from qkpatch.planning.manifest import Manifest, planned_manifest
 from qkpatch.planning.plan import EditPlan, make_plan
@@ -64,16 +65,18 @@ def recorded(present: Present) -> Manifest:
         CheckpointError: OUT has none, or one that cannot be read.
     """
     if UNFINISHED in present.files:
-        raise unfinished(str(present.root.path))
+        raise unfinished(present.address)
+    if CLAIM in present.files and MANIFEST_NAME not in present.files:
+        raise half_written(present.address)
     if MANIFEST_NAME not in present.files:
         odd = present.odd.get(MANIFEST_NAME)
         nothing = f"there is no {MANIFEST_NAME}, so nothing says what should differ"
         raise CheckpointError(
             f"{MANIFEST_NAME} {odd}" if odd else nothing,
-            where=str(present.root.path),
+            where=present.address,
             fix="is this the directory that qkpatch apply wrote?",
         )
-    manifest = Manifest.loads(present.read(MANIFEST_NAME), f"{present.root.path.name}/{MANIFEST_NAME}")
+    manifest = Manifest.loads(present.read(MANIFEST_NAME), f"{present.name}/{MANIFEST_NAME}")
     present.set_aside([file.name for file in manifest.files])
     return manifest
 
@@ -81,6 +84,22 @@ def recorded(present: Present) -> Manifest:
 def n_heads(manifest: Manifest) -> int:
     """How many heads an edit is said to have."""
     return sum(len(edit.heads) for edit in manifest.edits)
+
+
+@contextmanager
+def opened_out(out: Path | str) -> Iterator[Present]:
+    """What is at OUT, a directory or a folder in a store.
+
+    Raises:
+        FileSystemError: it is not there, or cannot be listed.
+    """
+    if (url := out_url(out)) is not None:
+        from qkpatch.stores.present import PresentInStore
+
+        yield PresentInStore(url)
+        return
+    with Rooted(Path(out)) as root:
+        yield PresentHere(root)
 
 
 def read_out(out: Path) -> tuple[Manifest, str | None]:
@@ -91,7 +110,7 @@ def read_out(out: Path) -> tuple[Manifest, str | None]:
         FileSystemError: the card is a link, whatever it leads to; or was emptied.
     """
     with Rooted(out) as root:
-        present = Present(root)
+        present = PresentHere(root)
         manifest, card = recorded(present), present.read(CARD_NAME) if CARD_NAME in present.files else b""
         odd = present.odd.get(CARD_NAME)
         if odd is None and not card and any(file.name == CARD_NAME and file.size for file in manifest.files):
@@ -139,14 +158,14 @@ def check(
     manifest = recorded(present)
     if manifest.adapter is not None:
         what = "it is an adapter, which holds nothing of SOURCE to compare"
-        raise CheckpointError(what, where=str(present.root.path), fix="make it anew: the bytes are the same")
+        raise CheckpointError(what, where=present.address, fix="make it anew: the bytes are the same")
     if recipe is not None:
         get_recipe(recipe)  # a slip of whoever asks is none of OUT's
     request = replace(manifest.request(), recipe=recipe or manifest.recipe.name)
     if recipe is None and request.recipe not in shipped_recipes():
         raise CheckpointError(
             f"it was made with a recipe of its own, {request.recipe!r}",
-            where=f"{present.root.path.name}/{MANIFEST_NAME}",
+            where=f"{present.name}/{MANIFEST_NAME}",
             fix="say where that is: --recipe FILE.yaml",
         )
     usual = usual_beside(file.name for file in manifest.files)

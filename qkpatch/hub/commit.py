@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qkpatch.checkpoint.present_files import Present
+from qkpatch.checkpoint.present_files import PresentHere
 from qkpatch.checkpoint.source import WEIGHT_SUFFIXES
 from qkpatch.errors import HubError, MismatchError, UsageError, plain, redact
 from qkpatch.hub.errors import hub_errors
@@ -90,7 +90,7 @@ def check_repository(repository: PushRepository, names: Sequence[str]) -> None:
 
 
 def publish(
-    repository: PushRepository, present: Present, base: Base | None, steps: Sequence[Step], summary: str
+    repository: PushRepository, present: PresentHere, base: Base | None, steps: Sequence[Step], summary: str
 ) -> str:
     """Make the repository where there is none, and the commit; returns its address.
 
@@ -136,7 +136,7 @@ def publish(
     return plain(redact(str(done.pr_url or done.commit_url)))
 
 
-def _addition(step: Step, present: Present, stack: ExitStack) -> CommitOperationAdd:
+def _addition(step: Step, present: PresentHere, stack: ExitStack) -> CommitOperationAdd:
     """One file to be sent; large ones by a descriptor that ``stack`` keeps open."""
     from huggingface_hub import CommitOperationAdd
 

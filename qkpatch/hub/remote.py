@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import PurePosixPath
 
 from qkpatch.checkpoint.content import Content, damaged
 from qkpatch.checkpoint.tree import MAX_JSON_BYTES, Repository, SourceFile, check_size
 from qkpatch.hub.listing import Listed
-from qkpatch.hub.range_reader import Fetchers, RangeReader
 from qkpatch.hub.transfer import Transfer
+from qkpatch.stores.range_reader import Fetchers, RangeReader
 
 _MODE = 0o644  # the Hub knows of no other
 
@@ -35,6 +34,11 @@ class RemoteFile(SourceFile):
         """Its SHA-256, or of small files Git's name."""
         entry = self.entry
         return Content("git", entry.blob) if entry.sha256 is None else Content("sha256", entry.sha256)
+
+    @property
+    def is_known_by_digest(self) -> bool:
+        """It is."""
+        return True
 
     @contextmanager
     def open(self, ranges: Sequence[tuple[int, int]] = ()) -> Iterator[RangeReader]:
@@ -73,8 +77,5 @@ class RemoteRepo(Repository):
             files[file.name] = RemoteFile(file.name, file.size, _MODE, where, file, transfer, fetchers)
         return cls(repo, files)
 
-    @property
-    def directories(self) -> dict[str, int]:
-        """All sub-directories, each after the one that it lies in; the Hub knows of no modes."""
-        parents = (PurePosixPath(name).parents for name in self.files)
-        return dict.fromkeys(sorted({path.as_posix() for some in parents for path in some} - {"."}), 0o777)
+    def check_still(self, names: Collection[str]) -> None:
+        """A commit stays what it is."""

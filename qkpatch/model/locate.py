@@ -1,4 +1,4 @@
-"""SOURCE, as the user wrote it: a path, a Hub id or a recipe's name. What it is, and where it lies."""
+"""SOURCE, as the user wrote it: a path, a URL, a Hub id or a recipe's name. What it is, and where it lies."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from qkpatch.checkpoint.cache import snapshot_at
 from qkpatch.checkpoint.tree import Repository, near_paths
@@ -14,6 +15,7 @@ from qkpatch.errors import FileSystemError, UsageError
 from qkpatch.recipes.catalogue import get_recipe, shipped_recipes
 from qkpatch.recipes.descriptions import near_names
 from qkpatch.recipes.recipe import Recipe
+from qkpatch.stores.url import StoreUrl
 
 # A repository as browsers and other tools name it.
 _PAGE = re.compile(
@@ -21,6 +23,8 @@ _PAGE = re.compile(
     r"(?:@(?P<at>[^/?#]+)|/(?:tree|blob|resolve)/(?P<tree>[^/?#]+)[^?#]*)?/?(?:[?#].*)?",
     re.ASCII,
 )
+
+_LOST_SLASH = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/")  # how a path shows a URL
 
 
 class Access(Enum):
@@ -34,10 +38,10 @@ class Access(Enum):
 
 @dataclass(frozen=True)
 class Source:
-    """A located checkpoint; ``name`` never holds an absolute path."""
+    """A located checkpoint; ``name`` never holds an absolute path, nor a secret: of a store it is the URL."""
 
     place: Path | Repository
-    kind: str  # "directory", "file", "hub", or "memory"
+    kind: str  # "directory", "file", "store", "hub", or "memory"
     name: str
     requested_revision: str | None = None
     commit: str | None = None
@@ -50,18 +54,30 @@ class Source:
         """The path of SOURCE on this machine; None where it is elsewhere."""
         return self.place if isinstance(self.place, Path) else None
 
+    @property
+    def address(self) -> str:
+        """What finds it again."""
+        if self.path is not None:
+            return str(self.path)
+        return f"{self.name}@{self.commit}" if self.kind == "hub" else self.name
+
 
 def locate(text: str, access: Access = Access.download) -> Source:
-    """Find SOURCE: an existing path first, then a recipe name, then ``org/name[@revision]`` on the Hub.
+    """Find SOURCE: a URL of a store, an existing path, a recipe name, or ``org/name[@revision]`` on the Hub.
 
     ``org/name`` is a path where ``org`` is a directory here that holds something of a similar name.
 
     Raises:
         UsageError: it is none of these.
         HubError: the Hub cannot deliver it.
+        StoreError: a store cannot.
     """
     if not text:
         raise UsageError("SOURCE is empty", fix="name it; is a variable of the shell unset?")
+    if (url := store_url(text)) is not None:
+        from qkpatch.stores.remote import StoreFolder
+
+        return Source(StoreFolder.at(url), "store", url.text, text=url.text)
     path = local_path(text)
     here = None if path is None else replace(_local(path), text=text)
     if here is not None and (here.commit is None or access is not Access.listed):
@@ -100,6 +116,31 @@ def locate(text: str, access: Access = Access.download) -> Source:
         found = open_repository(hub_id, use_cache=access is Access.ranges)
     place, commit, checked = found
     return Source(place, "hub", hub_id.repo, hub_id.revision, commit, recipe, checked, text)
+
+
+def store_url(text: str) -> StoreUrl | None:
+    """SOURCE or OUT as a folder of a store; None where it is none, such as a page of the Hub.
+
+    Raises:
+        UsageError: as :meth:`StoreUrl.parse`.
+    """
+    scheme, _, rest = text.partition("://")
+    hubs = {"huggingface.co", "hf.co", urlsplit(os.environ.get("HF_ENDPOINT", "")).netloc}
+    is_page = scheme == "hf" or (scheme in ("http", "https") and rest.partition("/")[0] in hubs)
+    return None if is_page or "://" not in text else StoreUrl.parse(text)
+
+
+def out_url(text: str | Path) -> StoreUrl | None:
+    """OUT as a folder of a store; None where it is a path.
+
+    Raises:
+        UsageError: as :func:`store_url`; an address that is neither.
+    """
+    url = None if isinstance(text, Path) else store_url(text)
+    if url is None and _LOST_SLASH.match(str(text)):
+        what = "OUT is a directory, or the URL of a folder in a store"
+        raise UsageError(what, where=str(text), fix="write it as text: s3://bucket/folder")
+    return url
 
 
 def local_path(text: str) -> Path | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from qkpatch.checkpoint.files import FileId, os_errors
 from qkpatch.checkpoint.names import came_by_itself
 from qkpatch.checkpoint.open_directory import Rooted
-from qkpatch.checkpoint.present_files import Present, first_change
+from qkpatch.checkpoint.present_files import PresentHere, first_change
 from qkpatch.checkpoint.source import MANIFEST_NAME, Checkpoint
 from qkpatch.checkpoint.tree import LocalFile
 from qkpatch.common.text import as_word, cut
@@ -123,7 +123,7 @@ class Replaced:
     def check(self, place: Path | None = None) -> None:
         """Raise :class:`UsageError` where anything in it, or in ``place`` where it now is, has changed since."""
         with Rooted(place or self.out) as root:
-            changed = first_change(self.entries, Present(root).identities)
+            changed = first_change(self.entries, PresentHere(root).identities)
         if changed is not None:
             why = "it changed while qkpatch was running"
             raise occupied(self.out, ascii(changed)[1:-1], why, overwrite=True)

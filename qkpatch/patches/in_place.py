@@ -176,7 +176,7 @@ def check_in_place(plan: EditPlan) -> Path:
     if plan.max_shard_size is not None or plan.request.exclude is not None:
         why = "nothing is copied that --max-shard-size or --exclude could be of"
     elif root is None or source.kind == "hub" or is_in_cache(root):
-        why = "it is on the Hub, or in the Hub cache, whose files others rely on"
+        why = "it is in a store, on the Hub, or in the Hub cache, whose files others rely on"
     elif source.kind == "file":
         why = "it is one file, and its undo file belongs in the folder of a model"
     elif outside := plan.model.checkpoint.from_outside:

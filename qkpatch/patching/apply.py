@@ -21,7 +21,7 @@ from qkpatch.common.interrupts import import_torch, signals_held, signals_let_th
 from qkpatch.common.json_text import Json, canonical_json
 from qkpatch.common.number_ranges import abbreviate
 from qkpatch.common.observer import UNSEEN, Observer
-from qkpatch.errors import FileSystemError, HubError, QKPatchError, no_torch, refuse_warnings
+from qkpatch.errors import FileSystemError, HubError, QKPatchError, StoreError, no_torch, refuse_warnings
 from qkpatch.model.targets import LayerTarget
 from qkpatch.output.destination import Replaced
 from qkpatch.output.journal import Journal
@@ -89,7 +89,7 @@ def apply_plan(
     """
     checkpoint = plan.model.checkpoint
     checkpoint.check_still()
-    fingerprint = _fingerprint(plan, writing)
+    fingerprint = fingerprint_of(plan, writing)
     started = now()
     with signals_held(), ExitStack() as stack:
         resume = fingerprint if writing.resume else None
@@ -169,19 +169,26 @@ def _keeping(
     try:
         yield
     except BaseException as error:
-        is_final = isinstance(error, QKPatchError) and not isinstance(error, FileSystemError)
-        is_wanted = isinstance(error, HubError) or (writing.resume and not is_final)
-        if is_wanted and (sizes := journal.sizes) and staging.can_be_kept:
+        if is_to_be_kept(error, writing) and (sizes := journal.sizes) and staging.can_be_kept:
             staging.is_kept = True
             with suppress(FileSystemError):
                 staged.prune(sizes, plan.model.checkpoint.directories)
-            kept = (
-                f"{sum(sizes.values()):,} bytes in {len(sizes)} of {len(plan.output.files)} file(s) are kept"
-            )
-            vars(error)["kept"] = kept
-            if isinstance(error, QKPatchError):
-                error.fix = f"{f'{error.fix}; ' if error.fix else ''}{kept} for a run with --resume"
+            say_kept(error, sizes, plan)
         raise
+
+
+def is_to_be_kept(error: BaseException, writing: Writing) -> bool:
+    """Whether what is done stays when a run ends so: a run that resumes may do better."""
+    is_final = isinstance(error, QKPatchError) and not isinstance(error, FileSystemError)
+    return isinstance(error, HubError | StoreError) or (writing.resume and not is_final)
+
+
+def say_kept(error: BaseException, sizes: Mapping[str, int], plan: EditPlan) -> None:
+    """Let an error say what is kept: files, and their bytes."""
+    kept = f"{sum(sizes.values()):,} bytes in {len(sizes)} of {len(plan.output.files)} file(s) are kept"
+    vars(error)["kept"] = kept
+    if isinstance(error, QKPatchError):
+        error.fix = f"{f'{error.fix}; ' if error.fix else ''}{kept} for a run with --resume"
 
 
 class Recorded(NamedTuple):
@@ -223,7 +230,7 @@ def _editor(device: str) -> Editor:
     return Editor.on(device)
 
 
-def _fingerprint(plan: EditPlan, writing: Writing) -> str:
+def fingerprint_of(plan: EditPlan, writing: Writing) -> str:
     """What a run must have in common with one that it resumes: the plan, the stack, and the very files of SOURCE."""
     files = {
         # A hard link that the run before made has moved the file's ctime; the two names are one file anyway.

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from functools import cached_property
 
 from qkpatch.checkpoint.content import Content, Held, damaged, held_file
-from qkpatch.checkpoint.files import OpenFile
+from qkpatch.checkpoint.files import OpenFile, changed
 from qkpatch.checkpoint.header import TensorRef, read_header
 from qkpatch.checkpoint.tree import LocalFile, SourceFile
-from qkpatch.errors import HubError
+from qkpatch.errors import FileSystemError, HubError
 from qkpatch.output.options import Digest, Writing
 from qkpatch.output.staged_files import StagedFiles
 from qkpatch.patching.threads import Crew
@@ -54,7 +54,7 @@ class Sources:
         for shard, header in self._plan.model.checkpoint.headers.items():
             with self.open(shard, [(0, header.data_start)]) as opened:
                 if read_header(opened, shard) != header:  # the plan was made from another
-                    raise damaged(self._files[shard].where)
+                    raise damaged_file(self._files[shard])
         if self._writing.digest is not Digest.none:
             refs = [ref for target in self._plan.edits for ref in target.written]
             self._digests = dict(zip(refs, crew.map(self.tensor_digest, refs), strict=True))
@@ -97,8 +97,10 @@ def is_listed(file: SourceFile, opened: OpenFile) -> bool:
     return listed is not None and listed.is_in(opened)
 
 
-def damaged_file(file: SourceFile) -> HubError:
-    """What is said of a file that is not what the Hub lists, here or in the Hub cache."""
+def damaged_file(file: SourceFile) -> FileSystemError:
+    """What is said of a file that is not what the Hub lists, here or in the Hub cache, or not what was planned."""
+    if file.listed is None:
+        return changed("the source changed while qkpatch was running", file.where)
     if not isinstance(file, LocalFile):
         return damaged(file.where)
     return HubError(

@@ -102,9 +102,8 @@ class _Loaded(Repository):
     where = _FILE
     files: Mapping[str, SourceFile] = {}
 
-    @property
-    def directories(self) -> Mapping[str, int]:
-        return {}
+    def check_still(self, names: Collection[str]) -> None:
+        """Nothing of it is read twice."""
 
 
 @dataclass(frozen=True)

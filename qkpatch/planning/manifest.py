@@ -207,7 +207,7 @@ class Manifest:
             raise ValueError("the name of a file is no plain path inside OUT")
         if len(set(names)) != len(names) or len({*files, MANIFEST_NAME}) != len(files) + 1:
             raise ValueError("a tensor or a file is recorded twice, or the manifest itself")
-        if source.kind not in ("directory", "file", "hub"):
+        if source.kind not in ("directory", "file", "store", "hub"):
             raise ValueError("the source is of no known kind")
         if source.kind == "hub" and not COMMIT.fullmatch(source.commit or ""):
             raise ValueError("the source is a repository, and its commit is none")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,9 +15,10 @@ from qkpatch.checkpoint.names import RUBBISH, USUAL, is_secret, matching
 from qkpatch.checkpoint.source import Checkpoint
 from qkpatch.common.json_text import canonical_json, exact
 from qkpatch.common.number_ranges import abbreviate, format_ranges, some
+from qkpatch.common.observer import Observer
 from qkpatch.common.text import LONGEST, cut, size_text
 from qkpatch.common.typed_json import as_json
-from qkpatch.errors import CheckpointError
+from qkpatch.errors import CheckpointError, HubError, UsageError
 from qkpatch.model.locate import Access
 from qkpatch.model.model import Model, open_model
 from qkpatch.model.refusals import quantised_by_name
@@ -160,6 +161,23 @@ def make_plan(
     exclude = (*usual, *(request.exclude or ()))
     model = open_model(source, request.recipe, request.attention, access, exclude, request.prefix)
     return plan_of(model, request)
+
+
+def downloaded(plan: EditPlan, observer: Observer) -> EditPlan:
+    """The same plan, of the snapshot in the Hub cache, which is made complete."""
+    observer.begins("fetch", 0, 0)
+    source = plan.model.source
+    anew = make_plan(source.text, plan.request)
+    if plan.patch is not None:
+        of_patch = replace(anew.settings, from_recipe=plan.settings.from_recipe)
+        anew = replace(anew, patch=plan.patch, settings=of_patch)
+    if (anew.settings, anew.model.recipe) != (plan.settings, plan.model.recipe):
+        what = "the recipe changed after the edit was planned"
+        raise UsageError(what, where=plan.request.recipe, fix="plan again")
+    if anew.model.source.commit != source.commit:
+        what = f"it moved from commit {source.commit} to {anew.model.source.commit} after it was planned"
+        raise HubError(what, where=source.name, fix="plan again, or name a commit: org/name@commit")
+    return anew
 
 
 def plan_of(model: Model, request: Request) -> EditPlan:

@@ -6,7 +6,7 @@ import hashlib
 import shlex
 from dataclasses import dataclass, replace
 
-from qkpatch.checkpoint.present_files import Present
+from qkpatch.checkpoint.present_files import PresentHere
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME
 from qkpatch.checkpoint.tree import is_plain_relative
 from qkpatch.checkpoint.weights import is_index
@@ -45,7 +45,7 @@ class Publication:
         """Bytes that leave this machine, at most: what the Hub has already is not sent."""
         return sum(step.size for step in self.steps if not step.is_copy)
 
-    def carry_out(self, present: Present) -> str:
+    def carry_out(self, present: PresentHere) -> str:
         """Make the commit; returns its address. Raises as :func:`publish`."""
         return publish(self.repository, present, self.base, self.steps, self.summary)
 
@@ -62,7 +62,9 @@ def parse_repository(text: str, *, private: bool, create_pr: bool) -> PushReposi
     return PushRepository(hub_id.repo, private, create_pr)
 
 
-def plan_publication(wish: Wish, manifest: Manifest, plan: EditPlan, present: Present | None) -> Publication:
+def plan_publication(
+    wish: Wish, manifest: Manifest, plan: EditPlan, present: PresentHere | None
+) -> Publication:
     """Copies of what the base repository has, and uploads of the rest, with a model card.
 
     Copies are what has the SHA-256 that the Hub lists at the base's commit. SHA256SUMS stays behind: the card in it is
@@ -137,7 +139,7 @@ def _warnings(withheld: dict[str, list[str]]) -> list[str]:
     ]
 
 
-def _digest(file: FileRecord, present: Present) -> str:
+def _digest(file: FileRecord, present: PresentHere) -> str:
     """SHA-256 of a file of OUT, which has the recorded size and digest."""
     found = present.files.get(file.name)
     digest = None if found is None or found.size != file.size else present.sha256(file.name)

@@ -25,10 +25,13 @@ def evaluation(plan: EditPlan, requests: Mapping[str, Request]) -> dict[str, str
     if source.path is not None and source.kind != "hub":
         folder = source.path.parent if source.kind == "file" else source.path
         place = shlex.quote(os.path.realpath(folder))
+    source_text = f"${{SOURCE:-{place}}}"
+    if source.kind == "store":
+        source_text = '"${SOURCE:?set it to a directory that has the base: it is in a store}"'
     said = {
         "NAME": names[0],
         "FAMILY": shlex.quote(str(plan.model.checkpoint.config.get("model_type"))),
-        "SOURCE": f"${{SOURCE:-{place}}}",
+        "SOURCE": source_text,
         # Some of lmms-eval's classes go by the name of the folder.
         "BASE": re.sub(r"[^\w.-]", "-", source.name.rpartition("/")[2], flags=re.ASCII),
         "VARIANTS": "\n".join(["evaluate base", *(_line(*variant) for variant in requests.items())]),

@@ -17,7 +17,7 @@ from qkpatch.checkpoint.files import os_errors
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.names import USUAL, came_by_itself
 from qkpatch.checkpoint.open_directory import Rooted
-from qkpatch.checkpoint.present_files import Present
+from qkpatch.checkpoint.present_files import PresentHere
 from qkpatch.common.interrupts import import_torch
 from qkpatch.common.json_text import canonical_json
 from qkpatch.common.number_ranges import some
@@ -160,7 +160,7 @@ def _replaced(out: Path, name: str, plan: EditPlan, form: Form) -> Replaced | No
         found = standing(place, plan, Writing(overwrite=True), is_whole=False)
         if isinstance(found, Replaced) and found.entries:
             with Rooted(place) as root:
-                made = recorded(Present(root))
+                made = recorded(PresentHere(root))
     planned = planned_manifest(plan, "")
     if made is not None and (made.edit, made.recipe) != (planned.edit, planned.recipe):
         raise UsageError("it is of another edit", where=str(place), fix="move it away, or choose another -o")
@@ -204,7 +204,7 @@ def _standing(root: Rooted, planned: Sweep, plan: EditPlan) -> dict[str, Variant
         raise UsageError(what, where=str(root.path), fix=fix)
     own = "|".join(map(re.escape, (SWEEP_NAME, REPORT_NAME, *FILES)))
     is_left = re.compile(rf"\.({own})\.[0-9a-f]{{8}}").fullmatch
-    present, found = Present(root), planned
+    present, found = PresentHere(root), planned
     if SWEEP_NAME in present.files:
         found = Sweep.loads(present.read(SWEEP_NAME), str(root.path / SWEEP_NAME))
         if found.digest != planned.digest:

@@ -18,7 +18,7 @@ from conftest import Tiny, build_tiny
 from fake_hub import TOKEN, FakeHub, Fault, Repo, command, hub_environment, run_qkpatch
 from typer.testing import Result
 
-from qkpatch.hub.range_reader import BLOCK, Block, Fetchers, RangeReader, blocks, merged
+from qkpatch.stores.range_reader import BLOCK, Block, Fetchers, RangeReader, blocks, merged
 
 SHARDS = [["layers.0.", "layers.1.", "layers.2.", "layers.3."], [""]]
 

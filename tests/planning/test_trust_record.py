@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from qkpatch.common.json_text import exact
 from qkpatch.output.options import PLAIN
-from qkpatch.patching.apply import _fingerprint
+from qkpatch.patching.apply import fingerprint_of
 from qkpatch.planning.plan import make_plan
 from qkpatch.planning.request import Request
 
@@ -115,7 +115,7 @@ def test_alphas_that_differ_give_names_that_differ_and_ordinary_names_stay(tmp_p
 def test_a_run_is_not_resumed_with_almost_the_same_alpha(tmp_path: Path) -> None:
     source = str(build_source(tmp_path / "source").path)
     one, two = (make_plan(source, Request(alpha=alpha)) for alpha in (0.5, 0.5000000001))
-    assert _fingerprint(one, PLAIN) != _fingerprint(two, PLAIN)
+    assert fingerprint_of(one, PLAIN) != fingerprint_of(two, PLAIN)
 
 
 @pytest.mark.parametrize(

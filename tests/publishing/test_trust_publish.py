@@ -24,7 +24,7 @@ from typer.testing import Result
 
 from qkpatch.checkpoint.names import is_private
 from qkpatch.checkpoint.open_directory import Rooted
-from qkpatch.checkpoint.present_files import Present
+from qkpatch.checkpoint.present_files import PresentHere
 from qkpatch.compare.verify import recorded
 from qkpatch.errors import CheckpointError
 from qkpatch.planning.manifest import Manifest
@@ -181,7 +181,7 @@ def test_what_is_copied_on_the_hubs_side_is_chosen_by_digest(
     )
     monkeypatch.setattr(publication, "check_repository", lambda *_: None)
     with Rooted(world.out) as root:
-        present = Present(root)
+        present = PresentHere(root)
         manifest = recorded(present)
         plan = make_plan(str(world.base.path), manifest.request())
         for listed, copied in ((good, {UNTOUCHED}), ({**good, UNTOUCHED: "0" * 64}, set())):

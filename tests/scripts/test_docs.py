@@ -22,6 +22,7 @@ import pytest
 import typer
 from conftest import REPO, build_tiny
 from fake_hub import Repo, fake_hub, hub_environment
+from s3_server import upload
 
 from qkpatch.cli import app
 
@@ -135,6 +136,17 @@ def is_as_shown(shown: str, printed: str) -> bool:
     return re.fullmatch(pattern, "".join(f"{line}\n" for line in normal(printed))) is not None
 
 
+@pytest.fixture
+def stores(request: pytest.FixtureRequest, page: Path) -> Iterator[dict[str, str]]:
+    """The environment that leads to a bucket `models`, which has the toy as `base`, for the page that speaks of it."""
+    if page.name != "stores.md":
+        yield {}
+        return
+    s3 = request.getfixturevalue("s3")
+    upload(REPO / "demo" / "toy-0", "models", "base")
+    yield s3.environment
+
+
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A shell's, with `qkpatch`, `python` and the Hub."""
@@ -184,8 +196,11 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
         if blocks(p) and p != COMMANDS
     ],
 )
-def test_a_page_does_what_it_says(page: Path, environment: dict[str, str], tmp_path: Path) -> None:
+def test_a_page_does_what_it_says(
+    page: Path, environment: dict[str, str], stores: dict[str, str], tmp_path: Path
+) -> None:
     shutil.copytree(REPO / "demo", tmp_path / "demo")
+    environment = {**environment, **stores}
 
     def run(*command: str) -> str:
         done = subprocess.run(

@@ -26,6 +26,7 @@ from qkpatch.cli.flags import (
     ShowFlags,
     SourceArg,
     WriteFlags,
+    place_of,
 )
 from qkpatch.errors import UsageError, refuse_warnings
 from qkpatch.output.options import Digest
@@ -67,11 +68,12 @@ def apply(
     from qkpatch.planning.patch_file import read_patch
 
     writing, request, wish = write.writing(strict=show.strict), copy.over(edit.request), push_wish(publish)
+    place = None if out is None else place_of(out)
     own = "--patch-only" if write.patch_only else "--in-place" if write.in_place else None
     if own is not None:
         others = {**vars(writing), "no-cache": no_cache, "push": wish, "strict": False}
         own_others = {"patch": write.patch, "in-place": write.in_place, "dry-run": dry_run}
-        others |= own_others if write.patch_only else {"out": out}
+        others |= own_others if write.patch_only else {"out": place}
         others |= vars(cluster)
         others["digest"] = write.digest is Digest.files or (write.patch_only and write.digest is Digest.none)
         if wrong := [name.replace("_", "-") for name, given in others.items() if given]:
@@ -84,24 +86,28 @@ def apply(
         raise UsageError("SOURCE is on this machine already", where="--no-cache", fix="leave it out")
     if no_cache and (writing.link or writing.link_cache):
         raise UsageError("nothing is there to link to", where="--link", fix="leave out --link or --no-cache")
-    if out is not None and own is None:
-        api.refuse_early(source, out, writing)
+    if isinstance(place, str) and (own is not None or wish is not None):
+        raise UsageError(
+            f"{own or '--push'} is of files on this machine", where=place, fix="name a path: -o OUT"
+        )
+    if place is not None and own is None:
+        api.refuse_early(source, place, writing)
     # What is in OUT is read once, when a run begins.
-    seen, cache = out if dry_run else None, not no_cache
+    seen, cache = place if dry_run else None, not no_cache
     plan = api.plan(source, request, out=seen, writing=writing, cache=cache, patch=write.patch)
     if dry_run:
         publication = _foreseen(plan, wish, run)
-        warnings = [*preview(plan, out, run, show, is_in_place=write.in_place)]
+        warnings = [*preview(plan, place, run, show, is_in_place=write.in_place)]
         if publication is not None:
             show_commit(publication, show)
             warnings += publication.warnings
         end_strictly(warnings, show)
         return
     say = (lambda _: None) if show.quiet else note
-    if out is None and own is None:
-        out = plan.default_out
-        place = "in the current directory" if out.parent == Path() else "beside SOURCE"
-        say(f"OUT is not named, so it is {out} {place}")
+    if place is None and own is None:
+        place = plan.default_out
+        beside = "in the current directory" if place.parent == Path() else "beside SOURCE"
+        say(f"OUT is not named, so it is {place} {beside}")
     publication = _foreseen(plan, wish, run)  # what is refused is refused before a download
     if show.strict:
         refuse_warnings([*plan.warnings, *(publication.warnings if publication is not None else ())])
@@ -111,38 +117,42 @@ def apply(
         if write.in_place:
             manifest = api.apply_in_place(plan, digest=write.digest, strict=show.strict, **how)
         elif write.patch_only:
-            out = api.make_patch(plan, out, strict=show.strict, **how)
-            manifest = read_patch(out).manifest
+            place = api.make_patch(plan, place, strict=show.strict, **how)
+            manifest = read_patch(place).manifest
         else:
-            if model.source.path is None and not no_cache:
+            if model.source.path is None and model.source.kind == "hub" and not no_cache:
                 size = size_text(model.checkpoint.size)
                 say(f"{model.source.name}: {size} into the Hub cache, unless OUT is done already")
             how |= {"cache": not no_cache, "writing": writing}
-            if cluster.ray is not None and part is not None and out is not None:
+            if cluster.ray is not None and part is not None and place is not None:
+                if isinstance(place, str):
+                    raise UsageError(
+                        "parts share a directory, not a store", where=place, fix="name a path: -o OUT"
+                    )
                 here = str(Path(source).absolute()) if model.source.kind in ("directory", "file") else source
                 again = {"source": here, "request": request, "patch": write.patch and write.patch.absolute()}
-                manifest = apply_on_ray(again, out, part.total, address=cluster.ray, **how)
+                manifest = apply_on_ray(again, place, part.total, address=cluster.ray, **how)
             else:
-                manifest = api.apply(plan, out, part=part, **how)
+                manifest = api.apply(plan, place, part=part, **how)
     if not show.quiet:
         show_warnings([*manifest.warnings, *(manifest.run.weaker or ())])
-    if not show.is_bare and "part" in manifest.run.further and out is not None:
-        wrote = f"{'Already done:' if manifest.run.already_done else 'Wrote'} part {part} of {out}"
+    if not show.is_bare and "part" in manifest.run.further and place is not None:
+        wrote = f"{'Already done:' if manifest.run.already_done else 'Wrote'} part {part} of {place}"
         files = f"{len(manifest.edits)} tensor(s) edited, {len(manifest.files)} file(s)"
-        next_step = shlex.join(["qkpatch", "finish", as_word(str(out))])
+        next_step = shlex.join(["qkpatch", "finish", as_word(str(place))])
         show_edits(plan, manifest, f"{wrote}: {files}", f"When all parts are done: {next_step}")
-    elif not show.is_bare and own is None and out is not None:
-        show_applied(plan, manifest, out)
+    elif not show.is_bare and own is None and place is not None:
+        show_applied(plan, manifest, place)
     elif not show.is_bare:
-        then = ["qkpatch", "revert" if out is None else "apply", as_word(source)]
-        then += [] if out is None else ["--patch", as_word(str(out)), "-o", "OUT"]
-        did = "Already done" if manifest.run.already_done else "Edited in place" if out is None else "Wrote"
+        then = ["qkpatch", "revert" if place is None else "apply", as_word(source)]
+        then += [] if place is None else ["--patch", as_word(str(place)), "-o", "OUT"]
+        did = "Already done" if manifest.run.already_done else "Edited in place" if place is None else "Wrote"
         rows = f"{len(manifest.edits)} tensor(s), {size_text(plan.edited_bytes)} of rows"
-        verb = "Undo" if out is None else "Apply"
-        show_edits(plan, manifest, f"{did} {out or source}: {rows}", f"{verb} it with: {shlex.join(then)}")
-    if wish is not None and out is not None:
+        verb = "Undo" if place is None else "Apply"
+        show_edits(plan, manifest, f"{did} {place or source}: {rows}", f"{verb} it with: {shlex.join(then)}")
+    if wish is not None and isinstance(place, Path):
         where = None if plan.model.source.kind == "hub" else source
-        say(f"Published: {push_out(out, wish, where, plan.model.recipe_file, show)}")
+        say(f"Published: {push_out(place, wish, where, plan.model.recipe_file, show)}")
     if show.strict:  # what became known when all was done
         refuse_warnings(manifest.run.weaker or ())
     # Last, so that stdout is one document: this, or an error.

@@ -9,7 +9,7 @@ import typer
 from qkpatch.cli.command import command
 from qkpatch.cli.flags import DebugOpt, JsonOpt, MarkdownOpt, QuietOpt
 
-_HELP = "Checkpoint directory, .safetensors file, Hub id or recipe name."
+_HELP = "Checkpoint directory, .safetensors file, URL in a store, Hub id or recipe name."
 
 
 @command

@@ -12,7 +12,7 @@ from qkpatch.cli.command import command
 from qkpatch.cli.flags import DebugOpt, JsonOpt
 
 _LIBRARIES = ("qkpatch", "torch", "numpy", "safetensors", "huggingface_hub", "typer", "rich", "PyYAML")
-_EXTRAS = ("transformers", "peft", "pillow", "matplotlib")
+_EXTRAS = ("transformers", "peft", "pillow", "matplotlib", "fsspec", "s3fs", "gcsfs", "adlfs", "aiohttp")
 
 
 @command

@@ -19,6 +19,7 @@ from qkpatch.cli.flags import (
     RunFlags,
     ShowFlags,
     SourceArg,
+    place_of,
 )
 from qkpatch.errors import UsageError
 from qkpatch.output.options import Writing
@@ -51,13 +52,14 @@ def plan(
     if in_place and (out is not None or overwrite):
         what = f"{'--overwrite' if out is None else '--out'} does not go with --in-place"
         raise UsageError(what, where="--in-place", fix="leave one of them out")
-    made = api.plan(source, copy.over(edit.request), out=out, writing=Writing(overwrite=overwrite))
-    warnings = preview(made, out, run, show, is_in_place=in_place, is_markdown=markdown)
+    place = None if out is None else place_of(out)
+    made = api.plan(source, copy.over(edit.request), out=place, writing=Writing(overwrite=overwrite))
+    warnings = preview(made, place, run, show, is_in_place=in_place, is_markdown=markdown)
     end_strictly(warnings, show)
 
 
 def preview(
-    plan: EditPlan, out: Path | None, run: RunFlags, show: ShowFlags, *,
+    plan: EditPlan, out: Path | str | None, run: RunFlags, show: ShowFlags, *,
     is_in_place: bool = False, is_markdown: bool = False,
 ) -> Sequence[str]:  # fmt: skip
     """Show a plan of which OUT would be ``out``, and what it would cost as ``run`` says; returns its warnings."""
@@ -71,9 +73,11 @@ def preview(
     foreseen = api.foresee_in_place(plan) if is_in_place else None
     if foreseen is not None:
         plan = replace(plan, is_done=foreseen.is_done)
-    place = foreseen.undo if foreseen is not None else plan.default_out if out is None else out
+    place = foreseen.undo if foreseen is not None else out if isinstance(out, Path) else plan.default_out
     undo_bytes = None if foreseen is None else foreseen.undo_bytes
     costs = costs_of(plan, place, run.device, run.threads, undo_bytes)
+    if isinstance(out, str):  # a store has room, and how fast it is nobody knows
+        costs = replace(costs, free_disk_bytes=None, estimated_seconds=None)
     if out is None and (lack := _lack_of_room(plan, foreseen, costs)) is not None:
         plan = replace(plan, warnings=(*plan.warnings, lack))
     if not show.quiet and not is_markdown:

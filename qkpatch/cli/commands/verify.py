@@ -8,13 +8,22 @@ from typing import Annotated
 import typer
 
 from qkpatch.cli.command import command
-from qkpatch.cli.flags import DebugOpt, JsonOpt, OutArg, QuietOpt, check_present, expanded
+from qkpatch.cli.flags import (
+    DebugOpt,
+    JsonOpt,
+    OutArg,
+    OutOrUrlArg,
+    QuietOpt,
+    check_present,
+    expanded,
+    place_of,
+)
 from qkpatch.errors import MismatchError
 
 
 @command
 def verify(
-    out: OutArg,
+    out: OutOrUrlArg,
     source: Annotated[str, typer.Option("--source", help="What it was made from.", show_default=False)],
     recipe: Annotated[
         str | None, typer.Option(help="The YAML file, where it was made by one of yours.", metavar="FILE")
@@ -33,14 +42,16 @@ def verify(
     from qkpatch.cli.progress import bars
     from qkpatch.cli.tables import show_verification
 
-    check_present(out)
+    place = place_of(out)
+    if isinstance(place, Path):
+        check_present(place)
     with bars(quiet=quiet or as_json) as observer:
-        result = api.verify(out, source, recipe=recipe, recompute=recompute, observer=observer)
+        result = api.verify(place, source, recipe=recipe, recompute=recompute, observer=observer)
     with verdict(0 if result.ok else MismatchError.exit_code):
         if as_json:
             print_json(result.to_json())
         elif not quiet:
-            show_verification(result, out)
+            show_verification(result, place)
 
 
 @command

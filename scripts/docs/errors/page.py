@@ -67,6 +67,7 @@ HELP = {
     "open, publish, read, remove, rename, sync, write or the like; `{reason}` is the system's word for it.",
     "WarnedError": "Mend what is warned of, or leave out `--strict`.",
     "UnexpectedError": "It is called what Python calls it.",
+    "StoreError": "A store could not deliver, or did not take ([stores](stores.md)).",
     "HubError": "The Hub could not deliver, or did not accept. `qkpatch doctor` says whether it is reached "
     "and whether there is a token; [Hub](hub.md).",
 }  # fmt: skip

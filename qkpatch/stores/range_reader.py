@@ -12,6 +12,7 @@ from qkpatch.common.interrupts import check_stop, signals_masked
 BLOCK = 8 << 20  # bytes of one request at most: a layer's weights come in several, side by side
 PIECE = 4 << 20  # the same, of a file that is read from end to end
 IN_FLIGHT = 12
+_LARGE = 1 << 20  # bytes of a read that others like it may follow
 # A gap between ranges is fetched along where it is no more than this part of the larger of the two.
 _GAP_SHARE = 128
 
@@ -96,7 +97,10 @@ class Fetchers:
 
 
 class RangeReader(OpenFile):
-    """One open file elsewhere. What was announced is fetched ahead and kept; what was not, when it is read."""
+    """One open file elsewhere. What was announced is fetched ahead and kept; what was not, when it is read.
+
+    Where nothing was announced, and one large read begins where the one before ended, the next blocks are on their way.
+    """
 
     def __init__(
         self, where: str, size: int, fetch: Fetch, fetchers: Fetchers, announced: Sequence[tuple[int, int]]
@@ -104,6 +108,7 @@ class RangeReader(OpenFile):
         self.where, self._size = where, size
         self._fetch, self._fetchers = fetch, fetchers
         self._kept = [self._start(*span) for span in blocks(merged(announced))]
+        self._is_announced, self._last = bool(announced), -1  # where the last read ended
 
     def _start(self, begin: int, end: int) -> Block:
         return self._fetchers.start(Block(self._fetch, begin, end))
@@ -116,6 +121,9 @@ class RangeReader(OpenFile):
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """As :meth:`OpenFile.read_into`."""
         upto = offset + len(buffer)
+        if not self._is_announced and len(buffer) >= _LARGE:
+            self._look_ahead(offset, upto)
+        self._last = upto
         known = [block for block in self._kept if block.begin < upto and block.end > offset]
         missing = gaps(offset, upto, ((block.begin, block.end) for block in known))
         more = [self._start(*span) for span in blocks(missing)]
@@ -123,6 +131,19 @@ class RangeReader(OpenFile):
             first, last = max(block.begin, offset), min(block.end, upto)
             data = block.data()
             buffer[first - offset : last - offset] = data[first - block.begin : last - block.begin]
+
+    def _look_ahead(self, offset: int, upto: int) -> None:
+        """Let go of blocks that lie behind, or far ahead; of a file that is read in order, begin the next ones."""
+        for block in [b for b in self._kept if b.end <= offset or b.begin > upto + IN_FLIGHT * PIECE]:
+            block.give_up()
+            self._kept.remove(block)
+        if offset != self._last:
+            return
+        begin = max([offset, *(block.end for block in self._kept)])
+        for span in blocks([(begin, self._size)], PIECE):
+            if len(self._kept) >= IN_FLIGHT:
+                break
+            self._kept.append(self._start(*span))
 
     def pieces(self, begin: int, end: int) -> Iterator[memoryview]:
         """The bytes ``begin:end`` in order, a few blocks ahead of the reader."""
