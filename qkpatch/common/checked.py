@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
 from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from qkpatch.errors import UsageError
 
@@ -28,7 +28,7 @@ def checked(function: F) -> F:
     def call(*arguments: Any, **more: Any) -> Any:
         for name, given in signature.bind(*arguments, **more).arguments.items():
             with suppress(NameError, TypeError):  # a class of a library that is imported late, or a protocol
-                kind = eval(named[name].annotation, function.__globals__) if name in named else Any
+                kind = _hint(function, named[name].annotation) if name in named else Any
                 each = get_args(kind) if isinstance(kind, UnionType) else (kind,)
                 kinds = [get_origin(one) or one for one in each]
                 if Any not in kinds and not isinstance(given, tuple(kinds)):
@@ -38,3 +38,9 @@ def checked(function: F) -> F:
         return function(*arguments, **more)
 
     return call  # type: ignore[return-value]
+
+
+def _hint(function: Callable[..., Any], text: str) -> Any:
+    """One hint alone: those beside it may not be known yet."""
+    only = type("Only", (), {"__annotations__": {"hint": text}})
+    return get_type_hints(only, function.__globals__)["hint"]

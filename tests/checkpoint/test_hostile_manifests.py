@@ -131,6 +131,7 @@ class TestManifest:
         document = json.loads((out / "qkpatch.json").read_text())
         for block in ("tool", "compute", "source", "recipe", "edit", "model", "output", "run"):
             document[block] |= {"further": 1, "mine": {"a": [None, 0.5]}}
+        document["tool"]["version"] = "99.0.0"
         (out / "qkpatch.json").write_text(text := canonical_json(document))
         assert Manifest.loads(text.encode(), "m").dumps() == text
         calm(run("verify", out, "--source", tiny.path), 0)

@@ -35,8 +35,6 @@ QUERIES_APART = [["k_proj"], ["q_proj"], [""]]
 EDIT: dict[str, Any] = {"layers": "0-2", "modes": 2}
 Run = Callable[..., Result]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:

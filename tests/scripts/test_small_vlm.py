@@ -21,8 +21,6 @@ from scripts.toy_vlm.model import IMAGE_TOKENS
 from scripts.toy_vlm.scenes import scenes
 from scripts.toy_vlm.vocabulary import IMAGE
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def language(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
