@@ -250,8 +250,6 @@ def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, 
         say(f"{len(empty)} {what}: {abbreviate(empty, 3)}")
     if disputed := [f"{name}: {what}" for name, what in checkpoint.disputed.items()]:
         say(f"the index is wrong about {len(disputed)} tensor(s), none of them edited: {some(disputed, 1)}")
-    secret = {name: file.size for name, file in checkpoint.files.items() if is_secret(name)}
-    warnings += _listed("file(s) named as secrets are", secret, f"are copied into OUT ({_UNLESS})")
     twins = {name: checkpoint.files[name].size for name in checkpoint.twins}
     warnings += _listed("other weight file(s)", twins, f"stay unpatched ({_UNLESS})")
     warnings += folder_warnings(checkpoint)
@@ -264,7 +262,8 @@ def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, 
 
 def folder_warnings(checkpoint: Checkpoint) -> list[str]:
     """What a user should know of things beside the model, which copies of SOURCE need not have."""
-    warnings = []
+    secret = {name: file.size for name, file in checkpoint.files.items() if is_secret(name)}
+    warnings = _listed("file(s) named like secrets", secret, f"are copied into OUT ({_UNLESS})")
     if strays := checkpoint.from_outside:
         what = "file(s) are links that lead out of SOURCE, and what they lead to is copied"
         warnings.append(f"{len(strays)} {what}: {abbreviate(strays, 5)}")

@@ -15,7 +15,7 @@ from qkpatch.errors import MismatchError, UsageError
 from qkpatch.hub.commit import Base, PushRepository, Step, check_repository, copyable, publish
 from qkpatch.hub.repository import HubId
 from qkpatch.planning.manifest import FileRecord, Manifest, planned_manifest
-from qkpatch.planning.plan import EditPlan
+from qkpatch.planning.plan import EditPlan, folder_warnings
 from qkpatch.publishing.card import CARD_NAME, card_text, model_card, told
 from qkpatch.publishing.lmms_eval import Comparison
 from qkpatch.publishing.private_files import Insisted
@@ -106,7 +106,10 @@ def plan_publication(
             digest = foreseen if present is None else _digest(file, present)
             is_copy = digest is not None and on_hub.get(file.name) == digest
             steps.append(Step(file.name, file.size, digest, is_copy))
-    record = replace(manifest, files=tuple(kept)).dumps().encode()
+    # What is withheld is not named either; verify knows that such warnings may be missing.
+    naming = {one for one in folder_warnings(plan.model.checkpoint) if any(name in one for name in names)}
+    warnings = tuple(one for one in manifest.warnings if one not in naming)
+    record = replace(manifest, files=tuple(kept), warnings=warnings).dumps().encode()
     card = _card(wish, manifest, plan, is_withheld=CARD_NAME in names, is_checked=present is not None)
     for name, content in ((MANIFEST_NAME, record), (CARD_NAME, card)):
         steps.append(Step(name, len(content), hashlib.sha256(content).hexdigest(), False, content))

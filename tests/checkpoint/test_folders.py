@@ -90,7 +90,7 @@ def test_secrets_by_their_names_are_told_and_what_is_told_has_an_end(
     put(tiny.path, ".env", "keys/id_rsa", ".gitignore", "tokenizer.model")
     said = apply(run, tiny.path, tmp_path / "out")
     assert (
-        "2 file(s) named as secrets are, 2.0 kB, are copied into OUT (--exclude leaves them out): .env (1.0"
+        "2 file(s) named like secrets, 2.0 kB, are copied into OUT (--exclude leaves them out): .env (1.0"
         in said
     )
     assert (
