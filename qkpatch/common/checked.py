@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import suppress
+from enum import Enum
 from functools import wraps
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -31,13 +32,17 @@ def checked(function: F) -> F:
                 kind = _hint(function, named[name].annotation) if name in named else Any
                 each = get_args(kind) if isinstance(kind, UnionType) else (kind,)
                 kinds = [get_origin(one) or one for one in each]
-                if Any not in kinds and not isinstance(given, tuple(kinds)):
+                if not any(one is Any or _fits(given, one) for one in kinds):
                     called = " or ".join("None" if one is type(None) else one.__name__ for one in kinds)
                     where = f"{function.__name__}({name}=...)"
                     raise UsageError(f"{given!r:.80} is no {called}", where=where)
         return function(*arguments, **more)
 
     return call  # type: ignore[return-value]
+
+
+def _fits(given: Any, kind: Any) -> bool:
+    return isinstance(given, kind) or (issubclass(kind, Enum) and given in [one.value for one in kind])
 
 
 def _hint(function: Callable[..., Any], text: str) -> Any:
