@@ -127,10 +127,9 @@ def test_a_plan_tells_each_item_and_its_json_is_the_manifest_before_the_fact(
         "- {layers: 0-1, modes: 3}\n- {layers: [3], channel: symmetric, energy: 0.4, modes: 5}\n"
     )
     text = " ".join(run("plan", source.path, "--config", config).stdout.split())
-    assert "Edit: 3 dominant modes × 0.5, full channel; layers 0-1, heads 0,2" in text
     assert (
-        "Edit: 1-5 dominant modes × 0.5, symmetric channel, as hold 0.4 of the energy; layers 3, heads 0,2"
-        in text
+        "Edit, by layer; heads 0,2 0-1: 3 dominant modes × 0.5, full channel "
+        "3: 1-5 dominant modes × 0.5, symmetric channel, as hold 0.4 of the energy" in text
     )
     planned = json.loads(run("plan", source.path, "--config", config, "--json").stdout)
     jsonschema.Draft202012Validator(SCHEMA).validate(planned)
@@ -174,7 +173,7 @@ WRONG = {
     "nothing": ("edits:", ["$.edits: expected list"]),
     "no mapping": ("edits: [1, {layers: 0}]", ["$.edits[0]: 1 is no mapping"]),
     "no layers": ("edits: [{modes: 2}]", ["$.edits[0].layers: missing"]),
-    "an unknown key": ("edits: [{layers: 1, mode: 2}]", ["$.edits[0].mode: unknown key (an item has layers"]),
+    "an unknown key": ("edits: [{layers: 1, mode: 2}]", ["$.edits[0].mode: unknown key (did you mean modes? an item has"]),
     "what is not by layer": ("edits: [{layers: 1, seed: 2}]", ["$.edits[0].seed"]),
     "a key without a value": ("edits: [{layers: 1, alpha: }]", ["$.edits[0].alpha: it says nothing"]),
     "a list in a list": ("edits: [{layers: 1, edits: [{layers: 2}]}]", ["$.edits[0].edits"]),
