@@ -173,7 +173,7 @@ WRONG = {
     "nothing": ("edits:", ["$.edits: expected list"]),
     "no mapping": ("edits: [1, {layers: 0}]", ["$.edits[0]: 1 is no mapping"]),
     "no layers": ("edits: [{modes: 2}]", ["$.edits[0].layers: missing"]),
-    "an unknown key": ("edits: [{layers: 1, mode: 2}]", ["$.edits[0].mode: unknown key (did you mean modes? an item has"]),
+    "an unknown key": ("edits: [{layers: 1, mode: 2}]", ["$.edits[0].mode: unknown key (did you mean modes?"]),
     "what is not by layer": ("edits: [{layers: 1, seed: 2}]", ["$.edits[0].seed"]),
     "a key without a value": ("edits: [{layers: 1, alpha: }]", ["$.edits[0].alpha: it says nothing"]),
     "a list in a list": ("edits: [{layers: 1, edits: [{layers: 2}]}]", ["$.edits[0].edits"]),
