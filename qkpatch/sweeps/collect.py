@@ -62,6 +62,10 @@ def collect(sweep: str | Path, *results: str | Path, against: str = BASE) -> Col
         CheckpointError: a file is not what its name says.
     """
     folder = Path(sweep)
+    if not (folder / SWEEP_NAME).exists():
+        raise UsageError(
+            f"there is no {SWEEP_NAME}", where=str(folder), fix="name what qkpatch sweep wrote with -o"
+        )
     record = Sweep.loads(source_file(folder / SWEEP_NAME, SWEEP_NAME).read(), str(folder / SWEEP_NAME))
     names = [BASE, *(variant.name for variant in record.variants)]
     if against not in names:
@@ -86,6 +90,8 @@ def collect(sweep: str | Path, *results: str | Path, against: str = BASE) -> Col
             found += _compared(name, run, base, warnings)
     if not found:
         fix = "evaluate all with the same call, and with --log_samples"
+        if all(name == against for name, _ in runs):
+            fix = f"evaluate variants, too: bash {folder / 'evaluate.sh'} goes on"
         raise UsageError("no two runs can be compared: " + "; ".join(warnings), where=str(folder), fix=fix)
     return Collected(record.source.name, against, tuple(_adjusted(found)), tuple(warnings))
 
@@ -100,6 +106,9 @@ def _files(
         if said and said not in names:
             fix = f"there are {some(names, 5)}"
             raise UsageError(f"{said!r} is no variant of this sweep", where=str(given), fix=fix)
+        if not results and not place.exists():
+            fix = f"bash {sweep / 'evaluate.sh'}"
+            raise UsageError("nothing of this sweep was evaluated yet", where=str(place), fix=fix)
         with os_errors("list", place):
             place.stat()
         every = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]

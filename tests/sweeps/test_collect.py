@@ -233,7 +233,9 @@ def test_what_cannot_be_collected_is_a_sentence_with_a_cure(sweep: Path, tmp_pat
         tmp_path / "sweep.json"
     ).exists() else None
     assert run("collect", tmp_path).exit_code != 0
-    assert run("collect", sweep).exit_code == 4  # results/ is not there
+    nothing = run("collect", sweep)  # results/ is not there
+    assert nothing.exit_code == 2
+    assert "evaluate.sh" in nothing.stderr
     (sweep / "results").mkdir()
     refused(2, "no results are in it", "--output_path", sweep)
     lmms(sweep, "L1-m1", BETTER)
