@@ -26,7 +26,7 @@ from qkpatch.common.interrupts import signals_held, signals_let_through
 from qkpatch.common.number_ranges import format_ranges
 from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.compare.verify import recorded
-from qkpatch.errors import FileSystemError, QKPatchError, UsageError, refuse_warnings
+from qkpatch.errors import CheckpointError, FileSystemError, QKPatchError, UsageError, refuse_warnings
 from qkpatch.output.copying import copy_range
 from qkpatch.output.destination import destination_path, occupied
 from qkpatch.output.layout import OutputFile
@@ -111,7 +111,11 @@ def _done(out: Path, agreed: Manifest | None) -> Manifest:
 
 def _all_parts(room: Rooted, out: Path, agreed: Manifest, observer: Observer) -> _Parts:
     """The manifest of each part, every one of which is as it was left."""
-    count = int(agreed.run.further["parts"])
+    try:
+        count = Part.of((1, agreed.run.further.get("parts", 0))).total
+    except UsageError as error:
+        what = "it does not say how many parts there are"
+        raise CheckpointError(what, where=f"{room.path / AGREED}", fix="run all parts again") from error
     observer.begins("check", sum(file.size for file in agreed.files), 0)
     numbers = range(1, count + 1)
     if missing := [number for number in numbers if room.status(str(number)) is None]:
@@ -128,7 +132,8 @@ def _whole(agreed: Manifest, parts: _Parts) -> Manifest:
     """The manifest of OUT."""
     edits = {edit.tensor: edit for part in parts.values() for edit in part.edits}
     files = {file.name: file for part in parts.values() for file in part.files}
-    if len(edits) < len(agreed.edits) or len(files) < len(agreed.files):
+    is_whole = len(edits) == len(agreed.edits) and len(files) == len(agreed.files)
+    if not is_whole or not all(edit.heads for edit in edits.values()):
         raise UsageError("the parts together are not the whole", fix="run all parts again, with another -o")
     ordered = tuple(edits[edit.tensor] for edit in agreed.edits)
     runs = [part.run for part in parts.values()]

@@ -86,7 +86,8 @@ def _contradictions(manifest: Manifest, planned: Manifest, plan: EditPlan) -> It
         "tool.python": manifest.tool.python is not None,
         "compute.device": _DEVICE.fullmatch(manifest.compute.device),
         "compute.dtype": manifest.compute.dtype == planned.compute.dtype,
-        "source.kind": len(kinds) == 1 or "hub" in kinds,
+        "source.kind": (len(kinds) == 1 or kinds & {"hub", "store"})
+        and (source.kind == "store") == ("://" in source.name),
         "source": not (source.commit or revision or source.checked)
         if source.kind != "hub"
         else not is_unproven and (not COMMIT.fullmatch(revision) or revision == source.commit),

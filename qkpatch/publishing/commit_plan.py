@@ -6,6 +6,7 @@ import hashlib
 import shlex
 from dataclasses import dataclass, replace
 
+from qkpatch.checkpoint.names import is_private
 from qkpatch.checkpoint.present_files import PresentHere
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME
 from qkpatch.checkpoint.tree import is_plain_relative
@@ -107,8 +108,15 @@ def plan_publication(
             is_copy = digest is not None and on_hub.get(file.name) == digest
             steps.append(Step(file.name, file.size, digest, is_copy))
     # What is withheld is not named either; verify knows that such warnings may be missing.
-    naming = {one for one in folder_warnings(plan.model.checkpoint) if any(name in one for name in names)}
-    warnings = tuple(one for one in manifest.warnings if one not in naming)
+    hidden = {*names, *filter(is_private, plan.model.checkpoint.left_out)}
+    known = (
+        folder_warnings(plan.model.checkpoint) if manifest.tool.version == records[1].tool.version else None
+    )
+    warnings = tuple(
+        one
+        for one in manifest.warnings
+        if (known is not None and one not in known) or not any(name in one for name in hidden)
+    )
     record = replace(manifest, files=tuple(kept), warnings=warnings).dumps().encode()
     card = _card(wish, manifest, plan, is_withheld=CARD_NAME in names, is_checked=present is not None)
     for name, content in ((MANIFEST_NAME, record), (CARD_NAME, card)):

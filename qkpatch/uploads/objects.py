@@ -74,6 +74,7 @@ class Objects:
 
     def put(self, name: str, data: bytes) -> None:
         """Make a small object that SOURCE does not have."""
+        self._claim.check()
         self._store.put(name, data)
         self.made[name] = self._store.stat(name)
 
@@ -89,6 +90,8 @@ class Objects:
     def _one(self, file: OutputFile) -> tuple[Entry, str | None, str]:
         spans = self._spans(file)
         digest = hashlib.sha256() if self._is_hashed else None
+        left = file.size
+        self._claim.check()
         with ExitStack() as stack:
             # What is copied on the store's side is never opened here.
             opened: list[OpenFile] = []
@@ -103,7 +106,11 @@ class Objects:
                 return data
 
             def progress(n_bytes: int) -> None:
+                nonlocal left
                 self._check()
+                left -= n_bytes
+                if not left:  # what was sent is about to be seen: another run may have published meanwhile
+                    self._claim.check()
                 self._observer.copied(n_bytes)
 
             entry = self._store.assemble(file.name, spans, read, progress)
