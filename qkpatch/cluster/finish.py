@@ -115,7 +115,8 @@ def _all_parts(room: Rooted, out: Path, agreed: Manifest, observer: Observer) ->
         count = Part.of((1, agreed.run.further.get("parts", 0))).total
     except UsageError as error:
         what = "it does not say how many parts there are"
-        raise CheckpointError(what, where=f"{room.path / AGREED}", fix="run all parts again") from error
+        fix = f"remove {room.path}, and run all parts again"
+        raise CheckpointError(what, where=f"{room.path / AGREED}", fix=fix) from error
     observer.begins("check", sum(file.size for file in agreed.files), 0)
     numbers = range(1, count + 1)
     if missing := [number for number in numbers if room.status(str(number)) is None]:

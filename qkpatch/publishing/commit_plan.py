@@ -107,16 +107,12 @@ def plan_publication(
             digest = foreseen if present is None else _digest(file, present)
             is_copy = digest is not None and on_hub.get(file.name) == digest
             steps.append(Step(file.name, file.size, digest, is_copy))
-    # What is withheld is not named either; verify knows that such warnings may be missing.
+    # What is private is not named either; verify knows that warnings of what lies beside the model may be missing.
     hidden = {*names, *filter(is_private, plan.model.checkpoint.left_out)}
-    known = (
-        folder_warnings(plan.model.checkpoint) if manifest.tool.version == records[1].tool.version else None
-    )
-    warnings = tuple(
-        one
-        for one in manifest.warnings
-        if (known is not None and one not in known) or not any(name in one for name in hidden)
-    )
+    is_of_ours = manifest.tool.version == records[1].tool.version  # else the words are another version's
+    beside = folder_warnings(plan.model.checkpoint) if is_of_ours else manifest.warnings
+    telling = {one for one in beside if any(name in one for name in hidden)}
+    warnings = tuple(one for one in manifest.warnings if one not in telling)
     record = replace(manifest, files=tuple(kept), warnings=warnings).dumps().encode()
     card = _card(wish, manifest, plan, is_withheld=CARD_NAME in names, is_checked=present is not None)
     for name, content in ((MANIFEST_NAME, record), (CARD_NAME, card)):

@@ -378,6 +378,19 @@ def test_a_part_that_was_tampered_with_is_refused_and_made_anew(
     assert whole(out) == whole(tmp_path / "one")
 
 
+@pytest.mark.parametrize("count", [None, "abc", [1], 0, -1, 1.5, 10**9])
+def test_how_many_parts_there_are_is_a_number_or_refused(source: Path, tmp_path: Path, count: Any) -> None:
+    out = tmp_path / "out"
+    write(qkpatch.plan(source, **EDIT), out, 2)
+    agreed = place_of(out) / "plan.json"
+    document = json.loads(agreed.read_text())
+    document["run"]["parts"] = count
+    agreed.write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match="how many parts"):
+        qkpatch.finish(out)
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("kind", ["open to others", "another user's", "a link"])
 def test_a_shared_directory_that_is_not_ours_alone_is_refused(
     source: Path, tmp_path: Path, kind: str

@@ -38,6 +38,15 @@ def leaky(tmp_path: Path) -> Path:
     return source
 
 
+def test_what_is_private_and_was_left_out_is_not_named(world: World, leaky: Path, tmp_path: Path) -> None:
+    out = tmp_path / "edited"
+    push = ("apply", leaky, "-o", out, "--exclude", "*.pem", "--push", "me/new")
+    assert run_qkpatch(world.environment, *push).returncode == 0
+    assert "server.pem" in (out / "qkpatch.json").read_text()  # here people are told
+    (commit,) = world.hub.commits
+    assert not [name for name, data in commit.files.items() if b"server.pem" in data]
+
+
 def test_secrets_and_what_links_led_to_stay_here(world: World, leaky: Path, tmp_path: Path) -> None:
     push = ("apply", leaky, "-o", tmp_path / "edited", "--push", "me/new")
     result = run_qkpatch(world.environment, *push)

@@ -16,6 +16,7 @@ import qkpatch
 from qkpatch.checkpoint.names import CLAIM
 from qkpatch.errors import QKPatchError, StoreError, UsageError
 from qkpatch.stores import store
+from qkpatch.uploads import apply as uploading
 from qkpatch.uploads import objects
 from qkpatch.uploads.claim import Claim
 
@@ -334,6 +335,26 @@ def test_two_runs_to_one_out(folder: Path, memory: dict[str, Any], monkeypatch: 
         qkpatch.apply(plan, out)
     assert objects_of(out)["qkpatch.json"] == taken[1].dumps().encode()
     assert qkpatch.verify(out, folder).ok
+
+
+def test_a_run_whose_out_another_one_has_published_meanwhile_touches_nothing(
+    folder: Path, memory: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    editor_of, url = uploading.editor_of, "memory://bucket/out"
+
+    def slow(*arguments: Any) -> Any:
+        monkeypatch.setattr(uploading, "editor_of", editor_of)
+        qkpatch.apply(qkpatch.plan(folder, **EDIT | {"alpha": 0.25}), url, overwrite=True)
+        published.update(objects_of(url))
+        return editor_of(*arguments)
+
+    published: dict[str, bytes] = {}
+    monkeypatch.setattr(uploading, "editor_of", slow)
+    with pytest.raises(StoreError, match="another run has claimed"):
+        qkpatch.apply(qkpatch.plan(folder, **EDIT), url)
+    assert published
+    assert objects_of(url) == published
+    assert qkpatch.verify(url, folder).ok
 
 
 def test_an_object_that_another_program_changes_is_noticed(
