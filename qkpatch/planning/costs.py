@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from qkpatch.planning.plan import EditPlan
     from qkpatch.recipes.heads import HeadLayout
 
-# Measured on two cores and an ordinary cloud disk (docs/bench.md): llama-7b, cold, 13.5 GB in 21 s while 288 heads of
-# 128 are edited; one-5g in memory, the same heads by two threads in 7 s; geometry-70b, 576 heads of 128, eight to a key
-# head, and hidden size 8192, by one thread in 20 s. How a head's time grows: `python -m scripts.bench.heads`.
+# Measured on two cores and an ordinary cloud disk (docs/bench.md): llama-7b, cold, 13.5 GB in 54 s while 288 heads of
+# 128 are edited; one-5g in memory, the same heads by two threads in 14 s; geometry-70b, 576 heads of 128, eight to a
+# key head, and hidden size 8192, by one thread in 39 s. How a head's time grows: `python -m scripts.bench.heads`.
 START = 1.2  # seconds: Python, and `import torch` while files are copied
-COPIED = 0.65e9  # bytes a second, read and written
-HEAD = 0.035  # seconds of a thread for a head of 128 with keys of its own, at hidden size 4096
+COPIED = 0.3e9  # bytes a second, read and written
+HEAD = 0.065  # seconds of a thread for a head of 128 with keys of its own, at hidden size 4096
 LEAST = 0.003  # seconds of a thread for a head of any size
 
 

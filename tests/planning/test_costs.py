@@ -21,9 +21,9 @@ Run = Callable[..., Any]
 @pytest.mark.parametrize(
     ("n_bytes", "heads", "layout", "threads", "measured"),
     [
-        (13.48e9, 288, One(d_head=128, d_model=4096, n_heads=32, n_kv_heads=32), 2, 20.65),
-        (5.02e9, 288, One(d_head=128, d_model=4096, n_heads=32, n_kv_heads=32), 2, 6.88),
-        (1.36e9, 576, One(d_head=128, d_model=8192, n_heads=64, n_kv_heads=8), 1, 20.09),
+        (13.48e9, 288, One(d_head=128, d_model=4096, n_heads=32, n_kv_heads=32), 2, 54.18),
+        (5.02e9, 288, One(d_head=128, d_model=4096, n_heads=32, n_kv_heads=32), 2, 13.61),
+        (1.36e9, 576, One(d_head=128, d_model=8192, n_heads=64, n_kv_heads=8), 1, 39.25),
     ],
     ids=["llama-7b, cold", "one-5g, memory", "geometry-70b, cold"],
 )
