@@ -18,13 +18,25 @@ from typing import ClassVar
 
 _LONGEST = 8000  # characters of a fact: what files put into it may be of any length
 _SPACE = r"\s\"'<>`"
+
+
+def in_url(letters: str) -> str:
+    """A pattern of one of these ASCII letters, as it is or escaped in a URL, be it twice."""
+    escaped = "|".join(f"{ord(letter):02X}" for letter in letters)
+    return rf"(?:[{re.escape(letters)}]|%(?:25)*(?i:{escaped}))"
+
+
 # Bounded, as all below: a text without an end to it must not be gone through again from each of its letters.
 _SCHEME = r"[A-Za-z][A-Za-z0-9+.-]{0,30}:(?:\\?/)+"  # one slash, where it was taken for a path; \/ in JSON
 # The last @ before the path ends it; a password that was not quoted may hold a slash, a port does not.
 _USERINFO = re.compile(
-    rf"({_SCHEME})(?:[^/?#{_SPACE}]*|[^/?#:@{_SPACE}]+:(?!\d*[/?#])[^{_SPACE}]{{0,4096}})@"
+    rf"({_SCHEME})(?:[^/?#{_SPACE}]*|[^/?#:@{_SPACE}]+:(?!\d*[/?#])[^{_SPACE}]{{0,4096}}){in_url('@')}"
 )
-_QUERY = re.compile(rf"({_SCHEME}[^?{_SPACE}]{{0,4096}})\?[^{_SPACE}]*|[?&#][\w.%+~-]+=[^{_SPACE}]*")
+_SIGNED = rf"[\w.%+~-]{{1,64}}{in_url('=')}"  # one name of a query
+_QUERY = re.compile(
+    rf"({_SCHEME}[^?{_SPACE}]{{0,4096}}?)(?:{in_url('?')}|{in_url(';')}(?={_SIGNED}))[^{_SPACE}]*"
+    rf"|{in_url('?&#;')}{_SIGNED}[^{_SPACE}]*"
+)
 # A short one is taken for a token where it is a word by itself: hf_models may be a directory, hf_api.py is a module.
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}|(?<![\w/.\\-])hf_[A-Za-z0-9]{6,}(?![\w/\\-]|\.\w)")
 _TOKEN_VARIABLES = {"HF_TOKEN": "hf_***", "HUGGING_FACE_HUB_TOKEN": "hf_***"} | dict.fromkeys(
@@ -67,6 +79,11 @@ _ACTS = re.compile(
 def shown(text: str) -> str:
     """A document, of which lines and spacing are kept, without what acts in it; JSON stays the same JSON."""
     return _ACTS.sub(lambda found: _spelled(found[0]), text)
+
+
+def one_line(text: str) -> str:
+    """:func:`shown` on one line: for names that are kept, where :func:`plain` would spell out more than acts."""
+    return shown(text).replace("\n", r"\n")
 
 
 def _spelled(character: str) -> str:

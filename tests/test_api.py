@@ -142,6 +142,9 @@ def test_a_wrong_value_is_an_error_object(edit: dict[str, Any], where: str, tiny
     ("call", "arguments", "where"),
     [
         ("plan", {"source": 3}, "plan(source=...)"),
+        ("plan", {"source": {"password": "hunter2"}}, "plan(source=...)"),
+        ("plan", {"patch": 3}, "plan(...)"),
+        ("verify", {"out": "x", "sauce": "y"}, "verify(...)"),
         ("plan", {"source": "org/name", "patch": 3}, "plan(patch=...)"),
         ("plan", {"source": "org/name", "writing": "files"}, "plan(writing=...)"),
         ("apply", {"plan": "org/name"}, "apply(plan=...)"),
@@ -161,7 +164,8 @@ def test_an_argument_of_another_type_is_an_error_object(
     with pytest.raises(UsageError) as caught:
         getattr(qkpatch, call)(**arguments)
     assert caught.value.where == where
-    with pytest.raises(TypeError, match="missing a required argument"):
+    assert "hunter2" not in str(caught.value)
+    with pytest.raises(UsageError, match="missing a required argument"):
         getattr(qkpatch, call)()
 
 

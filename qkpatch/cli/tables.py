@@ -272,16 +272,18 @@ def show_collected(collected: Collected) -> None:
         for task in dict.fromkeys(one.task for one in collected.found):
             mine = [one for one in collected.found if one.task == task]
             for name in dict.fromkeys(name for one in mine for name in one.figures):
-                console.print(f"[bold]{safe(task)}[/]: {safe(name)}, less that of {safe(collected.against)}")
+                what = f"{safe(name)}, less that of {safe(collected.against)}, n = {mine[0].n}"
+                console.print(f"[bold]{safe(task)}[/]: {what}")
                 table = plain_table(
-                    "variant", "n", "figure", "difference", "95 % interval", "p (Holm)", "McNemar"
+                    "variant", "figure", "difference", "95 % interval", "detectable", "p (Holm)", "McNemar"
                 )
                 for one in (one for one in mine if name in one.figures):
                     figure, test = one.figures[name], one.mcnemar.get(name)
                     d = figure.difference
                     cells = f"{figure.model:.4f}", f"{d.estimate:+.4f}", f"{d.low:+.4f} to {d.high:+.4f}"
+                    beyond = f"{figure.smallest_detectable:.4f}", f"{one.holm[name]:.4f}"
                     sides = "-" if test is None else f"{test.only_base} : {test.only_model}, p {test.p:.4f}"
-                    table.add_row(safe(one.variant), str(one.n), *cells, f"{one.holm[name]:.4f}", sides)
+                    table.add_row(safe(one.variant), *cells, *beyond, sides)
                 console.print(table)
 
 

@@ -16,7 +16,7 @@ from qkpatch.cluster.share import Part, share_of
 from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.errors import CheckpointError, QKPatchError, UsageError
 from qkpatch.output.options import Writing
-from qkpatch.patching.apply import PartOf, apply_plan, editor_of
+from qkpatch.patching.apply import PartOf, apply_plan, editor_of, numerical_warnings
 from qkpatch.planning.manifest import FileRecord, Manifest
 from qkpatch.planning.plan import EditPlan
 
@@ -89,6 +89,10 @@ def _wrong(root: Rooted, manifest: Manifest, agreed: Manifest, observer: Observe
     yield from different(replace(bare, edits=agreed.edits, files=agreed.files), agreed)
     if not ({*bare.files} <= {*agreed.files} and {*bare.edits} <= {*agreed.edits}):
         yield "it has what is not planned"
+    if manifest.warnings != (*agreed.warnings, *numerical_warnings(manifest.edits, agreed.edit.rule_of)):
+        yield "its warnings are not those of its plan and its figures"
+    if not manifest.run.is_over(len(manifest.files)):
+        yield "it does not say when it was written, or how each file came"
     names = {name for name, status in root.walk() if not stat.S_ISDIR(status.st_mode)}
     yield from sorted(
         f"{name} came from elsewhere" for name in names - {MANIFEST_NAME, *(f.name for f in bare.files)}

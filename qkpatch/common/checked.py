@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from qkpatch.errors import UsageError
 
+_PLAIN = (str, int, float, type(None))
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -19,7 +20,7 @@ def checked(function: F) -> F:
     """``function``, whose arguments must be what its hints name, as far as those are classes.
 
     Raises:
-        UsageError: one is not. What is missing or unknown is Python's own :class:`TypeError`.
+        UsageError: one is not, or is missing or unknown.
     """
     signature = inspect.signature(function)
     many = {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}
@@ -27,7 +28,12 @@ def checked(function: F) -> F:
 
     @wraps(function)
     def call(*arguments: Any, **more: Any) -> Any:
-        for name, given in signature.bind(*arguments, **more).arguments.items():
+        try:
+            bound = signature.bind(*arguments, **more).arguments
+        except TypeError as error:
+            fix = f"its arguments are {', '.join(named)}"
+            raise UsageError(str(error), where=f"{function.__name__}(...)", fix=fix) from None
+        for name, given in bound.items():
             with suppress(NameError, TypeError):  # a class of a library that is imported late, or a protocol
                 kind = _hint(function, named[name].annotation) if name in named else Any
                 each = get_args(kind) if isinstance(kind, UnionType) else (kind,)
@@ -35,7 +41,9 @@ def checked(function: F) -> F:
                 if not any(one is Any or _fits(given, one) for one in kinds):
                     called = " or ".join("None" if one is type(None) else one.__name__ for one in kinds)
                     where = f"{function.__name__}({name}=...)"
-                    raise UsageError(f"{given!r:.80} is no {called}", where=where)
+                    # What holds others may hold a secret.
+                    said = repr(given)[:80] if isinstance(given, _PLAIN) else f"a {type(given).__name__}"
+                    raise UsageError(f"{said} is no {called}", where=where)
         return function(*arguments, **more)
 
     return call  # type: ignore[return-value]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from functools import cache
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from qkpatch.common.json_text import Json
 
@@ -15,6 +15,13 @@ from qkpatch.common.json_text import Json
 FURTHER = "further"
 # What marks a field that is no key in JSON where it is None: ``field(default=None, metadata=LEFT_OUT)``.
 LEFT_OUT = {"left_out": True}
+
+
+class Only(NamedTuple):
+    """Marks a hint of which not every value is right: ``Annotated[int, Only("count", lambda n: n >= 0)]``."""
+
+    what: str
+    holds: Callable[[Any], bool]
 
 
 def as_json(value: Any) -> Json:
@@ -38,8 +45,13 @@ def from_json(kind: Any, value: Json, path: str = "$") -> Any:
     """
     if kind is Any:
         return value
-    if isinstance(kind, UnionType):
+    if get_origin(kind) in (UnionType, Union):
         kind = _choices(kind).get(type(value), get_args(kind)[0])
+    if get_origin(kind) is Annotated:
+        kind, only = get_args(kind)
+        if not only.holds(made := from_json(kind, value, path)):
+            raise ValueError(f"{path}: {value!r:.80} is no {only.what}")
+        return made
     shape = _shape(kind)
     is_whole = shape is float and type(value) is int and abs(value) < 2**1023
     if type(value) is not shape and not is_whole:
@@ -57,6 +69,18 @@ def from_json(kind: Any, value: Json, path: str = "$") -> Any:
     return kind(value)
 
 
+def unknown_keys(value: Any, path: str = "$") -> Iterator[str]:
+    """Where a dataclass, or one in it, keeps keys that its class does not know."""
+    if isinstance(value, tuple) and value and is_dataclass(value[0]):  # figures come by the hundred thousand
+        for i, item in enumerate(value):
+            yield from unknown_keys(item, f"{path}[{i}]")
+    for f in fields(value) if is_dataclass(value) else ():
+        if f.name == FURTHER:
+            yield from (f"{path}.{key}" for key in getattr(value, FURTHER))
+        else:
+            yield from unknown_keys(getattr(value, f.name), f"{path}.{f.name}")
+
+
 # Kept, as below: records come by the hundred thousand.
 @cache
 def _choices(kind: Any) -> dict[Any, Any]:
@@ -66,6 +90,8 @@ def _choices(kind: Any) -> dict[Any, Any]:
 @cache
 def _shape(kind: Any) -> Any:
     """What JSON has for a ``kind``."""
+    if get_origin(kind) is Annotated:
+        return _shape(get_args(kind)[0])
     if is_dataclass(kind) or get_origin(kind) is Mapping:
         return dict
     if get_origin(kind) is tuple:
@@ -76,7 +102,7 @@ def _shape(kind: Any) -> Any:
 @cache
 def _fields(kind: Any) -> list[tuple[str, Any, bool]]:
     """Name, type, and whether it must be there."""
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     is_needed = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(kind)}
     return [(name, hints[name], needed) for name, needed in is_needed.items() if name != FURTHER]
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from qkpatch.checkpoint.source import MANIFEST_NAME
 from qkpatch.common.number_ranges import abbreviate
-from qkpatch.common.typed_json import FURTHER, as_json
+from qkpatch.common.typed_json import FURTHER, as_json, unknown_keys
 from qkpatch.compare.byte_by_byte import Mismatch
 from qkpatch.errors import UsageError
-from qkpatch.output.options import Digest
+from qkpatch.output.options import MEANS, Digest
 from qkpatch.patching.apply import numerical_warnings
 from qkpatch.planning.manifest import COMMIT, FileRecord, Manifest
 from qkpatch.planning.plan import EditPlan, folder_warnings
@@ -21,7 +21,6 @@ from qkpatch.planning.settings import resolve
 
 _RECIPE_KEYS = {"name", "prefix", "config", "tensors", "others"}
 _DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?", re.ASCII)
-_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", re.ASCII)
 # What a recipe may come to know more of: which of it was taken is in `prefix` and in `model`.
 _WIDENED = {"prefixes", "sections", "class_defaults"}
 _STACK = {"torch", "blas", "cpu"}
@@ -78,7 +77,7 @@ def differences(
 def _contradictions(manifest: Manifest, planned: Manifest, plan: EditPlan) -> Iterator[Mismatch]:
     """What a manifest says that no run of ``apply`` would have said."""
     source, run, digest = manifest.source, manifest.run, manifest.output.digest
-    times, revision = [str(run.started), str(run.finished)], source.requested_revision or ""
+    revision = source.requested_revision or ""
     is_unproven = source.checked is False and digest is Digest.files  # for which all is hashed
     kinds = {source.kind, planned.source.kind}
     said = {
@@ -95,9 +94,8 @@ def _contradictions(manifest: Manifest, planned: Manifest, plan: EditPlan) -> It
         or (run.stack.keys() >= _STACK and run.stack["torch"] == manifest.tool.torch),
         # Both came with one version.
         "output.digest": (digest is None) == (run.stack is None),
-        "run": all(map(_TIME.fullmatch, times)) and times == sorted(times),
+        "run": run.is_over(len(planned.files) if run.copied_by is not None else 0),
         "run.already_done": run.already_done is None and run.weaker is None,  # which are in no file
-        "run.copied_by": run.copied_by is None or sum(run.copied_by.values()) == len(planned.files),
         "edit.seed": not manifest.edit.seed or plan.request.draws,
         "edit.from_recipe": _is_default(plan, manifest.edit.from_recipe)
         or manifest.recipe.sha256 != planned.recipe.sha256,
@@ -105,6 +103,9 @@ def _contradictions(manifest: Manifest, planned: Manifest, plan: EditPlan) -> It
     for key, is_so in said.items():
         if not is_so:
             yield Mismatch(MANIFEST_NAME, f"{key} contradicts what else it says, or what qkpatch writes")
+    if manifest.tool.version == planned.tool.version:
+        for key in _unknown(manifest):
+            yield Mismatch(MANIFEST_NAME, f"{key} is nothing that this version writes")
     listed = {file.name: file.source_sha256 for file in planned.files} if kinds == {"hub"} else {}
     for file in manifest.files:
         theirs = file.source_sha256
@@ -119,6 +120,13 @@ def _contradictions(manifest: Manifest, planned: Manifest, plan: EditPlan) -> It
     wanted = {digest is not Digest.none} if digest is not None else {None not in digests}
     if {d is not None for d in digests} - wanted:
         yield Mismatch(MANIFEST_NAME, _OTHER_DIGESTS)
+
+
+def _unknown(manifest: Manifest) -> list[str]:
+    """Keys that this version does not know; those of the recipe are held against the plan's."""
+    means = {*(manifest.run.copied_by or ())} - MEANS
+    keys = {*unknown_keys(manifest, ""), *(f".run.copied_by.{one}" for one in means)}
+    return sorted(key[1:] for key in keys if not key.startswith(".recipe."))
 
 
 def _is_default(plan: EditPlan, keys: Collection[str]) -> bool:
@@ -155,6 +163,8 @@ def open_questions(manifest: Manifest, planned: Manifest, warnings: Sequence[str
     theirs, ours = ({file.name for file in one.files if file.outside} for one in (manifest, planned))
     if outside := sorted(theirs ^ ours):
         yield f"recorded as links out of SOURCE, or not, and otherwise here: {abbreviate(outside, 5)}"
+    if manifest.tool.version != planned.tool.version and (keys := _unknown(manifest)):
+        yield f"keys of another version, which nothing here looks at: {abbreviate(keys, 5)}"
     if warnings:
         yield f"its warnings are not all those of this SOURCE: {abbreviate(warnings, 5)}"
 

@@ -16,7 +16,7 @@ from qkpatch.common.observer import Observer
 from qkpatch.common.typed_json import as_json
 from qkpatch.evaluation.chair import figures
 from qkpatch.evaluation.comparison import Comparison, columns, compare
-from qkpatch.evaluation.measure import Side, Task, measure, told
+from qkpatch.evaluation.measure import KINDS_KEPT, Side, Task, measure, told
 from qkpatch.evaluation.records import Inputs, Protocol, Store, digest
 from qkpatch.evaluation.subject import Subject, base_of, find_place, recorded_in
 from qkpatch.patching.loaded import check_loadable
@@ -99,7 +99,7 @@ class Bench:
         which = {"model": subject.files, "edit": told(request), "asked": bool(task.questions)}
         settings = _settings(name, request)
         path = None if self.out is None else self.out / f"{digest(which)[:12]}.jsonl"
-        store = Store(path, {**task.settings, **which})
+        store = Store(path, {**task.settings, **which}, KINDS_KEPT)
         try:
             return replace(measure(subject, request, task, store, self._observer), settings=settings)
         except BaseException as end:

@@ -73,7 +73,7 @@ def compare(task: Task, sides: Sequence[Side], model: int, base: int) -> Compari
     """Hold one side against another."""
     a, b = sides[model], sides[base]
     ours, theirs = columns(task, a), columns(task, b)
-    named = figures_beside(ours, theirs, task.protocol.sample_seed)
+    (named,) = figures_beside([ours], theirs, task.protocol.sample_seed)
     named[EQUAL_RECALL] = Figure.of(named["chair_s"].model, _stop_earlier(task, a, b))
     tests = {"chair_s": mcnemar(*(each["chair_s"][:, 0] > 0 for each in (theirs, ours)))}
     for kind in KINDS if task.questions else ():

@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from qkpatch.checkpoint.tree import source_file
-from qkpatch.common.number_ranges import format_ranges
+from qkpatch.common.number_ranges import format_ranges, some
 from qkpatch.common.observer import Observer
 from qkpatch.common.typed_json import as_json
 from qkpatch.errors import UsageError
 from qkpatch.evaluation.annotations import KINDS, Annotations, questions, read_annotations
-from qkpatch.evaluation.records import Inputs, Protocol, Record, Store, digest
+from qkpatch.evaluation.records import Inputs, LogP, Loss, Protocol, Record, Store, digest
 from qkpatch.evaluation.subject import Subject, open_picture
 from qkpatch.evaluation.vocabulary import Vocabulary
 from qkpatch.planning.request import Request
 
 TEXT = ":text"  # the key of what was read, beside pictures
+KINDS_KEPT: dict[str, Any] = {TEXT: tuple[tuple[Loss, ...], tuple[Mapping[str, LogP], ...]], "": Record}
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,12 @@ def measure(subject: Subject, request: Request, task: Task, store: Store, observ
                 store.update({name: r for name, r in _ask(subject, batch, task).items() if name not in store})
             observer.edited(len(batch))
         losses, reading = store.once(TEXT, lambda: subject.read(text)) if text else ((), ())
+    if len(losses) != len(reading) or (text and not losses):
+        raise store.damaged(f"{TEXT} has {len(losses)} losses and {len(reading)} distributions")
     records = tuple(Record(**store[name]) for name in pictures)
+    for (name, kinds), record in zip(task.questions.items(), records, strict=True) if task.questions else ():
+        if lacking := {thing for things in kinds.values() for thing in things} - record.answers.keys():
+            raise store.damaged(f"{name} has no answer about {some(sorted(lacking), 3)}")
     return Side(subject.name, told(request), records, tuple(losses), tuple(reading))
 
 

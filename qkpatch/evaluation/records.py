@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import UserDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from qkpatch.checkpoint.files import os_errors
 from qkpatch.checkpoint.tree import source_file
-from qkpatch.common.typed_json import as_json
-from qkpatch.errors import UsageError
+from qkpatch.common.json_text import load_json
+from qkpatch.common.typed_json import Only, as_json, from_json
+from qkpatch.errors import QKPatchError, UsageError
+from qkpatch.planning.blocks import Count
 
-MOST_BYTES = 1 << 32  # of a file of records, which is ours
+MOST_BYTES = 16 << 20  # of a line; the longest, of what a text was read as, has 3 MB
+
+# As models give them. NaN is between no bounds; e to the 700 is a float, and to the 710 none.
+LogP = Annotated[float, Only("log-probability", lambda x: -1e6 <= x <= 1)]
+Loss = Annotated[float, Only("loss of a token", lambda x: -1 <= x <= 700)]
+Share = Annotated[float, Only("number from 0 to 1", lambda x: 0 <= x <= 1)]
+Number = Annotated[float, Only("finite number", lambda x: abs(x) < 1e300)]
 
 
 def option(default: Any, text: str, least: float | None = None) -> Any:
@@ -95,7 +104,8 @@ class Limits(_Checked):
         """Which limits figures break."""
         most = {"kl_prompts": self.max_kl, "perplexity_ratio": self.max_perplexity}
         limits = {"recall_lost": 1 - self.keep_recall, **{key: x for key, x in most.items() if x is not None}}
-        return [f"{key} {found[key]:.4g}" for key, limit in limits.items() if found[key] > limit]
+        reached = {key: found.get(key, math.inf) for key in limits}
+        return [f"{key} {reached[key]:.4g}" for key, limit in limits.items() if reached[key] > limit]
 
 
 @dataclass(frozen=True)
@@ -104,23 +114,28 @@ class Record:
 
     caption: str  # without an unfinished last sentence, where that is dropped
     finished: bool
-    tokens: int
-    next_tokens: Mapping[str, float]  # after the prompt: the likeliest by id
+    tokens: Count
+    next_tokens: Mapping[str, LogP]  # after the prompt: the likeliest by id
     # Biases of its end that would cut it sooner, falling, and where: letters.
-    stops: Sequence[tuple[float, int]]
-    answers: Mapping[str, float]  # P(yes) / (P(yes) + P(no)), by the object asked about
+    stops: tuple[tuple[Number, Count], ...]
+    answers: Mapping[str, Share]  # P(yes) / (P(yes) + P(no)), by the object asked about
 
 
 class Store(UserDict[str, Any]):
-    """A file of JSON lines, ``[key, value]``; without a path in memory alone. A line cut short is made again.
+    """A file of JSON lines, ``[key, value]``; without a path in memory alone. A last line cut short is made again.
+
+    ``kinds`` are the types of values, by how their keys begin; the first that fits counts.
 
     Raises:
-        UsageError: the file is of a run of other settings, or not of this kind.
+        UsageError: the file is of a run of other settings, or damaged, or not of this kind.
     """
 
-    def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: Path | None, settings: Mapping[str, Any], kinds: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__()
-        self._path, now = path, json.loads(json.dumps(settings))
+        self._path, self._kinds = path, {":settings": Mapping[str, Any], **(kinds or {})}
+        now = json.loads(json.dumps(settings))
         if path is not None and path.exists():
             self._read(path)
         elif path is not None:
@@ -134,15 +149,28 @@ class Store(UserDict[str, Any]):
             raise UsageError(what, where=str(path), fix="name another -o, or move the file away")
 
     def _read(self, path: Path) -> None:
-        whole, _, rest = source_file(path, path.name).read(MOST_BYTES).rpartition(b"\n")
-        try:
-            self.data = dict(json.loads(line) for line in whole.splitlines())
-        except (ValueError, TypeError, RecursionError) as error:
-            fix = "name another -o, or move it away"
-            raise UsageError(f"not a file of records: {error}", where=str(path), fix=fix) from error
-        if rest:
-            with os_errors("write", path):
-                os.truncate(path, len(whole) + bool(whole))
+        source_file(path, path.name)  # and no pipe, which would be waited for
+        with os_errors("read", path), path.open("rb") as file:
+            for n, line in enumerate(iter(lambda: file.readline(MOST_BYTES), b""), 1):
+                if not line.endswith(b"\n") and len(line) < MOST_BYTES and line[:2] in (b"[", b'["'):
+                    os.truncate(path, file.tell() - len(line))
+                    break
+                try:
+                    if len(line) == MOST_BYTES:
+                        raise ValueError("it is longer than any")
+                    key, item = from_json(tuple[str, Any], load_json(line, ""))
+                    kinds = (kind for begin, kind in self._kinds.items() if key.startswith(begin))
+                    from_json(next(kinds, Any), item, key)
+                except (ValueError, QKPatchError) as error:
+                    raise self.damaged(
+                        f"not a file of records, line {n}: {getattr(error, 'what', error)}"
+                    ) from error
+                self.data[key] = item
+
+    def damaged(self, what: str) -> UsageError:
+        """The error for a file that somebody else wrote in."""
+        fix = "take that line out, and it is measured anew; or name another -o"
+        return UsageError(what, where=str(self._path), fix=fix)
 
     def __setitem__(self, key: str, item: Any) -> None:
         super().__setitem__(key, item)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from qkpatch.evaluation.bench import Bench, Evaluation, n_layers
 from qkpatch.evaluation.chair import figures
 from qkpatch.evaluation.comparison import EQUAL_RECALL, columns, compare, kept
 from qkpatch.evaluation.measure import Side, Task, told
-from qkpatch.evaluation.records import Inputs, Limits, Protocol, Store
+from qkpatch.evaluation.records import Inputs, Limits, Number, Protocol, Store
 from qkpatch.planning.plan import make_plan
 from qkpatch.planning.request import Request
 from qkpatch.spectral.rule import Channel, Select
@@ -27,6 +27,27 @@ RUNGS = (4, 2, 1)  # of so many parts of the pictures one; after each the better
 HALVING = 0.5  # of the cost of every setting on all pictures
 MOST = 1000  # settings, however many minutes there are
 HEAD = "# Found by qkpatch tune"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a setting came to, as the log has it; the last are of a text."""
+
+    chair_s: Number
+    chair_i: Number
+    recall: Number
+    length: Number
+    words: Number
+    kl_prompts: Number
+    recall_lost: Number
+    seconds: Number
+    kl_text: Number = 0.0
+    perplexity: Number = 0.0
+    perplexity_base: Number = 0.0
+    perplexity_ratio: Number = 0.0
+
+
+LOGGED: dict[str, Any] = {"trial ": Trial, "look ": str, "settings in ": int}  # by how keys begin
 
 
 def candidates(n: int, layers: int, fixed: Request, seed: int, *, channels: bool) -> list[Request]:
@@ -52,7 +73,7 @@ def run(
     layers, seed = n_layers(model, fixed), protocol.sample_seed
     bench = Bench(inputs, out.with_suffix(".tune"), observer, {})
     which = {"pictures": task.pictures.digest, "model": bench.subject(model, protocol).files}
-    log = Store(out.with_suffix(".tune") / "log.jsonl", {**task.settings, **which})
+    log = Store(out.with_suffix(".tune") / "log.jsonl", {**task.settings, **which}, LOGGED)
     names = list(task.pictures.present)
     random.Random(f"halves {seed}").shuffle(names)
     middle = len(names) // 2
@@ -61,8 +82,8 @@ def run(
     n = limits.trials
     if limits.minutes is not None:
         affordable = 60 * limits.minutes / (HALVING * (time.monotonic() - started))
-        most = min(max(RUNGS[0], int(affordable)), MOST)
-        n = log.once(f"settings in {limits.minutes} minutes", lambda: most)
+        n = log.once(f"settings in {limits.minutes} minutes", lambda: min(int(affordable), MOST))
+        n = min(max(RUNGS[0], n), MOST)
     drawn = candidates(n, layers, fixed, seed, channels=limits.channels)
     tried = going_on = list(dict.fromkeys(full for request in drawn for full in _full(model, request)))
     found: dict[Request, Mapping[str, Any]] = {}

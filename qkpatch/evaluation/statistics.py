@@ -16,6 +16,7 @@ Array = NDArray[np.float64]
 
 REPLICATES = 10_000
 _AT_A_TIME = 500
+_CACHED = 1 << 20  # numbers that stay in a cache
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,20 @@ def ratio(sums: Array) -> Array:
     return np.divide(top, bottom, out=np.zeros_like(top), where=bottom != 0)
 
 
-def paired(a: Array, b: Array, *, seed: int = 0, replicates: int = REPLICATES) -> list[Interval]:
-    """``a − b`` of each figure, both (figures, pictures, 2), over draws of the pictures."""
-    rng = np.random.default_rng(seed)
-    drawn = [ratio(weighted(a, w)) - ratio(weighted(b, w)) for w in resampled(a.shape[1], replicates, rng)]
-    estimates = ratio(a.sum(1)) - ratio(b.sum(1))
-    return [Interval.of(*both) for both in zip(estimates, np.concatenate(drawn).T, strict=True)]
+def paired(
+    a: Array, b: Array, beside: Sequence[int] | None = None, *, seed: int = 0, replicates: int = REPLICATES
+) -> list[Interval]:
+    """``a − b`` of each figure, both (figures, pictures, 2), over draws of the pictures, which all figures share.
+
+    ``beside`` says which of ``b`` each of ``a`` is held against, where several are against one.
+    """
+    rng, n, of = np.random.default_rng(seed), len(a), slice(None) if beside is None else [*beside]
+    both, drawn = np.concatenate([a, b]), list[Array]()
+    for weights in resampled(a.shape[1], replicates, rng, max(1, _CACHED // a.shape[1])):
+        sums = ratio(weighted(both, weights))
+        drawn.append(sums[:, :n] - sums[:, n:][:, of])
+    estimates = ratio(a.sum(1)) - ratio(b.sum(1))[of]
+    return [Interval.of(*each) for each in zip(estimates, np.concatenate(drawn).T, strict=True)]
 
 
 def above_curve(sums: Array) -> float:
@@ -95,13 +104,15 @@ def above_curve(sums: Array) -> float:
     return float(effect[0] - np.interp(place[0], place[1:][order], effect[1:][order]))
 
 
-def figures_beside(model: Mapping[str, Array], base: Mapping[str, Array], seed: int) -> dict[str, Figure]:
-    """Every figure of two sides over the same pictures; columns are (pictures, 2)."""
-    columns = [np.stack([side[name] for name in model]) for side in (model, base)]
-    values = ratio(columns[0].sum(1)).tolist()
-    return {
-        name: Figure.of(*both) for name, *both in zip(model, values, paired(*columns, seed=seed), strict=True)
-    }
+def figures_beside(
+    models: Sequence[Mapping[str, Array]], base: Mapping[str, Array], seed: int
+) -> list[dict[str, Figure]]:
+    """Every figure of each model beside the base's, over the same pictures; columns are (pictures, 2)."""
+    places = {name: i for i, name in enumerate(base)}
+    ours, theirs = np.stack([x for model in models for x in model.values()]), np.stack([*base.values()])
+    differences = paired(ours, theirs, [places[name] for model in models for name in model], seed=seed)
+    pairs = zip(ratio(ours.sum(1)).tolist(), differences, strict=True)
+    return [{name: Figure.of(*next(pairs)) for name in model} for model in models]
 
 
 def as_pairs(values: Sequence[float]) -> Array:
@@ -148,11 +159,14 @@ def mcnemar(base: Iterable[Any], model: Iterable[Any]) -> McNemar:
     return McNemar(*only, min(1.0, 2 * tail / (1 << sum(only))))
 
 
-def resampled(n: int, replicates: int, rng: np.random.Generator) -> Iterator[Array]:
+def resampled(n: int, replicates: int, rng: np.random.Generator, step: int = _AT_A_TIME) -> Iterator[Array]:
     """How often each picture was drawn, (some replicates, n): a product of matrices in place of copies."""
-    for first in range(0, replicates, _AT_A_TIME):
-        drawn = rng.integers(n, size=(min(_AT_A_TIME, replicates - first), n))
-        yield np.stack([np.bincount(row, minlength=n) for row in drawn]).astype(np.float64)
+    for first in range(0, replicates, step):
+        drawn = rng.integers(n, size=(min(step, replicates - first), n))
+        weights = np.empty(drawn.shape)
+        for row, counts in zip(drawn, weights, strict=True):
+            counts[:] = np.bincount(row, minlength=n)
+        yield weights
 
 
 def weighted(x: Array, weights: Array) -> Array:

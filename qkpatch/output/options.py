@@ -22,6 +22,13 @@ class Digest(str, Enum):
     none = "none"
 
 
+# How a file may come into OUT, in the words of what copies, links and uploads; "none" where no byte had to.
+MEANS = {
+    "none", "resumed", "hardlink", "reflink", "copy_file_range", "sendfile", "read_write", "direct", "download",
+    "upload", "store_copy", "part_copy",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Writing:
     """How OUT is written. What is in it does not depend on it, but for digests."""

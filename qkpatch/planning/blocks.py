@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from typing import Any
+from datetime import datetime
+from typing import Annotated, Any
 
 from qkpatch.common.json_text import Json, exact
 from qkpatch.common.number_ranges import format_ranges
-from qkpatch.common.typed_json import LEFT_OUT, as_json
+from qkpatch.common.typed_json import LEFT_OUT, Only, as_json
+from qkpatch.errors import one_line
 from qkpatch.output.options import Digest
 from qkpatch.planning.request import ITEM_KEYS
 from qkpatch.recipes.heads import RowLayout
 from qkpatch.recipes.recipe import ConfigValue
 from qkpatch.spectral.rule import Channel, EditRule, Select
+
+
+def _is_time(text: str) -> bool:
+    with suppress(ValueError):
+        return text.endswith("+00:00") and datetime.fromisoformat(text).isoformat() == text
+    return False
+
+
+Count = Annotated[int, Only("count", lambda n: n >= 0)]
+Line = Annotated[str, Only("text of one line", lambda text: one_line(text) == text)]
+Time = Annotated[str, Only("time in UTC, to the second", _is_time)]
 
 
 @dataclass(frozen=True)
@@ -27,18 +41,18 @@ class Block:
 class ToolBlock(Block):
     """What made the edit."""
 
-    name: str
-    version: str
-    torch: str
-    python: str | None = field(default=None, metadata=LEFT_OUT)
+    name: Line
+    version: Line
+    torch: Line
+    python: Line | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True)
 class ComputeBlock(Block):
     """Where heads were computed, and in what."""
 
-    device: str
-    dtype: str
+    device: Line
+    dtype: Line
 
 
 # None, where the items of an edit say it, each for its layers.
@@ -113,10 +127,10 @@ class EditBlock(LayersBlock):
 class SourceBlock(Block):
     """What was edited."""
 
-    kind: str
-    name: str
-    requested_revision: str | None
-    commit: str | None
+    kind: Line
+    name: Line
+    requested_revision: Line | None
+    commit: Line | None
     checked: bool | None = None
     previous_edit: EditBlock | None = field(default=None, metadata=LEFT_OUT)
 
@@ -178,10 +192,15 @@ class AdapterBlock(Block):
 class RunBlock(Block):
     """When and how the run went; nothing in a plan. The last two are told, and in no file."""
 
-    started: str | None = field(default=None, metadata=LEFT_OUT)
-    finished: str | None = field(default=None, metadata=LEFT_OUT)
-    copied_by: Mapping[str, int] | None = field(default=None, metadata=LEFT_OUT)
+    started: Time | None = field(default=None, metadata=LEFT_OUT)
+    finished: Time | None = field(default=None, metadata=LEFT_OUT)
+    copied_by: Mapping[str, Count] | None = field(default=None, metadata=LEFT_OUT)
     # What the bits depend on: torch, BLAS and CPU.
-    stack: Mapping[str, str] | None = field(default=None, metadata=LEFT_OUT)
+    stack: Mapping[str, Line] | None = field(default=None, metadata=LEFT_OUT)
     already_done: bool | None = field(default=None, metadata=LEFT_OUT)
     weaker: tuple[str, ...] | None = field(default=None, metadata=LEFT_OUT)
+
+    def is_over(self, n_files: int) -> bool:
+        """Whether it is what a run that is over says of itself, and of so many files."""
+        times, n_copied = [self.started or "", self.finished or ""], sum((self.copied_by or {}).values())
+        return "" not in times and times == sorted(times) and n_copied == n_files

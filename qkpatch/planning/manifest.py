@@ -8,8 +8,8 @@ nothing of the machine.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import distributions, version
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from qkpatch.checkpoint.source import MANIFEST_NAME, Stored
 from qkpatch.checkpoint.tree import is_plain_relative
 from qkpatch.common.json_text import Json, canonical_json, load_json
 from qkpatch.common.typed_json import LEFT_OUT, as_json, from_json
-from qkpatch.errors import CheckpointError, UsageError
+from qkpatch.errors import CheckpointError, UsageError, one_line
 from qkpatch.model.targets import LayerTarget
 from qkpatch.output.layout import Output, OutputFile
 from qkpatch.planning import blocks
@@ -159,6 +159,7 @@ class Manifest:
     warnings: tuple[str, ...]
     run: blocks.RunBlock = field(compare=False)
     adapter: blocks.AdapterBlock | None = field(default=None, metadata=LEFT_OUT)
+    further: Mapping[str, Json] = field(default_factory=dict)  # of other versions, as in blocks
 
     def __repr__(self) -> str:
         """In a line; :meth:`dumps` tells all."""
@@ -180,15 +181,14 @@ class Manifest:
             CheckpointError: not a manifest, or of a version this qkpatch does not know.
         """
         document = load_json(raw, where, unique=True)
-        found = document.get("schema") if isinstance(document, dict) else None
+        found = document.pop("schema", None) if isinstance(document, dict) else None
         if found != SCHEMA:
             what = f"manifest schema {found!r}, this qkpatch reads {SCHEMA!r}"
             raise CheckpointError(what, where=where, fix="use the qkpatch version that wrote it")
-        known = {f.name: document[f.name] for f in fields(cls) if f.name in document}
         try:
             # Finite numbers, and no lists in lists without end.
-            canonical_json(known)
-            manifest: Manifest = from_json(cls, known)
+            canonical_json(document)
+            manifest: Manifest = from_json(cls, document)
             manifest._check()
         except (UsageError, ValueError) as error:
             raise CheckpointError(f"malformed manifest: {error}", where=where) from error
@@ -235,7 +235,7 @@ def planned_manifest(plan: EditPlan, device: str) -> Manifest:
     """The manifest of ``plan`` as far as it is known before any weight is read."""
     model, checkpoint, layout = plan.model, plan.model.checkpoint, plan.model.tower.layout
     found = model.source
-    source = blocks.SourceBlock(found.kind, found.name, found.requested_revision, found.commit)
+    source = blocks.SourceBlock(found.kind, one_line(found.name), found.requested_revision, found.commit)
     strays = set(checkpoint.from_outside)
     if checkpoint.previous_manifest is not None:
         previous = Manifest.loads(checkpoint.previous_manifest, "SOURCE's qkpatch.json")

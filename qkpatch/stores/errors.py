@@ -58,7 +58,7 @@ def is_passing(error: Exception) -> bool:
     if has_changed(error) or says(error, (*_SKEWED, *_NO_KEY, *_MISSING)):
         return False
     lasting = FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError
-    return not isinstance(error, (*lasting, NotImplementedError, TypeError))
+    return not isinstance(error, (*lasting, NotImplementedError, TypeError, QKPatchError))
 
 
 def explained(error: Exception, where: str) -> StoreError:

@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import quote, unquote
 
-from qkpatch.checkpoint.open_directory import MOST_LEVELS, MOST_NAMES
+from qkpatch.checkpoint.open_directory import MOST_NAMES
 from qkpatch.checkpoint.tree import is_plain_relative
 from qkpatch.common.interrupts import check_stop
 from qkpatch.errors import CheckpointError, StoreError, UsageError
@@ -36,6 +36,7 @@ _IDENTITIES = ("ETag", "etag", "generation", "md5Hash", "content_md5", "Last-Mod
                "last_modified", "updated", "mtime", "created")  # fmt: skip
 _COPYING = ("s3", "gs", "memory")  # whole objects within the store; others would have to be waited for
 PIECE = 16 << 20  # bytes that are sent at a time
+MOST_PAGES = 1000  # folders of a web server, each of them a page
 _FIRST_WAIT = 0.5  # seconds; each further one is twice as long
 
 
@@ -90,9 +91,8 @@ class Store:
         return {name: self._entry(name, path, facts[name]) for name, path in named.items()}
 
     def _find(self) -> Mapping[str, Any]:
-        depth = {"maxdepth": MOST_LEVELS} if self._is_http else {}  # pages may link to each other without end
         try:
-            found = self.fs.find(self.root, detail=True, **depth)
+            found = self._crawled() if self._is_http else self.fs.find(self.root, detail=True)
         except FileNotFoundError:
             return {}
         if not isinstance(found, dict):  # how some say that it is an object
@@ -100,6 +100,21 @@ class Store:
         return {
             path: info for path, info in found.items() if info.get("type") != "directory" and path[-1:] != "/"
         }
+
+    def _crawled(self) -> Mapping[str, Any]:
+        """What pages link to, page by page: they may link to each other without end."""
+        found, waiting = dict[str, Any](), [self.root]
+        for page in waiting:
+            check_stop()
+            if len(waiting) > MOST_PAGES or len(found) > MOST_NAMES:
+                what = f"more than {MOST_PAGES} folders or {MOST_NAMES} files, which no checkpoint has"
+                raise CheckpointError(what, where=self.url.text, fix="name the folder of the model itself")
+            with suppress(OSError):
+                listed = {info["name"]: info for info in self.fs.ls(page, detail=True)}
+                found |= listed
+                inner = {name.rstrip("/") for name, info in listed.items() if info["type"] == "directory"}
+                waiting += sorted(inner - {*waiting})
+        return found
 
     def _name(self, path: str) -> str:
         name = path[len(self.root) + 1 :]

@@ -6,9 +6,11 @@ import re
 from dataclasses import dataclass
 
 from qkpatch.checkpoint.tree import is_plain_relative
-from qkpatch.errors import UsageError
+from qkpatch.errors import UsageError, in_url
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)(?P<chain>::.*)?://(?P<rest>.*)", re.DOTALL)
+_AT, _COLON = re.compile(in_url("@")), re.compile(in_url(":"))
+_QUERY = re.compile(rf"{in_url('?#')}|{in_url(';')}[^/;]{{0,64}}{in_url('=')}")
 # Names that mean one store, and the extra that brings its client.
 _SAME = {"s3a": "s3", "gcs": "gs", "az": "abfs", "abfss": "abfs"}
 EXTRAS = {"s3": "s3", "gs": "gcs", "abfs": "azure", "http": "https", "https": "https"}
@@ -44,10 +46,11 @@ class StoreUrl:
             raise UsageError("a file of this machine", where=text, fix="write its path, without the scheme")
         host, _, folder = rest.partition("/")
         is_azure = _SAME.get(scheme, scheme) == "abfs"  # container@account
-        if ("@" in host and (not is_azure or ":" in host.rpartition("@")[0])) or re.search("[?#]", rest):
+        users = [user for part in rest.split("/") for user in _AT.split(part)[:-1]]
+        if (_AT.search(host) and not is_azure) or any(map(_COLON.search, users)) or _QUERY.search(rest):
             what = "the URL has a user, a password, a token or a signature in it, which would be shown and recorded"
             fix = "leave it out: the client has its credentials from its own configuration (docs/stores.md)"
-            raise UsageError(what, where=text, fix=fix)
+            raise UsageError(what, where=f"{scheme}://...", fix=fix)
         if not host or (folder and not is_plain_relative(folder)):
             raise UsageError("not a folder of a store", where=text, fix="write scheme://bucket/folder")
         return cls(_SAME.get(scheme, scheme), rest, f"{scheme}://{rest}")

@@ -79,7 +79,7 @@ def collect(sweep: str | Path, *results: str | Path, against: str = BASE) -> Col
         raise UsageError(what, where=str(folder), fix=f"evaluate it too: bash evaluate.sh {against}")
     if missing:
         warnings.append(f"not evaluated: {some(missing, 5)}")
-    found = []
+    comparable: dict[str, dict[str, Run]] = {}
     for (name, task), run in runs.items():
         if name == against:
             continue
@@ -87,7 +87,11 @@ def collect(sweep: str | Path, *results: str | Path, against: str = BASE) -> Col
         if base is None:
             warnings.append(f"{name}, {task}: {against} was not evaluated on it")
         elif not _doubtful(name, run, base, against, warnings):
-            found += _compared(name, run, base, warnings)
+            comparable.setdefault(task, {})[name] = run
+    found = [
+        one for task, mine in comparable.items() for one in _compared(mine, runs[against, task], warnings)
+    ]
+    found.sort(key=lambda one: (names.index(one.variant), one.task))
     if not found:
         fix = "evaluate all with the same call, and with --log_samples"
         if all(name == against for name, _ in runs):
@@ -169,25 +173,30 @@ def _doubtful(name: str, run: Run, base: Run, against: str, warnings: list[str])
     return bool(differing)
 
 
-def _compared(name: str, run: Run, base: Run, warnings: list[str]) -> list[Found]:
+def _compared(runs: Mapping[str, Run], base: Run, warnings: list[str]) -> Iterator[Found]:
+    """Runs of one task by variant, all of them over the same draws of its pictures."""
     from qkpatch.evaluation.statistics import figures_beside, grouped, is_yes_or_no, mcnemar
 
-    ours, theirs = _columns(run), _columns(base)
-    shared = [figure for figure in ours if figure in theirs]
-    if not shared:
-        warnings.append(f"{name}, {run.task}: no answers lie beside the results that give its figures")
-        return []
+    sides: dict[str, Mapping[str, Array]] = {}
+    theirs: Mapping[str, Array] = _columns(base)
+    for name, run in runs.items():
+        if shared := {figure: column for figure, column in _columns(run).items() if figure in theirs}:
+            sides[name] = shared
+        else:
+            warnings.append(f"{name}, {run.task}: no answers lie beside the results that give its figures")
+    if not sides:
+        return
     pictures = [sample.picture for sample in base.samples.values()]
-    model, other = ({figure: grouped(side[figure], pictures) for figure in shared} for side in (ours, theirs))
-    pairs = {figure: (theirs[figure], ours[figure]) for figure in shared}
-    tests = {
-        f: mcnemar(*(side[:, 0] for side in pair))
-        for f, pair in pairs.items()
-        if all(map(is_yes_or_no, pair))
-    }
-    return [
-        Found(name, run.task, run.tool, len(set(pictures)), figures_beside(model, other, _SEED), tests, {})
-    ]
+    by_picture = [{f: grouped(x, pictures) for f, x in side.items()} for side in (theirs, *sides.values())]
+    all_figures = figures_beside(by_picture[1:], by_picture[0], _SEED)
+    for (name, ours), figures in zip(sides.items(), all_figures, strict=True):
+        pairs = {figure: (theirs[figure], column) for figure, column in ours.items()}
+        tests = {
+            f: mcnemar(*(side[:, 0] for side in pair))
+            for f, pair in pairs.items()
+            if all(map(is_yes_or_no, pair))
+        }
+        yield Found(name, base.task, base.tool, len(set(pictures)), figures, tests, {})
 
 
 def _columns(run: Run) -> dict[str, Array]:

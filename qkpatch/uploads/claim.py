@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from threading import Lock
 
 from qkpatch.checkpoint.names import CLAIM
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME
 from qkpatch.checkpoint.tree import is_plain_relative
 from qkpatch.common.json_text import load_json
+from qkpatch.common.typed_json import as_json, from_json
 from qkpatch.errors import QKPatchError, StoreError, UsageError
 from qkpatch.stores.store import Entry, Store
 
@@ -27,6 +28,16 @@ class Done:
     size: int
     sha256: str | None  # where digests of files are wanted
     rows: str | None  # SHA-256 of the rows that the edit wrote: another machine may round them otherwise
+
+
+@dataclass(frozen=True)
+class _Said:
+    """A claim as it is written."""
+
+    fingerprint: str
+    run: str
+    files: tuple[str, ...]
+    done: Mapping[str, Done]
 
 
 @dataclass
@@ -52,12 +63,10 @@ class Claim:
         if raw is None:
             return None
         try:
-            said = load_json(raw, CLAIM, unique=True)
-            done = {name: Done(**facts) for name, facts in said["done"].items()}
-            claim = cls(store, str(said["fingerprint"]), tuple(said["files"]), str(said["run"]), done)
-            if all(map(is_plain_relative, claim.files)):
-                return claim
-        except (QKPatchError, KeyError, TypeError, AttributeError):
+            said: _Said = from_json(_Said, load_json(raw, CLAIM, unique=True))
+            if all(map(is_plain_relative, said.files)):
+                return cls(store, said.fingerprint, said.files, said.run, {**said.done})
+        except (QKPatchError, ValueError):
             pass
         what = f"{CLAIM} is none that qkpatch wrote"
         raise UsageError(what, where=store.url.text, fix="choose another -o")
@@ -115,6 +124,5 @@ class Claim:
         self.release()
 
     def _dumps(self) -> bytes:
-        done = {name: asdict(one) for name, one in self.done.items()}
-        said = {"fingerprint": self.fingerprint, "run": self.run, "files": self.files, "done": done}
-        return json.dumps(said, indent=1).encode()
+        said = _Said(self.fingerprint, self.run, self.files, self.done)
+        return json.dumps(as_json(said), indent=1).encode()

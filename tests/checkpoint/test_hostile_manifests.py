@@ -127,14 +127,42 @@ class TestManifest:
             Manifest.loads(json.dumps(document).encode(), "m")
         assert error.value.what == f"malformed manifest: {fault}"
 
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("run.started", "2026-02-30T15:35:10+00:00"),
+            ("run.started", "2026-11-28T25:35:10+00:00"),
+            ("run.finished", "2026-11-28 15:35:12+00:00"),
+            ("run.copied_by.copy_file_range", -1),
+            ("source.name", "a\nb"),
+            ("source.requested_revision", "\u202e"),
+            ("tool.version", "0.1.0\r\n"),
+            ("compute.device", "\u2028"),
+        ],
+    )
+    def test_texts_times_and_counts_that_are_none_are_refused(self, field: str, value: Any) -> None:
+        document = json.loads((REPO / "tests" / "planning" / "goldens" / "defaults.json").read_bytes())
+        set_at(document, field, value)
+        with pytest.raises(CheckpointError, match=rf"malformed manifest: \$\.{field}: .* is no "):
+            Manifest.loads(json.dumps(document).encode(), "m")
+
+    def test_a_folder_of_several_lines_is_recorded_on_one(self, tiny: Tiny, run: Run, tmp_path: Path) -> None:
+        source = tiny.path.rename(tmp_path / "two\nlines\xa0of it")
+        calm(run("apply", source, "--layers", "1", "-o", tmp_path / "out"), 0)
+        calm(run("verify", tmp_path / "out", "--source", source), 0)
+        recorded = json.loads((tmp_path / "out" / "qkpatch.json").read_text())["source"]["name"]
+        assert recorded == "two\\nlines\xa0of it"
+
     def test_keys_that_other_versions_add_to_a_block_are_kept(self, out: Path, tiny: Tiny, run: Run) -> None:
         document = json.loads((out / "qkpatch.json").read_text())
         for block in ("tool", "compute", "source", "recipe", "edit", "model", "output", "run"):
             document[block] |= {"further": 1, "mine": {"a": [None, 0.5]}}
+        document["more"] = [1]
         document["tool"]["version"] = "99.0.0"
         (out / "qkpatch.json").write_text(text := canonical_json(document))
         assert Manifest.loads(text.encode(), "m").dumps() == text
-        calm(run("verify", out, "--source", tiny.path), 0)
+        said = calm(run("verify", out, "--source", tiny.path), 0)
+        assert "keys of another version, which nothing here looks at" in " ".join(said.split())
 
     def test_what_the_first_version_did_not_say_has_a_default(self) -> None:
         raw = (REPO / "tests" / "planning" / "goldens" / "defaults.json").read_bytes()

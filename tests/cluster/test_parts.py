@@ -378,6 +378,27 @@ def test_a_part_that_was_tampered_with_is_refused_and_made_anew(
     assert whole(out) == whole(tmp_path / "one")
 
 
+def test_a_part_that_says_what_no_run_says_is_refused(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write(qkpatch.plan(source, **EDIT), out, 2)
+    record = place_of(out) / "2" / "qkpatch.json"
+    honest = record.read_text()
+    for block, key, value in (
+        ("", "warnings", ["all is well"]), ("run", "started", None), ("run", "started", "2099-01-01T00:00:00+00:00"),
+        ("run", "finished", None), ("run", "finished", "x"), ("run", "copied_by", None), ("tool", "more", 1),
+        ("run", "copied_by", {"none": 99}), ("", "more", 1),
+    ):  # fmt: skip
+        document = json.loads(honest)
+        (document[block] if block else document)[key] = value
+        record.write_text(json.dumps(document))
+        with pytest.raises(CheckpointError):
+            qkpatch.finish(out)
+        assert not out.exists()
+    record.write_text(honest)
+    qkpatch.finish(out)
+    assert qkpatch.verify(out, source).ok
+
+
 @pytest.mark.parametrize("count", [None, "abc", [1], 0, -1, 1.5, 10**9])
 def test_how_many_parts_there_are_is_a_number_or_refused(source: Path, tmp_path: Path, count: Any) -> None:
     out = tmp_path / "out"

@@ -232,6 +232,12 @@ LIES: dict[str, tuple[tuple[str, ...], Callable[[Made], object]]] = {
     "another torch than the stack's": (BOTH, block("tool", torch="1.0")),
     "a run that ended before it began": (BOTH, block("run", finished="1999-01-01T00:00:00+00:00")),
     "another number of files copied": (BOTH, block("run", copied_by={"none": 99})),
+    "files that came by what there is not": (
+        BOTH, lambda made: made.say(lambda m: m["run"].update(copied_by={"teleport": len(m["files"])})),
+    ),
+    "less than no files": (
+        BOTH, lambda made: made.say(lambda m: m["run"].update(copied_by={"none": len(m["files"]) + 1, "direct": -1})),
+    ),
     "another tool": (BOTH, block("tool", name="other")),
     "arithmetic that there is none of": (BOTH, block("compute", dtype="float32")),
     "a commit of what is no repository": (BOTH, block("source", commit="0" * 40)),

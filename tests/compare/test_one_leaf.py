@@ -37,6 +37,7 @@ BELIEVED = {
     "tool.python": "no bit depends on it",
     "run.started": "nobody else saw the clock; it is no later than the end",
     "run.finished": "likewise",
+    "run.copied_by": "by which means files were copied; there are as many, by means that there are",
 }
 
 # What is also found in real manifests in place of a text, beside the text with a letter more.
@@ -48,11 +49,14 @@ OTHERS = {
 
 
 def changes(value: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:
-    """Each place and what to put there: another leaf, a list of one entry more or less, nothing at all.
+    """Each place and what to put there: another leaf, a list of one entry more or less, nothing at all, one key more.
 
     Of a list the first and the last entry are looked into: figures come by the hundred.
     """
     if isinstance(value, dict):
+        yield from (((*place, "more"), new) for new in (0, "x"))
+        if value and all(type(inner) is int for inner in value.values()):
+            yield place, {"hardlink": sum(value.values())}
         for key, inner in value.items():
             yield (*place, key), GONE
             yield from changes(inner, (*place, key))

@@ -15,8 +15,10 @@ from qkpatch.errors import QKPatchError, RecipeError, UsageError
 from qkpatch.evaluation.annotations import KINDS, Annotations, questions, read_annotations
 from qkpatch.evaluation.chair import CaptionScore, chair_columns, figures, yes_no_columns
 from qkpatch.evaluation.comparison import divergence
+from qkpatch.evaluation.measure import KINDS_KEPT
 from qkpatch.evaluation.records import Protocol, Store
-from qkpatch.evaluation.statistics import McNemar, excess_over_curve, mcnemar, paired
+from qkpatch.evaluation.search import LOGGED
+from qkpatch.evaluation.statistics import McNemar, excess_over_curve, figures_beside, mcnemar, paired
 from qkpatch.evaluation.vocabulary import Vocabulary, whole_sentences
 
 # -------- what a caption names
@@ -276,6 +278,17 @@ def test_divergence_of_all_tokens_is_exact_and_of_some_is_a_lower_bound() -> Non
     assert math.isfinite(divergence({"1": 0.0}, {"2": 0.0}))
 
 
+def test_models_that_are_held_against_one_share_its_draws_and_figures() -> None:
+    rng, n = np.random.default_rng(1), 30
+    base, *models = ({name: rng.integers(1, 9, (n, 2)).astype(float) for name in "abc"} for _ in range(3))
+    del models[1]["b"]
+    together = figures_beside(models, base, 0)
+    assert together == [figures_beside([one], base, 0)[0] for one in models]
+    for model, found in zip(models, together, strict=True):
+        columns = (np.stack([side[name] for name in model]) for side in (model, base))
+        assert [figure.difference for figure in found.values()] == paired(*columns)
+
+
 # -------- the file that grows
 
 
@@ -292,7 +305,49 @@ def test_a_store_goes_on_where_it_was_cut_short_and_refuses_others(tmp_path: Pat
         assert path.read_bytes() == raw
     with pytest.raises(UsageError, match="other settings: b"):
         Store(path, {"a": 1, "b": (2, 4)})
-    for nonsense in ("{}\n", "[1]\n", "nonsense\n", '{"a": 1, "b": 2}\n'):
+    for nonsense in ("{}\n", "[1]\n", "nonsense\n", '{"a": 1, "b": 2}\n', "mine, and in no lines"):
         path.write_text(nonsense)
         with pytest.raises(UsageError, match=r"not a file of records|other settings"):
             Store(path, {"a": 1})
+        assert path.read_text() == nonsense
+
+
+SAID = {"caption": "a cup", "finished": True, "tokens": 2, "next_tokens": {"1": -0.5}, "stops": [[0.5, 1]],
+        "answers": {"cup": 0.5}}  # fmt: skip
+TRIED = {"chair_s": 0.1, "chair_i": 0.1, "recall": 0.9, "length": 2.0, "words": 9.0, "kl_prompts": 0.1,
+         "recall_lost": 0, "seconds": 3.5}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "good", "damage"),
+    [
+        ("a.png", SAID, {"caption": 3}), ("a.png", SAID, {"tokens": -1}), ("a.png", SAID, {"stops": [[0.5, -1]]}),
+        ("a.png", SAID, {"next_tokens": {"1": math.nan}}), ("a.png", SAID, {"next_tokens": {"1": 800}}),
+        ("a.png", SAID, {"answers": {"cup": 1.5}}), ("a.png", SAID, {"answers": None}), ("a.png", SAID, {"more": 1}),
+        ("a.png", SAID, {"stops": [[-math.inf, 1]]}), ("a.png", SAID, {"tokens": 10**299 * 10}),
+        (":text", [[0.5], [{"1": -0.5}]], [[1e5], [{"1": -0.5}]]), (":text", [[0.5], [{}]], [[0.5]]),
+        ("trial x", TRIED, {"chair_s": math.nan}), ("trial x", TRIED, {"recall": "high"}), ("look x", "2026", 3),
+        ("settings in 3 minutes", 4, 4.5), ("settings in 3 minutes", 4, True),
+    ],
+)  # fmt: skip
+def test_a_damaged_record_is_told_with_its_line(tmp_path: Path, key: str, good: Any, damage: Any) -> None:
+    path = tmp_path / "records.jsonl"
+    kinds = KINDS_KEPT if key in ("a.png", ":text") else LOGGED
+    Store(path, {"a": 1}, kinds)[key] = good
+    assert Store(path, {"a": 1}, kinds)[key] == good
+    missing = {name: good[name] for name in list(good)[1:]} if isinstance(good, dict) else None
+    for wrong in [{**good, **damage}, missing] if isinstance(good, dict) else [damage]:
+        path.write_text(f'[":settings", {{"a": 1}}]\n{json.dumps([key, wrong])}\n')
+        with pytest.raises(UsageError, match=r"not a file of records, line 2: ") as told:
+            Store(path, {"a": 1}, kinds)
+        assert (told.value.where, "measured anew" in str(told.value.fix)) == (str(path), True)
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe\n", b'["a", "\xff"]\n', b'["a", 1, 2]\n', b'["a", ' + b"9" * 5000 + b"]\n",
+                                  b"[" * 9000 + b"\n", b"\n", b'["a", "' + b"x" * 5000])  # fmt: skip
+def test_a_line_that_is_none_is_told(tmp_path: Path, line: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qkpatch.evaluation.records.MOST_BYTES", 5000)  # of a line
+    (tmp_path / "records.jsonl").write_bytes(line)
+    with pytest.raises(UsageError, match="not a file of records, line 1: "):
+        Store(tmp_path / "records.jsonl", {})
+    assert (tmp_path / "records.jsonl").read_bytes() == line

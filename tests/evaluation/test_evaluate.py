@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
 import qkpatch
-from qkpatch.errors import QKPatchError
+from qkpatch.errors import QKPatchError, UsageError
 from qkpatch.evaluation.annotations import KINDS
 from qkpatch.evaluation.bench import Evaluation
 from qkpatch.evaluation.comparison import ended
@@ -293,6 +294,15 @@ def test_a_run_goes_on_and_ends_as_if_it_had_never_stopped(
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {
         p.name: p.read_bytes() for p in whole.iterdir()
     }
+    kept = next(p for p in out.glob("*.jsonl") if p.name != "log.jsonl")
+    for damage in (r'"answers":\{"\w+":[\d.e-]+,?', r'(?<=":text",\[\[)[\d.e-]+,'):
+        raw = kept.read_text()
+        kept.write_text(
+            re.sub(damage, lambda found: found[0][:11] if "answers" in found[0] else "", raw, count=1)
+        )
+        with pytest.raises(UsageError, match=r"has no answer about|losses and"):
+            qkpatch.evaluate(TOY, inputs(album), ASKED, out=out, **edit)
+        kept.write_text(raw)
 
 
 def test_a_run_of_other_settings_is_refused(run: Run, album: Path, tmp_path: Path) -> None:

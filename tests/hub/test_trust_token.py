@@ -304,12 +304,18 @@ SAID = {
     LONG: f"token {LONG}.",
     "hf_secret": "Invalid token hf_secret, sorry",
     "aZ3": f"http://host/{LONG}/x",
+    "pw%40": "s3://user%3Apw%40bucket/x",
+    "pw%2540": "s3://user:pw%2540bucket/x",
+    "Signature%3D": "403 for https://cdn/f%3FX-Amz-Signature%3Dabc",
+    "%3Dabc": "GET /f%26sig%3Dabc",
+    ";sig": "https://cdn/f;sig=abc/g",
     "abc": "two: http://a/?x=abc http://b/?y=abc",
 }  # fmt: skip
 KEPT = [
     "huggingface_hub/hf_api.py, hf_hub_download, hf_xet", "/data/hf_models/tiny", "hf_models/tiny",
     "mkdir -p /x/hf_checkpoints", "https://huggingface.co/org/name@main", "http://127.0.0.1:8080/org/name@main",
     "is it expired? Make a new one: hf auth login", "--layers 10-18,20 --alpha 0.8", "me@example.org", "a & b = c",
+    "s3://bucket/model@v2/a%20b;c", "a; b=c",
 ]  # fmt: skip
 
 

@@ -16,9 +16,10 @@ from range_server import range_server
 from s3_server import S3, SECRET, Fault, upload
 
 import qkpatch
-from qkpatch.errors import FileSystemError, QKPatchError, StoreError, UsageError
+from qkpatch.errors import CheckpointError, FileSystemError, QKPatchError, StoreError, UsageError
 from qkpatch.stores import store
 from qkpatch.stores.range_reader import BLOCK
+from qkpatch.stores.url import StoreUrl
 
 EDIT: dict[str, Any] = {"layers": "0-1", "modes": 2}
 Place = Callable[[Path], str]
@@ -253,7 +254,10 @@ def test_a_url_that_cannot_be_read_is_refused(url: str, says: str, monkeypatch: 
 SECRETS = [
     "https://user:hunter2secret@host/x", "s3://AKIAKEY:hunter2secret@bucket/x", "sftp://hunter2secret@host/x",
     "https://host/x?X-Amz-Signature=hunter2secret", "https://a.blob.core.windows.net/c/x?sig=hunter2secret",
-    "az://c:hunter2secret@account.dfs.core.windows.net/x",
+    "az://c:hunter2secret@account.dfs.core.windows.net/x", "s3://AKIAKEY%3Ahunter2secret%40bucket/x",
+    "https://user:hunter2secret%2540host/x", "https://host/x%3fX-Amz-Signature=hunter2secret",
+    "https://host/x;sig=hunter2secret", "https://host/x%3Bsig%3Dhunter2secret/y",
+    "https://host/https%3A%2F%2Fuser%3Ahunter2secret%40other/x",
 ]  # fmt: skip
 
 
@@ -264,7 +268,16 @@ def test_a_url_with_a_secret_is_refused(url: str) -> None:
     assert "hunter2secret" not in str(told.value)
 
 
-@pytest.mark.parametrize("url", [SECRETS[1], SECRETS[3]])
+def test_what_only_looks_like_a_secret_is_a_url() -> None:
+    for url in (
+        "s3://bucket/model@v2/a%20b",
+        "az://c@account.dfs.core.windows.net/x",
+        "s3://bucket/12:30/a;b",
+    ):
+        assert str(StoreUrl.parse(url)).count(url)
+
+
+@pytest.mark.parametrize("url", [SECRETS[1], SECRETS[3], SECRETS[-1]])
 def test_a_url_with_a_secret_is_never_shown(url: str, run: Any, tmp_path: Path) -> None:
     folder, out = build_tiny(tmp_path / "tiny").path, tmp_path / "out"
     for command in (
@@ -292,6 +305,25 @@ def test_credentials_are_in_no_message_and_no_file(s3: S3, run: Any, tmp_path: P
     )
     assert SECRET not in said
     assert json.loads((tmp_path / "out" / "qkpatch.json").read_text())["source"]["name"] == url
+
+
+def test_pages_that_link_on_without_end_are_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("aiohttp")
+    from fsspec.implementations.http import HTTPFileSystem
+
+    fs, seen = HTTPFileSystem(skip_instance_cache=True), list[str]()
+
+    def links(url: str, **_: Any) -> list[dict[str, Any]]:
+        seen.append(url)
+        return [{"name": f"{url}/{name}/", "size": None, "type": "directory"} for name in "ab"]
+
+    monkeypatch.setattr(fs, "ls", links)
+    monkeypatch.setattr(store, "MOST_PAGES", 99)
+    url = StoreUrl.parse("https://host/model")
+    assert url is not None
+    with pytest.raises(CheckpointError, match="more than 99 folders"):
+        store.Store(url, fs).listing()
+    assert len(seen) < 100
 
 
 def test_a_server_without_ranges_is_refused(tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ from typer.testing import Result
 
 import qkpatch
 from qkpatch.errors import QKPatchError
+from qkpatch.evaluation import statistics
 from qkpatch.evaluation.chair import CaptionScore, chair_columns
 from qkpatch.evaluation.statistics import holm, mcnemar, paired
+from qkpatch.sweeps import collect as collecting
 
 Run = Callable[..., Result]
 
@@ -148,6 +150,37 @@ def test_variants_are_paired_with_the_base_by_the_statistics_of_evaluate(sweep: 
     assert same.figures["pope_accuracy"].difference.estimate == 0
     p = [one.figures["chair_s"].difference.p for one in (coco, other)]
     assert [one.holm["chair_s"] for one in (coco, other)] == holm(p)
+
+
+def test_all_variants_of_a_task_share_one_resampling_and_the_base_is_scored_once(
+    sweep: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, said in (
+        ("base", GOOD),
+        ("L1-m1", BETTER),
+        ("L1-m2", BETTER[::-1]),
+        ("L1-m1-shrink", GOOD[::-1]),
+    ):
+        lmms(sweep, name, said)
+    counted = dict.fromkeys(("resampled", "columns"), 0)
+
+    def counting(module: Any, name: str, key: str) -> None:
+        call = getattr(module, name)
+
+        def count(*arguments: Any, **named: Any) -> Any:
+            counted[key] += 1
+            return call(*arguments, **named)
+
+        monkeypatch.setattr(module, name, count)
+
+    counting(statistics, "resampled", "resampled"), counting(collecting, "_columns", "columns")
+    result = run("collect", sweep)
+    assert result.exit_code == 0, result.output
+    assert counted == {"resampled": 2, "columns": 8}  # by task; by run
+    assert "detectable" in result.output
+    found = {(one.variant, one.task): one for one in qkpatch.collect(sweep).found}
+    figure = found["L1-m1", "pope"].figures["pope_accuracy"]
+    assert f"{figure.smallest_detectable:.4f}" in result.output
 
 
 def test_a_control_can_be_what_all_are_held_against_and_tables_say_so(sweep: Path, run: Run) -> None:

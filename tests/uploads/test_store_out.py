@@ -16,9 +16,11 @@ import qkpatch
 from qkpatch.checkpoint.names import CLAIM
 from qkpatch.errors import QKPatchError, StoreError, UsageError
 from qkpatch.stores import store
+from qkpatch.stores.store import open_store
+from qkpatch.stores.url import StoreUrl
 from qkpatch.uploads import apply as uploading
 from qkpatch.uploads import objects
-from qkpatch.uploads.claim import Claim
+from qkpatch.uploads.claim import Claim, Done
 
 EDIT: dict[str, Any] = {"layers": "0-1", "modes": 2}
 SHARDS = [["layers.0.", "embed"], ["layers.1."], ["layers.2."]]
@@ -316,6 +318,32 @@ def test_what_another_machine_rounded_otherwise_is_made_again(
     fsspec.filesystem("memory").pipe_file(claim, json.dumps(said).encode())
     made = qkpatch.apply(plan, out, resume=True)
     assert (made.run.copied_by or {}) == {"resumed": 7, "upload": 1}
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"files": "abc"},
+        {"files": ["../x"]},
+        {"run": 1},
+        {"done": {"x": {"size": 1}}},
+        {"more": 1},
+        {"files": None},
+    ],
+)
+def test_a_claim_that_nobody_wrote_is_refused(memory: dict[str, Any], lie: dict[str, Any]) -> None:
+    url = StoreUrl.parse("memory://bucket/out")
+    assert url is not None
+    made = Claim(open_store(url), "0" * 64, ("a", "b"))
+    made.make()
+    made.note("a", Done("5 bytes", 5, None, None))
+    found = Claim.found(made.store)
+    assert found is not None
+    assert (found.files, found.done, found.run) == (made.files, made.done, made.run)
+    said = json.loads(made.store.read(CLAIM) or b"")
+    made.store.put(CLAIM, json.dumps({**said, **lie}).encode())
+    with pytest.raises(UsageError, match="is none that qkpatch wrote"):
+        Claim.found(made.store)
 
 
 def test_two_runs_to_one_out(folder: Path, memory: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
