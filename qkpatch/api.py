@@ -160,8 +160,8 @@ def apply(
 
     writing = Writing(**how) if writing is None else writing
     source = plan.model.source
-    is_straight = source.path is None and not (cache and source.kind == "hub")
-    mine = None if part is None else check_part(part, writing, is_straight=is_straight)
+    straight = None if source.path is not None or (cache and source.kind == "hub") else source.kind
+    mine = None if part is None else check_part(part, writing, straight=straight)
     check_device_name(device)
     refuse_warnings(plan.warnings if writing.strict else ())
     n_threads = choose_threads(threads, plan.head_memory, len(plan.model.checkpoint.tensors))

@@ -202,10 +202,13 @@ class Rooted:
         with self._parent(name) as (fd, last):
             os.link(source, last, dst_dir_fd=fd)
 
-    def lock(self) -> bool:
-        """Hold the directory for this process; False where another one does. Where there are no locks, nobody does."""
+    def lock(self, *, shared: bool = False) -> bool:
+        """Hold the directory for this process, or those that share it; False where another one does.
+
+        Where there are no locks, nobody does.
+        """
         try:
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         except OSError:

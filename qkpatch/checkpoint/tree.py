@@ -47,6 +47,11 @@ class SourceFile(ABC):
         return None
 
     @property
+    def everywhere(self) -> str:
+        """As :attr:`content`, and the same on every machine that sees the file."""
+        return str(self.listed or self.content)
+
+    @property
     def is_known_by_digest(self) -> bool:
         """Whether it is elsewhere, where a digest of it is listed: nothing else of it has to come to be compared."""
         return False
@@ -93,6 +98,11 @@ class LocalFile(SourceFile):
         """The name of its blob in the Hub cache."""
         blob = blob_of(self.path)
         return None if blob is None or not is_in_cache(blob) else Content.of_name(blob.name)
+
+    @property
+    def everywhere(self) -> str:
+        """As :attr:`SourceFile.everywhere`: without device and inode, which are others behind another mount."""
+        return str(self.listed or (self.size, self.id.mtime_ns, self.id.ctime_ns))
 
     def open(self, ranges: Sequence[tuple[int, int]] = ()) -> AbstractContextManager[LocalOpenFile]:
         """As :func:`open_read`."""

@@ -267,6 +267,16 @@ class WriteFlags:
         return Writing(**said, strict=strict)
 
 
+PartOpt = Annotated[
+    str | None,
+    typer.Option(
+        metavar="I/N",
+        help="Do this share alone, 3/8; the same without it takes all over. auto, or auto/8: as the scheduler says.",
+        show_default=False,
+    ),
+]
+
+
 @dataclass(frozen=True)
 class ClusterFlags:
     """How several machines share the work."""

@@ -20,6 +20,7 @@ from qkpatch.errors import plain
 from qkpatch.planning.costs import COPIED, Costs
 
 if TYPE_CHECKING:
+    from qkpatch.common.part import Part
     from qkpatch.compare.verify import Verification
     from qkpatch.evaluation.bench import Evaluation
     from qkpatch.model.model import Model
@@ -182,6 +183,13 @@ def show_sweep(sweep: Sweep, out: Path) -> None:
         script = safe(shlex.join(["bash", as_word(str(out / "evaluate.sh"))]))
         done = "variant(s), all done already" if sweep.already_done else "variant(s)"
         console.print(f"{len(sweep.variants)} {done}; evaluate them with: {script}", soft_wrap=True)
+
+
+def show_part(part: Part, out: Path) -> None:
+    """Print what is done of a sweep or an evaluation, and what is left to do."""
+    with results() as console:
+        said = f"Part {part} of {out} is done. When all are: the same command without --part"
+        console.print(safe(said), soft_wrap=True)
 
 
 def show_publication(publication: Publication) -> None:

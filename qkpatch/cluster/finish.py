@@ -21,10 +21,10 @@ from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME
 from qkpatch.checkpoint.tree import source_file
 from qkpatch.cluster.part import is_as_written, read_part
 from qkpatch.cluster.place import AGREED, agreed_in, as_agreed, opened, place_of
-from qkpatch.cluster.share import Part
 from qkpatch.common.interrupts import signals_held, signals_let_through
 from qkpatch.common.number_ranges import format_ranges
 from qkpatch.common.observer import UNSEEN, Observer
+from qkpatch.common.part import Part
 from qkpatch.compare.verify import recorded
 from qkpatch.errors import CheckpointError, FileSystemError, QKPatchError, UsageError, refuse_warnings
 from qkpatch.output.copying import copy_range

@@ -12,8 +12,9 @@ from qkpatch.checkpoint.header import read_header
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.source import MANIFEST_NAME
 from qkpatch.cluster.place import agreement, as_agreed, different, joined, read_manifest
-from qkpatch.cluster.share import Part, share_of
+from qkpatch.cluster.share import share_of
 from qkpatch.common.observer import UNSEEN, Observer
+from qkpatch.common.part import Part
 from qkpatch.errors import CheckpointError, QKPatchError, UsageError
 from qkpatch.output.options import Writing
 from qkpatch.patching.apply import PartOf, apply_plan, editor_of, numerical_warnings

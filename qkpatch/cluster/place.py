@@ -18,7 +18,7 @@ from pathlib import Path
 
 from qkpatch.checkpoint.files import os_errors
 from qkpatch.checkpoint.open_directory import Rooted
-from qkpatch.checkpoint.tree import MAX_JSON_BYTES, LocalFile, SourceFile, check_size
+from qkpatch.checkpoint.tree import MAX_JSON_BYTES, SourceFile, check_size
 from qkpatch.common.json_text import Json, canonical_json
 from qkpatch.errors import FileSystemError, UsageError
 from qkpatch.output.destination import destination_path
@@ -62,12 +62,10 @@ def agreement(
 
 
 def _identity(file: SourceFile, writing: Writing) -> Json:
-    """What identifies a file of SOURCE on every machine: not its inode, which is another behind another mount."""
-    if file.listed is not None or not isinstance(file, LocalFile):
-        return str(file.listed or file.content)
-    # Links that other parts make move its ctime.
-    known = file.id.but_for_links if writing.may_link(file) else file.id
-    return [known.size, known.mtime_ns, known.ctime_ns]
+    """What identifies a file of SOURCE on every machine."""
+    if writing.may_link(file):  # links that other parts make move its ctime
+        file = replace(file, id=file.id.but_for_links)
+    return file.everywhere
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkpatch.common.interrupts import import_torch
 from qkpatch.common.observer import UNSEEN, Observer
+from qkpatch.common.part import Part
 from qkpatch.evaluation.records import Inputs, Limits, Protocol
 from qkpatch.planning.request import Request
 
@@ -19,7 +20,7 @@ _AS_ASKED = Protocol()
 
 def evaluate(
     model: str | Path, inputs: Inputs, protocol: Protocol = _AS_ASKED, *, against: Sequence[str | Path] = (),
-    out: str | Path | None = None, observer: Observer = UNSEEN, **edit: Any,
+    out: str | Path | None = None, part: tuple[int, int] | None = None, observer: Observer = UNSEEN, **edit: Any,
 ) -> Evaluation:  # fmt: skip
     """Measure what a model makes up of pictures, and compare it with others on the same ones.
 
@@ -29,6 +30,7 @@ def evaluate(
         protocol: how everything is asked and counted.
         against: other models; by default ``model`` unedited, where there is an edit.
         out: a folder for the result; a run that ended early goes on there.
+        part: ``(i, N)``: ask this share alone, of which nothing is told; the same without it takes all over.
         observer: hears of pictures.
         **edit: an edit of ``model`` in memory, as of :func:`qkpatch.plan`.
 
@@ -39,7 +41,8 @@ def evaluate(
     from qkpatch.evaluation.bench import run
 
     others, place = [str(other) for other in against], None if out is None else Path(out)
-    return run(str(model), inputs, protocol, Request.of(**edit), others, place, observer)
+    mine = None if part is None else Part.of(part)
+    return run(str(model), inputs, protocol, Request.of(**edit), others, place, mine, observer)
 
 
 def tune(

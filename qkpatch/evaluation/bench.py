@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -13,12 +14,14 @@ from typing import Any
 from qkpatch.checkpoint.files import os_errors
 from qkpatch.common.json_text import canonical_json
 from qkpatch.common.observer import Observer
+from qkpatch.common.part import Part
 from qkpatch.common.typed_json import as_json
+from qkpatch.errors import UsageError
 from qkpatch.evaluation.chair import figures
 from qkpatch.evaluation.comparison import Comparison, columns, compare
 from qkpatch.evaluation.measure import KINDS_KEPT, Side, Task, measure, told
-from qkpatch.evaluation.records import Inputs, Protocol, Store, digest
-from qkpatch.evaluation.subject import Subject, base_of, find_place, recorded_in
+from qkpatch.evaluation.records import Inputs, Protocol, Store, digest, of_parts
+from qkpatch.evaluation.subject import Subject, base_of, files_of, find_place, machine, recorded_in
 from qkpatch.patching.loaded import check_loadable
 from qkpatch.planning.plan import make_plan
 from qkpatch.planning.request import Request
@@ -80,9 +83,13 @@ class Evaluation:
 class Bench:
     """Where models are asked: one is loaded at a time, and what each says grows in a file of the folder."""
 
-    def __init__(self, inputs: Inputs, out: Path | None, observer: Observer, bases: dict[str, str]) -> None:
+    def __init__(
+        self, inputs: Inputs, out: Path | None, observer: Observer, bases: dict[str, str], part: Part | None = None
+    ) -> None:  # fmt: skip
         self._inputs, self.out, self._observer, self._bases = inputs, out, observer, bases
         self._subject: Subject | None = None
+        self._part, self.machine = part, None if part is None else machine(inputs.device)
+        self.files = cache(lambda name: files_of(name, bases.get(name, "")))
 
     def subject(self, name: str, protocol: Protocol) -> Subject:
         """A model that can be asked so."""
@@ -94,24 +101,28 @@ class Bench:
         return self._subject
 
     def side(self, name: str, request: Request, task: Task) -> Side:
-        """What a model says under an edit."""
-        subject = self.subject(name, task.protocol)
-        which = {"model": subject.files, "edit": told(request), "asked": bool(task.questions)}
+        """What a model says under an edit; of a part, its share."""
+        which = {"model": self.files(name), "edit": told(request), "asked": bool(task.questions)}
         settings = _settings(name, request)
         path = None if self.out is None else self.out / f"{digest(which)[:12]}.jsonl"
-        store = Store(path, {**task.settings, **which}, KINDS_KEPT)
+        store = Store(path, {**task.settings, **which}, KINDS_KEPT, machine=self.machine)
+        load = partial(self.subject, name, task.protocol)
+        if self._part is not None:
+            task = task.share(self._part)
         try:
-            return replace(measure(subject, request, task, store, self._observer), settings=settings)
+            return replace(measure(name, load, request, task, store, self._observer), settings=settings)
         except BaseException as end:
             if path is not None:
                 end.kept = f"what was said so far is kept in {self.out}"  # type: ignore[attr-defined]
             raise
 
     def write(self, result: Evaluation) -> Evaluation:
-        """Put the result beside the records."""
+        """Put the result beside the records, which are whole without those of parts."""
         if self.out is not None:
             with os_errors("write", self.out):
                 (self.out / "evaluation.json").write_text(canonical_json(result.to_json()), "utf-8")
+                for place in of_parts(self.out):
+                    place.unlink(missing_ok=True)
         return result
 
 
@@ -133,19 +144,27 @@ def n_layers(model: str, request: Request) -> int:
 
 def run(
     model: str, inputs: Inputs, protocol: Protocol, request: Request, against: list[str], out: Path | None,
-    observer: Observer,
+    part: Part | None, observer: Observer,
 ) -> Evaluation:  # fmt: skip
     """As :func:`qkpatch.evaluation.evaluate`."""
+    if part is not None and out is None:
+        raise UsageError("parts meet in a folder", where="--part", fix="name it: -o RESULT")
     task, wanted = Task.of(inputs, protocol), [(name, Request()) for name in against]
     if request != Request():
         n_layers(model, request)
         wanted = wanted or [(model, Request())]
     wanted.append((model, request))
     names = [model, *against]
-    bench = Bench(inputs, out, observer, {name: base_of(name, names) for name in names})
-    bench.subject(wanted[0][0], protocol)
+    bench = Bench(inputs, out, observer, {name: base_of(name, names) for name in names}, part)
+    if out is None or not any(out.glob("*.jsonl")):  # else it was looked at before anything was written
+        bench.subject(wanted[0][0], protocol)
     if out is not None:  # refused where it is another run's
-        Store(out / "log.jsonl", {"models and edits": [[name, told(edit)] for name, edit in wanted]})
+        agreed = {**task.settings, "pictures": task.pictures.digest, "batch size": inputs.batch_size}
+        agreed["files of models"] = [bench.files(name) for name in names]
+        said = {"models and edits": [[name, told(edit)] for name, edit in wanted]}
+        Store(out / "log.jsonl", said, agreed=agreed, machine=bench.machine)
     sides = [bench.side(*each, task) for each in wanted]
+    if part is not None:
+        return Evaluation(task.share(part), [], [])
     last = len(sides) - 1
     return bench.write(Evaluation(task, sides, [compare(task, sides, last, base) for base in range(last)]))

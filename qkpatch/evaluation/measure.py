@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from qkpatch.checkpoint.tree import source_file
 from qkpatch.common.number_ranges import format_ranges, some
 from qkpatch.common.observer import Observer
+from qkpatch.common.part import Part
 from qkpatch.common.typed_json import as_json
 from qkpatch.errors import UsageError
 from qkpatch.evaluation.annotations import KINDS, Annotations, questions, read_annotations
@@ -54,6 +57,13 @@ class Task:
         asked = {name: self.questions[name] for name in sorted(names) if asks and self.questions}
         return replace(self, pictures=self.pictures.only(names), questions=asked)
 
+    def share(self, part: Part) -> Task:
+        """What is a part's: whole batches, as others would round, and the text as one more of them."""
+        batches = [*_batches(list(self.pictures.present), self.batch_size), []]
+        mine = batches[part.number - 1 :: part.total]
+        names = [name for batch in mine for name in batch]
+        return replace(self.at(names), text=self.text if [] in mine else None)
+
     @property
     def settings(self) -> dict[str, Any]:
         """What records of another run would differ in."""
@@ -84,27 +94,42 @@ def told(request: Request) -> dict[str, Any] | None:
     return {**said, **{key: format_ranges(said[key]) for key in ("layers", "heads") if key in said}} or None
 
 
-def measure(subject: Subject, request: Request, task: Task, store: Store, observer: Observer) -> Side:
-    """Ask one model everything that the store does not have yet."""
+def measure(
+    model: str, load: Callable[[], Subject], request: Request, task: Task, store: Store, observer: Observer
+) -> Side:
+    """Ask one model, loaded when it is needed first, everything that the store does not have yet."""
     pictures, text = list(task.pictures.present), task.text
-    observer.begins(subject.name, 0, len(pictures), "pictures")
-    with subject.edited(request):
+    observer.begins(model, 0, len(pictures), "pictures")
+    with ExitStack() as edits:
+
+        @cache
+        def subject() -> Subject:
+            loaded = load()
+            edits.enter_context(loaded.edited(request))
+            return loaded
+
         for batch in _batches(pictures, task.batch_size):
-            if not all(name in store for name in batch):  # asked as a whole, as batches round alike
-                store.update({name: r for name, r in _ask(subject, batch, task).items() if name not in store})
+            said = cache(partial(_ask, subject, batch, task))  # as a whole, as batches round alike
+            for name in batch:
+                store.once(name, partial(_of, said, name))
             observer.edited(len(batch))
-        losses, reading = store.once(TEXT, lambda: subject.read(text)) if text else ((), ())
+        losses, reading = store.once(TEXT, lambda: subject().read(text)) if text else ((), ())
     if len(losses) != len(reading) or (text and not losses):
         raise store.damaged(f"{TEXT} has {len(losses)} losses and {len(reading)} distributions")
     records = tuple(Record(**store[name]) for name in pictures)
     for (name, kinds), record in zip(task.questions.items(), records, strict=True) if task.questions else ():
         if lacking := {thing for things in kinds.values() for thing in things} - record.answers.keys():
             raise store.damaged(f"{name} has no answer about {some(sorted(lacking), 3)}")
-    return Side(subject.name, told(request), records, tuple(losses), tuple(reading))
+    return Side(model, told(request), records, tuple(losses), tuple(reading))
 
 
-def _ask(subject: Subject, names: list[str], task: Task) -> dict[str, Mapping[str, Any]]:
+def _of(said: Callable[[], dict[str, Mapping[str, Any]]], name: str) -> Mapping[str, Any]:
+    return said()[name]
+
+
+def _ask(loaded: Callable[[], Subject], names: list[str], task: Task) -> dict[str, Mapping[str, Any]]:
     """Records of a batch, as JSON."""
+    subject = loaded()
     paths = {name: task.pictures.folder / name for name in names}
     answers: dict[str, dict[str, float]] = {name: {} for name in names}
     said = subject.captions(list(paths.values()), task.protocol)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 from collections import UserDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -20,6 +21,7 @@ from qkpatch.errors import QKPatchError, UsageError
 from qkpatch.planning.blocks import Count
 
 MOST_BYTES = 16 << 20  # of a line; the longest, of what a text was read as, has 3 MB
+_OF_PART = ".part-"
 
 # As models give them. NaN is between no bounds; e to the 700 is a float, and to the 710 none.
 LogP = Annotated[float, Only("log-probability", lambda x: -1e6 <= x <= 1)]
@@ -124,36 +126,60 @@ class Record:
 class Store(UserDict[str, Any]):
     """A file of JSON lines, ``[key, value]``; without a path in memory alone. A last line cut short is made again.
 
-    ``kinds`` are the types of values, by how their keys begin; the first that fits counts.
+    Machines that share the work write files of their own beside it, one for each run (:func:`of_parts`), so that no
+    two append to one, and begin with what is in all; a run of the whole takes that over line by line.
+
+    Args:
+        path: the file.
+        settings: what all runs have in common that write to it.
+        kinds: the types of values, by how their keys begin; the first that fits counts.
+        agreed: what a run of the whole and those of parts have in common besides.
+        machine: of a run of a part alone: what those have in common among themselves.
 
     Raises:
-        UsageError: the file is of a run of other settings, or damaged, or not of this kind.
+        UsageError: the file, or one beside it, is of a run of other settings, or damaged, or not of this kind.
     """
 
     def __init__(
-        self, path: Path | None, settings: Mapping[str, Any], kinds: Mapping[str, Any] | None = None
+        self,
+        path: Path | None,
+        settings: Mapping[str, Any],
+        kinds: Mapping[str, Any] | None = None,
+        *,
+        agreed: Mapping[str, Any] | None = None,
+        machine: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self._path, self._kinds = path, {":settings": Mapping[str, Any], **(kinds or {})}
-        now = json.loads(json.dumps(settings))
-        if path is not None and path.exists():
-            self._read(path)
-        elif path is not None:
+        self._path, self._head, self._others = path, _plain(settings), dict[str, Any]()
+        self._kinds = {":settings": Mapping[str, Any], **(kinds or {})}
+        wanted = self._head | _plain(agreed or {}) | _plain(machine or {})
+        if path is not None:
+            if path.exists():
+                self.data = self._read(path, mends=machine is None)
+                _check(self.data, self._head, path)
+            for place in of_parts(path.parent, path.stem):
+                found = self._read(place, mends=False)
+                _check(found, wanted, place)
+                wanted = found.get(":settings", wanted)
+                self._others |= found
             with os_errors("write", path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-        if now and not self.data:
-            self[":settings"] = now
-        before = self.get(":settings")
-        if differing := [key for key in now if not isinstance(before, dict) or before.get(key) != now[key]]:
-            what = f"it holds a run of other settings: {', '.join(differing)}"
-            raise UsageError(what, where=str(path), fix="name another -o, or move the file away")
+        known = self.data
+        if machine is not None and path is not None:
+            known, self.data, self._head = self._others, {**self._others, **self.data}, wanted
+            self._path = path.with_name(f"{path.stem}{_OF_PART}{secrets.token_hex(4)}{path.suffix}")
+        if self._head and not known:
+            self[":settings"] = self._head
 
-    def _read(self, path: Path) -> None:
+    def _read(self, path: Path, *, mends: bool) -> dict[str, Any]:
+        """What a file has in whole lines; ``mends``: the rest goes."""
+        found: dict[str, Any] = {}
         source_file(path, path.name)  # and no pipe, which would be waited for
         with os_errors("read", path), path.open("rb") as file:
             for n, line in enumerate(iter(lambda: file.readline(MOST_BYTES), b""), 1):
                 if not line.endswith(b"\n") and len(line) < MOST_BYTES and line[:2] in (b"[", b'["'):
-                    os.truncate(path, file.tell() - len(line))
+                    if mends:
+                        os.truncate(path, file.tell() - len(line))
                     break
                 try:
                     if len(line) == MOST_BYTES:
@@ -162,29 +188,50 @@ class Store(UserDict[str, Any]):
                     kinds = (kind for begin, kind in self._kinds.items() if key.startswith(begin))
                     from_json(next(kinds, Any), item, key)
                 except (ValueError, QKPatchError) as error:
-                    raise self.damaged(
-                        f"not a file of records, line {n}: {getattr(error, 'what', error)}"
-                    ) from error
-                self.data[key] = item
+                    what = f"not a file of records, line {n}: {getattr(error, 'what', error)}"
+                    raise self.damaged(what, path) from error
+                found[key] = item
+        return found
 
-    def damaged(self, what: str) -> UsageError:
+    def damaged(self, what: str, path: Path | None = None) -> UsageError:
         """The error for a file that somebody else wrote in."""
         fix = "take that line out, and it is measured anew; or name another -o"
-        return UsageError(what, where=str(self._path), fix=fix)
+        return UsageError(what, where=str(path or self._path), fix=fix)
 
     def __setitem__(self, key: str, item: Any) -> None:
         super().__setitem__(key, item)
         if self._path is not None:
             with os_errors("write", self._path), self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps([key, item], separators=(",", ":")) + "\n")
+                head = {":settings": self._head} if self._head and not file.tell() else {}
+                for row in (head | {key: item}).items():
+                    file.write(json.dumps(row, separators=(",", ":")) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
 
     def once(self, key: str, make: Callable[[], Any]) -> Any:
         """The value of ``key``, made and written down where it is missing."""
         if key not in self:
-            self[key] = make()
+            self[key] = self._others[key] if key in self._others else make()
         return self[key]
+
+
+def of_parts(folder: Path, stem: str = "*") -> list[Path]:
+    """The files in a folder that runs of parts have written."""
+    return sorted(folder.glob(f"{stem}{_OF_PART}*.jsonl"))
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return plain
+
+
+def _check(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
+    """Raise :class:`UsageError` where what a file has is of other settings; what is empty is of none."""
+    before = found.get(":settings")
+    same = [key for key in wanted if isinstance(before, dict) and before.get(key) == wanted[key]]
+    if found and (differing := [key for key in wanted if key not in same]):
+        what = f"it holds a run of other settings: {', '.join(differing)}"
+        raise UsageError(what, where=str(path), fix="name another -o, or move the file away")
 
 
 def digest(value: Any) -> str:

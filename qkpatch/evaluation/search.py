@@ -72,7 +72,8 @@ def run(
     _check(out, task, limits)
     layers, seed = n_layers(model, fixed), protocol.sample_seed
     bench = Bench(inputs, out.with_suffix(".tune"), observer, {})
-    which = {"pictures": task.pictures.digest, "model": bench.subject(model, protocol).files}
+    bench.subject(model, protocol)
+    which = {"pictures": task.pictures.digest, "model": bench.files(model)}
     log = Store(out.with_suffix(".tune") / "log.jsonl", {**task.settings, **which}, LOGGED)
     names = list(task.pictures.present)
     random.Random(f"halves {seed}").shuffle(names)

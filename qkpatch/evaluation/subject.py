@@ -22,6 +22,7 @@ from qkpatch.evaluation.records import Protocol, digest
 from qkpatch.evaluation.vocabulary import whole_sentences
 from qkpatch.model.locate import locate
 from qkpatch.patching.device import choose_device
+from qkpatch.patching.edit_heads import Editor
 from qkpatch.patching.loaded import edit_loaded
 from qkpatch.planning.manifest import Manifest
 from qkpatch.planning.request import Request
@@ -37,7 +38,6 @@ class Subject:
     """A model, ready to be asked, in the numbers that it is stored in."""
 
     name: str
-    files: str  # what identifies its files
     model: Any
     processor: Any
 
@@ -71,9 +71,7 @@ class Subject:
             raise UnsupportedError("it has no image processor", where=name, fix=fix)
         tokenizer = processor.tokenizer
         tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
-        files = [f for place in places for f in walk_files(place).files.values()]
-        identity = digest([[f.name, f.size, f.id.mtime_ns] for f in files])
-        return cls(name, identity, model.to(where).eval(), processor)
+        return cls(name, model.to(where).eval(), processor)
 
     @contextmanager
     def edited(self, request: Request) -> Iterator[None]:
@@ -217,6 +215,20 @@ def find_place(name: str) -> Path:
     if place is None or not place.is_dir():
         raise UsageError("no directory that transformers could load", where=name, fix="name the directory")
     return place
+
+
+def files_of(name: str, base: str = "") -> str:
+    """What identifies the files of a model, and of what an adapter is made from, on all machines that see them."""
+    files = [f for each in (name, base) if each for f in walk_files(find_place(each)).files.values()]
+    return digest([[f.name, f.size, f.id.mtime_ns] for f in files])
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the bytes of an answer depend on besides the model and what is asked."""
+    editor = Editor.on(device)
+    card = {"cpu": torch.cuda.get_device_name(editor.device)} if editor.device.type == "cuda" else {}
+    versions = {name: library(name).__version__ for name in ("transformers", "PIL")}
+    return {"qkpatch": editor.tool.version, **versions, **editor.stack, **card}
 
 
 def base_of(name: str, models: Sequence[str]) -> str:

@@ -3,31 +3,50 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
 from qkpatch.checkpoint.files import os_errors, synced
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.common.json_text import canonical_json, load_json
+from qkpatch.common.part import Part
 from qkpatch.common.typed_json import as_json, from_json
-from qkpatch.errors import QKPatchError
+from qkpatch.errors import QKPatchError, UsageError
 from qkpatch.model.targets import LayerTarget
 from qkpatch.planning.manifest import HeadRecord
 from qkpatch.planning.plan import EditPlan
 from qkpatch.spectral.rule import Sums
 from qkpatch.sweeps.record import Figures
 
-PARTS_NAME = "parts"
+PARTS_NAME, _AGREED = "parts", "agreed."
 Found = tuple[Sums, tuple[HeadRecord, ...]]  # of a variant, in one tensor; heads where rows are formed
 # The same as it is written, and the size of the file that was kept.
 Said = tuple[tuple[float, float, float, float, float, float, float], tuple[HeadRecord, ...], int]
 
 
 class Parts:
-    """What the variants do to each tensor, and what their forms are made of; that of an earlier run is taken over."""
+    """What the variants do to each tensor, and what their forms are made of; that of an earlier run is taken over.
 
-    def __init__(self, root: Rooted, targets: tuple[LayerTarget, ...], edits: Mapping[str, EditPlan]) -> None:
-        with os_errors("create a directory", root.path / PARTS_NAME):
+    Of N machines that share the work each takes every N-th tensor. It keeps what it makes under names of its own until
+    a tensor is done, and leaves all that is there: of two runs of one part, the last to end has made it.
+    """
+
+    def __init__(
+        self,
+        root: Rooted,
+        targets: tuple[LayerTarget, ...],
+        edits: Mapping[str, EditPlan],
+        part: Part | None = None,
+        agreed: str = "",
+    ) -> None:
+        """``agreed`` is a digest of what all parts must have in common."""
+        with (
+            os_errors("create a directory", root.path / PARTS_NAME),
+            suppress(FileExistsError),
+        ):  # another part's
             root.make_directory(PARTS_NAME, 0o777)
+        self._part, self._own = part, "" if part is None else f".{secrets.token_hex(4)}."
         self._root, self._found = root, dict[LayerTarget, dict[str, Found]]()
         self._folder = Rooted(root.path / PARTS_NAME, within=root, name=PARTS_NAME)
         self._place = {target: i for i, target in enumerate(targets)}
@@ -35,9 +54,26 @@ class Parts:
         for target, i in self._place.items():
             if (found := self._whole(i)) is not None and wanted[target] <= found.keys():
                 self._found[target] = found
-        self.missing = tuple(t for t in targets if wanted[t] and t not in self._found)
+        missing = [t for t in targets if wanted[t] and t not in self._found]
+        self.missing = tuple(
+            t for t in missing if part is None or self._place[t] % part.total == part.number - 1
+        )
+        if part is not None:
+            self._agree(f"{_AGREED}{agreed}")
+            return
         done = {str(self._place[target]) for target in self._found}
         self._remove(name for name in self._folder.names() if name.partition(".")[0] not in done)
+
+    def _agree(self, mine: str) -> None:
+        """Say what this part is of. Each says it before it looks, so that one of two that differ sees the other."""
+        with os_errors("write", self._folder.path / mine):
+            os.close(self._folder.open(mine, os.O_WRONLY | os.O_CREAT, 0o666))
+        if any(name.startswith(_AGREED) and name != mine for name in self._folder.names()):
+            self._folder.discard(mine)
+            self._folder.close()
+            what = "its parts are of another grid, or of machines with another CPU, BLAS, torch or qkpatch"
+            fix = "use machines of one kind, or choose another -o"
+            raise UsageError(what, where=str(self._root.path), fix=fix)
 
     def _whole(self, i: int) -> dict[str, Found] | None:
         """What an earlier run found of a tensor, with all that was kept of it; None where anything is missing."""
@@ -47,11 +83,11 @@ class Parts:
             said: dict[str, Said] = from_json(Mapping[str, Said], document)
         except (QKPatchError, ValueError):
             return None
-        is_whole = all(self._size(i, name) == size for name, (_, _, size) in said.items())
+        is_whole = all(self._size(f"{i}.{name}") == size for name, (_, _, size) in said.items())
         return {name: (Sums(*sums), heads) for name, (sums, heads, _) in said.items()} if is_whole else None
 
-    def _size(self, i: int, name: str) -> int:
-        return 0 if (status := self._folder.status(f"{i}.{name}")) is None else status.st_size
+    def _size(self, file: str) -> int:
+        return 0 if (status := self._folder.status(file)) is None else status.st_size
 
     def _remove(self, names: Iterable[str]) -> None:
         # First what says that a tensor is done: a kill between the two leaves nothing that is believed.
@@ -62,26 +98,31 @@ class Parts:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
+        if self._part is not None:
+            self._remove(name for name in self._folder.names() if name.startswith(self._own))
+        elif kind is None:
             self._remove(self._folder.names())
             self._root.discard(PARTS_NAME)
         self._folder.close()
 
     def keep(self, target: LayerTarget, name: str, data: bytes | bytearray) -> None:
         """Packed factors or new rows of some heads, for a variant; from the one thread that computes this tensor."""
-        file = f"{self._place[target]}.{name}"
+        file = f"{self._own}{self._place[target]}.{name}"
         flags, where = os.O_WRONLY | os.O_CREAT | os.O_APPEND, self._folder.path / file
         with os_errors("write", where), open(self._folder.open(file, flags), "ab") as opened:
             opened.write(data)
 
     def add(self, target: LayerTarget, found: dict[str, Found]) -> None:
         """A tensor is done."""
-        i, self._found[target] = self._place[target], found
-        for name in found:
-            if self._size(i, name):
-                with self._folder.reading(f"{i}.{name}") as opened:
+        i, self._found[target], said = self._place[target], found, dict[str, Said]()
+        for name, one in found.items():
+            file = f"{i}.{name}"
+            said[name] = (*one, self._size(self._own + file))
+            if said[name][2]:
+                with self._folder.reading(self._own + file) as opened:
                     synced(opened.fd, opened.where)
-        said = {name: (*one, self._size(i, name)) for name, one in found.items()}
+                with os_errors("write", self._folder.path / file):
+                    os.rename(self._own + file, file, src_dir_fd=self._folder.fd, dst_dir_fd=self._folder.fd)
         self._folder.replace(f"{i}.json", canonical_json(as_json(said)).encode())
 
     def figures(self, name: str) -> tuple[Figures, tuple[Figures, ...]]:

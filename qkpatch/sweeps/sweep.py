@@ -18,10 +18,12 @@ from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.names import USUAL, came_by_itself
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import PresentHere
+from qkpatch.checkpoint.tree import MAX_JSON_BYTES, check_size
 from qkpatch.common.interrupts import import_torch
 from qkpatch.common.json_text import canonical_json
 from qkpatch.common.number_ranges import some
 from qkpatch.common.observer import UNSEEN, Observer
+from qkpatch.common.part import Part
 from qkpatch.common.typed_json import as_json
 from qkpatch.compare.overwrite import standing
 from qkpatch.compare.verify import recorded
@@ -57,6 +59,7 @@ def sweep(
     strict: bool = False,
     device: str = "cpu",
     threads: int | None = None,
+    part: tuple[int, int] | None = None,
     observer: Observer = UNSEEN,
 ) -> Sweep:
     """Many edits of SOURCE from one read: each product is decomposed once per channel, every variant derived from it.
@@ -73,6 +76,7 @@ def sweep(
         strict: whether a warning is an error, and nothing is written.
         device: as of :func:`qkpatch.apply`.
         threads: how many layers are computed side by side.
+        part: ``(i, N)``: look at this share of the layers alone; the same without it makes the variants of all.
         observer: hears of heads.
 
     Raises:
@@ -80,6 +84,7 @@ def sweep(
         QKPatchError: as :func:`qkpatch.apply` and :func:`qkpatch.lora`.
     """
     check_device_name(device)
+    mine = None if part is None else Part.of(part)
     requests, out = read_grid(grid, many=many), Path(out)
     plans, reading, planned = _planned(str(source), requests, member(form, Form, "--as"))
     if strict:
@@ -95,7 +100,7 @@ def sweep(
     with os_errors("create a directory", out):
         out.mkdir(parents=True, exist_ok=True)
     with Rooted(out) as root:
-        variants = _standing(root, planned, reading)
+        variants = _standing(root, planned, reading, is_shared=mine is not None)
 
         def save() -> Sweep:
             done = replace(planned, variants=tuple(variants.values()))
@@ -104,10 +109,13 @@ def sweep(
 
         left = {name: plan for name, plan in plans.items() if variants[name].figures is None}
         replaced = {name: _replaced(out, name, plan, planned.form) for name, plan in left.items()}
-        save()
-        for name, text in evaluation(reading, requests).items():
-            root.replace(name, text.encode())
-        with Parts(root, reading.edits, left) as parts:
+        if mine is None or root.status(SWEEP_NAME) is None:
+            save()
+        if mine is None:
+            for name, text in evaluation(reading, requests).items():
+                root.replace(name, text.encode())
+        agreed = "" if mine is None else _agreed(planned, device)
+        with Parts(root, reading.edits, left, mine, agreed) as parts:
             rest = replace(reading, edits=parts.missing)
             observer.begins("look", 0, len(rest.edits) * len(reading.settings.heads))
             import_torch()
@@ -119,6 +127,10 @@ def sweep(
             for target, found in zip(rest.edits, each, strict=True):
                 parts.add(target, found)
             checkpoint.check_still()
+            if mine is not None:
+                return replace(
+                    planned, variants=tuple(variants.values()), already_done=not rest.edits or None
+                )
             saved, digests = time.monotonic(), dict[TensorRef, str]()
             for name, plan in left.items():
                 files: dict[str, str | None] = {}
@@ -192,21 +204,37 @@ def _planned(
 def _digest(plan: EditPlan, form: Form, variants: Iterable[VariantRecord]) -> str:
     """Of SOURCE's files and of all that is asked for, whatever is done of it."""
     asked = [VariantRecord(variant.name, variant.edit) for variant in variants]
-    files = {name: file.content for name, file in plan.model.checkpoint.files.items()}
+    files = {name: file.everywhere for name, file in plan.model.checkpoint.files.items()}
     said = as_json([planned_manifest(plan, "").recipe, form, asked, files])
     return hashlib.sha256(canonical_json(said).encode()).hexdigest()
 
 
-def _standing(root: Rooted, planned: Sweep, plan: EditPlan) -> dict[str, VariantRecord]:
-    """What is done of ``planned`` already, and is as it was left; what a kill left half written goes."""
-    if not root.lock():
+def _agreed(planned: Sweep, device: str) -> str:
+    """A digest of the sweep, and of what its bytes depend on besides: what all its parts have in common."""
+    import_torch()
+    from qkpatch.patching.edit_heads import Editor
+
+    editor = Editor.on(device)
+    said = [planned.digest, as_json(editor.tool), editor.stack, str(editor.device)]
+    return hashlib.sha256(canonical_json(said).encode()).hexdigest()[:16]
+
+
+def _standing(root: Rooted, planned: Sweep, plan: EditPlan, *, is_shared: bool) -> dict[str, VariantRecord]:
+    """What is done of ``planned`` already, and is as it was left; what a kill left half written goes.
+
+    ``is_shared``: others write parts of it meanwhile.
+    """
+    if not root.lock(shared=is_shared):
         what, fix = "another run is writing to it", "wait for it, or choose another -o"
         raise UsageError(what, where=str(root.path), fix=fix)
     own = "|".join(map(re.escape, (SWEEP_NAME, REPORT_NAME, *FILES)))
     is_left = re.compile(rf"\.({own})\.[0-9a-f]{{8}}").fullmatch
+    names = root.names()  # before it is looked for the record, which other parts write first
     present, found = PresentHere(root), planned
     if SWEEP_NAME in present.files:
-        found = Sweep.loads(present.read(SWEEP_NAME), str(root.path / SWEEP_NAME))
+        with root.reading(SWEEP_NAME) as opened:
+            check_size(opened.size, MAX_JSON_BYTES, opened.where)
+            found = Sweep.loads(bytes(opened.read(opened.size, 0)), opened.where)
         if found.digest != planned.digest:
             same = _digest(plan, found.form, found.variants) == found.digest  # else a grid is told by names
             grids = [[(v.name, same and v.edit) for v in one.variants] for one in (found, planned)]
@@ -214,10 +242,10 @@ def _standing(root: Rooted, planned: Sweep, plan: EditPlan) -> dict[str, Variant
             others += ["another --as"] * (found.form is not planned.form)
             what = f"holds the sweep of {' and '.join(others)}"
             raise UsageError(what, where=str(root.path), fix="choose another -o, or remove it")
-    elif foreign := [name for name in root.names() if not is_left(name) and not came_by_itself(name, ())]:
+    elif foreign := [name for name in names if not is_left(name) and not came_by_itself(name, ())]:
         what = f"exists, and is no sweep: it holds {some(foreign)}"
         raise UsageError(what, where=str(root.path), fix="choose another -o")
-    for name in filter(is_left, root.names()):
+    for name in filter(is_left, [] if is_shared else names):
         root.discard(name)
 
     def is_as_left(v: VariantRecord) -> bool:

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterable
@@ -23,7 +24,8 @@ from typer.testing import Result
 import qkpatch
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.cluster.place import place_of
-from qkpatch.cluster.share import Part, check_part, parse_part, share_of
+from qkpatch.cluster.share import check_part, share_of
+from qkpatch.common.part import Part, parse_part
 from qkpatch.errors import CheckpointError, FileSystemError, QKPatchError, UsageError
 from qkpatch.output import staging
 from qkpatch.output.options import Writing
@@ -166,8 +168,10 @@ def test_each_machine_may_have_a_hub_cache_of_its_own(source: Path, tmp_path: Pa
     qkpatch.finish(tmp_path / "out")
     assert whole(tmp_path / "out") == whole(tmp_path / "one")
     assert whole(tmp_path / "out")["qkpatch.json"]["source"]["checked"]
-    with pytest.raises(UsageError, match="--no-cache"):
-        check_part((1, 2), Writing(), is_straight=True)
+    for straight, cure in (("hub", "--no-cache.*leave it out"), ("store", "copy SOURCE")):
+        with pytest.raises(UsageError, match="so SOURCE must be on a disk") as told:
+            check_part((1, 2), Writing(), straight=straight)
+        assert re.search(cure, f"{told.value.where} {told.value.fix}")
 
 
 # -------- shares

@@ -16,7 +16,7 @@ from qkpatch.evaluation.annotations import KINDS, Annotations, questions, read_a
 from qkpatch.evaluation.chair import CaptionScore, chair_columns, figures, yes_no_columns
 from qkpatch.evaluation.comparison import divergence
 from qkpatch.evaluation.measure import KINDS_KEPT
-from qkpatch.evaluation.records import Protocol, Store
+from qkpatch.evaluation.records import Protocol, Store, of_parts
 from qkpatch.evaluation.search import LOGGED
 from qkpatch.evaluation.statistics import McNemar, excess_over_curve, figures_beside, mcnemar, paired
 from qkpatch.evaluation.vocabulary import Vocabulary, whole_sentences
@@ -351,3 +351,31 @@ def test_a_line_that_is_none_is_told(tmp_path: Path, line: bytes, monkeypatch: p
     with pytest.raises(UsageError, match="not a file of records, line 1: "):
         Store(tmp_path / "records.jsonl", {})
     assert (tmp_path / "records.jsonl").read_bytes() == line
+
+
+def test_runs_of_parts_write_to_files_of_their_own_and_the_whole_takes_them_over(tmp_path: Path) -> None:
+    path, said = tmp_path / "records.jsonl", {"agreed": {"b": 2}, "machine": {"cpu": "x"}}
+    one, two = Store(path, {"a": 1}, **said), Store(path, {"a": 1}, **said)  # of one part, at once
+    for store in (one, two):
+        store["x"] = 1
+    two["y"] = "long" * 10_000
+    first, second = of_parts(tmp_path)
+    with max(first, second, key=lambda place: place.stat().st_size).open("a") as file:
+        file.write('["z", {"half')
+    assert {"x", "y"} == Store(path, {"a": 1}, **said).keys() - {":settings"}
+    assert not path.exists()
+    with pytest.raises(UsageError, match="other settings: cpu"):
+        Store(path, {"a": 1}, agreed={"b": 2}, machine={"cpu": "y"})
+    with pytest.raises(UsageError, match="other settings: b"):
+        Store(path, {"a": 1}, agreed={"b": 3})
+    whole = Store(path, {"a": 1}, agreed={"b": 2})
+    for key, value in (("x", 1), ("y", "long" * 10_000), ("z", 3)):
+        assert whole.once(key, lambda: 3) == value
+    single = Store(tmp_path / "single.jsonl", {"a": 1})
+    single.update({"x": 1, "y": "long" * 10_000, "z": 3})
+    assert path.read_bytes() == (tmp_path / "single.jsonl").read_bytes()
+    for place in of_parts(tmp_path):
+        place.unlink()
+    one["late"] = 4  # which begins anew, with its settings
+    (late,) = of_parts(tmp_path)
+    assert [json.loads(line)[0] for line in late.read_text().splitlines()] == [":settings", "late"]

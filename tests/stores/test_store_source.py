@@ -115,6 +115,18 @@ def test_what_is_needed_is_fetched_and_no_more(s3: S3, tmp_path: Path) -> None:
     assert headers + rows <= s3.received < headers + rows + rows // 50
 
 
+def test_parts_are_of_a_source_on_disks_but_those_of_a_sweep(memory: Place, tmp_path: Path) -> None:
+    url, grid = memory(build_tiny(tmp_path / "tiny").path), {"modes": [1], "layers": ["0-1"]}
+    with pytest.raises(UsageError, match="so SOURCE must be on a disk") as told:
+        qkpatch.apply(qkpatch.plan(url, **EDIT), tmp_path / "out", part=(1, 2))
+    assert told.value.fix == "copy SOURCE to storage that all machines see"
+    qkpatch.sweep(url, grid, tmp_path / "whole", form="none")
+    for part in ((1, 2), (2, 2), None):
+        qkpatch.sweep(url, grid, tmp_path / "swept", form="none", part=part)
+    assert files_of(tmp_path / "swept") == files_of(tmp_path / "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"tiny", "whole", "swept"}
+
+
 @pytest.mark.parametrize("moment", ["planned", "while it is read"])
 def test_a_file_that_changes_meanwhile_is_an_error(put: Place, moment: str, tmp_path: Path) -> None:
     folder = build_tiny(tmp_path / "tiny", d_model=2048).path

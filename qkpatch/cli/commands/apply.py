@@ -32,7 +32,7 @@ from qkpatch.errors import UsageError, refuse_warnings
 from qkpatch.output.options import Digest
 
 if TYPE_CHECKING:
-    from qkpatch.cluster.share import Part
+    from qkpatch.common.part import Part
     from qkpatch.planning.plan import EditPlan
     from qkpatch.publishing.commit_plan import Publication, Wish
 
@@ -187,7 +187,7 @@ def finish(out: OutArg, show: ShowFlags) -> None:
 
 def _part(cluster: ClusterFlags, others: Mapping[str, object]) -> Part | None:
     """The part that is to be written, or by Ray, the last of all."""
-    from qkpatch.cluster.share import Part, parse_part
+    from qkpatch.common.part import Part, parse_part
 
     asked, ray = cluster.part, cluster.ray
     if asked is None and ray is None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qkpatch.cli.command import command
-from qkpatch.cli.flags import EditFlags, ShowFlags, SourceArg
+from qkpatch.cli.flags import EditFlags, PartOpt, ShowFlags, SourceArg
 from qkpatch.errors import MismatchError
 from qkpatch.evaluation.records import Inputs, Limits, Protocol
 
@@ -27,7 +28,7 @@ _SettingOpt = Annotated[Path, typer.Option("--out", "-o", help="The setting; evi
 @command
 def evaluate(
     model: SourceArg, inputs: Inputs, protocol: Protocol, edit: EditFlags, show: ShowFlags,
-    against: _AgainstOpt = None, out: _FolderOpt = None,
+    against: _AgainstOpt = None, out: _FolderOpt = None, part: PartOpt = None,
 ) -> None:  # fmt: skip
     """Measure what SOURCE makes up, or SOURCE under an edit in memory: CHAIR, POPE, and what is kept.
 
@@ -36,11 +37,17 @@ def evaluate(
     from qkpatch import api
     from qkpatch.cli.console import end_strictly
     from qkpatch.cli.progress import bars
+    from qkpatch.cli.tables import show_part
+    from qkpatch.common.part import parse_part
 
+    mine = None if part is None else parse_part(part, os.environ)
     with bars(quiet=show.is_bare) as observer:
-        how = {**vars(edit.request), "against": against or (), "out": out}
+        how = {**vars(edit.request), "against": against or (), "out": out, "part": mine}
         result = api.evaluate(model, inputs, protocol, observer=observer, **how)
-    _show(result, show)
+    if mine is not None and out is not None and not show.is_bare:
+        show_part(mine, out)
+    else:
+        _show(result, show)
     end_strictly(result.warnings, show)
 
 

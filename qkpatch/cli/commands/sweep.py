@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +10,7 @@ from typing import Annotated
 import typer
 
 from qkpatch.cli.command import command
-from qkpatch.cli.flags import CsvOpt, RunFlags, ShowFlags, SourceArg, expanded
+from qkpatch.cli.flags import CsvOpt, PartOpt, RunFlags, ShowFlags, SourceArg, expanded
 from qkpatch.sweeps.collect import BASE
 from qkpatch.sweeps.grid import Form
 from qkpatch.sweeps.record import Figures
@@ -29,6 +30,7 @@ def sweep(
     ],
     form: Annotated[Form, typer.Option("--as", help="Made of each variant besides figures.")] = Form.lora,
     run: RunFlags,
+    part: PartOpt = None,
     as_csv: CsvOpt = False,
     yes: Annotated[bool, typer.Option("--yes", help="More than 1,000 variants are meant.")] = False,
     show: ShowFlags,
@@ -37,15 +39,16 @@ def sweep(
     from qkpatch import api
     from qkpatch.cli.console import print_csv, print_text, show_warnings
     from qkpatch.cli.progress import bars
-    from qkpatch.cli.tables import show_sweep
+    from qkpatch.cli.tables import show_part, show_sweep
+    from qkpatch.common.part import parse_part
     from qkpatch.errors import UsageError
 
     if show.as_json and as_csv:
         raise UsageError("one of --json and --csv", fix="drop the other")
+    mine = None if part is None else parse_part(part, os.environ)
     with bars(quiet=show.is_bare) as observer:
-        done = api.sweep(
-            source, grid, out, form=form, many=yes, strict=show.strict, **vars(run), observer=observer
-        )
+        how = {**vars(run), "part": mine, "observer": observer}
+        done = api.sweep(source, grid, out, form=form, many=yes, strict=show.strict, **how)
     if not show.quiet:
         show_warnings(done.warnings)
     if show.as_json:
@@ -53,6 +56,8 @@ def sweep(
     elif as_csv:
         columns = ("variant", *(field.name for field in fields(Figures)))
         print_csv(columns, ((v.name, *vars(layer).values()) for v in done.variants for layer in v.layers))
+    elif not show.quiet and mine is not None:
+        show_part(mine, out)
     elif not show.quiet:
         show_sweep(done, out)
 
