@@ -170,9 +170,8 @@ def apply(
         from qkpatch.uploads.apply import into_store
 
         if mine is not None:
-            raise UsageError(
-                "parts share a directory, not a store", where="--part", fix="name a path: -o OUT"
-            )
+            what = "parts share a directory, not a store"
+            raise UsageError(what, where="--part", fix="name a path: -o OUT")
         return into_store(plan, url, partial(downloaded, observer=observer) if cache else None, **run)
     place = plan.default_out if out is None else Path(out)
     found = standing(place, plan, writing, observer, is_whole=False)
@@ -222,7 +221,7 @@ def spectra(
 
 def verify(
     out: PathLike,
-    source: PathLike,
+    source: PathLike | None = None,
     *,
     recipe: str | None = None,
     recompute: bool = True,
@@ -232,20 +231,23 @@ def verify(
 
     Args:
         out: what :func:`apply` wrote, a directory or a URL.
-        source: what it was made from; of a repository, the planned rows are fetched and digests compared.
+        source: what it was made from, of a repository or a store by default the one that the manifest names; of a
+            repository, the planned rows are fetched and digests compared.
         recipe: the YAML file, where OUT was made by a recipe of the user's own.
         recompute: compute the planned heads anew; else their rows are believed where their digests are right.
         observer: hears of bytes compared, and heads computed.
 
     Raises:
         CheckpointError: OUT has no manifest, or one that cannot be read.
-        QKPatchError: SOURCE cannot be opened.
+        QKPatchError: SOURCE cannot be opened, or nothing says where it is.
     """
     from qkpatch.compare.verify import check, n_heads, opened_out, recorded
 
     with opened_out(_named(out)) as present:
-        observer.begins("compare", present.size, n_heads(recorded(present)) if recompute else 0)
-        return check(present, str(source), observer, recipe, recomputed=recompute)
+        manifest = recorded(present)
+        place = manifest.source.found_at(None if source is None else str(source), present.address)
+        observer.begins("compare", present.size, n_heads(manifest) if recompute else 0)
+        return check(present, place, observer, recipe, recomputed=recompute)
 
 
 def _named(out: PathLike) -> PathLike:

@@ -27,10 +27,8 @@ def plan_recorded(out: Path, source: str | None, asked: Request) -> EditPlan:
         raise UsageError("it takes the recorded edit", where="--from", fix="leave out the flags of an edit")
     with Rooted(out) as root:
         manifest = recorded(PresentHere(root))
-    where, said = f"{out.name}/{MANIFEST_NAME}", manifest.source
-    if (source := source or said.address) is None:
-        what = f"it was made from the {said.kind} {said.name!r}, and nothing records where that is"
-        raise UsageError(what, where=where, fix="name SOURCE too")
+    where = f"{out.name}/{MANIFEST_NAME}"
+    source = manifest.source.found_at(source, where, "name SOURCE too")
     recipe = asked.recipe or manifest.recipe.name
     plan = make_plan(source, replace(manifest.request(), recipe=recipe, max_shard_size=None), Access.ranges)
     others = [mismatch.what for mismatch in origin_mismatches(manifest, plan.model.source)]

@@ -28,6 +28,7 @@ from qkpatch.checkpoint.tree import (
 )
 from qkpatch.checkpoint.weights import Weights, find_weights
 from qkpatch.common.json_text import load_json
+from qkpatch.common.text import Warned
 from qkpatch.errors import AmbiguousError, CheckpointError, FileSystemError
 
 MANIFEST_NAME = "qkpatch.json"
@@ -61,7 +62,7 @@ class Stored:
     exclude: Collection[str] = ()  # globs of what is left out
     left_out: Mapping[str, int] = field(default_factory=dict)  # that, with bytes
     disputed: Mapping[str, str] = field(default_factory=dict)  # what the index says wrongly, by tensor
-    notes: tuple[str, ...] = ()  # what people should know of the choice of weights
+    notes: tuple[Warned, ...] = ()  # what people should know of the choice of weights
     elsewhere: Repository | None = None  # where it is on no disk of this machine
 
     @cached_property

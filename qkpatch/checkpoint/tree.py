@@ -202,14 +202,18 @@ def _bytes_of(path: Path) -> int:
 
 
 def near_paths(text: str) -> list[str]:
-    """What lies in the directory of a path that does not exist, and has nearly its name."""
+    """What is nearly called so in the directory of a path that does not exist, or in one of nearly its name."""
     folder, slash, name = text.rstrip("/").rpartition("/")
     place = os.path.expanduser(folder) or slash or "."  # noqa: PTH111 - Path's raises for ~nobody/x
     try:
         there = os.listdir(place) if name else []
     except (OSError, ValueError):
-        return []
-    return [f"{folder}{slash}{found}" for found in get_close_matches(name, there, 3, 0.8)]
+        above = near_paths(folder) if Path(place).parent.is_dir() else []
+        paths = [f"{near}/{name}" for near in above]
+        return [path for path in paths if os.path.lexists(os.path.expanduser(path))]  # noqa: PTH111 - as above
+    longer = [found for found in sorted(there) if found.startswith(f"{name}.")]  # its end was left out
+    near = dict.fromkeys([*get_close_matches(name, there, 3, 0.8), *longer])
+    return [f"{folder}{slash}{found}" for found in [*near][:3]]
 
 
 def source_file(path: Path, name: str, fix: str | None = None) -> LocalFile:

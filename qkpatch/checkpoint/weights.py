@@ -13,6 +13,7 @@ from qkpatch.checkpoint.recognised import no_weights, refuse_folder
 from qkpatch.checkpoint.tree import SourceFile, is_plain_relative
 from qkpatch.common.json_text import load_json
 from qkpatch.common.number_ranges import some
+from qkpatch.common.text import Warned, warned
 from qkpatch.errors import AmbiguousError, CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -30,16 +31,17 @@ class Weights:
     stem: str  # what their names begin with: "model"; "model.fp16" of that variant
     index: str | None = None
     weight_map: Mapping[str, str] = field(default_factory=dict)  # tensor -> shard, as the index says
-    note: str = ""  # what people should know of the choice
+    note: Warned | None = None  # what people should know of the choice
 
     @property
-    def notes(self) -> tuple[str, ...]:
+    def notes(self) -> tuple[Warned, ...]:
         """The same, and how transformers loads what it does not load by itself."""
-        variant, how = _VARIANT.fullmatch(self.stem), ""
+        variant = _VARIANT.fullmatch(self.stem)
+        how: Warned | None = None
         if variant is not None:
-            how = f"transformers loads {self.stem}* with variant={variant[2]!r} alone"
+            how = warned(f"transformers loads {self.stem}* with variant={variant[2]!r} alone")
         elif self.stem != "model":
-            how = f"transformers loads model.safetensors, not {self.stem}*"
+            how = warned(f"transformers loads model.safetensors, not {self.stem}*")
         return tuple(filter(None, (self.note, how)))
 
 
@@ -86,7 +88,7 @@ def _indexed(where: str, files: Mapping[str, SourceFile], name: str) -> Weights:
     what = f"the index names {len(missing)} file(s) that are not there: {some(missing)}"
     if SINGLE in files and SINGLE not in shards:
         if missing:
-            return Weights((SINGLE,), "model", note=f"{name} is stale, and {SINGLE} is taken: {what}")
+            return Weights((SINGLE,), "model", note=warned(f"{name} is stale, and {SINGLE} is taken: {what}"))
         # No twin to be listed and left: transformers looks for this name before it looks for an index.
         raise AmbiguousError(
             f"{SINGLE} beside {name}, which does not name it: transformers loads it instead of the shards, "
@@ -110,7 +112,7 @@ def _unindexed(where: str, files: Mapping[str, SourceFile], singles: list[str]) 
             raise CheckpointError(what, where=where, fix=f"download them and {index_name(stem)}")
         if len(parts) == len(singles):
             note = f"there is no index: it is derived from the shards' headers, and OUT gets it: {index_name(stem)}"
-            return Weights(tuple(singles), stem, note=note)
+            return Weights(tuple(singles), stem, note=warned(note))
     if len(singles) > 1:
         raise AmbiguousError(
             f"{len(singles)} .safetensors files and no index: {some(singles)}",

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import Annotated, Any, NoReturn
+from contextlib import suppress
+from typing import Annotated, NoReturn
 
 import typer
 
 import qkpatch
+from qkpatch.cli.command_line import Commands, OneCommand
 from qkpatch.cli.commands.apply import apply, finish
 from qkpatch.cli.commands.card import card
 from qkpatch.cli.commands.diff import diff
@@ -23,40 +22,12 @@ from qkpatch.cli.commands.plan import plan
 from qkpatch.cli.commands.recipes import recipes
 from qkpatch.cli.commands.sweep import collect, sweep
 from qkpatch.cli.commands.verify import revert, verify
-from qkpatch.cli.console import note, prepare_streams, print_error, silence_stdout
-from qkpatch.errors import FileSystemError, QKPatchError, UnexpectedError, UsageError, redact
-
-
-class _Commands(typer.core.TyperGroup):
-    """Typer's; what is wrong with the command line itself is redacted before it is wrapped into a frame."""
-
-    def make_context(self, *args: Any, **kwargs: Any) -> Any:
-        with _usage():
-            return super().make_context(*args, **kwargs)
-
-    def invoke(self, ctx: Any) -> Any:
-        with _usage():
-            return super().invoke(ctx)
-
-
-@contextmanager
-def _usage() -> Iterator[None]:
-    try:
-        yield
-    except BrokenPipeError:  # of --help, whose reader has left
-        silence_stdout()
-        raise typer.Exit(128 + signal.SIGPIPE) from None
-    except Exception as error:
-        if isinstance(message := getattr(error, "message", None), str):
-            error.message = redact(message)  # type: ignore[attr-defined]
-            if "--json" in sys.argv:
-                print_error(UsageError(message))
-        raise
-
+from qkpatch.cli.console import note, prepare_streams, silence_stdout
+from qkpatch.errors import FileSystemError, QKPatchError, UnexpectedError
 
 app = typer.Typer(
     name="qkpatch",
-    cls=_Commands,
+    cls=Commands,
     help="Edit the query-key product of a vision-language checkpoint, straight in its safetensors files.\n\n"
     "Exit codes: 0 ok, 1 mismatch or difference, 2 usage, 3 unsupported or ambiguous checkpoint, 4 I/O, "
     "5 a fault of qkpatch's own, 6 warnings where --strict allows none.",
@@ -79,14 +50,14 @@ def root(
 for _command in (
     apply, finish, revert, plan, inspect, lora, sweep, collect, verify, diff, recipes, card, evaluate, tune, doctor,
 ):  # fmt: skip
-    app.command()(_command)
+    app.command(cls=OneCommand)(_command)
 
 
 def main() -> NoReturn:
     """Entry point of the ``qkpatch`` command: what no command expects ends here, with its traceback and a code."""
     prepare_streams()
     try:
-        app()
+        app(prog_name="qkpatch")  # as completion knows it, also of `python -m qkpatch`
     except OSError:  # of what the library prints itself, such as --help, to a device that is full
         silence_stdout()
         sys.exit(FileSystemError.exit_code)

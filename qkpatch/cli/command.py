@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, TypeVar
 
 import typer
@@ -15,8 +16,10 @@ import typer
 from qkpatch.checkpoint.files import machine_errors
 from qkpatch.cli.groups import spread
 from qkpatch.common.interrupts import Terminated, end_at_once, unwinding_on_kill
-from qkpatch.errors import QKPatchError, UnexpectedError
+from qkpatch.errors import QKPatchError, UnexpectedError, UsageError
+from qkpatch.planning.request import Request
 
+_FORMS = {"as_json": "--json", "as_csv": "--csv", "markdown": "--markdown"}  # of a result, one at a time
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
@@ -40,6 +43,8 @@ def command(function: Command) -> Command:
         with unwinding_on_kill():
             try:
                 with machine_errors():
+                    if len(forms := [flag for key, flag in _FORMS.items() if kwargs.get(key)]) > 1:
+                        raise UsageError(f"one of {' and '.join(forms)}", fix="drop the other")
                     function(**gathered({**kwargs}))
             except (KeyboardInterrupt, Terminated) as end:
                 number = end.number if isinstance(end, Terminated) else signal.SIGINT
@@ -56,9 +61,11 @@ def command(function: Command) -> Command:
                 raise
             except Exception as error:
                 known = error if isinstance(error, QKPatchError) else UnexpectedError(error)
+                if kwargs.get("config") is not None and not kwargs.get("debug"):
+                    known = _beside_file(known, f"--config {kwargs['config']}")
                 if kwargs.get("as_json"):
                     print_error(known)
-                if known is not error or kwargs.get("debug"):
+                if isinstance(known, UnexpectedError) or kwargs.get("debug"):
                     raise
                 show_error(known)
                 if hasattr(known, "kept"):
@@ -68,6 +75,14 @@ def command(function: Command) -> Command:
     wrapper.__signature__ = signature  # type: ignore[attr-defined]
     wrapper.__annotations__ = {name: flag.annotation for name, flag in signature.parameters.items()}
     return wrapper  # type: ignore[return-value]
+
+
+def _beside_file(error: QKPatchError, file: str) -> QKPatchError:
+    """The error, with the file that may have said what is wrong of an edit, whole or in part."""
+    flag = (error.where or "").partition(" ")[0].partition("[")[0].lstrip("-").replace("-", "_")
+    if not isinstance(error, UsageError) or flag not in {field.name for field in fields(Request)}:
+        return error
+    return UsageError(error.what.split("\n"), where=f"{error.where}, with {file}", fix=error.fix)
 
 
 def _going_on() -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from qkpatch.cli.console import results, safe
-from qkpatch.cli.tables import plain_table, show_model
+from qkpatch.cli.tables import plain_table, print_table, show_model
 from qkpatch.common.json_text import exact
 from qkpatch.common.number_ranges import format_ranges
 from qkpatch.patching.apply import GAP_WARNING
@@ -112,7 +112,7 @@ def show_spectra(model: Model, settings: EditSettings, sides: Sequence[Side]) ->
         console.print(f"Spectra: layers {format_ranges(settings.layers)}, {heads}")
         if len(sides) > 1:
             console.print(safe(f"{sides[0].name} → {sides[1].name}, where they differ"), soft_wrap=True)
-        console.print(table)
+        print_table(console, table)
         whole = "the channel's Σ s²" if channel_told(settings) else "‖M‖²"
         console.print(
             f"Means over heads. Energy: share of {whole}. Symmetric share 0.5: both halves weigh the same. "

@@ -24,7 +24,8 @@ SourceArg = Annotated[
     ),
 ]
 LayersOpt = Annotated[
-    str | None, typer.Option(help="Inclusive list such as 10-18,20.", show_default="the recipe's")
+    str | None,
+    typer.Option(metavar="LIST", help="Inclusive list such as 10-18,20.", show_default="the recipe's"),
 ]
 AttentionOpt = Annotated[
     str | None,
@@ -34,7 +35,9 @@ FoldOpt = Annotated[
     bool,
     typer.Option("--fold-norm", help="Take the gain of the RMSNorm before attention into the product."),
 ]
-HeadsOpt = Annotated[str | None, typer.Option(help="Query heads, such as 0-3,7.", show_default="all")]
+HeadsOpt = Annotated[
+    str | None, typer.Option(metavar="LIST", help="Query heads, such as 0-3,7.", show_default="all")
+]
 ModesOpt = Annotated[
     int | None,
     typer.Option(help="Modes per head; with --energy the most.", show_default="the recipe's, or half of all"),
@@ -131,10 +134,14 @@ def place_of(text: str) -> Path | str:
 
     if not text:
         raise UsageError("OUT is empty", fix="name it; is a variable of the shell unset?")
+    if text.lower().startswith("memory://"):
+        what = "what is at memory:// is gone when this command ends"
+        raise UsageError(what, where=text, fix="a directory, or an OUT at s3://, gs:// or az://")
     return text if out_url(text) else Path(os.path.expanduser(text))  # noqa: PTH111 - as above
 
 
-def _named(text: str) -> Path:
+def named(text: str) -> Path:
+    """A path that must be there; an empty one is no current directory."""
     if not text:
         raise typer.BadParameter("it is empty; is a variable of the shell unset?")
     return Path(text)
@@ -154,7 +161,7 @@ OutOrUrlArg = Annotated[
     str, typer.Argument(metavar="OUT", help="What `apply` wrote, a directory or a URL.", show_default=False)
 ]
 OutArg = Annotated[
-    Path, typer.Argument(metavar="OUT", help="What `apply` wrote.", show_default=False, parser=_named)
+    Path, typer.Argument(metavar="OUT", help="What `apply` wrote.", show_default=False, parser=named)
 ]
 
 
@@ -208,7 +215,8 @@ class LookFlags(HeadFlags):
     """What is looked at; of an edit in ``--config``, alpha, select and seed mean nothing to that."""
 
     layers: Annotated[
-        str | None, typer.Option(help="Inclusive list such as 10-18,20.", show_default="all")
+        str | None,
+        typer.Option(metavar="LIST", help="Inclusive list such as 10-18,20.", show_default="all"),
     ] = None
     modes: Annotated[
         int | None,

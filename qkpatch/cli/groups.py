@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from copy import copy
 from dataclasses import MISSING, Field, fields, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any, cast, get_args, get_type_hints
 
 import typer
@@ -17,15 +18,21 @@ def _with_help(hint: Any, field: Field[Any]) -> Any:
     return hint if text is None else Annotated[hint, typer.Option(name, help=text)]
 
 
+_VALUES = {str: "TEXT", int: "N", float: "X", Path: "PATH"}
+
+
 def _drawn(hint: Any, panel: str | None) -> Any:
-    """An option as ``--help`` shows it: below the heading of its group; of a flag, no type."""
+    """An option as ``--help`` shows it: below the heading of its group; its value, unless one is said, by its type."""
     kind, *said = get_args(hint) or (hint,)
     said = [copy(one) for one in said]
     for one in said:
         if isinstance(one, typer.models.OptionInfo):
             one.rich_help_panel = panel
+            kinds = (kind, *get_args(kind))
             if kind is bool:
                 one.metavar = ""
+            elif one.metavar is None:
+                one.metavar = next((shown for of, shown in _VALUES.items() if of in kinds), None)
     return Annotated[(kind, *said)] if said else hint
 
 

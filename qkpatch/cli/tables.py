@@ -53,7 +53,7 @@ def show_plan(plan: EditPlan, costs: Costs, in_place: Foreseen | None, *, is_mar
             for (attention, shard, other), layers in rows.items():
                 cells = [attention] * has_sets + [safe(shard)] + [safe(other)] * has_others
                 table.add_row(format_ranges(sorted(layers)), *cells)
-            console.print(table)
+            print_table(console, table)
         dtypes = " and ".join(sorted({edit.query.dtype for edit in plan.edits})) or "no dtype"
         n_files = len(plan.output.files)
         console.print(
@@ -127,7 +127,7 @@ def show_edits(plan: EditPlan, manifest: Manifest, *said: str) -> None:
                 *([f"{mean(head.rounding_error for head in edit.heads):.3f}"] if is_coarse else []),
             )
         if manifest.edits:
-            console.print(table)
+            print_table(console, table)
         for line in said:
             console.print(plain(line), soft_wrap=line == said[-1], markup=False)
 
@@ -179,7 +179,7 @@ def show_sweep(sweep: Sweep, out: Path) -> None:
             figures = (of.relative_change, of.energy_removed, of.realised_share, of.rounding_error)
             table.add_row(variant.name, *("-" if figure is None else f"{figure:.4f}" for figure in figures))
     with results() as console:
-        console.print(table)
+        print_table(console, table)
         script = safe(shlex.join(["bash", as_word(str(out / "evaluate.sh"))]))
         done = "variant(s), all done already" if sweep.already_done else "variant(s)"
         console.print(f"{len(sweep.variants)} {done}; evaluate them with: {script}", soft_wrap=True)
@@ -204,7 +204,7 @@ def show_publication(publication: Publication) -> None:
         for step in publication.steps:
             how = f"copy from {base.repo}@{base.commit[:12]}" if step.is_copy and base else "upload"
             table.add_row(safe(how), size_text(step.size), safe(step.name))
-        console.print(table)
+        print_table(console, table)
         copied = sum(step.size for step in publication.steps if step.is_copy)
         both = f"{size_text(publication.sent_bytes)} to upload, {size_text(copied)} copied"
         console.print(f"{both} on the Hub's side")
@@ -255,7 +255,7 @@ def show_evaluation(result: Evaluation) -> None:
             table = plain_table("figure", "value")
             for name, value in result.to_json()["sides"][0]["figures"].items():
                 table.add_row(name, f"{value:.4f}")
-            console.print(table)
+            print_table(console, table)
         for one in result.comparisons:
             model, base = (safe(result.sides[i].label) for i in (one.model, one.base))
             console.print(f"[bold]{model}[/] against [bold]{base}[/]", soft_wrap=True)
@@ -265,7 +265,7 @@ def show_evaluation(result: Evaluation) -> None:
                 cells = (figure.base, figure.model), (d.p, figure.smallest_detectable)
                 left, right = ([f"{x:.4f}" for x in some] for some in cells)
                 table.add_row(name, *left, f"{d.estimate:+.4f}", f"{d.low:+.4f} to {d.high:+.4f}", *right)
-            console.print(table)
+            print_table(console, table)
             tests = (f"{name} {t.only_base} : {t.only_model}, p {t.p:.4f}" for name, t in one.mcnemar.items())
             console.print(f"McNemar, base alone : model alone: {'; '.join(tests)}", soft_wrap=True)
             kept = (f"{name} {value:.4f}" for name, value in one.kept.items())
@@ -292,14 +292,23 @@ def show_collected(collected: Collected) -> None:
                     beyond = f"{figure.smallest_detectable:.4f}", f"{one.holm[name]:.4f}"
                     sides = "-" if test is None else f"{test.only_base} : {test.only_model}, p {test.p:.4f}"
                     table.add_row(safe(one.variant), *cells, *beyond, sides)
-                console.print(table)
+                print_table(console, table)
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print a table, wider than the terminal where names or numbers would else be broken, which could not be copied."""
+    width = console.width
+    needed = console.measure(table, options=console.options.update_width(1 << 16)).minimum
+    console.width = max(width, needed)
+    console.print(table, crop=False)
+    console.width = width
 
 
 def plain_table(*columns: str) -> Table:
-    """Plain columns, no frame: fits 80 characters, survives copying; numbers to the right, names folded, not cut."""
+    """Plain columns, no frame: fits 80 characters, survives copying; numbers to the right, names whole."""
     # Closer together where there is less room, before words are broken.
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, int(output_width() >= WIDE)))
     for column in columns:
         is_text = column.startswith(("shard", "key", "attention", "action", "file", "figure", "variant"))
-        table.add_column(column, justify="left" if is_text else "right", overflow="fold")
+        table.add_column(column, justify="left" if is_text else "right", no_wrap=is_text)
     return table

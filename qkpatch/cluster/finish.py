@@ -25,6 +25,7 @@ from qkpatch.common.interrupts import signals_held, signals_let_through
 from qkpatch.common.number_ranges import format_ranges
 from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.common.part import Part
+from qkpatch.common.text import Warned, warned
 from qkpatch.compare.verify import recorded
 from qkpatch.errors import CheckpointError, FileSystemError, QKPatchError, UsageError, refuse_warnings
 from qkpatch.output.copying import copy_range
@@ -81,7 +82,7 @@ def finish(out: str | Path, *, strict: bool = False, observer: Observer = UNSEEN
     return replace(manifest, run=replace(manifest.run, weaker=tuple(weaker) or None))
 
 
-def _clear(out: Path, parent: Rooted, place: Path) -> Iterator[str]:
+def _clear(out: Path, parent: Rooted, place: Path) -> Iterator[Warned]:
     """Remove what the parts of a published OUT left; what is said where some of it stays."""
     try:
         for path in (out, place):
@@ -91,7 +92,7 @@ def _clear(out: Path, parent: Rooted, place: Path) -> Iterator[str]:
                 parent.remove_tree(place.name)
     except FileSystemError as error:
         if parent.status(place.name) is not None:
-            yield f"what the parts left stays until `qkpatch finish` is run again: {error}"
+            yield warned(f"what the parts left stays until `qkpatch finish` is run again: {error}")
 
 
 def _is_there(out: Path) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from qkpatch.common.text import cut, meant
+from qkpatch.common.text import NUMBER, cut, meant
 from qkpatch.errors import RecipeError
 
 E = TypeVar("E", bound=Enum)
@@ -50,7 +50,9 @@ class _StrictLoader(yaml.SafeLoader):
             # YAML 1.1 reads 010 as eight, 1:30 and 1:30.0 as ninety, and 1_0.5 as ten and a half.
             is_int, is_float = (node.tag.endswith(kind) for kind in (":int", ":float"))
             if (is_int and not _INTEGER.fullmatch(node.value)) or (is_float and set(node.value) & set(":_")):
-                raise _refused(f"{node.value!r} is not a plain decimal number", node)
+                raise _refused(
+                    f"{node.value!r} is not a plain decimal number; write 10 or 0.5, or quote it", node
+                )
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -177,9 +179,13 @@ class Fields:
         if kind is float and type(value) is int and abs(value) < 2**1023:
             value = float(value)
         if type(value) is not kind:
-            fix = (
-                f"; write {key}: [{value!s:.60}]" if kind is list and type(value) in (str, int, float) else ""
-            )
+            fix = ""
+            if kind is list and type(value) in (str, int, float):
+                fix = f"; write {key}: [{value!s:.60}]"
+            elif kind in (int, float) and type(value) is str:
+                fix = f"; {NUMBER}"
+            elif kind is int and type(value) is float and value.is_integer() and abs(value) < 1e15:
+                fix = f"; write {key}: {value:.0f}"
             self.fault(f"expected {kind.__name__}, got {_show(value)}{fix}", key)
             return default
         return value

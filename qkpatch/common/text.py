@@ -6,16 +6,27 @@ import shlex
 import textwrap
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import NewType
 
 from qkpatch.errors import plain
 
 _NARROWEST = 40  # columns; in fewer, lines are left to the terminal
 LONGEST = 2000  # characters of what is shown on one line: files put names and texts of any length into it
 
+NUMBER = "a number has no quotes, a point for a comma, and one before an e: 1.0e-3"  # in YAML
+
 
 def cut(text: str, most: int) -> str:
     """``text``, or its first ``most`` characters and an ellipsis."""
     return text if len(text) <= most else f"{text[:most]}…"
+
+
+Warned = NewType("Warned", str)
+
+
+def warned(what: str) -> Warned:
+    """A warning, of bounded length: names of tensors and files are of any. All are made here, and docs list them."""
+    return Warned(cut(what, LONGEST))
 
 
 def meant(unknown: Iterable[str], known: Iterable[str]) -> str:

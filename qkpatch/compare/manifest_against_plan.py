@@ -151,7 +151,7 @@ def warnings_apart(manifest: Manifest, planned: Manifest, plan: EditPlan) -> tup
     if manifest.tool.version != planned.tool.version:
         return [], []
     due = Counter((*planned.warnings, *numerical_warnings(manifest.edits, plan.settings.rule_of)))
-    said, beside = Counter(manifest.warnings), Counter(folder_warnings(plan.model.checkpoint))
+    said, beside = Counter(manifest.warnings), Counter[str](folder_warnings(plan.model.checkpoint))
     lacking, more = due - said, said - due
     return [*(lacking - beside).elements()], [*(more + (lacking & beside)).elements()]
 

@@ -15,6 +15,7 @@ from qkpatch.checkpoint.files import os_errors
 from qkpatch.common.json_text import canonical_json
 from qkpatch.common.observer import Observer
 from qkpatch.common.part import Part
+from qkpatch.common.text import warned
 from qkpatch.common.typed_json import as_json
 from qkpatch.errors import UsageError
 from qkpatch.evaluation.chair import figures
@@ -40,7 +41,7 @@ class Evaluation:
     def warnings(self) -> list[str]:
         """What a reader should know before the figures."""
         n = self.task.pictures.left_out
-        left_out = [f"{n} annotated picture(s) are not in --images"] * bool(n)
+        left_out = [warned(f"{n} annotated picture(s) are not in --images")] * bool(n)
         return [*left_out, *dict.fromkeys(text for one in self.comparisons for text in one.warnings)]
 
     @property

@@ -9,6 +9,7 @@ from statistics import fmean
 
 import numpy as np
 
+from qkpatch.common.text import warned
 from qkpatch.evaluation.annotations import KINDS
 from qkpatch.evaluation.chair import CaptionScore, chair_columns, yes_no_columns
 from qkpatch.evaluation.measure import Side, Task
@@ -81,10 +82,10 @@ def compare(task: Task, sides: Sequence[Side], model: int, base: int) -> Compari
         tests[kind] = mcnemar(*right)
     warnings = []
     if named["length"].difference.high < 0:
-        warnings.append(f"fewer objects are named than before: look at {EQUAL_RECALL}")
+        warnings.append(warned(f"fewer objects are named than before: look at {EQUAL_RECALL}"))
     unfinished = fmean(not record.finished for side in (a, b) for record in side.records)
     if unfinished > 0.05:
-        warnings.append(f"{unfinished:.0%} of the captions were cut short by max_new_tokens")
+        warnings.append(warned(f"{unfinished:.0%} of the captions were cut short by max_new_tokens"))
     return Comparison(model, base, named, tests, *kept(a, b), tuple(warnings))
 
 

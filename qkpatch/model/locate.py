@@ -24,7 +24,7 @@ _PAGE = re.compile(
     re.ASCII,
 )
 
-_LOST_SLASH = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/")  # how a path shows a URL
+_LOST_SLASH = re.compile("([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)  # how a path shows a URL
 
 
 class Access(Enum):
@@ -65,7 +65,7 @@ class Source:
 def locate(text: str, access: Access = Access.download) -> Source:
     """Find SOURCE: a URL of a store, an existing path, a recipe name, or ``org/name[@revision]`` on the Hub.
 
-    ``org/name`` is a path where ``org`` is a directory here that holds something of a similar name.
+    ``org/name`` is a path where ``org`` is, or is nearly, a directory here that holds something of a similar name.
 
     Raises:
         UsageError: it is none of these.
@@ -107,6 +107,8 @@ def locate(text: str, access: Access = Access.download) -> Source:
         revision = page["at"] or page["tree"]
         meant = f"{page['id']}@{revision}" if revision else page["id"]
         raise UsageError("an address, not a Hub id", where=text, fix=f"write org/name[@revision]: {meant}")
+    if path is None and "://" not in text:
+        _check_slashes(text, "no such file or directory")
     if hub_id is None or (path is None and text.startswith((".", "/", "~"))):
         fix = f"check the path; {near_names(text, shipped_recipes())}"
         raise UsageError("no such file or directory, recipe, or Hub id (org/name)", where=text, fix=fix)
@@ -137,10 +139,16 @@ def out_url(text: str | Path) -> StoreUrl | None:
         UsageError: as :func:`store_url`; an address that is neither.
     """
     url = None if isinstance(text, Path) else store_url(text)
-    if url is None and _LOST_SLASH.match(str(text)):
-        what = "OUT is a directory, or the URL of a folder in a store"
-        raise UsageError(what, where=str(text), fix="write it as text: s3://bucket/folder")
+    if url is None:
+        _check_slashes(str(text), "OUT is a directory, or the URL of a folder in a store, as text")
     return url
+
+
+def _check_slashes(text: str, what: str) -> None:
+    if lost := _LOST_SLASH.fullmatch(text):
+        is_page, url = "://" in text, f"{lost[1]}://{lost[2]}"  # of the Hub
+        fix = "to publish: --push ORG/NAME" if is_page else f"a URL has two slashes: {url}"
+        raise UsageError(what, where=text, fix=fix)
 
 
 def local_path(text: str) -> Path | None:

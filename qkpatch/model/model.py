@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from qkpatch.checkpoint.names import USUAL
 from qkpatch.checkpoint.source import Checkpoint, open_checkpoint
+from qkpatch.common.text import Warned
 from qkpatch.errors import AmbiguousError, CheckpointError, UsageError
 from qkpatch.model.choice import ANOTHER, choose_recipe, query_like
 from qkpatch.model.locate import Access, Source, locate
@@ -28,7 +29,7 @@ class Model:
     recipe: Recipe
     sets: tuple[AttentionSet, ...]  # at least one; all with the same numbers of layers and query heads
     recipe_file: str | None = None  # where the recipe is one of the user's own
-    notes: tuple[str, ...] = ()  # what was taken for what, where the class is unknown
+    notes: tuple[Warned, ...] = ()  # what was taken for what, where the class is unknown
 
     @property
     def tower(self) -> LanguageTower:
@@ -111,7 +112,7 @@ def understood(
         fix = "say which recipe the layers there fit"
         raise UsageError("it goes with --recipe", where="--prefix", fix=fix)
     recipe = named or located.recipe or _chosen(located, checkpoint)
-    notes: tuple[str, ...] = ()
+    notes: tuple[Warned, ...] = ()
     is_foreign = not recipe.matches(checkpoint.config) and recipe in language_models()
     try:
         if named is not None and (prefix is not None or is_foreign):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qkpatch.checkpoint.source import Checkpoint
+from qkpatch.common.text import Warned, warned
 from qkpatch.errors import AmbiguousError, CheckpointError, QKPatchError, UnsupportedError
 from qkpatch.model.choice import ANOTHER
 from qkpatch.model.neighbours import Names, parent, says_other
@@ -35,10 +36,10 @@ class Placed:
     rival: str | None = None  # what else may be
 
     @property
-    def told(self) -> str:
+    def told(self) -> Warned:
         """What was taken, and why."""
         tower, section = self.tower, "" if self.section == TOP_LEVEL else f"'s {self.section}"
-        return (
+        return warned(
             f"as a {self.recipe.name} model were taken the layers {self.prefix} "
             f"({tower.n_layers} layers, {tower.layout.n_heads} query / {tower.layout.n_kv_heads} key heads of "
             f"{tower.layout.d_head}, hidden {tower.layout.d_model}), which agree with config.json{section}: "

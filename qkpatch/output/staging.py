@@ -29,6 +29,7 @@ from qkpatch.checkpoint.files import CANNOT, os_errors
 from qkpatch.checkpoint.names import KEPT
 from qkpatch.checkpoint.open_directory import Rooted, raced
 from qkpatch.common.interrupts import signals_held
+from qkpatch.common.text import Warned, warned
 from qkpatch.errors import FileSystemError
 from qkpatch.output import journal
 from qkpatch.output.destination import destination_path
@@ -66,7 +67,9 @@ class Staging:
         self.path = self.out.with_name(f".{out.name}.qkpatch-{self._tag}{secrets.token_hex(4)}")
         self._resume, self._mode = resume, mode | 0o700
         self._is_held = self.is_kept = False
-        self.lacks: dict[str, None] = {}  # which promises are weaker, since the file system cannot keep them
+        self.lacks: dict[
+            Warned, None
+        ] = {}  # which promises are weaker, since the file system cannot keep them
         # Of OUT's parents, those that are made here.
         self._made = [path for path in self.out.parents if not os.path.lexists(path)]
 
@@ -115,9 +118,9 @@ class Staging:
             except OSError as error:
                 if error.errno not in {*CANNOT, errno.ENOLCK}:
                     raise
-                self.lacks[NO_LOCKS] = None
+                self.lacks[warned(NO_LOCKS)] = None
             if os.fstat(room.fd).st_mode & 0o077:
-                self.lacks[NO_MODES] = None
+                self.lacks[warned(NO_MODES)] = None
             if not _is_still(room, self._parent.status(self.path.name)):
                 return
             self.room, self._is_held = room, True
@@ -192,7 +195,7 @@ class Staging:
             else:
                 raise raced(self.out)
         if not all([*synced, self.room.sync(), self._parent.sync()]):
-            self.lacks[NO_SYNC] = None
+            self.lacks[warned(NO_SYNC)] = None
 
     def _rename(self, name: str, to: str) -> None:
         """From staging to beside it."""
@@ -222,7 +225,7 @@ class Staging:
         if flag == _RENAME_NOREPLACE:
             self._rename(FILES, self.out.name)  # refuses all but an empty directory
             return
-        self.lacks[NO_EXCHANGE] = None
+        self.lacks[warned(NO_EXCHANGE)] = None
         self._rename_back(self.out.name, _REPLACED)
         try:
             self._rename(FILES, self.out.name)

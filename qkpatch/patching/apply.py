@@ -21,6 +21,7 @@ from qkpatch.common.interrupts import import_torch, signals_held, signals_let_th
 from qkpatch.common.json_text import Json, canonical_json
 from qkpatch.common.number_ranges import abbreviate
 from qkpatch.common.observer import UNSEEN, Observer
+from qkpatch.common.text import Warned, warned
 from qkpatch.errors import FileSystemError, HubError, QKPatchError, StoreError, no_torch, refuse_warnings
 from qkpatch.model.targets import LayerTarget
 from qkpatch.output.destination import Replaced
@@ -263,7 +264,7 @@ def _digests(sources: Sources, copier: Copier, writing: Writing, target: LayerTa
     return before, after
 
 
-def numerical_warnings(edits: Sequence[EditRecord], rule_of: Callable[[int], EditRule]) -> list[str]:
+def numerical_warnings(edits: Sequence[EditRecord], rule_of: Callable[[int], EditRule]) -> list[Warned]:
     """What a user should know about the spectra that were met; ``rule_of`` a layer."""
     heads = [(f"{e.layer}.{head.head}", rule_of(e.layer), head) for e in edits for head in e.heads]
     narrow = [name for name, _, head in heads if head.gap is not None and head.gap < GAP_WARNING]
@@ -282,18 +283,16 @@ def numerical_warnings(edits: Sequence[EditRecord], rule_of: Callable[[int], Edi
         f"there are fewer than {wanted} such modes above rounding, so fewer were edited": short,
         "as many modes as --modes allows, half of all by default, hold less than --energy asks for": held,
     }
-    warnings = [
-        f"{what}, in {len(names)} head(s) (layer.head): {abbreviate(names, _NAMED)}"
-        for what, names in told.items()
-        if names
-    ]
+    warnings = []
+    for what, names in told.items():
+        if names:
+            named = abbreviate(names, _NAMED)
+            warnings.append(warned(f"{what}, in {len(names)} head(s) (layer.head): {named}"))
     coarse = [edit for edit in edits if _mean_rounding(edit) > ROUNDING_WARNING]
     if coarse:
         worst = max(_mean_rounding(edit) for edit in coarse)
-        warnings.append(
-            f"rounding to {coarse[0].dtype} adds noise of up to {worst:.0%} of the edit's size (mean over heads), "
-            f"in {len(coarse)} tensor(s)"
-        )
+        noise = f"adds noise of up to {worst:.0%} of the edit's size (mean over heads)"
+        warnings.append(warned(f"rounding to {coarse[0].dtype} {noise}, in {len(coarse)} tensor(s)"))
     return warnings
 
 

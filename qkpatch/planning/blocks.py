@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from qkpatch.common.json_text import Json, exact
 from qkpatch.common.number_ranges import format_ranges
 from qkpatch.common.typed_json import LEFT_OUT, Only, as_json
-from qkpatch.errors import one_line
+from qkpatch.errors import UsageError, one_line
 from qkpatch.output.options import Digest
 from qkpatch.planning.request import ITEM_KEYS
 from qkpatch.recipes.heads import RowLayout
@@ -138,6 +138,19 @@ class SourceBlock(Block):
     def address(self) -> str | None:
         """``org/name@commit`` of a repository, None where it was none."""
         return f"{self.name}@{self.commit}" if self.kind == "hub" else None
+
+    def found_at(self, named: str | None, where: str, fix: str = "name it: --source SOURCE") -> str:
+        """Where SOURCE is: as somebody named it, else where the manifest ``where`` says.
+
+        Raises:
+            UsageError: it was on some machine, and nobody says where.
+        """
+        recorded = self.name if self.kind == "store" else self.address
+        found = recorded if named is None else named
+        if found is None:
+            what = f"it was made from the {self.kind} {self.name!r}, and nothing records where that is"
+            raise UsageError(what, where=where, fix=fix)
+        return found
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from qkpatch.checkpoint.source import Checkpoint
 from qkpatch.common.json_text import canonical_json, exact
 from qkpatch.common.number_ranges import abbreviate, format_ranges, some
 from qkpatch.common.observer import Observer
-from qkpatch.common.text import LONGEST, cut, size_text
+from qkpatch.common.text import Warned, size_text, warned
 from qkpatch.common.typed_json import as_json
 from qkpatch.errors import CheckpointError, HubError, UsageError
 from qkpatch.model.locate import Access
@@ -189,9 +189,7 @@ def plan_of(model: Model, request: Request) -> EditPlan:
     most = request.max_shard_size
     output = Output.copy_of(checkpoint) if most is None else reshard(checkpoint, most)
     _refuse_disputed(model, settings, targets)
-    # Names of tensors and files, which they hold, may be of any length.
-    warnings = tuple(cut(warning, LONGEST) for warning in _warnings(model, settings, targets))
-    return EditPlan(model, settings, edits, warnings, output, request)
+    return EditPlan(model, settings, edits, tuple(_warnings(model, settings, targets)), output, request)
 
 
 def _refuse_disputed(model: Model, settings: EditSettings, targets: tuple[LayerTarget, ...]) -> None:
@@ -209,16 +207,16 @@ def _refuse_disputed(model: Model, settings: EditSettings, targets: tuple[LayerT
             raise CheckpointError(what, where=name, fix="download the checkpoint again, or re-save it")
 
 
-def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, ...]) -> list[str]:
+def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, ...]) -> list[Warned]:
     checkpoint = model.checkpoint
     warnings = [*model.notes]
     say = warnings.append
     if idle := [layer for layer in settings.layers if settings.rule_of(layer).is_noop]:
         stay = f"layers {format_ranges(idle)} stay as they are"
         what = stay if len(idle) < len(settings.layers) else "OUT will be a byte-identical copy of SOURCE"
-        say(f"alpha 1 is a declared no-op: {what}")
+        say(warned(f"alpha 1 is a declared no-op: {what}"))
     warnings += dict.fromkeys(
-        f"antisymmetric modes come in equal pairs: {rule.modes} rounded up to {rule.paired_modes}"
+        warned(f"antisymmetric modes come in equal pairs: {rule.modes} rounded up to {rule.paired_modes}")
         for _, rule in settings.edits
         if rule.paired_modes != rule.modes
     )
@@ -232,66 +230,83 @@ def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, 
         "have another number of query heads than the model and are skipped": uneven,
         "have no query-key product of this kind (linear attention, or another set of tensors) and are skipped": other,
     }
-    warnings += [f"layers {format_ranges(layers)} {what}" for what, layers in skipped.items() if layers]
+    for what, layers in skipped.items():
+        if layers:
+            say(warned(f"layers {format_ranges(layers)} {what}"))
     # Once for all targets: a mixture of experts has 10^5 names.
     adapters = [name for name in checkpoint.tensors if ".lora_" in name]
     adapted = [target for target in targets if _has_adapter(target, adapters)]
     if adapted:
         where = f"{len(adapted)} layer(s), such as {adapted[0].query.name}"
-        say(f"adapters (lora) add to the queries of {where}; the edit acts on the base weight alone")
+        say(warned(f"adapters (lora) add to the queries of {where}; the edit acts on the base weight alone"))
     if model.recipe.tested == UNTESTED:
-        say(f"recipe {model.recipe.name} says that it is untested: compare it with the model's own code")
+        say(
+            warned(
+                f"recipe {model.recipe.name} says that it is untested: compare it with the model's own code"
+            )
+        )
     warnings += checkpoint.notes
     if (method := quantised_by_name(checkpoint.config, checkpoint.tensors.values())) is not None:
         what = f"config.json says that weights are quantised ({method}), and none are"
-        say(f"{what}: loaders refuse them, or quantise what was edited; take quantization_config out of it")
+        say(
+            warned(
+                f"{what}: loaders refuse them, or quantise what was edited; take quantization_config out of it"
+            )
+        )
     if empty := [name for name, ref in checkpoint.tensors.items() if ref.shape == (0,)]:
         what = "tensor(s) are empty, as a ZeRO-3 save without gathering leaves them"
-        say(f"{len(empty)} {what}: {abbreviate(empty, 3)}")
+        say(warned(f"{len(empty)} {what}: {abbreviate(empty, 3)}"))
     if disputed := [f"{name}: {what}" for name, what in checkpoint.disputed.items()]:
-        say(f"the index is wrong about {len(disputed)} tensor(s), none of them edited: {some(disputed, 1)}")
+        say(
+            warned(
+                f"the index is wrong about {len(disputed)} tensor(s), none of them edited: {some(disputed, 1)}"
+            )
+        )
     twins = {name: checkpoint.files[name].size for name in checkpoint.twins}
     warnings += _listed("other weight file(s)", twins, f"stay unpatched ({_UNLESS})")
     warnings += folder_warnings(checkpoint)
     if checkpoint.single_file:
-        say("SOURCE is one file: nothing beside it (tokenizer, config) is copied")
+        say(warned("SOURCE is one file: nothing beside it (tokenizer, config) is copied"))
     if checkpoint.previous_manifest is not None:
-        say("SOURCE was written by qkpatch: this edit comes on top of that one")
+        say(warned("SOURCE was written by qkpatch: this edit comes on top of that one"))
     return warnings
 
 
-def folder_warnings(checkpoint: Checkpoint) -> list[str]:
+def folder_warnings(checkpoint: Checkpoint) -> list[Warned]:
     """What a user should know of things beside the model, which copies of SOURCE need not have."""
     secret = {name: file.size for name, file in checkpoint.files.items() if is_secret(name)}
     warnings = _listed("file(s) named like secrets", secret, f"are copied into OUT ({_UNLESS})")
     if strays := checkpoint.from_outside:
         what = "file(s) are links that lead out of SOURCE, and what they lead to is copied"
-        warnings.append(f"{len(strays)} {what}: {abbreviate(strays, 5)}")
+        warnings.append(warned(f"{len(strays)} {what}: {abbreviate(strays, 5)}"))
     asked = [pattern for pattern in checkpoint.exclude if pattern not in USUAL]
     if unused := [p for p in asked if not any(matching(name, (p,)) for name in checkpoint.left_out)]:
-        warnings.append(f"nothing in SOURCE is called as --exclude says: {some(unused)}")
+        warnings.append(warned(f"nothing in SOURCE is called as --exclude says: {some(unused)}"))
     left = {name: n for name, n in checkpoint.left_out.items() if not matching(name, tuple(RUBBISH))}
-    warnings += _listed("file(s) or folder(s)", left, "are left out of OUT")
-    return [cut(warning, LONGEST) for warning in warnings]
+    return warnings + _listed("file(s) or folder(s)", left, "are left out of OUT")
 
 
-def _listed(kind: str, sizes: Mapping[str, int], what: str) -> list[str]:
+def _listed(kind: str, sizes: Mapping[str, int], what: str) -> list[Warned]:
     """A warning of files, if there are any."""
     shown = abbreviate([f"{name} ({size_text(n)})" for name, n in sizes.items()], 5)
-    return [f"{len(sizes)} {kind}, {size_text(sum(sizes.values()))}, {what}: {shown}"] if sizes else []
+    return (
+        [warned(f"{len(sizes)} {kind}, {size_text(sum(sizes.values()))}, {what}: {shown}")] if sizes else []
+    )
 
 
-def _norm_warnings(model: Model, targets: Sequence[LayerTarget]) -> list[str]:
+def _norm_warnings(model: Model, targets: Sequence[LayerTarget]) -> list[Warned]:
     """What becomes of queries that are shrunk."""
     normed = [target for target in targets if target.norms is not None]
     is_l2_normed = bool(model.tower.logits.get("use_qk_norm"))  # Llama 4: a norm without weights
     if not targets or (not normed and not is_l2_normed):
         return []
     if any(_is_over_projection(target) for target in normed):
-        return ["queries are normalised over all heads, so shrinking W_Q only shifts weight between heads"]
+        return [
+            warned("queries are normalised over all heads, so shrinking W_Q only shifts weight between heads")
+        ]
     if any(target.query.name.removesuffix("weight") + "bias" in target.biases for target in targets):
-        return ["queries are normalised per head, so shrinking W_Q only gives their bias more weight"]
-    return ["queries are normalised per head, so shrinking W_Q changes nothing in the model's output"]
+        return [warned("queries are normalised per head, so shrinking W_Q only gives their bias more weight")]
+    return [warned("queries are normalised per head, so shrinking W_Q changes nothing in the model's output")]
 
 
 def _has_adapter(target: LayerTarget, adapters: Iterable[str]) -> bool:

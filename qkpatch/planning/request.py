@@ -9,7 +9,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qkpatch.common.number_ranges import as_numbers, format_ranges, some
-from qkpatch.common.text import meant
+from qkpatch.common.text import NUMBER, meant
 from qkpatch.errors import UsageError
 from qkpatch.recipes.recipe import is_prefix
 from qkpatch.spectral.rule import Channel, Select
@@ -93,7 +93,7 @@ class Request:
             ):
                 kind = getattr(kinds, "__name__", "number")
                 is_number = isinstance(given, str) and kinds is not bool  # in the eyes of whoever wrote it
-                fix = "a number has no quotes, and a dot before an e: 1.0e-3" if is_number else None
+                fix = NUMBER if is_number else None
                 raise UsageError(f"{given!r:.80} is no {kind}", where=_flag(what), fix=fix)
         for what in ("attention", "exclude"):
             if not all(isinstance(name, str) for name in getattr(self, what) or ()):
@@ -256,7 +256,8 @@ def _items(
         if len(twice) > _MOST:
             break
     if faults:
-        raise UsageError(faults, fix="say a thing once: in an item, or beside edits for all of them")
+        fix = "say a thing once: in an item, or beside edits for all of them"
+        raise UsageError(faults, where="edits", fix=fix)
     return tuple(items)
 
 

@@ -12,6 +12,7 @@ from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME
 from qkpatch.checkpoint.tree import is_plain_relative
 from qkpatch.checkpoint.weights import is_index
 from qkpatch.common.number_ranges import abbreviate
+from qkpatch.common.text import Warned, warned
 from qkpatch.errors import MismatchError, UsageError
 from qkpatch.hub.commit import Base, PushRepository, Step, check_repository, copyable, publish
 from qkpatch.hub.repository import HubId
@@ -139,9 +140,9 @@ _NOT_ON_HUB = {".git", ".cache"}  # folders that huggingface_hub refuses, when a
 _WHY = {"--include": "reached by links that lead out of SOURCE", "--include-hidden": "private by name"}
 
 
-def _warnings(withheld: dict[str, list[str]]) -> list[str]:
+def _warnings(withheld: dict[str, list[str]]) -> list[Warned]:
     return [
-        f"{len(names)} file(s) are not published, {_WHY[flag]} ({flag} insists): {', '.join(names)}"
+        warned(f"{len(names)} file(s) are not published, {_WHY[flag]} ({flag} insists): {', '.join(names)}")
         for flag, names in withheld.items()
     ]
 

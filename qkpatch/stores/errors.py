@@ -14,6 +14,9 @@ _SKEWED = ("RequestTimeTooSkewed", "too skewed", "too far from the server time")
 _BUSY = ("SlowDown", "reduce your request rate", "TooManyRequests", "429", "ServerBusy", "503", "Throttl")
 _MOVED_ON = ("PreconditionFailed", "pre-condition", "precondition", "ConditionNotMet", "FileExpired")
 _MISSING = ("404", "NoSuch", "Not Found")
+# How clients say that nobody is there.
+_UNREACHED = ("EndpointConnectionError", "ConnectTimeoutError", "ConnectionTimeoutError", "ClientConnector",
+              "ConnectionRefused")  # fmt: skip
 _NO_KEY = ("NoCredentials", "PartialCredentials", "DefaultCredentialsError", "ClientAuthenticationError")
 
 
@@ -51,6 +54,11 @@ def has_changed(error: Exception) -> bool:
     return not isinstance(error, FileExistsError) and says(error, _MOVED_ON)
 
 
+def is_unreached(error: Exception) -> bool:
+    """Whether no server was met; clients try that for a while themselves."""
+    return says(error, _UNREACHED)
+
+
 def is_passing(error: Exception) -> bool:
     """Whether trying again may help: a broken connection, a store that is busy; not what it refuses."""
     if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
@@ -73,6 +81,11 @@ def explained(error: Exception, where: str) -> StoreError:
         return changed_object(where)
     elif says(error, _NO_KEY):
         what, fix = f"the client has no credentials: {said}", "give it its own: docs/stores.md says where"
+    elif is_unreached(error):
+        what, fix = (
+            f"the server cannot be reached: {said}",
+            "check URL, connection and proxies, AWS_ENDPOINT_URL",
+        )
     elif isinstance(error, FileExistsError):
         what, fix = "somebody else has made it meanwhile", "is another qkpatch writing there?"
     elif isinstance(error, FileNotFoundError):

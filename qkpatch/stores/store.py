@@ -19,11 +19,13 @@ from qkpatch.stores.errors import (
     changed_object,
     has_changed,
     is_passing,
+    is_unreached,
     says,
     store_errors,
 )
 from qkpatch.stores.range_reader import IN_FLIGHT
 from qkpatch.stores.url import EXTRAS, StoreUrl
+from qkpatch.stores.web import crawled
 
 if TYPE_CHECKING:
     from qkpatch.stores.parts import Part
@@ -36,7 +38,6 @@ _IDENTITIES = ("ETag", "etag", "generation", "md5Hash", "content_md5", "Last-Mod
                "last_modified", "updated", "mtime", "created")  # fmt: skip
 _COPYING = ("s3", "gs", "memory")  # whole objects within the store; others would have to be waited for
 PIECE = 16 << 20  # bytes that are sent at a time
-MOST_PAGES = 1000  # folders of a web server, each of them a page
 _FIRST_WAIT = 0.5  # seconds; each further one is twice as long
 
 
@@ -54,6 +55,7 @@ class Store:
 
     is_pinned = False  # whether each read says itself which version of the object is meant
     tries = 4  # of a call that fails for a reason that may pass
+    has_answered = False  # what never did has most likely a wrong address, and who waits is told nothing
     copies_parts = False  # whether an object may be made of parts of others, on the store's side
 
     def __init__(self, url: StoreUrl, fs: Any) -> None:
@@ -77,6 +79,9 @@ class Store:
             CheckpointError: names that no checkpoint has.
         """
         found = self.attempt(self.url.text, self._find)
+        if self._is_http and not found:  # which says nothing of a server that is not there
+            with suppress(FileNotFoundError), store_errors(self.url.text):
+                self.fs.ls(self.root)
         if len(found) > MOST_NAMES:
             raise CheckpointError(
                 f"more than {MOST_NAMES} files, which no checkpoint has", where=self.url.text
@@ -92,7 +97,10 @@ class Store:
 
     def _find(self) -> Mapping[str, Any]:
         try:
-            found = self._crawled() if self._is_http else self.fs.find(self.root, detail=True)
+            if self._is_http:
+                found = crawled(self.fs, self.root, self.url.text)
+            else:
+                found = self.fs.find(self.root, detail=True)
         except FileNotFoundError:
             return {}
         if not isinstance(found, dict):  # how some say that it is an object
@@ -100,21 +108,6 @@ class Store:
         return {
             path: info for path, info in found.items() if info.get("type") != "directory" and path[-1:] != "/"
         }
-
-    def _crawled(self) -> Mapping[str, Any]:
-        """What pages link to, page by page: they may link to each other without end."""
-        found, waiting = dict[str, Any](), [self.root]
-        for page in waiting:
-            check_stop()
-            if len(waiting) > MOST_PAGES or len(found) > MOST_NAMES:
-                what = f"more than {MOST_PAGES} folders or {MOST_NAMES} files, which no checkpoint has"
-                raise CheckpointError(what, where=self.url.text, fix="name the folder of the model itself")
-            with suppress(OSError):
-                listed = {info["name"]: info for info in self.fs.ls(page, detail=True)}
-                found |= listed
-                inner = {name.rstrip("/") for name, info in listed.items() if info["type"] == "directory"}
-                waiting += sorted(inner - {*waiting})
-        return found
 
     def _name(self, path: str) -> str:
         name = path[len(self.root) + 1 :]
@@ -294,12 +287,16 @@ class Store:
         with store_errors(where):
             for failures in range(1, self.tries + 1):
                 try:
-                    return call()
+                    found = call()
                 except Exception as error:
                     if has_changed(error):
                         raise changed_object(where) from error
-                    if failures == self.tries or not is_passing(error):
+                    is_dead = is_unreached(error) and not self.has_answered
+                    if is_dead or failures == self.tries or not is_passing(error):
                         raise
+                else:
+                    self.has_answered = True
+                    return found
                 until = time.monotonic() + _FIRST_WAIT * 2**failures / 2
                 while (left := until - time.monotonic()) > 0 and not is_given_up():
                     check_stop()
@@ -338,9 +335,8 @@ def open_store(url: StoreUrl) -> Store:
         fix = (
             f"pip install 'qkpatch[{extra}]'" if extra else str(known_implementations[url.scheme].get("err"))
         )
-        raise UsageError(
-            f"the client of {url.scheme}:// is not installed", where=url.text, fix=fix
-        ) from error
+        what = f"the client of {url.text.partition(':')[0]}:// is not installed"
+        raise UsageError(what, where=url.text, fix=fix) from error
     if url.scheme == "s3":
         from qkpatch.stores.s3 import S3Store
 

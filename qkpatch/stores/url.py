@@ -12,10 +12,10 @@ _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)(?P<chain>::.*)?://(?P<re
 _AT, _COLON = re.compile(in_url("@")), re.compile(in_url(":"))
 _QUERY = re.compile(rf"{in_url('?#')}|{in_url(';')}[^/;]{{0,64}}{in_url('=')}")
 # Names that mean one store, and the extra that brings its client.
-_SAME = {"s3a": "s3", "gcs": "gs", "az": "abfs", "abfss": "abfs"}
-EXTRAS = {"s3": "s3", "gs": "gcs", "abfs": "azure", "http": "https", "https": "https"}
+_SAME = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az"}
+EXTRAS = {"s3": "s3", "gs": "gcs", "az": "azure", "http": "https", "https": "https"}
 # Where an object is there whole or not at all, so that OUT may be there.
-WRITABLE = ("s3", "gs", "abfs", "memory")
+WRITABLE = ("s3", "gs", "az", "memory")
 _LOCAL = ("file", "local")
 
 
@@ -23,7 +23,7 @@ _LOCAL = ("file", "local")
 class StoreUrl:
     """``scheme://bucket/folder``, without a slash at its end."""
 
-    scheme: str  # in its first spelling: s3, gs, abfs
+    scheme: str  # in its first spelling: s3, gs, az
     place: str  # what follows, as it was written
     text: str
 
@@ -45,7 +45,7 @@ class StoreUrl:
         if scheme in _LOCAL:
             raise UsageError("a file of this machine", where=text, fix="write its path, without the scheme")
         host, _, folder = rest.partition("/")
-        is_azure = _SAME.get(scheme, scheme) == "abfs"  # container@account
+        is_azure = _SAME.get(scheme, scheme) == "az"  # container@account
         users = [user for part in rest.split("/") for user in _AT.split(part)[:-1]]
         if (_AT.search(host) and not is_azure) or any(map(_COLON.search, users)) or _QUERY.search(rest):
             what = "the URL has a user, a password, a token or a signature in it, which would be shown and recorded"

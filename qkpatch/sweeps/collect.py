@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from qkpatch.checkpoint.files import os_errors
 from qkpatch.checkpoint.tree import source_file
 from qkpatch.common.number_ranges import some
+from qkpatch.common.text import Warned, meant, warned
 from qkpatch.errors import UsageError
 from qkpatch.publishing.runs import SUFFIX, TABLE, Run, lmms_runs, table_run
 from qkpatch.sweeps.record import SWEEP_NAME, Sweep
@@ -69,23 +70,21 @@ def collect(sweep: str | Path, *results: str | Path, against: str = BASE) -> Col
     record = Sweep.loads(source_file(folder / SWEEP_NAME, SWEEP_NAME).read(), str(folder / SWEEP_NAME))
     names = [BASE, *(variant.name for variant in record.variants)]
     if against not in names:
-        raise UsageError(
-            f"no variant of this sweep; there are {some(names, 5)}", where=f"--against {against}"
-        )
+        raise _no_variant(against, names, f"--against {against}")
     runs, warnings = _by_name(names, _files(folder, names, results), against)
     missing = [name for name in names if not any(name == of for of, _ in runs)]
     if against in missing:
         what = f"there is no run of {against}, so nothing can be compared"
         raise UsageError(what, where=str(folder), fix=f"evaluate it too: bash evaluate.sh {against}")
     if missing:
-        warnings.append(f"not evaluated: {some(missing, 5)}")
+        warnings.append(warned(f"not evaluated: {some(missing, 5)}"))
     comparable: dict[str, dict[str, Run]] = {}
     for (name, task), run in runs.items():
         if name == against:
             continue
         base = runs.get((against, task))
         if base is None:
-            warnings.append(f"{name}, {task}: {against} was not evaluated on it")
+            warnings.append(warned(f"{name}, {task}: {against} was not evaluated on it"))
         elif not _doubtful(name, run, base, against, warnings):
             comparable.setdefault(task, {})[name] = run
     found = [
@@ -100,6 +99,11 @@ def collect(sweep: str | Path, *results: str | Path, against: str = BASE) -> Col
     return Collected(record.source.name, against, tuple(_adjusted(found)), tuple(warnings))
 
 
+def _no_variant(name: str, names: Sequence[str], where: str) -> UsageError:
+    fix = f"{meant([name], names)}there are {some(names, 5)}"
+    return UsageError(f"{name!r} is no variant of this sweep", where=where, fix=fix)
+
+
 def _files(
     sweep: Path, names: Sequence[str], results: Sequence[str | Path]
 ) -> Iterator[tuple[str, Path, Path]]:
@@ -108,8 +112,7 @@ def _files(
         name, equals, rest = str(given).partition("=")
         said, place = (name, Path(rest)) if equals and not Path(given).exists() else ("", Path(given))
         if said and said not in names:
-            fix = f"there are {some(names, 5)}"
-            raise UsageError(f"{said!r} is no variant of this sweep", where=str(given), fix=fix)
+            raise _no_variant(said, names, str(given))
         if not results and not place.exists():
             fix = f"bash {sweep / 'evaluate.sh'}"
             raise UsageError("nothing of this sweep was evaluated yet", where=str(place), fix=fix)
@@ -125,10 +128,10 @@ def _files(
 
 def _by_name(
     names: Sequence[str], files: Iterable[tuple[str, Path, Path]], first: str
-) -> tuple[dict[tuple[str, str], Run], list[str]]:
+) -> tuple[dict[tuple[str, str], Run], list[Warned]]:
     """The newest run of each variant and task, by its file's name, and what is to be said about others."""
     every: dict[tuple[str, str], list[Run]] = {}
-    strangers, warnings = list[str](), list[str]()
+    strangers, warnings = list[str](), list[Warned]()
     for said, place, file in files:
         parts = [place.name, *file.relative_to(place).parts[:-1]] if place.is_dir() else [place.parent.name]
         is_table = file.stem.endswith(TABLE)
@@ -142,14 +145,16 @@ def _by_name(
         what = f"of no variant by their names: {some(list(dict.fromkeys(strangers)), 3)}"
         if not every:
             raise UsageError(what, fix="say which: NAME=FOLDER")
-        warnings.append(f"left out, {what}; NAME=FOLDER says which")
+        warnings.append(warned(f"left out, {what}; NAME=FOLDER says which"))
     newest: dict[tuple[str, str], Run] = {}
     for key in sorted(every, key=lambda key: (key[0] != first, names.index(key[0]), key[1])):
         run = max(every[key], key=lambda run: run.file.name)
         if len({one.file for one in every[key]}) > 1:
-            warnings.append(f"{', '.join(key)}: {len(every[key])} runs, of which {run.file.name} counts")
+            warnings.append(
+                warned(f"{', '.join(key)}: {len(every[key])} runs, of which {run.file.name} counts")
+            )
         if twin := next((of for (of, _), one in newest.items() if one.same(run)), None):
-            warnings.append(f"{', '.join(key)}: the same run as {twin}'s, left out")
+            warnings.append(warned(f"{', '.join(key)}: the same run as {twin}'s, left out"))
             continue
         newest[key] = run
     return newest, warnings
@@ -163,17 +168,19 @@ def _called(names: Sequence[str], parts: Sequence[str]) -> str:
     return max(ends, key=len, default="")
 
 
-def _doubtful(name: str, run: Run, base: Run, against: str, warnings: list[str]) -> bool:
+def _doubtful(name: str, run: Run, base: Run, against: str, warnings: list[Warned]) -> bool:
     """Whether a comparison would mean nothing; that, and what else may be behind a difference, is told."""
     where = f"{name}, {run.task}"
     if differing := run.differing(base):
-        warnings.append(f"{where}: not compared, as it differs from {against} in {', '.join(differing)}")
+        warnings.append(
+            warned(f"{where}: not compared, as it differs from {against} in {', '.join(differing)}")
+        )
     elif doubts := run.doubts(base):
-        warnings.append(f"{where}: it differs from {against} in {', '.join(doubts)} too")
+        warnings.append(warned(f"{where}: it differs from {against} in {', '.join(doubts)} too"))
     return bool(differing)
 
 
-def _compared(runs: Mapping[str, Run], base: Run, warnings: list[str]) -> Iterator[Found]:
+def _compared(runs: Mapping[str, Run], base: Run, warnings: list[Warned]) -> Iterator[Found]:
     """Runs of one task by variant, all of them over the same draws of its pictures."""
     from qkpatch.evaluation.statistics import figures_beside, grouped, is_yes_or_no, mcnemar
 
@@ -183,7 +190,8 @@ def _compared(runs: Mapping[str, Run], base: Run, warnings: list[str]) -> Iterat
         if shared := {figure: column for figure, column in _columns(run).items() if figure in theirs}:
             sides[name] = shared
         else:
-            warnings.append(f"{name}, {run.task}: no answers lie beside the results that give its figures")
+            what = f"{name}, {run.task}: no answers lie beside the results that give its figures"
+            warnings.append(warned(what))
     if not sides:
         return
     pictures = [sample.picture for sample in base.samples.values()]

@@ -24,6 +24,7 @@ from qkpatch.common.json_text import canonical_json
 from qkpatch.common.number_ranges import some
 from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.common.part import Part
+from qkpatch.common.text import warned
 from qkpatch.common.typed_json import as_json
 from qkpatch.compare.overwrite import standing
 from qkpatch.compare.verify import recorded
@@ -194,7 +195,8 @@ def _planned(
     targets = model.targets(tuple(sorted(layers)), fold_norm=any_of.settings.fold_norm)
     told, warnings = planned_manifest(any_of, ""), [each for plan in plans.values() for each in plan.warnings]
     if form is Form.lora and any(request.select is Select.shrink for request in requests.values()):
-        warnings.append("shrink has full rank, so there is no adapter of it; evaluate.sh makes checkpoints")
+        what = "shrink has full rank, so there is no adapter of it; evaluate.sh makes checkpoints"
+        warnings.append(warned(what))
     variants = tuple(VariantRecord(name, plan.settings.block) for name, plan in plans.items())
     common = (told.tool, told.source, told.recipe.name, form, _digest(any_of, form, variants))
     record = Sweep(*common, variants, tuple(dict.fromkeys(warnings)))

@@ -10,6 +10,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
+from commands import last_said
 from conftest import Tiny, build_tiny
 from fake_hub import FakeHub, Repo, hub_environment, run_qkpatch
 from safetensors.torch import load_file, save_file
@@ -39,7 +40,7 @@ def contents(root: Path) -> dict[str, bytes]:
         (["--channel", "antisymmetric", "--max-rank", "1"], 2, "more than 1", "--max-rank 16"),
         (["--max-rank", "0"], 2, "0 is not between 1 and", "-"),
         (["--for", "vllm", "--max-rank", "513"], 2, "513 is not between 1 and 512", "-"),
-        (["--max-shard-size", "1GB"], 2, "No such option", "-"),
+        (["--max-shard-size", "1GB"], 2, "no such option", "-"),
         (["--device", "cuda:99"], 2, "is not there", "cpu"),
         (["--threads", "0"], 2, "is not between", "-"),
         (["--layers", "7"], 2, "out of range", "-"),
@@ -50,7 +51,7 @@ def test_what_no_adapter_holds_is_refused_with_what_does(
     flags: list[str], code: int, what: str, cure: str, tiny: Tiny, tmp_path: Path, run: Run
 ) -> None:
     before = contents(tmp_path)
-    result = run("lora", tiny.path, "--layers", "1", *flags, "-o", tmp_path / "a")
+    result = run("lora", tiny.path, *last_said("--layers", "1", *flags), "-o", tmp_path / "a")
     assert result.exit_code == code, result.output
     assert what in result.stderr
     assert cure == "-" or cure in result.stderr
@@ -58,7 +59,8 @@ def test_what_no_adapter_holds_is_refused_with_what_does(
     if cure.startswith("--"):  # each of the cures helps
         for each in cure.split(", or "):
             rest = flags[: flags.index("--max-rank")] if "--max-rank" in each else flags
-            again = run("lora", tiny.path, "--layers", "1", *rest, *each.split(), "-o", tmp_path / each)
+            words = last_said("--layers", "1", *rest, *each.split())
+            again = run("lora", tiny.path, *words, "-o", tmp_path / each)
             assert again.exit_code == 0, again.output
 
 

@@ -16,6 +16,7 @@ import pytest
 from conftest import REPO, Tiny, build_tiny
 
 import qkpatch
+from qkpatch.cli import main
 from qkpatch.errors import UsageError
 
 Run = Callable[..., Any]
@@ -83,6 +84,16 @@ def test_a_file_that_is_nearly_right_is_told(
     assert f"near: {Path(flags[1]).stem}." in said(run(command, tiny.path, *flags), 4)
 
 
+@pytest.mark.parametrize("given", ["settigns/edit.yaml", "settings/edit"])
+def test_a_folder_that_is_nearly_right_and_an_end_that_was_left_out_are_told(
+    given: str, tiny: Tiny, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "settings").mkdir()
+    (tmp_path / "settings" / "edit.yaml").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert "near: settings/edit.yaml" in said(run("plan", tiny.path, "--config", given), 4)
+
+
 def test_a_bare_name_that_is_nearly_right_is_told_beside_recipes(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,6 +112,105 @@ def test_a_recipe_file_of_ones_own_is_shown(
         result = run("recipes", name)
         assert result.exit_code == 0, result.output
         assert result.stdout == text
+
+
+# -------- the command line itself
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--layers", "0", "--layers", "1"), "--layers is given 2 times, and takes one value"),
+        (("--alpha=0.5", "--alpha", "0.5"), "--alpha is given 2 times"),
+        (("-output", "x"), "did you mean --out?"),
+        (("-layers", "1"), "did you mean --layers?"),
+        (("-o=x",), "write -o x"),
+        (("--layer", "1"), "did you mean --layers? `qkpatch apply --help` lists them"),
+        (("--modes", "many"), "'many' is not a whole number"),
+        (("--alpha", "0,8"), "'0,8' is not a number"),
+        (("--channel", "half"), "'half' is not one of full, symmetric, antisymmetric"),
+        (("--modes",), "--modes needs a value"),
+        (("--dry-run=yes",), "--dry-run takes no value"),
+        (("one", "more"), "more than it takes: one more"),
+        (("-o", "memory://bucket/out"), "gone when this command ends"),
+        (("-o", "s3:/bucket/out"), "two slashes: s3://bucket/out"),
+    ],
+)
+def test_a_word_that_means_nothing_or_something_else_is_told_and_nothing_is_written(
+    words: tuple[str, ...], says: str, tiny: Tiny, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert says in said(run("apply", tiny.path, *words), 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_what_may_be_said_twice_or_in_one_word_may_be(tiny: Tiny, run: Run) -> None:
+    result = run("plan", tiny.path, "-q", "-q", "--exclude", "a*", "--exclude", "b*", "-oedited")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("aply",), "did you mean apply?"),
+        (("lora", "x"), "--out is missing"),
+        (("plan",), "SOURCE is missing"),
+        (("plan", "s3:/bucket/x"), "two slashes: s3://bucket/x"),
+        (("verify", "x", "--recompute", "--no-recompute"), "--recompute is given 2 times"),
+        (("plan", "x", "--json", "--markdown"), "one of --json and --markdown"),
+        (("diff", "x", "y", "--json", "--markdown"), "one of --json and --markdown"),
+        (("--bogus",), "no such option: --bogus"),
+    ],
+)
+def test_what_is_wrong_with_a_command_line_is_an_error_as_others_are(
+    words: tuple[str, ...], says: str, run: Run
+) -> None:
+    result = run(*words)
+    assert says in " ".join(said(result, 2).split())
+    again = run(*words, "--json")
+    assert again.exit_code == 2
+    assert json.loads(again.stdout)["error"]["kind"] == "usage"
+
+
+def test_completion_knows_the_command_by_its_name_whatever_started_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("qkpatch.cli.prepare_streams", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["/somewhere/qkpatch/__main__.py"])
+    for name, value in {
+        "_QKPATCH_COMPLETE": "complete_bash",
+        "COMP_WORDS": "qkpatch rev",
+        "COMP_CWORD": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().out.split() == ["revert"]
+
+
+# -------- what a file of settings says
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("alpha: '0.8'", "a number has no quotes"),
+        ("alpha: 0,8", "a point for a comma"),
+        ("energy: 1e-3", "1.0e-3"),
+        ("modes: 4.0", "write modes: 4"),
+        ("modes: 010", "write 10 or 0.5"),
+        ("alpha: 2", "--alpha, with --config edit.yaml"),
+        ("layers: 99", "--layers 99, with --config edit.yaml"),
+        ("edits: [{layers: 0, modes: 1}]", "edits, with --config edit.yaml"),
+    ],
+)
+def test_a_wrong_number_has_a_cure_and_what_a_file_says_is_told_with_its_name(
+    text: str, says: str, tiny: Tiny, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "edit.yaml").write_text(text)
+    flags = ("--modes", 2) if text.startswith("edits") else ()
+    assert says in said(run("plan", tiny.path, "--config", "edit.yaml", *flags), 2)
 
 
 # -------- files that other programs write
@@ -338,6 +448,15 @@ def test_an_empty_name_is_not_the_current_directory(
     assert run("apply", tiny.path, "-o", tmp_path / "out").exit_code == 0
     monkeypatch.chdir(tmp_path / "out")
     said(run(*command), 2)
+
+
+def test_a_source_that_no_manifest_finds_again_is_asked_for_by_its_name(
+    tiny: Tiny, tmp_path: Path, run: Run
+) -> None:
+    assert run("apply", tiny.path, "-o", tmp_path / "out").exit_code == 0
+    text = said(run("verify", tmp_path / "out"), 2)
+    assert "it was made from the directory 'tiny', and nothing records where that is" in text
+    assert "--source SOURCE" in text
 
 
 def test_an_empty_name_is_none_for_the_library_either(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
@@ -15,9 +16,11 @@ import pytest
 import torch
 from conftest import REPO, Tiny, build_tiny
 from fake_hub import FakeHub, Repo, command, hub_environment, run_qkpatch
+from rich.console import Console
 from typer.testing import Result
 
 from qkpatch.cli.redaction import Redacted
+from qkpatch.cli.tables import plain_table, print_table
 from qkpatch.common.json_text import canonical_json
 from qkpatch.errors import QKPatchError, plain, shown
 
@@ -228,6 +231,15 @@ def test_no_name_of_a_tensor_fills_the_screen(
     assert len(check(result)) < 10_000
 
 
+def test_names_and_numbers_stay_whole_where_a_terminal_is_narrow() -> None:
+    name, console = f"L3-5-m1-{'x' * 60}", Console(file=io.StringIO(), width=40)
+    table = plain_table("variant", "‖ΔW_Q‖/‖W_Q‖", "energy removed")
+    table.add_row(name, "0.3109", "0.2043")
+    print_table(console, table)
+    assert {name, "0.3109", "0.2043"} <= {*console.file.getvalue().split()}  # type: ignore[attr-defined]
+    assert console.width == 40
+
+
 # -------- one document, and an end
 
 
@@ -328,8 +340,6 @@ def test_an_error_says_one_line_for_each_fact() -> None:
 
 @pytest.mark.parametrize("is_terminal", [False, True])
 def test_libraries_may_draw_on_a_terminal_and_nothing_else(is_terminal: bool) -> None:
-    import io
-
     class Stream(io.StringIO):
         def isatty(self) -> bool:
             return is_terminal

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import last_said
 from conftest import REPO, build_tiny
 from failing import interrupt
 from jsonschema import Draft202012Validator
@@ -49,7 +50,7 @@ def inputs(album: Path, **more: Any) -> Inputs:
 
 
 def given(album: Path, *more: object) -> tuple[object, ...]:
-    return ("--images", album / "pictures", "--objects", album / "objects.jsonl", *FLAGS, *more)
+    return last_said("--images", album / "pictures", "--objects", album / "objects.jsonl", *FLAGS, *more)
 
 
 @pytest.fixture(scope="module")
@@ -372,14 +373,14 @@ def _toy(tmp_path: Path) -> Path:
         (("--layers", "99"), 2, "99"),
         (("--device", "abacus"), 2, "not a device"),
         (("--against", "demo/toy-9"), 2, "no such file"),
-        (("--max-shard-size", "1GB"), 2, "No such option"),
+        (("--max-shard-size", "1GB"), 2, "no such option"),
         (("--text", "nowhere.txt"), 4, "nowhere.txt"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_before_anything_is_written(
     flags: tuple[object, ...], code: int, says: str, run: Run, album: Path, tmp_path: Path
 ) -> None:
-    result = run("evaluate", TOY, *given(album, "-o", tmp_path / "out"), *flags)
+    result = run("evaluate", TOY, *given(album, "-o", tmp_path / "out", *flags))
     assert result.exit_code == code, result.output
     assert says in result.output
     assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True

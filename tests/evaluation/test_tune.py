@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import last_said
 from conftest import REPO
 from failing import interrupt
 from jsonschema import Draft202012Validator
@@ -32,7 +33,7 @@ SCHEMA = json.loads((resources.files("qkpatch") / "evaluation" / "evaluation.sch
 
 
 def given(album: Path, out: Path, *more: object) -> tuple[object, ...]:
-    return (
+    return last_said(
         TOY,
         "--images",
         album / "pictures",
@@ -203,7 +204,7 @@ def test_a_search_that_was_stopped_goes_on(
         (("--trials", 0), 2, "no number from 1 on"),
         (("--layers", "99"), 2, "99"),
         (("--keep-recall", -1), 2, "no number from"),
-        (("--max-shard-size", "1GB"), 2, "No such option"),
+        (("--max-shard-size", "1GB"), 2, "no such option"),
         (("--seed", 3), 2, "nothing is drawn"),
     ],
 )

@@ -29,3 +29,15 @@ def ready_to_fork() -> None:
                 parameter.get_runtime_param()
     gc.collect()
     gc.freeze()
+
+
+def last_said(*words: object) -> tuple[object, ...]:
+    """A command line's words, of each option the last time that it is said."""
+    kept: dict[object, list[object]] = {"": []}
+    name: object = ""
+    for word in words:
+        if isinstance(word, str) and word.startswith("-"):
+            name = word
+            kept[name] = []
+        kept[name].append(word)
+    return tuple(word for some in kept.values() for word in some)

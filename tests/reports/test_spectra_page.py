@@ -57,7 +57,9 @@ def values(side: dict[str, Any]) -> Sequence[float]:
 
 def test_values_are_those_of_inspect(run: Run, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    shown = json.loads(run("inspect", TOY, "--layers", "3-4", "--report", page, "--json").stdout)
+    result = run("inspect", TOY, "--layers", "3-4", "--report", page, "--json")
+    shown = json.loads(result.stdout)
+    assert f"Wrote {page}" in result.stderr
     (side,) = embedded(page.read_text())["sides"]
     heads = [head for layer in shown["layers"] for head in layer["heads"]]
     wanted = [value for head in heads for value in head["singular_values"]]

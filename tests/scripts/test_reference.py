@@ -57,7 +57,7 @@ def test_every_call_that_makes_an_error_was_read() -> None:
         (name, call.lineno)
         for name, tree in trees.items()
         for call in ast.walk(tree)
-        if isinstance(call, ast.Call) and is_made(call, classes | {"BadParameter"})
+        if isinstance(call, ast.Call) and is_made(call, classes | {"BadParameter", "warned"})
     }
     assert len(list((REPO / "qkpatch").rglob("*.py"))) == len(trees)
     assert len(made) > 250
@@ -67,6 +67,47 @@ def test_every_call_that_makes_an_error_was_read() -> None:
     unread = made - {(one.module, one.line) for one in package().said}
     assert not {(name, call.lineno) for name, tree in trees.items() for call in ast.walk(tree)
                 if isinstance(call, ast.Call) and is_made(call, classes - own)} & unread  # fmt: skip
+
+
+def test_every_warning_is_made_where_the_page_finds_it() -> None:
+    """Whatever is put into a list of warnings, or given by a function that is called after them."""
+    for module in package().modules.values():
+        nodes = [*ast.walk(module.tree)]
+        short = {"say"} if any(ast.unparse(node) == "say = warnings.append" for node in nodes) else set()
+        for node in nodes:
+            put: list[ast.expr] = []
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in {"warnings.append", *short}:
+                put = node.args
+            elif isinstance(node, ast.AugAssign | ast.Assign) and isinstance(node.value, ast.List):
+                targets = [node.target] if isinstance(node, ast.AugAssign) else node.targets
+                put = node.value.elts if any(ast.unparse(one) == "warnings" for one in targets) else []
+            elif isinstance(node, ast.FunctionDef) and node.name.endswith("_warnings"):
+                assert node.returns is not None
+                assert "str" not in ast.unparse(node.returns), node.name
+            for one in put:
+                is_text = isinstance(one, ast.Constant | ast.JoinedStr | ast.BinOp)
+                assert not is_text, f"{module.name}:{node.lineno}: say it with `warned`"  # type: ignore[attr-defined]
+
+
+def warned_by(**said: Any) -> tuple[str, ...]:
+    return qkpatch.plan(REPO / "demo" / "toy-0", **said).warnings
+
+
+@pytest.mark.parametrize(
+    "warnings",
+    [
+        lambda: warned_by(alpha=1),
+        lambda: warned_by(channel="antisymmetric", modes=3),
+        lambda: warned_by(exclude=["nothing-is-called-so"]),
+    ],
+)
+def test_a_warning_that_is_met_is_found(warnings: Callable[[], tuple[str, ...]]) -> None:
+    said = [one.what for one in package().said if one.kind == "Warnings" and says_something(one.what)]
+    assert len(said) > 40
+    met = warnings()
+    assert met
+    for warning in met:
+        assert any(re.fullmatch(shape(what), flat(warning)) for what in said), warning
 
 
 def flat(text: str) -> str:

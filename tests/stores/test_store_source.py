@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from socket import socket
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from s3_server import S3, SECRET, Fault, upload
 
 import qkpatch
 from qkpatch.errors import CheckpointError, FileSystemError, QKPatchError, StoreError, UsageError
-from qkpatch.stores import store
+from qkpatch.stores import store, web
 from qkpatch.stores.range_reader import BLOCK
 from qkpatch.stores.url import StoreUrl
 
@@ -86,6 +87,7 @@ def test_a_store_gives_what_a_directory_gives(put: Place, tmp_path: Path) -> Non
     assert (theirs.source.kind, theirs.source.name) == ("store", url)
     assert theirs == ours.__class__(**{**vars(ours), "source": theirs.source})
     assert qkpatch.verify(there, url).ok
+    assert qkpatch.verify(there).ok  # its manifest says where SOURCE is
     assert qkpatch.verify(there, folder).ok
     assert qkpatch.apply(qkpatch.plan(url, **EDIT), there).run.already_done
     assert qkpatch.diff(folder, url).equal
@@ -248,6 +250,8 @@ def test_what_stays_is_told(
     [
         ("nosuch://bucket/x", "no store is known"),
         ("gs://bucket/x", "not installed"),
+        ("az://bucket/x", "the client of az:// is not installed"),
+        ("abfs://bucket/x", "the client of abfs:// is not installed"),
         ("s3://bucket/a/../b", "not a folder"),
         ("s3://", "not a folder"),
         ("file:///tmp/x", "a file of this machine"),
@@ -257,10 +261,36 @@ def test_what_stays_is_told(
 )
 def test_a_url_that_cannot_be_read_is_refused(url: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
+    monkeypatch.setitem(sys.modules, "adlfs", None)
     with pytest.raises(QKPatchError, match=says) as told:
         qkpatch.plan(url)
     if url.startswith("gs"):
         assert "qkpatch[gcs]" in str(told.value.fix)
+
+
+def test_a_server_that_is_not_there_is_told_as_that_and_is_not_tried_again_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("aiohttp")
+    with socket() as nobody:  # listens there
+        nobody.bind(("127.0.0.1", 0))
+        with pytest.raises(StoreError, match="the server cannot be reached"):
+            qkpatch.plan(f"http://127.0.0.1:{nobody.getsockname()[1]}/model")
+
+    class EndpointConnectionError(Exception):
+        """As botocore has it, once it has tried for some seconds."""
+
+    tried = list[int]()
+
+    def find(store: store.Store) -> dict[str, Any]:
+        tried.append(1)
+        raise EndpointConnectionError("Could not connect")
+
+    monkeypatch.setattr(store.Store, "_find", find)
+    monkeypatch.setattr("qkpatch.stores.errors.is_theirs", lambda _: True)
+    with pytest.raises(StoreError, match="the server cannot be reached"):
+        qkpatch.plan("memory://bucket/model")
+    assert len(tried) == 1
 
 
 SECRETS = [
@@ -330,7 +360,7 @@ def test_pages_that_link_on_without_end_are_not_followed(monkeypatch: pytest.Mon
         return [{"name": f"{url}/{name}/", "size": None, "type": "directory"} for name in "ab"]
 
     monkeypatch.setattr(fs, "ls", links)
-    monkeypatch.setattr(store, "MOST_PAGES", 99)
+    monkeypatch.setattr(web, "MOST_PAGES", 99)
     url = StoreUrl.parse("https://host/model")
     assert url is not None
     with pytest.raises(CheckpointError, match="more than 99 folders"):

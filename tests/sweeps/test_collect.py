@@ -193,6 +193,7 @@ def test_a_control_can_be_what_all_are_held_against_and_tables_say_so(sweep: Pat
     document = json.loads(run("collect", sweep, "--against", "L1-m1-shrink", "--json").stdout)
     assert {one["variant"] for one in document["found"]} == {"L1-m1"}
     assert run("collect", sweep, "--quiet", "--against", "L1-m1-shrink").stdout == ""
+    assert run("collect", sweep, "--quiet", "--against", "L1-m1-shrink", "--strict").exit_code == 6
 
 
 def test_answers_of_vlmevalkit_are_paired_by_picture(sweep: Path, tmp_path: Path, run: Run) -> None:
@@ -273,7 +274,7 @@ def test_what_cannot_be_collected_is_a_sentence_with_a_cure(sweep: Path, tmp_pat
     refused(2, "no results are in it", "--output_path", sweep)
     lmms(sweep, "L1-m1", BETTER)
     refused(2, "there is no run of base, so nothing can be compared", "bash evaluate.sh base", sweep)
-    refused(2, "no variant of this sweep", "L1-m1", sweep, "--against", "L9")
+    refused(2, "no variant of this sweep", "did you mean L1-m1-shrink?", sweep, "--against", "L1-m1-shrnk")
     refused(2, "'L9' is no variant of this sweep", "L1-m1", sweep, f"L9={sweep / 'results'}")
     folder = lmms(sweep, "base", GOOD, prompt="q")
     refused(2, "no two runs can be compared", "the same call", sweep)

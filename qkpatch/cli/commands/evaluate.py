@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qkpatch.cli.command import command
-from qkpatch.cli.flags import EditFlags, PartOpt, ShowFlags, SourceArg
+from qkpatch.cli.flags import EditFlags, PartOpt, ShowFlags, SourceArg, expanded
 from qkpatch.errors import MismatchError
 from qkpatch.evaluation.records import Inputs, Limits, Protocol
 
@@ -20,9 +20,12 @@ _AgainstOpt = Annotated[
     list[str] | None, typer.Option(help="Compare with this; repeatable.", show_default="SOURCE unedited")
 ]
 _FolderOpt = Annotated[
-    Path | None, typer.Option("--out", "-o", help="The result's folder; runs go on there.")
+    Path | None,
+    typer.Option("--out", "-o", help="The result's folder; runs go on there.", callback=expanded),
 ]
-_SettingOpt = Annotated[Path, typer.Option("--out", "-o", help="The setting; evidence and log go beside it.")]
+_SettingOpt = Annotated[
+    Path, typer.Option("--out", "-o", help="The setting; evidence and log go beside it.", callback=expanded)
+]
 
 
 @command

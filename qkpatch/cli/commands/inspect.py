@@ -59,15 +59,13 @@ def inspect(
     debug: DebugOpt = False,
 ) -> None:
     """Show the spectra of SOURCE's query-key products."""
-    from qkpatch.cli.console import print_csv, print_json
+    from qkpatch.cli.console import note, print_csv, print_json
     from qkpatch.cli.drawing import channel_told, show_spectra
     from qkpatch.cli.progress import bars
     from qkpatch.cli.tables import model_line
     from qkpatch.patching.inspection import Inspection
     from qkpatch.reports.spectra_page import Side, check_alike, spectra_page
 
-    if as_json and as_csv:
-        raise UsageError("one of --json and --csv", fix="drop the other")
     if as_csv and (against, report, plot) != (None, None, None):
         what = "--csv is of one checkpoint, as it comes"
         raise UsageError(what, fix="drop it, or --against, --report and --plot")
@@ -99,6 +97,8 @@ def inspect(
         page.write(spectra_page(what, modes, sides).encode())
     if drawn is not None:
         drawn.write(both, sides, run.device)
+    for file in () if quiet else filter(None, (report, plot)):
+        note(f"Wrote {file}")
     if as_json:
         found = [_json(side, looked) for side, looked in zip(sides, both, strict=True)]
         print_json(found[0] if other is None else {**found[0], "against": found[1]})

@@ -21,6 +21,7 @@ from qkpatch.cli.flags import (
     SourceArg,
     place_of,
 )
+from qkpatch.common.text import Warned, warned
 from qkpatch.errors import UsageError
 from qkpatch.output.options import Writing
 from qkpatch.planning.request import check_device_name
@@ -89,14 +90,12 @@ def preview(
     return plan.warnings
 
 
-def _lack_of_room(plan: EditPlan, foreseen: Foreseen | None, costs: Costs) -> str | None:
+def _lack_of_room(plan: EditPlan, foreseen: Foreseen | None, costs: Costs) -> Warned | None:
     """What is missing where nobody chose the place; None where there is room."""
     what, needed, fix = "OUT takes", plan.output_bytes, "choose a place with -o"
     if foreseen is not None:
         what, needed, fix = "meanwhile it takes", foreseen.room, "free some, or edit a copy: -o OUT"
     free = costs.free_disk_bytes
-    return (
-        None
-        if free is None or free >= needed
-        else f"{what} {needed:,} bytes, and {free:,} are free here: {fix}"
-    )
+    if free is None or free >= needed:
+        return None
+    return warned(f"{what} {needed:,} bytes, and {free:,} are free here: {fix}")

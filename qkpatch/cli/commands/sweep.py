@@ -41,10 +41,7 @@ def sweep(
     from qkpatch.cli.progress import bars
     from qkpatch.cli.tables import show_part, show_sweep
     from qkpatch.common.part import parse_part
-    from qkpatch.errors import UsageError
 
-    if show.as_json and as_csv:
-        raise UsageError("one of --json and --csv", fix="drop the other")
     mine = None if part is None else parse_part(part, os.environ)
     with bars(quiet=show.is_bare) as observer:
         how = {**vars(run), "part": mine, "observer": observer}
@@ -84,7 +81,7 @@ def collect(
     Answers are paired by question, so evaluate with --log_samples. What cannot be compared is told and left out.
     """
     from qkpatch import api
-    from qkpatch.cli.console import print_json, show_warnings
+    from qkpatch.cli.console import end_strictly, print_json, show_warnings
     from qkpatch.cli.tables import show_collected
     from qkpatch.common.typed_json import as_json
 
@@ -94,3 +91,4 @@ def collect(
     elif not show.quiet:
         show_warnings(found.warnings)
         show_collected(found)
+    end_strictly(found.warnings, show)

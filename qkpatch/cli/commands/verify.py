@@ -11,11 +11,11 @@ from qkpatch.cli.command import command
 from qkpatch.cli.flags import (
     DebugOpt,
     JsonOpt,
-    OutArg,
     OutOrUrlArg,
     QuietOpt,
     check_present,
     expanded,
+    named,
     place_of,
 )
 from qkpatch.errors import MismatchError
@@ -24,7 +24,14 @@ from qkpatch.errors import MismatchError
 @command
 def verify(
     out: OutOrUrlArg,
-    source: Annotated[str, typer.Option("--source", help="What it was made from.", show_default=False)],
+    source: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="What it was made from.",
+            show_default="the repository, or store, that the manifest names",
+        ),
+    ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="The YAML file, where it was made by one of yours.", metavar="FILE")
     ] = None,
@@ -38,7 +45,7 @@ def verify(
 ) -> None:
     """Prove that OUT is SOURCE with the recorded edit and nothing else: bytes, and arithmetic. Exit 1 if not."""
     from qkpatch import api
-    from qkpatch.cli.console import print_json, verdict
+    from qkpatch.cli.console import note, print_json, verdict
     from qkpatch.cli.progress import bars
     from qkpatch.cli.tables import show_verification
 
@@ -47,6 +54,8 @@ def verify(
         check_present(place)
     with bars(quiet=quiet or as_json) as observer:
         result = api.verify(place, source, recipe=recipe, recompute=recompute, observer=observer)
+    if source is None and result.plan is not None and not quiet:
+        note(f"SOURCE is {result.plan.model.source.text}, as the manifest says")
     with verdict(0 if result.ok else MismatchError.exit_code):
         if as_json:
             print_json(result.to_json())
@@ -56,10 +65,14 @@ def verify(
 
 @command
 def revert(
-    source: OutArg,
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SOURCE", help="What was edited in place.", show_default=False, parser=named),
+    ],
     *,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write a restored copy instead.", callback=expanded)
+        Path | None,
+        typer.Option("--out", "-o", metavar="OUT", help="Write a restored copy instead.", callback=expanded),
     ] = None,
     quiet: QuietOpt = False,
     debug: DebugOpt = False,

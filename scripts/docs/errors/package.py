@@ -31,6 +31,8 @@ class Package:
         for _ in range(ROUNDS):  # a class may come before its base
             for module in self.modules.values():
                 self._find_kinds(module)
+        # No error, but told as one where --strict allows none.
+        self.kinds["Warnings"] = Kind("Warnings", BASE, f"{root.name}.errors", 6, "", ("what",))
         self._places = [
             Place.of(module, owner, function)
             for module in self.modules.values() for owner, function in functions(module.tree)

@@ -1,4 +1,4 @@
-"""The page of errors: what each says, and its cure, from the source of the package."""
+"""The page of errors and warnings: what each says, and its cure, from the source of the package."""
 
 from __future__ import annotations
 
@@ -66,6 +66,7 @@ HELP = {
     "SOURCE -o OUT` says how much it takes, `qkpatch doctor` how much there is. `{doing}` is copy, create, list, "
     "open, publish, read, remove, rename, sync, write or the like; `{reason}` is the system's word for it.",
     "WarnedError": "Mend what is warned of, or leave out `--strict`.",
+    "Warnings": "What is warned of. Without `--strict` it is told, and recorded in the manifest where it is about OUT.",
     "UnexpectedError": "It is called what Python calls it.",
     "StoreError": "A store could not deliver, or did not take ([stores](stores.md)).",
     "HubError": "The Hub could not deliver, or did not accept. `qkpatch doctor` says whether it is reached "

@@ -17,8 +17,8 @@ State = Mapping[str, str]  # what a variable says, on one path
 
 MOST = 64  # paths, and texts of one expression, that are told apart
 BASE = "QKPatchError"
-# Calls that lead to an error of a class: Typer's own, and what collects the faults of a document for one.
-LEAD_TO = {"BadParameter": "UsageError", "fault": "RecipeError", "tell": "RecipeError"}
+# Calls that lead to an error of a class: Typer's own, what collects the faults of a document for one, and warnings.
+LEAD_TO = {"BadParameter": "UsageError", "fault": "RecipeError", "tell": "RecipeError", "warned": "Warnings"}
 # A parameter of a function, in a text: what it says is up to who calls.
 PARAMETER = re.compile("\x01([^\x02]+)\x02([^\x03]+)\x03")
 _SLOT = re.compile(r"\{[^{}]*\}")
@@ -45,6 +45,11 @@ class Reading:
         }
         self._parameters -= {"self", "cls"}
         self._loops: list[list[State]] = []
+        self._tables = {
+            target.id: node.value
+            for node in ast.walk(function) if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)
+            for target in node.targets if isinstance(target, ast.Name)
+        }  # fmt: skip
         self.said: list[Said] = []
         self.calls: list[tuple[str, dict[str, list[str]]]] = []
         calls = [call for call in place.calls if self._is_read(call)]
@@ -140,7 +145,7 @@ class Reading:
         return _distinct(states)
 
     def _of_loop(self, node: ast.For, states: list[State]) -> list[State]:
-        """A loop over a table that has a name: its variables hold what stands there."""
+        """A loop over a table that has a name, here or in the module: its variables hold what stands there."""
         rows = self._table(node.iter)
         if rows is None:
             names = names_in(node.target) & self._wanted
@@ -151,10 +156,10 @@ class Reading:
         name = (
             node.func.value if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else node
         )
-        found = self._package.constant(self._module, name.id) if isinstance(name, ast.Name) else None
-        if found is None:
+        if not isinstance(name, ast.Name):
             return None
-        table = found[1]
+        found = self._package.constant(self._module, name.id)
+        table = self._tables.get(name.id, None if found is None else found[1])
         if isinstance(table, ast.Dict) and called(getattr(node, "func", node)) == "items":
             pairs = zip(table.keys, table.values, strict=True)
             return [ast.Tuple([key, value], ast.Load()) for key, value in pairs if key is not None]
