@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: all check docs site pictures format test test-floor test-hub-floor hub-bytes fixtures demo toy evidence smoke fuzz stress bench clean
+.PHONY: all check docs site pictures format test test-portable test-floor test-hub-floor hub-bytes fixtures demo toy evidence smoke fuzz stress bench clean
 all: check test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -42,6 +42,14 @@ fixtures: $(STAMP)  ## real checkpoints for tests and demo, built once under .ca
 
 test: $(STAMP) fixtures
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+# The core of the tests: apply, resume, overwrite, in place, parts, verify; a kill at every moment is left to `make test`.
+PORTABLE := tests/output tests/patches tests/cluster/test_parts.py tests/compare/test_verify.py
+
+test-portable: $(STAMP)  ## the core of the tests without what only Linux has; types as macOS has them
+	$(BIN)/mypy --platform darwin --cache-dir .cache/mypy-darwin qkpatch
+	QKPATCH_TEST_PORTABLE=1 $(BIN)/python -m pytest -n auto -m 'not stress and not linux' \
+	    -k 'not killed and not interrupted' $(PORTABLE)
 
 demo: $(STAMP)  ## the main job on a toy VLM, offline; ends with a picture, out/captions.png
 	bash scripts/demo.sh $(BIN)

@@ -24,7 +24,7 @@ The rooms, from the surface down; imports only run downwards, as ``tests/test_ar
 * ``output``      which files OUT has, how they grow, how they appear;
 * ``checkpoint``  files, headers, directories; knows no algebra;
 * ``spectral``    the maths on tensors; knows no files;
-* ``common``      text, JSON, YAML, ranges, signals;
+* ``common``      text, JSON, YAML, ranges, signals, what only Linux has;
 * ``errors``      every failure that can be explained.
 """
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import commands
+import portable
 import pytest
 import torch
 from fake_hub import FakeHub, fake_hub
@@ -28,6 +29,7 @@ from qkpatch.cli import app
 REPO = Path(__file__).resolve().parent.parent
 REAL = REPO / ".cache" / "fixtures"
 commands.built_once()
+portable.taken_away_where_asked()
 
 
 @dataclass(frozen=True)

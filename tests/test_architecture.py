@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import portable
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,6 +70,8 @@ ONLY_IN = {
     "torch": {"spectral", "patching", "compare.values", "adapters.factors", "evaluation.subject"},
     "numpy": {"evaluation"},
     "matplotlib": {"reports.plot"},
+    "ctypes": {"common.system"},
+    "fcntl": {"common.system"},
     "click": set(),  # Typer vendors its own
 }
 TORCH_FREE = {"patching.apply", "patching.copier", "patching.inspection", "patching.checked_sources",
@@ -103,6 +106,21 @@ def imports(path: Path) -> set[str]:
             visit(child)
 
     visit(ast.parse(path.read_text()))
+    return found
+
+
+def of_linux(path: Path) -> set[str]:
+    """What only Linux has, as far as a file names it: attributes of ``os``, and paths below which the kernel tells."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os":
+            found |= {node.attr} & portable.OF_LINUX
+        elif isinstance(node, ast.ImportFrom) and node.module == "os":
+            found |= {alias.name for alias in node.names} & portable.OF_LINUX
+        elif isinstance(node, ast.Attribute) and node.attr == "SIGHUP":
+            found.add(node.attr)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found |= set(re.findall(r"^/(?:proc|sys|dev/fd)\b", node.value))
     return found
 
 
@@ -179,6 +197,12 @@ def test_each_library_is_used_in_its_one_place(module: str) -> None:
         assert library not in used or is_its_place, f"{module} imports {library}"
     if module in TORCH_FREE:
         assert "torch" not in used
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_what_only_linux_has_is_named_in_one_module(module: str) -> None:
+    found = of_linux(modules()[module])
+    assert found == (portable.OF_LINUX | {"/proc", "/dev/fd"} if module == "common.system" else set())
 
 
 @pytest.mark.parametrize("module", sorted(m for m in modules() if m.startswith("spectral")))

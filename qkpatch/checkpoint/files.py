@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from qkpatch.common import system
 from qkpatch.common.interrupts import check_stop
 from qkpatch.errors import FileSystemError, broken_library
 
 READ_CHUNK = 1 << 20
 
 # What file systems say that cannot do a thing at all: some network and FUSE mounts.
-CANNOT = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
+CANNOT = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}  # on macOS the last two differ
 # What only the side that is written to can say.
 _OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 _ADVICE = {
@@ -208,7 +209,7 @@ class LocalOpenFile(OpenFile):
         size, done = len(buffer), 0
         with os_errors("read", self.where):
             while done < size:
-                n = os.preadv(self.fd, [buffer[done:]], offset + done)
+                n = system.read_into(self.fd, buffer[done:], offset + done)
                 if n == 0:
                     raise changed(f"the file ends {size - done} bytes early", self.where)
                 done += n
@@ -217,8 +218,7 @@ class LocalOpenFile(OpenFile):
         """As :meth:`OpenFile.data`; all of it where the file system cannot tell."""
         while begin < end:
             try:
-                first = os.lseek(self.fd, begin, os.SEEK_DATA)
-                last = os.lseek(self.fd, first, os.SEEK_HOLE)
+                first, last = system.data_at(self.fd, begin)
             except OSError as error:
                 if error.errno != errno.ENXIO:
                     yield begin, end
@@ -268,7 +268,7 @@ def synced(fd: int, where: str | Path) -> bool:
     """Wait until an open file or directory is on the disk; False where the file system cannot do that."""
     with os_errors("sync", where):
         try:
-            os.fsync(fd)
+            system.sync(fd)
         except OSError as error:
             if error.errno not in CANNOT:
                 raise

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
-import re
 import secrets
 import stat
 from collections.abc import Callable, Collection, Iterator
@@ -13,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from qkpatch.checkpoint.files import CANNOT, LocalOpenFile, os_errors, regular, synced, write_exact
+from qkpatch.common import system
 from qkpatch.common.text import cut
 from qkpatch.errors import FileSystemError, UsageError
 
@@ -35,6 +34,7 @@ class Rooted:
             FileSystemError: there is no such directory, or it cannot be opened.
         """
         self.path = path
+        self._place: Path = path if within is None else within._place / name
         self.fd = -1
         with os_errors("open the directory", path):
             self.fd = (
@@ -54,6 +54,11 @@ class Rooted:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
+
+    @property
+    def as_path(self) -> str:
+        """A path that leads here, for what takes paths alone: as :func:`system.path_of`."""
+        return system.path_of(self.fd, self._place)
 
     @contextmanager
     def _parent(self, name: str) -> Iterator[tuple[int, str]]:
@@ -119,7 +124,7 @@ class Rooted:
             status = None
         if status is None:
             self.mkdir(name, mode)
-        elif (mended := status.st_mode & ~0o777 | mode & ~_umask()) != status.st_mode:
+        elif (mended := status.st_mode & ~0o777 | mode & ~system.umask(self.fd)) != status.st_mode:
             fd = self.open(name, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 with suppress(OSError):  # a file system without modes
@@ -139,7 +144,7 @@ class Rooted:
         where, temporary = self.path / name, ""
         with os_errors("write", where):
             try:
-                fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o666, dir_fd=self.fd)
+                fd = system.open_unnamed(self.fd)
             except OSError as error:
                 if error.errno not in {*CANNOT, errno.EISDIR, errno.ENOENT}:
                     raise
@@ -149,8 +154,10 @@ class Rooted:
                 content(LocalOpenFile(fd, str(where)))
                 synced(fd, where)
                 try:
-                    whole = temporary or f"/proc/self/fd/{fd}"
-                    os.link(whole, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+                    if temporary:
+                        os.link(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+                    else:
+                        system.name_unnamed(fd, self.fd, name)
                 except PermissionError:  # there are no hard links
                     if self.status(name) is not None:
                         raise raced(where) from None
@@ -208,7 +215,7 @@ class Rooted:
         Where there are no locks, nobody does.
         """
         try:
-            fcntl.flock(self.fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            system.lock(self.fd, shared=shared)
         except BlockingIOError:
             return False
         except OSError:
@@ -297,9 +304,3 @@ def check_extent(where: Path, n_levels: int, n_names: int) -> None:
         if n > most:
             what = f"more than {most} {kind}, which no checkpoint has"
             raise FileSystemError(what, where=cut(str(where), 200))
-
-
-def _umask() -> int:
-    """Of this process; asking the usual way would change it for other threads."""
-    found = re.search(r"^Umask:\s*([0-7]+)", Path("/proc/self/status").read_text(), re.M)
-    return int(found[1], 8) if found else 0o022

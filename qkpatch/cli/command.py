@@ -33,7 +33,7 @@ def command(function: Command) -> Command:
     @functools.wraps(function)
     def wrapper(**kwargs: Any) -> None:
         from qkpatch.cli.console import note, print_error, show_error, silence_stdout
-        from qkpatch.patching.threads import share_free_memory
+        from qkpatch.common.system import share_free_memory
 
         if kwargs.get("quiet") or kwargs.get("as_json") or not sys.stderr.isatty():
             # huggingface_hub reads it when it is first imported, which is later.

@@ -1,1 +1,1 @@
-"""What every room uses: text, JSON, YAML, ranges, signals."""
+"""What every room uses: text, JSON, YAML, ranges, signals, what only Linux has."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 import signal
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from qkpatch.common import system
 
 
 class Terminated(BaseException):
@@ -62,7 +61,7 @@ def unwinding_on_kill() -> Iterator[None]:
     global _arrivals
     _arrivals = _Arrivals(is_on=True)
     # What is ignored stays ignored: nohup counts on it.
-    signals = [n for n in _SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+    signals = [n for n in system.ending_signals() if signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, _arrivals.arrive) for number in signals}
     try:
         yield
@@ -138,7 +137,7 @@ def _load_torch() -> None:
     """Its largest library first, by a call during which other threads run: in an import none hears a signal."""
     spec = importlib.util.find_spec("torch")
     for folder in (spec and spec.submodule_search_locations) or ():
-        ctypes.CDLL(None).dlopen(os.fsencode(f"{folder}/lib/libtorch_cpu.so"), os.RTLD_NOW)
+        system.load_library(f"{folder}/lib/libtorch_cpu")
     importlib.import_module("torch")
 
 
@@ -176,7 +175,7 @@ def check_stop() -> None:
 @contextmanager
 def signals_masked() -> Iterator[None]:
     """Threads that are started here never take a signal: all are for the main thread, which they wake."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, system.ending_signals())
     try:
         yield
     finally:

@@ -17,6 +17,7 @@ from qkpatch.checkpoint.pairs import Reader, Span
 from qkpatch.checkpoint.present_files import Present
 from qkpatch.checkpoint.source import Stored
 from qkpatch.checkpoint.tree import LocalFile
+from qkpatch.common.system import path_of
 from qkpatch.output.layout import Output, OutputFile
 from qkpatch.planning.plan import EditPlan
 
@@ -154,7 +155,7 @@ def library_verdict(wanted: OutputFile, present: Present) -> Iterator[Mismatch]:
     if not all(isinstance(file, LocalFile) and _library_accepts(str(file.path)) for file in sources):
         return
     with present.open(wanted.name) as opened:
-        if isinstance(opened, LocalOpenFile) and not _library_accepts(f"/proc/self/fd/{opened.fd}"):
+        if isinstance(opened, LocalOpenFile) and not _library_accepts(path_of(opened.fd, opened.where)):
             yield Mismatch(wanted.name, "the safetensors library opens it in SOURCE and refuses it in OUT")
 
 

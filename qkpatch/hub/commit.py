@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from qkpatch.checkpoint.present_files import PresentHere
 from qkpatch.checkpoint.source import WEIGHT_SUFFIXES
+from qkpatch.common.system import path_of
 from qkpatch.errors import HubError, MismatchError, UsageError, plain, redact
 from qkpatch.hub.errors import hub_errors
 from qkpatch.hub.listing import listing
@@ -146,7 +147,8 @@ def _addition(step: Step, present: PresentHere, stack: ExitStack) -> CommitOpera
     elif step.size <= _IN_MEMORY:
         content = present.read(step.name)
     else:
-        content = f"/dev/fd/{stack.enter_context(present.open(step.name)).fd}"
+        opened = stack.enter_context(present.open(step.name))
+        content = path_of(opened.fd, opened.where)
     operation = CommitOperationAdd(path_in_repo=step.name, path_or_fileobj=content)
     if operation.upload_info.sha256.hex() != step.sha256:
         fix = "run again when nothing writes to it"

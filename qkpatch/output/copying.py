@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import mmap
 import os
 from collections import deque
@@ -22,6 +21,7 @@ from qkpatch.checkpoint.files import (
     os_errors,
     write_exact,
 )
+from qkpatch.common import system
 from qkpatch.errors import FileSystemError
 
 # One system call copies at most this much, so that progress moves and Ctrl-C is heard.
@@ -32,19 +32,8 @@ _BUFFERS = 3  # one is read into, one is written from, one waits
 ALIGN = 64 << 10
 LEAST_DIRECT = 4 * PIECE  # below this there is nothing to gain
 
-_FICLONE = 0x40049409  # linux/fs.h; in the fcntl module only since Python 3.12
-
 # Means of copying decline with these where the file systems cannot do it; other errnos are real.
 _DECLINED = {*CANNOT, errno.EXDEV, errno.EBADF, errno.ETXTBSY, errno.EPERM}
-
-
-def clone(source: int, destination: int) -> bool:
-    """Let ``destination`` share all blocks of ``source``; False where the file system cannot (btrfs and xfs can)."""
-    try:
-        fcntl.ioctl(destination, _FICLONE, source)
-    except OSError:
-        return False  # whatever it is, copying will meet it again, or not
-    return True
 
 
 class Lane:
@@ -149,9 +138,9 @@ class Passage:
     def _read(self, piece: memoryview, offset: int) -> None:
         """Out of the page cache what is there, past it what is not."""
         raw = self._raw_source if _is_aligned(piece, offset) else None
-        if raw is not None and not _is_cached(self._source.fd, offset + len(piece) - 1):
+        if raw is not None and not system.is_cached(self._source.fd, offset + len(piece) - 1):
             with suppress(OSError):  # the plain way works, or says why not
-                if os.preadv(raw, [piece], offset) == len(piece):
+                if system.read_into(raw, piece, offset) == len(piece):
                     return
         self._source.read_into(piece, offset)
 
@@ -200,22 +189,12 @@ def _is_aligned(piece: memoryview, offset: int) -> bool:
     return offset % ALIGN == 0 and len(piece) % ALIGN == 0
 
 
-def _is_cached(fd: int, offset: int) -> bool:
-    try:
-        return os.preadv(fd, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
-    except OSError:
-        return False  # EAGAIN; or the file system cannot tell
-
-
 def _past_cache(fd: int, access: int) -> int | None:
-    """The open file once more, with O_DIRECT; None where it lies on no disk of this machine's.
+    """The open file once more, past the page cache; None where it lies on no disk of this machine's.
 
     Network file systems, tmpfs and overlays, which have no device of their own, manage their caches better.
     """
-    if os.major(os.fstat(fd).st_dev):
-        with suppress(OSError):
-            return os.open(f"/proc/self/fd/{fd}", access | os.O_DIRECT | os.O_CLOEXEC)
-    return None
+    return system.open_direct(fd, access) if os.major(os.fstat(fd).st_dev) else None
 
 
 def copy_range(
@@ -235,8 +214,8 @@ def copy_range(
     """
     done, used = begin, "none"
     with os_errors("copy", source.where, where):
-        for step in (_copy_file_range, _sendfile, _read_write):
-            name = step.__name__[1:]
+        for step in (system.copy_file_range, system.sendfile, read_write):
+            name = step.__name__
             while done < end:
                 try:
                     n = step(source.fd, destination, done, done + shift, min(COPY_CHUNK, end - done))
@@ -258,15 +237,7 @@ def _ends_early(n_bytes: int, source: LocalOpenFile) -> FileSystemError:
     return FileSystemError(f"the source ends {n_bytes} bytes early", where=source.where)
 
 
-def _copy_file_range(source: int, destination: int, offset: int, at: int, count: int) -> int:
-    return os.copy_file_range(source, destination, count, offset, at)
-
-
-def _sendfile(source: int, destination: int, offset: int, at: int, count: int) -> int:
-    os.lseek(destination, at, os.SEEK_SET)
-    return os.sendfile(destination, source, offset, count)
-
-
-def _read_write(source: int, destination: int, offset: int, at: int, count: int) -> int:
+def read_write(source: int, destination: int, offset: int, at: int, count: int) -> int:
+    """Copy through memory; it works between any two files. How many bytes, as its likes in the kernel."""
     data = os.pread(source, min(count, PIECE), offset)
     return os.pwrite(destination, data, at)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shlex
 import stat
@@ -17,10 +16,9 @@ from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import PresentHere, first_change
 from qkpatch.checkpoint.source import MANIFEST_NAME, Checkpoint
 from qkpatch.checkpoint.tree import LocalFile
+from qkpatch.common import system
 from qkpatch.common.text import as_word, cut
 from qkpatch.errors import FileSystemError, UsageError
-
-_GETFLAGS, _APPEND_ONLY = 0x80086601, 0x20  # of linux/fs.h
 
 
 def longest_name(parent: Path) -> int:
@@ -106,8 +104,8 @@ def _check_renames(parent: Path, out: Path) -> None:
     owners = {0, status.st_uid, out.lstat().st_uid if os.path.lexists(out) else os.geteuid()}
     if status.st_mode & stat.S_ISVTX and os.geteuid() not in owners:
         why = "it is somebody else's, and in its parent (sticky) only owners replace what is theirs"
-    with suppress(OSError, FileSystemError), Rooted(parent) as root:  # not every file system has such flags
-        if fcntl.ioctl(root.fd, _GETFLAGS, bytes(8))[0] & _APPEND_ONLY:
+    with suppress(FileSystemError), Rooted(parent) as root:
+        if system.is_append_only(root.fd):
             why = "in its parent nothing can be renamed (append-only: chattr +a)"
     if why:
         raise FileSystemError(why, where=str(out), fix="choose another -o")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import shutil
 import tempfile
@@ -10,8 +9,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from qkpatch.checkpoint.tree import LocalFile, SourceFile
+from qkpatch.common import system
 from qkpatch.errors import FileSystemError
-from qkpatch.output.copying import clone
 from qkpatch.output.destination import present_parent
 from qkpatch.output.layout import OutputFile
 from qkpatch.output.staging import left_bytes
@@ -60,7 +59,7 @@ def _shares_blocks(place: Path, files: Collection[SourceFile]) -> bool:
         return False
     try:
         with tempfile.TemporaryFile(dir=place) as probe, open(largest.path, "rb") as source:
-            return clone(source.fileno(), probe.fileno())
+            return system.clone(source.fileno(), probe.fileno())
     except OSError:
         return False
 
@@ -71,7 +70,7 @@ def check_limits(files: int, memory: int) -> bool:
     Raises:
         FileSystemError: it may not open so many more files, or take so many bytes.
     """
-    files += len(os.listdir("/proc/self/fd"))
+    files += system.open_files()
     limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_AS)]
     needs = (files, "open files", "ulimit -n"), (memory, "bytes of memory", "ulimit -v")
     for limit, (needed, what, command) in zip(limits, needs, strict=True):

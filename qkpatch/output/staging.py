@@ -12,9 +12,7 @@ What a file system cannot do (locks, modes, syncing directories, exchanging name
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import fcntl
 import hashlib
 import os
 import platform
@@ -28,6 +26,7 @@ from types import TracebackType
 from qkpatch.checkpoint.files import CANNOT, os_errors
 from qkpatch.checkpoint.names import KEPT
 from qkpatch.checkpoint.open_directory import Rooted, raced
+from qkpatch.common import system
 from qkpatch.common.interrupts import signals_held
 from qkpatch.common.text import Warned, warned
 from qkpatch.errors import FileSystemError
@@ -36,8 +35,6 @@ from qkpatch.output.destination import destination_path
 
 FILES = "files"  # in the staging directory: what becomes OUT
 _REPLACED = "replaced"  # and what was there, where the two cannot be exchanged
-_RENAME_NOREPLACE = 1
-_RENAME_EXCHANGE = 2
 _STAYS = "what a killed run leaves beside OUT stays there, and --resume cannot take it over"
 NO_LOCKS = f"the file system has no locks: {_STAYS}"
 NO_MODES = f"the file system keeps no modes: others may look into an unfinished OUT; {_STAYS}"
@@ -114,7 +111,7 @@ class Staging:
             raise
         try:
             try:
-                fcntl.flock(room.fd, fcntl.LOCK_EX)
+                system.lock(room.fd, wait=True)
             except OSError as error:
                 if error.errno not in {*CANNOT, errno.ENOLCK}:
                     raise
@@ -177,12 +174,12 @@ class Staging:
         synced = [self.files.sync(name) for name in (*directories, ".")]
         with os_errors("publish", self.out):
             if self._parent.status(self.out.name) is None:
-                self._move(_RENAME_NOREPLACE)
+                self._move(system.NOREPLACE)
             elif not any(self.out.iterdir()):
                 self._rename(FILES, self.out.name)  # replaces an empty directory, fails on any other
             elif still_replaceable is not None:
                 still_replaceable(self.out)
-                aside = self._move(_RENAME_EXCHANGE)  # the old output is now in staging, and goes on exit
+                aside = self._move(system.EXCHANGE)  # the old output is now in staging, and goes on exit
                 try:
                     still_replaceable(self.path / aside)  # what came just before belongs to somebody
                 except BaseException:
@@ -208,7 +205,7 @@ class Staging:
         """Make the staged directory OUT; the name in staging of what was there."""
         try:
             try:
-                _renameat2(self.room.fd, FILES, self._parent.fd, self.out.name, flag)
+                system.renameat2(self.room.fd, FILES, self._parent.fd, self.out.name, flag)
                 return FILES
             except OSError as error:
                 if error.errno not in CANNOT:
@@ -222,7 +219,7 @@ class Staging:
 
     def _move_plainly(self, flag: int) -> None:
         """The nearest that a file system without renameat2 can do (some network and FUSE mounts)."""
-        if flag == _RENAME_NOREPLACE:
+        if flag == system.NOREPLACE:
             self._rename(FILES, self.out.name)  # refuses all but an empty directory
             return
         self.lacks[warned(NO_EXCHANGE)] = None
@@ -235,7 +232,7 @@ class Staging:
 
     def _move_back(self, aside: str) -> None:
         if aside == FILES:
-            _renameat2(self.room.fd, FILES, self._parent.fd, self.out.name, _RENAME_EXCHANGE)
+            system.renameat2(self.room.fd, FILES, self._parent.fd, self.out.name, system.EXCHANGE)
             return
         self._rename_back(self.out.name, FILES)
         self._rename(aside, self.out.name)
@@ -243,10 +240,7 @@ class Staging:
 
 def _machine() -> str:
     """The running system, in eight letters: within it, and nowhere else, a lock that can be had has no owner."""
-    boot = ""
-    with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8")
-    return hashlib.sha256(f"{platform.node()} {boot}".encode()).hexdigest()[:8]
+    return hashlib.sha256(f"{platform.node()} {system.boot_id()}".encode()).hexdigest()[:8]
 
 
 def clear_shared(parent: Rooted, out: Path) -> None:
@@ -267,7 +261,7 @@ def _stale(parent: Rooted, out: Path, tag: str = "") -> Iterator[Rooted]:
         except FileSystemError:
             continue  # not a directory, or not ours to read
         try:
-            fcntl.flock(room.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            system.lock(room.fd)
         except OSError:
             room.close()  # its owner lives, or the file system cannot tell
             continue
@@ -319,13 +313,3 @@ def _remove(parent: Rooted, room: Rooted) -> None:
         _clear(parent, room)
     finally:
         room.close()
-
-
-def _renameat2(old_fd: int, old: str, new_fd: int, new: str, flags: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    function = getattr(libc, "renameat2", None)
-    if function is None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    if function(old_fd, os.fsencode(old), new_fd, os.fsencode(new), flags) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), new)

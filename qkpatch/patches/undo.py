@@ -57,7 +57,7 @@ def move(folder: Rooted, name: str, new: str) -> None:
 def undo_in(folder: Rooted) -> Patch:
     """The undo file of a folder, of an edit that is whole or not; raises :class:`UsageError` where there is none."""
     name = UNDO if folder.status(UNFINISHED) is None else UNFINISHED
-    status, here = folder.status(name), Path(os.path.realpath(f"/proc/self/fd/{folder.fd}"))
+    status, here = folder.status(name), Path(os.path.realpath(folder.as_path))
     undo = read_patch(here / name, _LOST) if status is not None and stat.S_ISREG(status.st_mode) else None
     if undo is None or MANIFEST_NAME not in undo.record.former:
         what = f"there is no {UNDO} of an edit in place, so nothing says what was before"
@@ -193,8 +193,7 @@ def _write_copy(folder: Rooted, out: Path) -> list[str]:
 
     with Staging(out, mode=os.fstat(folder.fd).st_mode & 0o777) as staging:
         with signals_let_through(), os_errors("copy", folder.path, out):
-            there = f"/proc/self/fd/{staging.files.fd}"
-            shutil.copytree(folder.path, there, copy_function=copy, dirs_exist_ok=True)
+            shutil.copytree(folder.path, staging.files.as_path, copy_function=copy, dirs_exist_ok=True)
             changed = begin(staging.files)
             restore(staging.files)
         directories = [name for name, status in staging.files.walk() if stat.S_ISDIR(status.st_mode)]

@@ -17,9 +17,10 @@ from typing import NamedTuple
 from qkpatch.checkpoint.files import Digesting, Digests, LocalOpenFile, synced, write_exact
 from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.tree import LocalFile
+from qkpatch.common import system
 from qkpatch.common.observer import Observer
 from qkpatch.errors import HubError
-from qkpatch.output.copying import Lane, clone, passage_for
+from qkpatch.output.copying import Lane, passage_for
 from qkpatch.output.journal import Journal, State
 from qkpatch.output.layout import OutputFile
 from qkpatch.output.options import Digest, Writing
@@ -72,7 +73,7 @@ class Copier:
     def lanes(self) -> int:
         """How many files are copied side by side."""
         hashes_files = self._writing.digest is Digest.files
-        return min(_HASHING_LANES, len(os.sched_getaffinity(0))) if hashes_files else 1
+        return min(_HASHING_LANES, system.processors()) if hashes_files else 1
 
     def __enter__(self) -> Copier:
         self._open.callback(self._close_copies)
@@ -299,4 +300,4 @@ def _cloned(file: OutputFile, fd: int) -> bool:
     if not isinstance(original, LocalFile) or not file.size:
         return False
     with original.open() as source:
-        return clone(source.fd, fd)
+        return system.clone(source.fd, fd)

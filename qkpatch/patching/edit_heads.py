@@ -6,14 +6,13 @@ import hashlib
 import platform
 import re
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import groupby
-from pathlib import Path
 
 import torch
 
+from qkpatch.common import system
 from qkpatch.common.json_text import measured
 from qkpatch.common.observer import Observer
 from qkpatch.errors import NumericalError
@@ -68,7 +67,7 @@ class Editor:
         """What the bits of an edit depend on besides its inputs: torch, BLAS, and the kernels that the CPU takes."""
         shown = torch.__config__.show()
         blas = re.search(r"(?<=oneAPI )Math Kernel Library Version \S+|(?<=BLAS_INFO=)\w+", shown)
-        cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {_cpu_model()}".strip()
+        cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {system.processor()}".strip()
         return {"torch": str(torch.__version__), "blas": blas[0] if blas else "unknown", "cpu": cpu}
 
     def edited(
@@ -167,14 +166,6 @@ def edit_batch(
     except HeadError as error:
         where = f"head {batch.heads[error.index]} of {target.query.name}, {target.query.dtype}"
         raise NumericalError(error.what, where=where, fix=error.fix) from error
-
-
-def _cpu_model() -> str:
-    """By the numbers that BLAS chooses its kernels by; empty where the system does not tell."""
-    with suppress(OSError):
-        told = Path("/proc/cpuinfo").read_text("utf-8", "replace").partition("\n\n")[0]
-        return " ".join(re.findall(r"(?m)^(?:vendor_id|cpu family|model|CPU \w+)\s*: (.+)$", told))
-    return ""
 
 
 def head_generator(seed: int, attention: str, layer: int, head: int) -> torch.Generator:

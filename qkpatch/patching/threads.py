@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
 from functools import partial
 from threading import Barrier, Event
 from types import TracebackType
@@ -17,10 +15,6 @@ from qkpatch.errors import UsageError
 
 A = TypeVar("A")
 R = TypeVar("R")
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of malloc.h
-_KEPT = 32 << 20  # bytes: the largest that malloc.h allows
-_NEVER = 1 << 30  # no run has as much to give back
 
 
 class Stopped(BaseException):
@@ -96,16 +90,3 @@ class Crew:
                 self._failure = error
                 self._stop.set()
             raise
-
-
-def share_free_memory() -> None:
-    """Let all threads of this process allocate from one pool, which keeps what is freed for the next head.
-
-    Otherwise each thread keeps arrays of its own (80 MB more at 7B sizes), and gives others back to the system only
-    to fault them in again. For a process that is qkpatch's own.
-    """
-    with suppress(OSError, AttributeError):  # glibc alone has it
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_ARENA_MAX, 1)
-        mallopt(_M_MMAP_THRESHOLD, _KEPT)
-        mallopt(_M_TRIM_THRESHOLD, _NEVER)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 
+from qkpatch.common.system import processors
 from qkpatch.errors import UsageError
 from qkpatch.recipes.heads import HeadLayout
 
@@ -39,4 +39,4 @@ def choose_threads(asked: int | None, per_thread: int, n_tensors: int) -> int:
             raise UsageError(f"{asked!r:.80} is not between 1 and {MAX_THREADS}", where="--threads")
         return asked
     fitting = (USUAL_PEAK - peak_memory(0, per_thread, n_tensors)) // max(per_thread, 1)
-    return max(1, min(len(os.sched_getaffinity(0)), fitting))
+    return max(1, min(processors(), fitting))

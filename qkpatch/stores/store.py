@@ -96,6 +96,7 @@ class Store:
         return {name: self._entry(name, path, facts[name]) for name, path in named.items()}
 
     def _find(self) -> Mapping[str, Any]:
+        found: Any
         try:
             if self._is_http:
                 found = crawled(self.fs, self.root, self.url.text)

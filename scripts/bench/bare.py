@@ -19,11 +19,11 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from qkpatch.common.system import share_free_memory
 from qkpatch.model.model import Model, open_model
 from qkpatch.patching.edit_heads import edit_batch
 from qkpatch.patching.head_products import HeadWeights, LayerWeights, open_layer
 from qkpatch.patching.spectra import _head_spectra
-from qkpatch.patching.threads import share_free_memory
 from qkpatch.spectral.rule import Channel, EditRule, Select
 
 from .heads import parse

@@ -106,7 +106,7 @@ def mergekit(folder: Path, constraints: Path) -> Contestant:
         return [[tool, recipe, out, *flags], ["sync", "-f", out]]
 
     # A table of architectures names all tensors of a llama, no more and no less.
-    return Contestant("mergekit passthrough + sync", commands, lambda s: bool(s.mlp and not s.ballast))
+    return Contestant("mergekit copy + sync", commands, lambda s: bool(s.mlp and not s.ballast))
 
 
 def contest(

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
 from qkpatch import api
+from qkpatch.common import system
 from qkpatch.common.json_text import canonical_json
 from qkpatch.errors import UsageError
-from qkpatch.output import staging
 from qkpatch.output.options import Writing
 from qkpatch.planning.plan import make_plan
 from qkpatch.planning.settings import Request
@@ -354,7 +354,7 @@ def test_whatever_changes_meanwhile_is_not_replaced(
         raise OSError(38, "not implemented")
 
     if not has_renameat2:
-        monkeypatch.setattr(staging, "_renameat2", unsupported)
+        monkeypatch.setattr(system, "renameat2", unsupported)
     with pytest.raises(UsageError, match="changed while"):
         overwritten(tiny.path, out, lambda: MEANWHILE[change](out), force=force)
     assert alpha(out) == 0.8
@@ -364,7 +364,7 @@ def test_whatever_changes_meanwhile_is_not_replaced(
 def test_what_comes_between_the_last_look_and_the_exchange_is_not_lost(
     tiny: Tiny, out: Path, monkeypatch: pytest.MonkeyPatch, has_renameat2: bool
 ) -> None:
-    exchange, seen = staging._renameat2, list[int]()
+    exchange, seen = system.renameat2, list[int]()
 
     def late(old_fd: int, old: str, new_fd: int, new: str, flags: int) -> None:
         seen.append(flags)
@@ -374,7 +374,7 @@ def test_what_comes_between_the_last_look_and_the_exchange_is_not_lost(
             raise OSError(38, "not implemented")
         exchange(old_fd, old, new_fd, new, flags)
 
-    monkeypatch.setattr(staging, "_renameat2", late)
+    monkeypatch.setattr(system, "renameat2", late)
     with pytest.raises(UsageError, match="mine, which is not as qkpatch left it: it changed while"):
         overwritten(tiny.path, out, lambda: None)
     assert (out / "mine").read_text() == "mine"

@@ -23,6 +23,7 @@ from qkpatch.errors import FileSystemError
 from qkpatch.output import copying
 from qkpatch.output.copying import copy_range
 
+IN_KERNEL = [pytest.param(name, marks=pytest.mark.linux) for name in ("copy_file_range", "sendfile")]
 DECLINES = ["EXDEV", "EOPNOTSUPP", "ENOSYS", "EINVAL", "EPERM", "nothing copied"]
 
 
@@ -82,6 +83,7 @@ def test_copying_nothing_is_possible(tmp_path: Path) -> None:
     assert copy(tmp_path, b"") == ("none", b"", [])
 
 
+@pytest.mark.linux
 @pytest.mark.parametrize("reason", DECLINES)
 def test_sendfile_steps_in_where_copy_file_range_declines(
     tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch, reason: str
@@ -101,6 +103,7 @@ def test_reading_and_writing_steps_in_where_both_decline(
     assert (means, copied, sum(told)) == ("read_write", data, len(data))
 
 
+@pytest.mark.linux
 def test_each_means_goes_on_where_the_one_before_gave_up(
     tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,7 +116,7 @@ def test_each_means_goes_on_where_the_one_before_gave_up(
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
-@pytest.mark.parametrize("means", ["copy_file_range", "sendfile", "pwrite"])
+@pytest.mark.parametrize("means", [*IN_KERNEL, "pwrite"])
 def test_a_real_error_is_not_taken_for_declining(
     tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch, means: str, code: int
 ) -> None:

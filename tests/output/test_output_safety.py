@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
 from qkpatch import api
+from qkpatch.common import system
 from qkpatch.errors import FileSystemError, UsageError
 from qkpatch.output import staging
 from qkpatch.output.options import Writing
@@ -30,6 +31,7 @@ from qkpatch.planning.request import Request
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 CPU = "cpu"
+OF_LINUX = [pytest.param(name, marks=pytest.mark.linux) for name in ("copy_file_range", "preadv")]
 State = dict[str, tuple[str, int]]
 
 
@@ -315,6 +317,7 @@ def test_somebody_elses_out_in_a_sticky_directory_is_refused_before_the_edit(
     assert run("plan", tiny.path, "-o", folder / "out").exit_code == 0
 
 
+@pytest.mark.linux
 def test_an_append_only_parent_is_refused_before_anything_is_left_there(
     tiny: Tiny, folder: Path, run: Callable[..., Result]
 ) -> None:
@@ -380,7 +383,7 @@ def test_nan_or_inf_in_queries_or_keys_leaves_no_trace(
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("function", ["pwrite", "fsync", "copy_file_range", "mkdir", "preadv"])
+@pytest.mark.parametrize("function", ["pwrite", "fsync", "mkdir", *OF_LINUX])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 def test_an_error_of_the_file_system_leaves_no_trace(
     tiny: Tiny,
@@ -503,7 +506,7 @@ def no_renameat2(monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(*args: Any) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr(staging, "_renameat2", unsupported)
+    monkeypatch.setattr(system, "renameat2", unsupported)
 
 
 @pytest.mark.usefixtures("no_renameat2")

@@ -18,6 +18,7 @@ import torch
 from conftest import build_tiny
 
 from qkpatch.checkpoint.files import LocalOpenFile
+from qkpatch.common import system
 from qkpatch.errors import FileSystemError
 from qkpatch.output import copying
 from qkpatch.output.copying import ALIGN, Lane, Passage
@@ -60,7 +61,7 @@ def files(tmp_path: Path) -> Files:
 
 
 def can_be_direct(folder: Path) -> bool:
-    if not os.major(folder.stat().st_dev):
+    if not (system.IS_LINUX and os.major(folder.stat().st_dev)):
         return False
     try:
         os.close(os.open(folder / "probe", os.O_CREAT | os.O_WRONLY | os.O_DIRECT))
@@ -105,6 +106,7 @@ def test_disks_are_written_past_the_page_cache(files: Files, tmp_path: Path) -> 
     assert files.copy(0, len(DATA), 0) == "direct"
 
 
+@pytest.mark.linux
 def test_what_is_on_no_disk_is_copied_in_the_kernel(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "major", lambda device: 0)
     assert files.copy(0, len(DATA), 3) in ("copy_file_range", "sendfile")
@@ -140,7 +142,7 @@ def test_where_it_is_declined_the_page_cache_is_used(
     def decline(*_: Any) -> int:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(copying, "_is_cached", lambda *_: False)
+    monkeypatch.setattr(system, "is_cached", lambda *_: False)
     raw = Raw(monkeypatch, name, decline)
     files.copy(0, len(DATA), 0)
     assert raw.calls
@@ -172,7 +174,7 @@ def test_what_is_done_in_part_is_completed(
     def part(plain: Callable[..., int], fd: int, data: Any, at: int) -> int:
         return plain(fd, data[:4096] if name == "pwrite" else [data[0][:4096]], at)
 
-    monkeypatch.setattr(copying, "_is_cached", lambda *_: False)
+    monkeypatch.setattr(system, "is_cached", lambda *_: False)
     raw = Raw(monkeypatch, name, part)
     files.copy(0, len(DATA), 0)
     assert raw.calls
@@ -185,6 +187,7 @@ def test_a_source_that_ends_early_is_an_error(files: Files, takes_digest: bool) 
         files.copy(0, len(DATA) + 2, 0, hashlib.sha256() if takes_digest else None)
 
 
+@pytest.mark.linux
 def test_holes_stay_holes(tmp_path: Path) -> None:
     files = Files(tmp_path, size=64 * ALIGN)
     with open(files.source, "r+b") as file:

@@ -395,7 +395,7 @@ def test_what_is_there_is_not_replaced(patch: Path, tiny: Tiny, tmp_path: Path) 
         qkpatch.make_patch(plan, tmp_path / "nowhere" / "edit.qkpatch")
 
 
-@pytest.mark.parametrize("can", ["unnamed files", "links", "neither"])
+@pytest.mark.parametrize("can", [pytest.param("unnamed files", marks=pytest.mark.linux), "links", "neither"])
 def test_what_comes_there_meanwhile_is_not_replaced_and_a_kill_leaves_nothing(
     can: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,12 +25,13 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1
 # opening of a file, the fork sends itself a signal.
 DRIVER = """
 import contextlib, io, json, os, sys, traceback
-import commands, torch
+import commands, portable, torch
 from qkpatch import cli
 from qkpatch.patching import apply as patch
 from qkpatch.compare import verify
-from qkpatch.output import staging
+from qkpatch.common import system
 
+portable.taken_away_where_asked()
 OPERATIONS = ("open", "mkdir", "copy_file_range", "pwrite", "fsync", "link", "rename", "unlink", "rmdir")
 
 def send_signal_before(n, number):
@@ -46,7 +47,7 @@ def send_signal_before(n, number):
         setattr(module, name, counted)
     for name in OPERATIONS:
         wrap(os, name)
-    wrap(staging, "_renameat2")
+    wrap(system, "renameat2")
 
 def child(request, pipe):
     os.setpgid(0, 0)

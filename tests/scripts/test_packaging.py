@@ -139,6 +139,22 @@ def test_the_release_publishes_without_a_token_and_runs_no_text_as_a_command() -
         )
 
 
+def test_what_tests_every_change_may_only_read_and_runs_what_there_is() -> None:
+    folder = REPO / ".github" / "workflows"
+    workflow = yaml.safe_load((folder / "test.yml").read_text())
+    assert workflow["permissions"] == {"contents": "read"}
+    assert not [job for job in workflow["jobs"].values() if "permissions" in job]
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    assert {step["uses"] for step in steps if "uses" in step} < set(
+        re.findall(r"uses: (\S+)", (folder / "release.yml").read_text())
+    )
+    commands = {step["run"] for step in steps if "run" in step}
+    assert "bash .ci/run" in commands
+    made = {word for command in commands for word in re.findall(r" ([a-z][a-z-]*)(?= |$)", command)}
+    assert made == {"check", "test", "test-portable", "stress"}
+    assert made <= set(re.findall(r"^([a-z-]+):", (REPO / "Makefile").read_text(), re.MULTILINE))
+
+
 def test_the_source_archive_has_what_the_pages_and_the_tests_are_made_of() -> None:
     kept = PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
     top = {path.name for path in REPO.iterdir()} - {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from importlib.metadata import distributions
 from pathlib import Path
@@ -19,6 +18,7 @@ _EXTRAS = ("transformers", "peft", "pillow", "matplotlib", "fsspec", "s3fs", "gc
 def doctor(as_json: JsonOpt = False, debug: DebugOpt = False) -> None:
     """Show versions, devices, threads, free disk and the Hub, as a report of a fault should have them."""
     from qkpatch.cli.console import print_json, results, safe
+    from qkpatch.common.system import processors
     from qkpatch.common.text import size_text
     from qkpatch.hub.health import hub_health
     from qkpatch.output.space import free_bytes
@@ -28,7 +28,7 @@ def doctor(as_json: JsonOpt = False, debug: DebugOpt = False) -> None:
         "system": {
             "python": platform.python_version(),
             "platform": platform.platform(),
-            "processors": len(os.sched_getaffinity(0)),
+            "processors": processors(),
             "free disk here": "unknown" if free is None else size_text(free),
         },
         "libraries": _versions(_LIBRARIES),
