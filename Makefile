@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: all check docs site pictures format test test-portable test-floor test-hub-floor hub-bytes fixtures demo toy evidence smoke fuzz stress bench clean
+.PHONY: all check docs site pictures format test test-long test-portable test-floor test-hub-floor hub-bytes fixtures demo toy evidence smoke fuzz stress bench clean
 all: check test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -40,8 +40,13 @@ format: $(STAMP)  ## rewrite to the house style
 fixtures: $(STAMP)  ## real checkpoints for tests and demo, built once under .cache/
 	$(BIN)/python scripts/make_fixtures.py
 
-test: $(STAMP) fixtures
+test: $(STAMP) fixtures  ## in 8 minutes on two cores
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+LONG ?=
+
+test-long: $(STAMP) fixtures  ## what `make test` leaves out: every family, pages that train and measure, long attacks
+	$(BIN)/python -m pytest -n auto --dist worksteal -m long $(or $(LONG),$$(grep -rlE 'mark\.long|first_of_each' tests))
 
 # The core of the tests: apply, resume, overwrite, in place, parts, verify; a kill at every moment is left to `make test`.
 PORTABLE := tests/output tests/patches tests/cluster/test_parts.py tests/compare/test_verify.py
@@ -92,7 +97,7 @@ ROUNDS ?= 50
 STRESS ?=
 
 stress: $(STAMP)  ## attacks at the borders, then kills, faults and races, ROUNDS times those of `make test`; 50 take an hour
-	$(BIN)/python -m pytest -n auto -m stress $(STRESS) || test $$? -eq 5  # pytest's word for: none selected
+	$(BIN)/python -m pytest -n auto -m stress $(or $(STRESS),$$(grep -rl 'mark\.stress' tests)) || test $$? -eq 5  # none selected
 	QKPATCH_ROUNDS=$(ROUNDS) QKPATCH_SEED=$(SEED) $(BIN)/python -m pytest tests/promises/test_kills.py \
 	    tests/promises/test_faults.py tests/promises/test_races.py $(STRESS)
 
@@ -108,7 +113,7 @@ FLOORS := .cache/floor .cache/newest
 test-floor: $(STAMP) $(FLOORS:=/.installed)  ## a few tests, with the oldest and the newest of every dependency but torch
 	for folder in $(FLOORS); do \
 	    QKPATCH_FLOOR=$$(basename $$folder) QKPATCH_TEST_HUB_PATH=$(CURDIR)/$$folder PYTHONPATH=$(CURDIR)/$$folder \
-	        $(BIN)/python -m pytest -q -m floor || exit 1; \
+	        $(BIN)/python -m pytest -q -m floor $$(grep -rl 'mark\.floor' tests) || exit 1; \
 	done
 
 # The oldest huggingface_hub that pyproject.toml allows: in a folder of its own, which the tested processes look in first.

@@ -85,6 +85,7 @@ def test_an_earlier_output_is_replaced_where_that_is_said(tiny: Tiny, tmp_path: 
     assert qkpatch.verify(out, tiny.path).ok
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cache", [True, False])
 def test_a_repository_is_planned_and_applied(cache: bool, tiny: Tiny, tmp_path: Path) -> None:
     code = (
@@ -287,6 +288,7 @@ def test_controls_and_channels_are_the_same_in_memory(edit: dict[str, Any], tmp_
     assert all(torch.equal(state[name], tensor) for name, tensor in files.items())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("inner", [False, True])
 def test_a_compiled_model_is_edited_as_the_model_that_it_is(inner: bool) -> None:
     model, plain = build("llama"), build("llama")

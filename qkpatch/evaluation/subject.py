@@ -227,7 +227,7 @@ def machine(device: str) -> dict[str, Any]:
     """What the bytes of an answer depend on besides the model and what is asked."""
     editor = Editor.on(device)
     card = {"cpu": torch.cuda.get_device_name(editor.device)} if editor.device.type == "cuda" else {}
-    versions = {name: library(name).__version__ for name in ("transformers", "PIL")}
+    versions = {"transformers": library("transformers").__version__, "PIL": library("PIL").__version__}
     return {"qkpatch": editor.tool.version, **versions, **editor.stack, **card}
 
 

@@ -56,6 +56,7 @@ def test_an_adapter_is_the_edited_checkpoint_in_every_channel(key: str, tmp_path
         assert list(manifest.adapter.modules) == modules
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("key", "edit"),
     [
@@ -193,6 +194,7 @@ def test_the_table_of_families_and_channels_is_printed(capsys: pytest.CaptureFix
     assert [line.split(" | ")[:2] for line in lines[2:]] == [["| llama", channel] for channel in CHANNELS]
 
 
+@pytest.mark.long
 @pytest.mark.fixtures
 def test_on_a_real_model(smollm2: Path, tmp_path: Path) -> None:
     """In float32, so that the checkpoint's own rounding is as small as the adapter's; the passes are in float64."""

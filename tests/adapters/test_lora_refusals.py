@@ -198,6 +198,7 @@ def test_the_recorded_edit_is_made_again(tiny: Tiny, tmp_path: Path, run: Run) -
     assert contents(tmp_path) == before
 
 
+@pytest.mark.long
 def test_from_the_hub_headers_and_rows_are_fetched_and_the_base_is_named(
     hub: FakeHub, tmp_path: Path
 ) -> None:

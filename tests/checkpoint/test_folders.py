@@ -232,6 +232,7 @@ def test_an_out_that_holds_nothing_of_anyones_is_taken(
     assert names(tmp_path / "out") == {*KEPT, *([name] if name == ".git/config" else [])}
 
 
+@pytest.mark.long
 def test_of_a_repository_a_trainers_leftovers_are_not_downloaded(
     tiny: Tiny, tmp_path: Path, run: Run, hub: FakeHub
 ) -> None:

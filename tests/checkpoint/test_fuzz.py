@@ -31,6 +31,7 @@ def test_every_target_is_run() -> None:
     assert COUNTS.keys() == fuzz_targets.TARGETS.keys()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", COUNTS)
 def test_only_typed_errors_leave_a_reader_and_verdicts_agree(name: str) -> None:
     if name == "header" and not RECENT:
@@ -54,6 +55,7 @@ def test_the_same_seed_makes_the_same_inputs(name: str) -> None:
     assert first == second != other
 
 
+@pytest.mark.long
 def test_the_mutator_reaches_valid_files_and_every_kind_of_refusal() -> None:
     kinds: Counter[str] = Counter()
     for content in fuzz_targets.generate(fuzz_targets.TARGETS["header"], 2, 12_000):
@@ -104,6 +106,7 @@ def nothing(*_: object, **__: object) -> None:
     """A check that lets all pass."""
 
 
+@pytest.mark.long
 @needs_recent
 @pytest.mark.parametrize(
     ("part", "weaker"),

@@ -647,6 +647,7 @@ def big_headers() -> Iterator[tuple[str, bytes]]:
     yield "spaces", framed("{" + A + "}" + " " * 5_000_000, b"xy")
 
 
+@pytest.mark.long
 def test_no_header_takes_long(scratch: Path) -> None:
     for kind, content in big_headers():
         assert timed(scratch, content) < 6, kind

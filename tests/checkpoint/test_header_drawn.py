@@ -107,6 +107,7 @@ def damaged(content: bytes, edits: list[tuple[str, int, int]], keep_frame: bool)
     return framed(bytes(target), content[8 + length :]) if keep_frame else bytes(target)
 
 
+@pytest.mark.long
 @needs_recent
 @settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.sampled_from(SEEDS), edits=st.lists(EDIT, min_size=1, max_size=3), keep_frame=st.booleans())

@@ -239,6 +239,7 @@ class TestSize:
         )
         assert grown_mib("header", scratch) < 30 * size / 2**20
 
+    @pytest.mark.long
     def test_a_hundred_thousand_tensors_are_planned(self, tiny: Tiny, run: Run) -> None:
         path = tiny.path / "model.safetensors"
         raw = path.read_bytes()

@@ -65,6 +65,7 @@ FIELDS = [
 
 
 class TestManifest:
+    @pytest.mark.long
     @pytest.mark.parametrize("field", FIELDS)
     def test_verify_ends_by_itself_whatever_a_field_holds(
         self, field: str, out: Path, tiny: Tiny, run: Run

@@ -396,6 +396,7 @@ class TestOutput:
         assert done.stderr == ""
 
 
+@pytest.mark.long
 def test_help_takes_little_more_than_its_libraries() -> None:
     """Of processor time, which a slow or busy machine gives to both alike."""
 

@@ -336,6 +336,7 @@ def in_process(environment: dict[str, str], *arguments: object) -> subprocess.Co
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.long
 def test_without_torch_one_is_told_how_to_get_it_before_anything_is_written(
     without_torch: dict[str, str], tiny: Tiny, tmp_path: Path, run: Run
 ) -> None:

@@ -178,6 +178,7 @@ def test_what_the_hub_says(hub: FakeHub, tmp_path: Path) -> None:
     assert "ok forged" in check(result)  # it is told, on the line of the error
 
 
+@pytest.mark.long
 @pytest.mark.floor
 def test_what_the_command_line_itself_is(tiny: Tiny) -> None:
     for words in (
@@ -261,6 +262,7 @@ cli.main()
 """
 
 
+@pytest.mark.long
 def test_an_unexpected_error_is_a_document_too() -> None:
     arguments = [sys.executable, "-c", FAULT, "plan", "x", "--json"]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=REPO)
@@ -276,6 +278,7 @@ def test_an_unexpected_error_is_a_document_too() -> None:
         assert subprocess.run(["bash", "-c", line], capture_output=True, check=False).returncode == 5, end
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("words", "code"),
     [
@@ -296,6 +299,7 @@ def test_with_json_every_error_is_one_document_and_its_code_stands(words: tuple[
         assert ended(f"Q {end}", *words).returncode == code, end
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("words", [("--help",), ("apply", "--help"), ("--version",), ("recipes",), ()])
 def test_a_reader_who_leaves_is_no_error(words: tuple[str, ...]) -> None:
     quiet = (0, 141) if words else (2, 141)

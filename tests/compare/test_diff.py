@@ -439,6 +439,7 @@ def hole(path: Path, dtype: str, n_bytes: int, flips: Sequence[int] = ()) -> Pat
     return path
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="VmHWM is a Linux figure")
 @pytest.mark.parametrize(
     ("kind", "dtype", "large"), [("equal", "F32", 1 << 28), ("changed", "BF16", 1 << 27)]

@@ -366,6 +366,7 @@ class TestHostile:
         said = load_yaml(result.stdout.encode(), "draft")
         assert said["match"]["architectures"] == ([word] if len(word) < 200 else ["Unknown"])
 
+    @pytest.mark.long
     @settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow])
     @given(
         model_type=st.none() | st.integers() | st.text(max_size=8) | st.lists(st.text(max_size=3)),

@@ -180,6 +180,7 @@ def test_an_edit_in_memory_is_what_apply_writes(run: Run, album: Path, tmp_path:
     assert a["sides"][0]["figures"] != a["sides"][1]["figures"]
 
 
+@pytest.mark.long
 def test_the_statistics_can_be_redone_from_the_result(album: Path) -> None:
     document = qkpatch.evaluate(TOY, inputs(album), ASKED, layers="0-8", modes=1, alpha=0.0).to_json()
     Draft202012Validator(SCHEMA).validate(document)
@@ -202,6 +203,7 @@ def test_the_statistics_can_be_redone_from_the_result(album: Path) -> None:
     assert equal["difference"]["estimate"] > -0.2
 
 
+@pytest.mark.long
 def test_a_table_says_what_was_found(run: Run, album: Path) -> None:
     result = run("evaluate", TOY, *given(album), "--alpha", 0.5)
     assert result.exit_code == 0, result.output
@@ -223,6 +225,7 @@ def test_a_table_says_what_was_found(run: Run, album: Path) -> None:
 # -------- into a card
 
 
+@pytest.mark.long
 def test_a_card_takes_the_figures_of_its_own_edit_alone(run: Run, album: Path, tmp_path: Path) -> None:
     made, out, m = tmp_path / "made", tmp_path / "out", tmp_path / "m"
     short = given(album, "--sample", 8, "--questions", 0, "--max-new-tokens", 8)
@@ -274,6 +277,7 @@ def test_a_card_has_the_interval_as_it_was_drawn(run: Run, album: Path, tmp_path
 # -------- runs that end early
 
 
+@pytest.mark.long
 def test_a_run_goes_on_and_ends_as_if_it_had_never_stopped(
     album: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -388,7 +392,7 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_written(
 
 @pytest.mark.parametrize(("flag", "text"), [("--prompt", "describe :"), ("--question", "exists {object}")])
 def test_a_prompt_without_the_image_is_told_by_its_flag(flag: str, text: str, run: Run, album: Path) -> None:
-    result = run("evaluate", TOY, *given(album), flag, text)
+    result = run("evaluate", TOY, *given(album, flag, text))
     assert result.exit_code == 3, result.output
     assert "it lacks <image>" in result.output
     assert f"where  {flag}\n" in result.output
@@ -521,6 +525,7 @@ def test_an_adapter_is_evaluated_with_its_model_and_not_edited(run: Run, album: 
     assert edited.exit_code in (2, 3), edited.output
 
 
+@pytest.mark.long
 def test_the_base_of_an_adapter_is_the_one_that_it_was_made_from(
     run: Run, album: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:

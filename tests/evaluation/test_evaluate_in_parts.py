@@ -68,6 +68,7 @@ def test_parts_in_any_order_give_the_result_of_one_run(
     assert files(out) == whole
 
 
+@pytest.mark.long
 def test_what_no_part_has_is_asked_in_the_end(
     album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, bytes]
 ) -> None:

@@ -82,6 +82,7 @@ def test_settings_are_drawn_with_a_seed_and_what_is_fixed_is_fixed() -> None:
     assert all(set(r.layers or ()) <= set(range(9)) for r in drawn)
 
 
+@pytest.mark.long
 def test_a_search_says_plainly_what_it_found_and_writes_only_what_beats_all(
     run: Run, searched: tuple[Result, Path], album: Path, tmp_path: Path
 ) -> None:
@@ -157,6 +158,7 @@ def test_a_search_says_plainly_what_it_found_and_writes_only_what_beats_all(
     assert json.loads(other.stdout)["tuned"]["looked"] == 2
 
 
+@pytest.mark.long
 def test_limits_are_kept(album: Path, tmp_path: Path) -> None:
     inputs = Inputs(album / "pictures", album / "objects.jsonl", batch_size=20, text=album / "text.txt")
     asked = Protocol("<image> describe :", max_new_tokens=16, questions=0)
@@ -168,6 +170,7 @@ def test_limits_are_kept(album: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "edit.yaml").exists()
 
 
+@pytest.mark.long
 def test_settings_that_the_model_has_not_are_not_tried(monkeypatch: Any, album: Path, tmp_path: Path) -> None:
     monkeypatch.setattr("qkpatch.evaluation.search.MODES", (1, 999))
     inputs = Inputs(album / "pictures", album / "objects.jsonl", batch_size=20)
@@ -178,6 +181,7 @@ def test_settings_that_the_model_has_not_are_not_tried(monkeypatch: Any, album: 
     assert not [key for key in log(tmp_path / "edit.yaml") if "999" in key]
 
 
+@pytest.mark.long
 def test_a_search_that_was_stopped_goes_on(
     run: Run, searched: tuple[Result, Path], album: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -225,6 +229,7 @@ def test_other_files_are_not_written_over(run: Run, album: Path, tmp_path: Path)
     assert (tmp_path / "mine.yaml").read_text() == "layers: 3\n"
 
 
+@pytest.mark.long
 def test_a_log_of_other_pictures_or_another_model_is_refused(
     run: Run, searched: tuple[Result, Path], album: Path, tmp_path: Path
 ) -> None:

@@ -141,6 +141,7 @@ def test_broken_connections_change_nothing(
     assert hub.sent_of(big) <= (model.path / f"model-{big}").stat().st_size + (64 << 10)  # no byte came twice
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_what_had_come_before_a_kill_is_taken_over(
     number: signal.Signals, hub: FakeHub, published: Repo, model: Tiny, environment: dict[str, str], tmp_path: Path,

@@ -193,6 +193,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(hub: FakeHub, published
     assert "changed while it was read" in result.stderr
 
 
+@pytest.mark.long
 def test_busy_cut_and_silent_connections_are_tried_again_from_where_they_broke_off(
     hub: FakeHub, published: Repo, wide: Tiny, home: Path, run: Callable[..., Result]
 ) -> None:

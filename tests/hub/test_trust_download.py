@@ -145,6 +145,7 @@ except HubError:
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("at", [None, -1, pytest.param(0.5, marks=pytest.mark.stress)])
 def test_what_a_run_before_left_is_hashed_before_it_is_taken_over(
     at: float | None, hub: FakeHub, published: Repo, environment: dict[str, str], tmp_path: Path,
@@ -170,6 +171,7 @@ def test_what_a_run_before_left_is_hashed_before_it_is_taken_over(
         assert record(out)["run"]["copied_by"] == {"resumed": len(record(out)["files"])}
 
 
+@pytest.mark.long
 def test_a_new_shard_that_somebody_changed_in_staging_is_not_the_hubs_fault(
     hub: FakeHub, published: Repo, environment: dict[str, str], tmp_path: Path, run: Callable[..., Result]
 ) -> None:

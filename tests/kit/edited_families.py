@@ -36,6 +36,20 @@ CASES: dict[str, Case] = {
     **families_twins.CASES,
     **families_served.CASES,
 }
+
+
+def way(name: str) -> tuple[object, ...]:
+    """How a family stores queries and keys: what tells it from those that are handled alike."""
+    case = CASES[name]
+    return (
+        case.heads.__module__,
+        case.heads.__qualname__,
+        case.kept is None,
+        bool(case.skipped),
+        case.original,
+    )
+
+
 PROJECTIONS = ("q_proj", "k_proj", "qkv", "query_key_value")
 
 

@@ -26,6 +26,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import last_said
 from conftest import REPO, build_tiny
 
 ROUNDS = int(os.environ.get("QKPATCH_ROUNDS", "1"))
@@ -71,7 +72,7 @@ class Driver:
         return self.together(request(*arguments, **harm))[0]
 
     def apply(self, source: Path, out: Path, *flags: str, **harm: Any) -> End:
-        return self("apply", source, "-o", out, *EDIT, *flags, **harm)
+        return self("apply", source, "-o", out, *last_said(*EDIT, *flags), **harm)
 
 
 def request(*arguments: object, **harm: Any) -> dict[str, Any]:

@@ -504,6 +504,7 @@ def test_a_loaded_model_of_an_unknown_class_is_edited_as_its_checkpoint_would_be
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.long
 def test_a_mixture_of_a_hundred_thousand_tensors_takes_seconds(tmp_path: Path) -> None:
     experts = {
         f"vlm.model.layers.{n}.mlp.experts.{e}.up.weight": (1,) for n in range(3) for e in range(10_000)

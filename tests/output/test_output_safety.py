@@ -269,6 +269,7 @@ def run_unprivileged(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.long
 def test_a_read_only_source_is_enough_and_stays_as_it_was(tiny: Tiny, folder: Path) -> None:
     (tiny.path / "sub").mkdir()
     (tiny.path / "sub" / "file").write_text("x")

@@ -314,6 +314,7 @@ def test_what_is_written_can_be_edited_again(tiny: Tiny, tmp_path: Path, run: Ru
     assert verified(run, twice, once).exit_code == 0
 
 
+@pytest.mark.long
 @pytest.mark.fixtures
 def test_transformers_loads_the_new_shards(smollm2: Path, tmp_path: Path, run: Run) -> None:
     from transformers import AutoModelForCausalLM

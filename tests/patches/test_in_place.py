@@ -181,6 +181,7 @@ def moments(end_at: Callable[[int], int], how_many: int | None) -> list[int]:
 MANY = [pytest.param(14, id="some"), pytest.param(None, id="all", marks=pytest.mark.stress)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how_many", MANY)
 def test_killed_before_any_file_operation_it_is_finished_or_restored(
     how_many: int | None,
@@ -208,6 +209,7 @@ def test_killed_before_any_file_operation_it_is_finished_or_restored(
     assert done > 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how_many", MANY)
 def test_killed_before_any_file_operation_the_way_back_can_be_taken_again(
     how_many: int | None,
@@ -235,6 +237,7 @@ def test_killed_before_any_file_operation_the_way_back_can_be_taken_again(
     print(f"kills of the way back survived: {len(every)}")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how_many", MANY)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_interrupted_before_any_file_operation_it_is_one_side_or_the_other(

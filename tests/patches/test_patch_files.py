@@ -146,6 +146,7 @@ def test_a_patch_takes_no_torch(patch: Path, tiny: Tiny, tmp_path: Path) -> None
     assert qkpatch.verify(tmp_path / "out", tiny.path).ok
 
 
+@pytest.mark.long
 def test_of_a_repository_only_rows_are_fetched(hub: FakeHub, tiny: Tiny, tmp_path: Path) -> None:
     import subprocess
     import sys

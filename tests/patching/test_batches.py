@@ -292,6 +292,7 @@ class TestACard:
         assert figures[1] == pytest.approx(figures[0], rel=1e-9, abs=1e-14)
         return found[1][1]
 
+    @pytest.mark.long
     @every_rule
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
     def test_every_rule(

@@ -94,6 +94,7 @@ def interrupted(source: Path, folder: Path, number: int, *flags: str) -> tuple[i
         return process.wait(60), process.communicate()[1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.stress)]
 )

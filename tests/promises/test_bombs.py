@@ -152,7 +152,7 @@ LINEAR: dict[str, tuple[Callable[[int], bytes], int, Callable[[bytes], object]]]
     "YAML lists": (lambda n: b"[" + b"[]," * n + b"]", 10_000, yaml),
     "YAML keys": (lambda n: b"".join(b"k%d: 1\n" % i for i in range(n)), 5_000, yaml),
     "tensors": (tensors, 20_000, header),
-    "text with schemes": (lambda n: b"a://b:c" * n, 5_000, redacted),
+    "text with schemes": (lambda n: b"a://b:c" * n, 1_000, redacted),
     "text with letters": (lambda n: b"a" * n, 100_000, redacted),
     "text with dots": (lambda n: b"." * n, 200_000, redacted),
     "text with questions": (lambda n: b"a://?" * n, 20_000, redacted),
@@ -190,9 +190,10 @@ def seconds(read: Callable[[bytes], object], raw: bytes) -> float:
 @pytest.mark.parametrize("name", LINEAR)
 def test_four_times_as_much_takes_four_times_as_long(name: str) -> None:
     make, n, read = LINEAR[name]
-    assert seconds(read, make(2 * n)) < 9 * max(seconds(read, make(n // 2)), 0.01)  # 16 if it were quadratic
+    assert seconds(read, make(n)) < 9 * max(seconds(read, make(n // 4)), 0.01)  # 16 if it were quadratic
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "part",
     [
@@ -244,6 +245,7 @@ def large_index(tiny: Tiny, size: int) -> None:
         file.write(b'"last":"model.safetensors"}}')
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "size", [250 * MIB, pytest.param(60 * MIB, marks=pytest.mark.stress)], ids=["250 MiB", "60 MiB"]
 )
@@ -254,6 +256,7 @@ def test_an_index_takes_no_gigabytes(size: int, tiny: Tiny) -> None:
     assert mebibytes < (200 if size > 64 * MIB else 1200)
 
 
+@pytest.mark.long
 def test_an_index_of_200_000_tensors_is_read(tmp_path: Path) -> None:
     """As many as 10^12 parameters take."""
     names = [f"model.layers.{i % 61}.mlp.experts.{i}.down_proj.weight_scale_inv" for i in range(200_000)]

@@ -194,6 +194,7 @@ def staging_of(folder: Path) -> list[Path]:
 # -------- at each file operation
 
 
+@pytest.mark.long
 def test_killed_before_any_file_operation_out_is_absent_or_whole_and_the_next_run_succeeds(
     driver: Driver, tiny: Tiny, folder: Path
 ) -> None:
@@ -225,6 +226,7 @@ def test_killed_before_any_file_operation_out_is_absent_or_whole_and_the_next_ru
     assert publications > 0
 
 
+@pytest.mark.long
 def test_links_that_a_killed_run_left_are_no_change_of_source(
     driver: Driver, tiny: Tiny, folder: Path
 ) -> None:
@@ -238,6 +240,7 @@ def test_links_that_a_killed_run_left_are_no_change_of_source(
     assert staging_of(folder) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.stress)])
 def test_killed_before_any_file_operation_a_part_or_finish_is_gone_on_with(
     driver: Driver, folder: Path, step: int
@@ -272,6 +275,7 @@ def test_killed_before_any_file_operation_a_part_or_finish_is_gone_on_with(
     assert seen == {False, True}
 
 
+@pytest.mark.long
 def test_killed_before_any_file_operation_overwrite_leaves_the_old_output_or_the_new(
     driver: Driver, tiny: Tiny, folder: Path
 ) -> None:
@@ -299,6 +303,7 @@ def test_killed_before_any_file_operation_overwrite_leaves_the_old_output_or_the
     assert seen == {"old", "new"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_interrupted_before_any_file_operation_nothing_is_left_and_the_message_is_true(
     driver: Driver, tiny: Tiny, folder: Path, number: signal.Signals
@@ -366,6 +371,7 @@ def wait_for_staging(process: subprocess.Popen[str], folder: Path) -> None:
         time.sleep(0.001)
 
 
+@pytest.mark.long
 def test_killed_in_the_middle_the_command_leaves_no_out_and_the_next_run_succeeds(
     slow: Tiny, folder: Path, undisturbed: dict[str, Any]
 ) -> None:
@@ -481,6 +487,7 @@ with unwinding_on_kill():
     assert time.monotonic() - begun < 5
 
 
+@pytest.mark.long
 def test_of_two_runs_for_one_out_one_wins_and_the_other_is_refused_or_finds_it_done(
     slow: Tiny, folder: Path, undisturbed: dict[str, Any]
 ) -> None:

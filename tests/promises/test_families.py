@@ -14,7 +14,8 @@ import remote_families
 import remote_served
 import torch
 import transformers
-from edited_families import CASES, edited, edited_head, read_all, saved
+from edited_families import CASES, edited, edited_head, read_all, saved, way
+from kinds import first_of_each
 
 REMOTE = (
     families.REMOTE
@@ -26,7 +27,7 @@ REMOTE = (
 
 
 @pytest.mark.parametrize("original", [True, False], ids=["Hub names", "module names"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", first_of_each(CASES, way))
 def test_the_language_tower_and_nothing_else_is_edited_and_the_model_loads(name: str, original: bool) -> None:
     case, recipe = CASES[name], recipe_of(name)
     if case.original is not None and case.original != original:

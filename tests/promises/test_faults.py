@@ -81,6 +81,7 @@ def assert_refused_or_right(end: End, place: Path, left: list[str], expected: Co
 FULL = os.strerror(errno.ENOSPC)
 
 
+@pytest.mark.long
 def test_a_disk_that_is_full_at_any_byte_is_told_and_nothing_is_left(
     driver: Driver, source: Path, plain: Contents
 ) -> None:
@@ -102,6 +103,7 @@ def test_a_disk_that_is_full_at_any_byte_is_told_and_nothing_is_left(
     assert refused > 2 * ROUNDS
 
 
+@pytest.mark.long
 def test_a_disk_without_inodes_is_told_and_nothing_is_left(
     driver: Driver, source: Path, plain: Contents
 ) -> None:
@@ -121,6 +123,7 @@ def chance_of(number: int) -> str:
     return "files" if number % 2 else "edited"
 
 
+@pytest.mark.long
 def test_a_limit_of_file_sizes_is_told_and_nothing_is_left(
     driver: Driver, source: Path, folder: Path, plain: Contents
 ) -> None:
@@ -190,6 +193,7 @@ def test_a_journal_that_is_written_in_part_only_harms_no_later_run(
         assert whole(out) == plain
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("side", ["SOURCE", "OUT"])
 def test_errors_of_the_disk_at_any_call_are_told_as_themselves(
     side: str, faulty: Driver, source: Path, folder: Path, plain: Contents, earlier: Contents
@@ -227,6 +231,7 @@ def test_errors_of_the_disk_at_any_call_are_told_as_themselves(
 # -------- what a file system cannot do
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("call", "error", "said"),
     [

@@ -220,11 +220,13 @@ class TestNames:
 class TestStreams:
     """The job is done, or refused; where its report goes must not turn one into the other."""
 
+    @pytest.mark.long
     def test_a_stdout_that_knows_no_unicode(self, tiny: Tiny, tmp_path: Path) -> None:
         done = shell(f"qkpatch apply {tiny.path} -o {tmp_path}/out", PYTHONIOENCODING="ascii")
         assert done.returncode == 0, done.stderr
         assert "Wrote" in done.stdout
 
+    @pytest.mark.long
     def test_a_full_stdout_is_an_error_that_says_the_work_is_done(self, tiny: Tiny, tmp_path: Path) -> None:
         done = shell(f"qkpatch apply {tiny.path} -o {tmp_path}/out >/dev/full")
         assert done.returncode == 4
@@ -238,11 +240,13 @@ class TestStreams:
         assert done.returncode == 4
         assert "Traceback" not in done.stderr
 
+    @pytest.mark.long
     def test_closed_streams(self, tiny: Tiny, tmp_path: Path) -> None:
         assert shell(f"qkpatch apply {tiny.path} -o {tmp_path}/a >&-").returncode == 0
         assert shell(f"qkpatch apply {tiny.path} -o {tmp_path}/b 2>&-").returncode == 0
         assert (tmp_path / "b" / "qkpatch.json").exists()
 
+    @pytest.mark.long
     def test_a_closed_pipe_is_not_a_verification_mismatch(self, tiny: Tiny) -> None:
         done = shell(f"set -o pipefail; qkpatch recipes | true; qkpatch inspect {tiny.path} | true")
         assert done.returncode in (0, 128 + signal.SIGPIPE)

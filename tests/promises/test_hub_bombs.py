@@ -171,7 +171,11 @@ class Status:
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=() if name in ONE_OF_A_KIND else pytest.mark.stress) for name in HUB
+    pytest.param(
+        name,
+        marks=pytest.mark.long if name == "pages without end" else () if name in ONE_OF_A_KIND else pytest.mark.stress,
+    )
+    for name in HUB
 ])  # fmt: skip
 def test_an_answer_is_refused_before_anything_is_written(
     name: str, hub: FakeHub, published: Repo, tmp_path: Path, run: Callable[..., Result],

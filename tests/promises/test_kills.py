@@ -192,6 +192,7 @@ def test_a_link_that_someone_wrote_through_is_no_longer_qkpatchs(
     assert "not as qkpatch left it" in end.text
 
 
+@pytest.mark.long
 def test_a_reader_of_an_output_that_is_overwritten_never_misses_it(
     driver: Driver, source: Path, folder: Path
 ) -> None:
@@ -226,6 +227,7 @@ def test_a_reader_of_an_output_that_is_overwritten_never_misses_it(
 # -------- signals
 
 
+@pytest.mark.long
 def test_signals_at_any_moment_clear_up_even_when_they_come_twice(
     driver: Driver, source: Path, folder: Path, pace: Pace, plain: Contents
 ) -> None:
@@ -273,6 +275,7 @@ def test_signals_at_any_moment_clear_up_even_when_they_come_twice(
     assert stopped > 2 * ROUNDS
 
 
+@pytest.mark.long
 def test_on_a_terminal_more_of_ctrl_c_does_not_cut_the_clearing_up_short(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -307,6 +310,7 @@ def test_on_a_terminal_more_of_ctrl_c_does_not_cut_the_clearing_up_short(
         assert process.returncode == 0 or b"Interrupted; nothing half done is left behind." in said
 
 
+@pytest.mark.long
 def test_a_signal_at_any_instruction_of_the_engine_clears_up(
     driver: Driver, folder: Path, tmp_path: Path
 ) -> None:

@@ -41,6 +41,7 @@ def checkpoint_with_a_hole(path: Path, size: int) -> Tiny:
     return tiny
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.stress)])
 @pytest.mark.parametrize(
     "arguments",
@@ -223,6 +224,7 @@ def test_tracebacks_that_were_asked_for_keep_the_exit_code(tiny: Tiny) -> None:
     assert "Traceback" in done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("to", [">/dev/full", pytest.param("| head -c 0; exit ${PIPESTATUS[0]}")])
 @pytest.mark.parametrize("flags", ["", pytest.param("--json", marks=pytest.mark.stress)])
 def test_a_mismatch_is_not_hidden_where_nothing_can_be_printed(

@@ -81,6 +81,7 @@ def test_a_shard_a_gigabyte_larger_takes_no_more_memory_and_the_plan_foretells_i
     assert of_large << 10 < 1.1 * expected
 
 
+@pytest.mark.long
 def test_a_shard_of_nine_gigabytes_is_edited_within_450_megabytes(tmp_path: Path) -> None:
     """A head of a 7B model, 128 × 4096, between holes that a copy leaves out."""
     source, n_bytes = tmp_path / "source", 2 * 4096 * 4096

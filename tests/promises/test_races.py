@@ -49,6 +49,7 @@ from safetensors.torch import load_file, save_file
 # -------- several at once
 
 
+@pytest.mark.long
 def test_of_runs_for_one_out_one_wins_and_the_others_say_so(
     driver: Driver, source: Path, folder: Path, pace: Pace, plain: Contents
 ) -> None:
@@ -73,6 +74,7 @@ def test_of_runs_for_one_out_one_wins_and_the_others_say_so(
         assert whole(out) == plain
 
 
+@pytest.mark.long
 def test_of_runs_that_overwrite_each_leaves_a_whole_output(
     driver: Driver, source: Path, folder: Path, plain: Contents, earlier: Contents
 ) -> None:
@@ -180,6 +182,7 @@ def test_many_small_files_do_not_take_as_many_descriptors(
 # -------- the same bytes
 
 
+@pytest.mark.long
 def test_the_bytes_do_not_depend_on_threads_nor_on_the_file_system(
     driver: Driver, source: Path, folder: Path
 ) -> None:
@@ -193,7 +196,9 @@ def test_the_bytes_do_not_depend_on_threads_nor_on_the_file_system(
         assert found[1:] == found[:-1]
 
 
-@pytest.mark.parametrize(("kind", "mebibytes"), [("xfs", 320), ("btrfs", 128), ("tmpfs", 0)])
+@pytest.mark.parametrize(
+    ("kind", "mebibytes"), [pytest.param("xfs", 320, marks=pytest.mark.long), ("btrfs", 128), ("tmpfs", 0)]
+)
 def test_another_file_system_gets_the_same_bytes(
     kind: str, mebibytes: int, driver: Driver, source: Path, plain: Contents, request: pytest.FixtureRequest
 ) -> None:
@@ -222,6 +227,7 @@ def test_another_file_system_gets_the_same_bytes(
 # -------- odd files, all the way
 
 
+@pytest.mark.long
 def test_a_hundred_thousand_tensors_are_applied_and_verified(
     driver: Driver, folder: Path, tmp_path: Path
 ) -> None:

@@ -78,6 +78,7 @@ OTHER_QUERIES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("original", [True, False], ids=["Hub names", "module names"])
 @pytest.mark.parametrize("recipe", OMNI)
 def test_a_whole_omni_model_is_edited_in_its_thinkers_language_model_alone(

@@ -13,6 +13,7 @@ import remote_families
 import remote_served
 import torch
 import transformers
+from kinds import first_of_each
 from remote_families import COUNTS, D_HEAD, FUSED_ROWS, PUBLISHED, WIDE, H, K, Remote, Tensors
 from safetensors.torch import load_file, save_file
 
@@ -24,6 +25,12 @@ from qkpatch.recipes.heads import HeadLayout, RowLayout
 CASES = {**remote_families.CASES, **remote_served.CASES}
 REMOTE = remote_families.REMOTE | remote_served.REMOTE
 LAYER = 1  # the one that is edited
+
+
+def way(name: str) -> tuple[object, ...]:
+    """How a family stores queries and keys."""
+    case = CASES[name]
+    return case.split.__module__, case.split.__qualname__, bool(case.decoys), case.attention is None
 
 
 def recipe_of(name: str) -> str:
@@ -77,7 +84,7 @@ def test_every_remote_family_has_a_case_and_says_what_it_is_tested_on() -> None:
     assert {name for name, on_what in tested.items() if on_what == "documented layout"} == REMOTE
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", first_of_each(CASES, way))
 def test_a_remote_family_is_edited_in_its_query_rows_and_nowhere_else(name: str, run, tmp_path: Path) -> None:
     case, before = CASES[name], build(CASES[name])
     source, out = write(tmp_path / "source", case.config, before, shards=3), tmp_path / "out"
@@ -105,7 +112,7 @@ def test_a_remote_family_is_edited_in_its_query_rows_and_nowhere_else(name: str,
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in CASES if get_recipe(recipe_of(n)).tensors.input_norm is not None]
+    "name", first_of_each((n for n in CASES if get_recipe(recipe_of(n)).tensors.input_norm is not None), way)
 )
 def test_the_norm_before_attention_is_where_the_recipe_says(name: str, run, tmp_path: Path) -> None:
     case, chosen = CASES[name], ["--layers", LAYER, "--modes", 2, "--alpha", 0, "--fold-norm"]

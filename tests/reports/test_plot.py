@@ -47,6 +47,7 @@ for suffix in plot.FORMATS:
 """
 
 
+@pytest.mark.long
 @needs_matplotlib
 def test_the_same_bytes_from_every_process_and_whatever_matplotlibrc(tmp_path: Path) -> None:
     (tmp_path / "matplotlibrc").write_text("font.size: 30\naxes.grid: True\n")
@@ -59,6 +60,7 @@ def test_the_same_bytes_from_every_process_and_whatever_matplotlibrc(tmp_path: P
     assert [line.split()[:2] for line in said[0]] == [[suffix, "True"] for suffix in STARTS]
 
 
+@pytest.mark.long
 @needs_matplotlib
 def test_a_figure_replaces_a_figure_and_nothing_else(tiny: Tiny, run: Run, tmp_path: Path) -> None:
     look = ("inspect", tiny.path, "--modes", 2, "--quiet", "--plot")

@@ -54,6 +54,7 @@ def test_inputs_reach_the_shell_as_values_and_never_as_text_of_it() -> None:
     assert "HF_TOKEN" not in {**ACTION["runs"].get("env", {})}
 
 
+@pytest.mark.long
 def test_its_steps_plan_apply_and_verify(runner: dict[str, str]) -> None:
     toy = str(REPO / "demo" / "toy-0")
     inputs: dict[str, Any] = {"source": toy, "edit": "--layers 3-4 --modes 2", "out": "my baked"}
@@ -76,6 +77,7 @@ def test_a_plan_that_fails_fails_the_step(runner: dict[str, str]) -> None:
     assert "out of range" in failed.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("step", ["Plan", "Apply"])
 def test_a_strict_action_fails_where_there_is_a_warning(step: str, runner: dict[str, str]) -> None:
     inputs = {"source": str(REPO / "demo" / "toy-0"), "edit": "--layers 3 --alpha 1"}

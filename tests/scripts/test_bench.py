@@ -27,6 +27,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 USAGE = Usage(1.0, 1.0, 100, 50, 1, 1, 1, 1)
 
 
+@pytest.mark.long
 def test_a_call_measures_everyone_proves_the_output_and_writes_figures(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "scripts.bench", "--scale", "tiny", "--dir", tmp_path, "--rounds", "1"]
     command += ["--parts", "disk,inspect", "--cache", "warm"]
@@ -124,6 +125,7 @@ def test_ratios_are_taken_within_a_round_and_targets_are_told_met_or_missed() ->
     assert ElementTree.fromstring(chart.draw([])) is not None
 
 
+@pytest.mark.long
 def test_who_fails_is_left_out_with_the_reason_and_qkpatch_may_not_fail(tmp_path: Path) -> None:
     source = shapes.build(shapes.TINY, tmp_path)
     place = contest.Place("disk", tmp_path, ("warm",))
@@ -142,6 +144,7 @@ def test_who_fails_is_left_out_with_the_reason_and_qkpatch_may_not_fail(tmp_path
         list(contest.contest(shape, source, place, [contest.APPLY], 1, PageCache(), lambda _: None))
 
 
+@pytest.mark.long
 def test_another_output_than_asked_for_is_not_taken(run, tmp_path: Path) -> None:
     source = shapes.build(shapes.TINY, tmp_path)
     assert run("apply", source, "-o", tmp_path / "out", "--layers", "1-1").exit_code == 0
@@ -172,6 +175,7 @@ def test_quick_is_small_enough_to_be_quick() -> None:
     assert quick.n_bytes > report.LARGE  # so that the targets hold
 
 
+@pytest.mark.long
 def test_a_head_is_held_against_its_matrix_calls() -> None:
     command = [
         sys.executable,
@@ -199,6 +203,7 @@ def test_the_cost_of_a_plan_is_measured_as_a_model_grows() -> None:
     assert [row.split("|")[1].strip() for row in done.stdout.splitlines()[2:]] == ["1", "2"]
 
 
+@pytest.mark.long
 def test_the_cost_of_a_head_is_measured_in_each_channel() -> None:
     command = [
         sys.executable,

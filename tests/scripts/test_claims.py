@@ -25,6 +25,7 @@ TOY = REPO / "demo" / "toy-0"
 ASKED = Protocol("<image> describe :", "<image> exists {object}", 1, max_new_tokens=16, sample=12)
 
 
+@pytest.mark.long
 def test_each_control_is_asked_and_differences_are_those_of_evaluate(
     album: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:

@@ -50,6 +50,18 @@ SHORTENED = {
     "--layers 11-20 --modes 4 --alpha 0.8 --draws 3 -o": "--layers 3-5 --modes 4 --alpha 0.8 --draws 1 -o",
 }
 
+MARKS = {
+    "README.md": pytest.mark.floor,
+    "docs/adapters.md": pytest.mark.long,
+    "docs/choosing.md": pytest.mark.long,
+    "docs/cluster.md": pytest.mark.long,
+    "docs/guide.md": pytest.mark.long,
+    "docs/hub.md": pytest.mark.long,
+    "docs/real-model.md": pytest.mark.long,
+    "docs/serving.md": pytest.mark.long,
+    "docs/stores.md": pytest.mark.long,
+}
+
 # A container's stand-in: what is run in the image is run here.
 DOCKER = """\
 #!/bin/sh
@@ -189,9 +201,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(
-            p, marks=pytest.mark.floor if p == REPO / "README.md" else (), id=str(p.relative_to(REPO))
-        )
+        pytest.param(p, marks=MARKS.get(name := str(p.relative_to(REPO)), ()), id=name)
         for p in DOCUMENTS
         if blocks(p) and p != COMMANDS
     ],

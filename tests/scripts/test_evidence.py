@@ -277,6 +277,7 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.long
 def test_a_small_run_writes_a_report_and_a_second_one_measures_nothing_anew(
     toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -324,6 +325,7 @@ def test_a_small_run_writes_a_report_and_a_second_one_measures_nothing_anew(
     assert {**again, "cpu_seconds": 0} == {**document, "cpu_seconds": 0}
 
 
+@pytest.mark.long
 def test_losses_are_those_of_transformers_whichever_layers_are_taken_as_done(
     smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,6 +40,7 @@ def is_made(call: ast.Call, classes: set[str]) -> bool:
     return (call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")) in classes
 
 
+@pytest.mark.long
 def test_every_call_that_makes_an_error_was_read() -> None:
     classes = {
         name
@@ -69,6 +70,7 @@ def test_every_call_that_makes_an_error_was_read() -> None:
                 if isinstance(call, ast.Call) and is_made(call, classes - own)} & unread  # fmt: skip
 
 
+@pytest.mark.long
 def test_every_warning_is_made_where_the_page_finds_it() -> None:
     """Whatever is put into a list of warnings, or given by a function that is called after them."""
     for module in package().modules.values():

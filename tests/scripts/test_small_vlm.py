@@ -38,6 +38,7 @@ def language(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.long
 def test_ridge_regression_shows_the_words_and_the_projector_alone_is_kept(
     language: Path, tmp_path: Path
 ) -> None:

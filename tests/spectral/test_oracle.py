@@ -266,8 +266,8 @@ def test_what_a_head_draws_depends_on_the_seed_and_the_head_alone(tmp_path: Path
 @pytest.mark.parametrize(
     ("edit", "layers"),
     [
-        (Edit("full", "dominant", 4, 0.5), range(10, 19)),
-        (Edit("full", "dominant", 4, 0.0), range(10, 19)),
+        pytest.param(Edit("full", "dominant", 4, 0.5), range(10, 19), marks=pytest.mark.long),
+        pytest.param(Edit("full", "dominant", 4, 0.0), range(10, 19), marks=pytest.mark.long),
         (Edit("symmetric", "dominant", 4, 0.5), range(11, 13)),
         (Edit("antisymmetric", "dominant", 3, 0.5), range(12, 13)),
     ],
@@ -291,7 +291,10 @@ def test_a_vlm_on_disk_is_edited_as_the_dense_oracle_says_and_its_vision_tower_i
 @pytest.mark.fixtures
 @pytest.mark.parametrize(
     ("fixture", "model_class"),
-    [("smollm2", "AutoModelForCausalLM"), ("smolvlm", "SmolVLMForConditionalGeneration")],
+    [
+        pytest.param("smollm2", "AutoModelForCausalLM", marks=pytest.mark.long),
+        ("smolvlm", "SmolVLMForConditionalGeneration"),
+    ],
 )
 def test_the_patched_directory_computes_what_the_source_does_with_the_oracles_queries(
     fixture: str,

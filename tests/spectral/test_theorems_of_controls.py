@@ -58,6 +58,7 @@ def test_random_modes_are_none_of_the_dominant_ones(
         assert {j ^ 1 for j in drawn} == set(drawn)
 
 
+@pytest.mark.long
 @every_rule
 @theorem
 @given(seed=seeds, energy=st.floats(0.01, 1))
@@ -102,6 +103,7 @@ def test_the_subspace_control_projects_inside_the_row_space_of_the_query(
     assert close(edit.W_Q - W[0], -(1 - alpha) * W[0] @ G @ G.T)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dependent", [False, True], ids=["full rank", "equal rows"])
 def test_the_subspace_is_uniform_over_the_row_space(dependent: bool) -> None:
     W_Q, W_K = head(5, 9)

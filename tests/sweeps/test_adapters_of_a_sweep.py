@@ -127,6 +127,7 @@ def test_killed_at_any_write_the_next_run_ends_the_same(
     assert is_done
 
 
+@pytest.mark.long
 def test_a_real_kill_is_gone_on_from(tiny: Tiny, tmp_path: Path) -> None:
     grid, out = {"modes": [1, 2], "layers": ["0-2"]}, tmp_path / "sweep"
     code = (
@@ -195,6 +196,7 @@ def stand_in(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": f"{folder}:{os.pathsep.join(sys.path)}"}
 
 
+@pytest.mark.long
 def test_what_is_evaluated_has_its_adapter(tmp_path: Path, stand_in: dict[str, str]) -> None:
     """A variant's logits are those of the edited checkpoint, and not the base's: nothing was loaded in vain."""
     source, out = REPO / "demo" / "toy-0", tmp_path / "sweep"

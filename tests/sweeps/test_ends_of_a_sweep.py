@@ -24,6 +24,7 @@ def times(out: Path) -> dict[str, int]:
     return {p.relative_to(out).as_posix(): p.stat().st_mtime_ns for p in made}
 
 
+@pytest.mark.long
 @FORMS
 def test_a_kill_during_the_clean_up_costs_nothing(
     form: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -81,6 +82,7 @@ def test_a_record_that_cannot_be_written_at_the_end_is_written_by_the_next_run(
     assert files(out) == files(tmp_path / "whole")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("damage", ["gone", "cut", "[]", "{}", "{", "short", "no lists", "half done"])
 @pytest.mark.parametrize("form", ["lora", "patch"])
 def test_parts_that_are_not_whole_are_made_again(damage: str, form: str, tiny: Tiny, tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ def called(out: Path, name: str) -> dict[str, str]:
     return dict(json.loads((out / "results" / name / "called.json").read_text()))
 
 
+@pytest.mark.long
 def test_base_and_variants_are_evaluated_each_as_it_is(tmp_path: Path, environment: dict[str, str]) -> None:
     """Paths that a shell, or lmms-eval's list of arguments, would take apart do no harm."""
     tiny = build_tiny(tmp_path / "it's a $HOME, a=b")
@@ -109,6 +110,7 @@ def test_one_task_of_an_array_is_one_variant(tiny: Tiny, tmp_path: Path, environ
     assert evaluated.read_bytes() == (tmp_path / "applied" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.long
 def test_a_failure_ends_it_and_is_evaluated_again(
     tiny: Tiny, tmp_path: Path, environment: dict[str, str]
 ) -> None:
@@ -129,6 +131,7 @@ def test_families_that_lmms_eval_knows_need_no_name(tmp_path: Path, environment:
     assert called(tmp_path / "sweep", "base")["argv"][:2] == ["--model", "llava_hf"]
 
 
+@pytest.mark.long
 def test_a_repository_is_downloaded_at_its_commit(
     tiny: Tiny, tmp_path: Path, environment: dict[str, str]
 ) -> None:

@@ -312,6 +312,7 @@ def test_a_wrong_grid_is_refused_before_anything_is_written(
     assert not out.exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("n", "yes", "code"), [(1000, False, 0), (1001, False, 2), (10_000, False, 2), (20_001, True, 2)]
 )

@@ -73,6 +73,7 @@ def source(s3: S3, tmp_path: Path) -> tuple[Path, str]:
     return folder, upload(folder, "models", f"{tmp_path.name}/in")
 
 
+@pytest.mark.long
 def test_a_kill_in_the_midst_of_it(source: tuple[Path, str], killed: Run, tmp_path: Path) -> None:
     check_kill(41, tmp_path.name, *source, killed)
 

@@ -230,6 +230,7 @@ def test_a_part_that_fails_leaves_no_upload_and_a_run_that_resumes_ends_it(s3: S
     assert CLAIM not in objects_of(out)
 
 
+@pytest.mark.long
 def test_what_passes_is_waited_for(s3: S3, folder: Path, tmp_path: Path) -> None:
     out = f"s3://{empty_bucket('models')}/{tmp_path.name}"
     left = dict.fromkeys(("LIST", "PUT", "HEAD", "GET"), 2)
