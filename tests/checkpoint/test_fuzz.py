@@ -130,6 +130,7 @@ def test_a_parser_that_checks_less_or_other_things_is_found_out(
     assert any(fuzz_targets.run_one("header", content) for content in inputs)
 
 
+@pytest.mark.long
 @needs_recent
 def test_a_parser_that_knows_a_dtype_wrongly_is_found_out(
     inputs: list[bytes], monkeypatch: pytest.MonkeyPatch

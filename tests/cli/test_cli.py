@@ -389,6 +389,7 @@ class TestOutput:
         monkeypatch.setattr("qkpatch.planning.plan.open_model", lambda *_: 1 / 0)
         assert isinstance(run("plan", tiny.path).exception, ZeroDivisionError)
 
+    @pytest.mark.long
     def test_a_reader_that_leaves_early_is_no_traceback(self, tiny: Tiny) -> None:
         command = f"{warm.shell('inspect', tiny.path, '--csv')} | head -n 1"
         done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)

@@ -154,6 +154,7 @@ def test_rows_of_a_patch_file_are_written_in_parts_too(source: Path, tmp_path: P
     assert whole(tmp_path / "out") == whole(tmp_path / "one")
 
 
+@pytest.mark.long
 def test_each_machine_may_have_a_hub_cache_of_its_own(source: Path, tmp_path: Path, hub: FakeHub) -> None:
     hub.repos["org/name"] = Repo(source)
 

@@ -535,6 +535,7 @@ def test_a_config_changed_since_is_told(source: Path, run: Run) -> None:
     assert "but for what changed since, by the time of config.json" in result.output
 
 
+@pytest.mark.long
 def test_a_way_back_cut_short_keeps_the_time_of_a_later_change(
     driver: Driver,  # noqa: F811
     source: Path,

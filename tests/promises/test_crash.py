@@ -389,6 +389,7 @@ def test_killed_in_the_middle_the_command_leaves_no_out_and_the_next_run_succeed
     assert staging_of(folder) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_interrupted_in_the_middle_the_command_clears_up_and_says_so(
     slow: Tiny, folder: Path, number: signal.Signals
@@ -427,11 +428,11 @@ def test_a_signal_that_torch_swallows_while_it_is_imported_is_not_lost(
 @pytest.mark.parametrize(
     ("arguments", "number"),
     [
-        ("apply {source} -o {new}", signal.SIGINT),
-        ("verify {out} --source {source}", signal.SIGINT),
+        pytest.param("apply {source} -o {new}", signal.SIGINT, marks=pytest.mark.long),
+        pytest.param("verify {out} --source {source}", signal.SIGINT, marks=pytest.mark.long),
         ("inspect {source}", signal.SIGTERM),
-        ("diff {source} {out}", signal.SIGHUP),
-        ("lora {source} -o {new}", signal.SIGINT),
+        pytest.param("diff {source} {out}", signal.SIGHUP, marks=pytest.mark.long),
+        pytest.param("lora {source} -o {new}", signal.SIGINT, marks=pytest.mark.long),
         ("plan org/nowhere", signal.SIGINT),
         ("http_proxy=http://proxy.invalid:3128 plan org/nowhere", signal.SIGTERM),
         pytest.param("apply org/nowhere -o {new}", signal.SIGTERM, marks=pytest.mark.stress),

@@ -139,6 +139,7 @@ def test_a_limit_of_file_sizes_is_told_and_nothing_is_left(
     assert driver.apply(source, folder / "out", file_size=1 << 20).code == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("call", ["pwrite", "copy_file_range,sendfile,pwrite", "mkdir", "fsync"])
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT])
 def test_a_disk_that_runs_dry_is_told_with_the_file_of_out(

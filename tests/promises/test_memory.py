@@ -66,6 +66,7 @@ def peak_kib(*arguments: object) -> int:
     return int(done.stderr.split()[-1])
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="VmHWM is a Linux figure")
 def test_a_shard_a_gigabyte_larger_takes_no_more_memory_and_the_plan_foretells_it(
     run, tmp_path: Path

@@ -198,6 +198,7 @@ def _folder(path: Path, files: dict[str, str]) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_what_cannot_be_published_is_refused_before_anything_is_done(
     hub: FakeHub, published: Repo, environment: dict[str, str], tmp_path: Path
 ) -> None:

@@ -84,6 +84,7 @@ def words(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return shown
 
 
+@pytest.mark.long
 @needs_matplotlib
 def test_the_heads_that_are_named_are_drawn_and_a_name_is_no_formula(
     tiny: Tiny, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -90,6 +90,7 @@ class Killed(BaseException):
     """Nothing catches it."""
 
 
+@pytest.mark.long
 def test_killed_at_any_write_the_next_run_ends_the_same(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

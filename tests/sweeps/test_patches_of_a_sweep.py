@@ -19,6 +19,7 @@ GRID: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("threads", "dtype"), [(1, torch.bfloat16), (3, torch.float32)])
 def test_each_is_byte_for_byte_what_a_direct_run_writes(
     threads: int, dtype: torch.dtype, tmp_path: Path

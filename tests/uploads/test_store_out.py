@@ -138,6 +138,7 @@ def test_what_is_sent_in_pieces_is_whole_or_not_there(
     assert closed == [False]  # to close it would make an object of what came so far
 
 
+@pytest.mark.long
 def test_on_s3_every_byte_of_source_stays_there_and_only_rows_are_sent(s3: S3, tmp_path: Path) -> None:
     padding = {f"model.layers.{n}.pad": torch.zeros(12 << 20, dtype=torch.uint8) for n in (0, 2)}
     tiny = build_tiny(tmp_path / "tiny", extra=padding, shards=SHARDS, d_model=512)
