@@ -84,6 +84,8 @@ SUBJECTS = {
     "Reports": ("reports",),
     "`evaluate` and `tune`": ("evaluation",),
     "The Hub, cards and publishing": ("hub", "publishing"),
+    "Stores": ("stores", "uploads"),
+    "Several machines": ("cluster",),
 }
 COMMANDS = sorted({name[0] for name in names(typer.main.get_command(app)) if name})
 FEW = 3  # places that are told
@@ -157,7 +159,7 @@ def _divided(messages: list[Said]) -> dict[str, list[Said]]:
     found: dict[str, list[Said]] = {subject: [] for subject in SUBJECTS}
     for one in messages:
         room = one.module.split(".")[1]
-        found.setdefault(subject_of.get(room, room), []).append(one)
+        found[subject_of[room]].append(one)
     return {subject: some for subject, some in found.items() if some}
 
 
