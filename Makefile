@@ -40,20 +40,23 @@ format: $(STAMP)  ## rewrite to the house style
 fixtures: $(STAMP)  ## real checkpoints for tests and demo, built once under .cache/
 	$(BIN)/python scripts/make_fixtures.py
 
+# One more than there are cores, since each waits for disks and other processes a third of its time.
+WORKERS ?= $$(($$(getconf _NPROCESSORS_ONLN) + 1))
+
 test: $(STAMP) fixtures  ## in 8 minutes on two cores
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 LONG ?=
 
 test-long: $(STAMP) fixtures  ## what `make test` leaves out: every family, pages that train and measure, long attacks
-	$(BIN)/python -m pytest -n auto --dist worksteal -m long $(or $(LONG),$$(grep -rlE 'mark\.long|first_of_each' tests))
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m long $(or $(LONG),$$(grep -rlE 'mark\.long|first_of_each' tests))
 
 # The core of the tests: apply, resume, overwrite, in place, parts, verify; a kill at every moment is left to `make test`.
 PORTABLE := tests/output tests/patches tests/cluster/test_parts.py tests/compare/test_verify.py
 
 test-portable: $(STAMP)  ## the core of the tests without what only Linux has; types as macOS has them
 	$(BIN)/mypy --platform darwin --cache-dir .cache/mypy-darwin qkpatch
-	QKPATCH_TEST_PORTABLE=1 $(BIN)/python -m pytest -n auto -m 'not stress and not linux' \
+	QKPATCH_TEST_PORTABLE=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'not stress and not linux' \
 	    -k 'not killed and not interrupted' $(PORTABLE)
 
 demo: $(STAMP)  ## the main job on a toy VLM, offline; ends with a picture, out/captions.png
@@ -97,7 +100,7 @@ ROUNDS ?= 50
 STRESS ?=
 
 stress: $(STAMP)  ## attacks at the borders, then kills, faults and races, ROUNDS times those of `make test`; 50 take an hour
-	$(BIN)/python -m pytest -n auto -m stress $(or $(STRESS),$$(grep -rl 'mark\.stress' tests)) || test $$? -eq 5  # none selected
+	$(BIN)/python -m pytest -n $(WORKERS) -m stress $(or $(STRESS),$$(grep -rl 'mark\.stress' tests)) || test $$? -eq 5  # none selected
 	QKPATCH_ROUNDS=$(ROUNDS) QKPATCH_SEED=$(SEED) $(BIN)/python -m pytest tests/promises/test_kills.py \
 	    tests/promises/test_faults.py tests/promises/test_races.py $(STRESS)
 
