@@ -101,7 +101,7 @@ STRESS ?=
 
 stress: $(STAMP)  ## attacks at the borders, then kills, faults and races, ROUNDS times those of `make test`; 50 take an hour
 	$(BIN)/python -m pytest -n $(WORKERS) -m stress $(or $(STRESS),$$(grep -rl 'mark\.stress' tests)) || test $$? -eq 5  # none selected
-	QKPATCH_ROUNDS=$(ROUNDS) QKPATCH_SEED=$(SEED) $(BIN)/python -m pytest tests/promises/test_kills.py \
+	QKPATCH_ROUNDS=$(ROUNDS) QKPATCH_SEED=$(SEED) $(BIN)/python -m pytest -m 'not stress' tests/promises/test_kills.py \
 	    tests/promises/test_faults.py tests/promises/test_races.py $(STRESS)
 
 # The oldest, and the newest, version of each dependency that pyproject.toml allows: in folders that Python looks in first.
@@ -131,7 +131,7 @@ $(HUB_FLOOR)/.installed: pyproject.toml
 	touch $@
 
 test-hub-floor: $(STAMP) $(HUB_FLOOR)/.installed  ## all that speaks to the Hub, with the oldest huggingface_hub allowed
-	QKPATCH_TEST_HUB_PATH=$(CURDIR)/$(HUB_FLOOR) $(BIN)/python -m pytest $(HUB_TESTS)
+	QKPATCH_TEST_HUB_PATH=$(CURDIR)/$(HUB_FLOOR) $(BIN)/python -m pytest -m 'not stress' $(HUB_TESTS)
 
 hub-bytes: $(STAMP)  ## what plan and inspect fetch of a model of 7B; takes 0.8 GB of disk
 	$(BIN)/python scripts/hub_bytes.py
