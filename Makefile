@@ -49,7 +49,7 @@ test: $(STAMP) fixtures  ## in 8 minutes on two cores
 LONG ?=
 
 test-long: $(STAMP) fixtures  ## what `make test` leaves out: every family, pages that train and measure, long attacks
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m long $(or $(LONG),$$(grep -rlE 'mark\.long|first_of_each' tests))
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'long and not stress' $(or $(LONG),$$(grep -rlE 'mark\.long|first_of_each' tests))
 
 # The core of the tests: apply, resume, overwrite, in place, parts, verify; a kill at every moment is left to `make test`.
 PORTABLE := tests/output tests/patches tests/cluster/test_parts.py tests/compare/test_verify.py
