@@ -43,7 +43,7 @@ fixtures: $(STAMP)  ## real checkpoints for tests and demo, built once under .ca
 # One more than there are cores, since each waits for disks and other processes a third of its time.
 WORKERS ?= $$(($$(getconf _NPROCESSORS_ONLN) + 1))
 
-test: $(STAMP) fixtures  ## in 8 minutes on two cores
+test: $(STAMP) fixtures  ## in about 8 minutes on two cores
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 LONG ?=
@@ -51,7 +51,7 @@ LONG ?=
 test-long: $(STAMP) fixtures  ## what `make test` leaves out: every family, pages that train and measure, long attacks
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'long and not stress' $(or $(LONG),$$(grep -rlE 'mark\.long|first_of_each' tests))
 
-# The core of the tests: apply, resume, overwrite, in place, parts, verify; a kill at every moment is left to `make test`.
+# The core of the tests: apply, resume, overwrite, in place, parts, verify; kills at every moment are left to `make test-long`.
 PORTABLE := tests/output tests/patches tests/cluster/test_parts.py tests/compare/test_verify.py
 
 test-portable: $(STAMP)  ## the core of the tests without what only Linux has; types as macOS has them

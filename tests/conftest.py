@@ -8,7 +8,6 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import gc
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -30,12 +29,6 @@ from qkpatch.cli import app
 REPO = Path(__file__).resolve().parent.parent
 REAL = REPO / ".cache" / "fixtures"
 commands.built_once()
-
-
-def pytest_collection_finish() -> None:
-    """What libraries and thousands of tests hold by now stays: no collection of garbage goes through it again."""
-    gc.collect()
-    gc.freeze()
 
 
 portable.taken_away_where_asked()

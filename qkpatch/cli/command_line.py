@@ -17,30 +17,27 @@ from qkpatch.common.text import meant
 from qkpatch.errors import QKPatchError, UsageError
 
 
-class OneCommand(typer.core.TyperCommand):
+class _Told:
+    """What a command and the group of all have in common."""
+
+    def make_context(self, info_name: Any, args: list[str], parent: Any = None, **how: Any) -> Any:
+        """As Typer calls it."""
+        above: Any = super()
+        with _told(args):
+            return above.make_context(info_name, args, parent, **how)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As Typer calls it."""
+        above: Any = super()
+        return _parsed(self, ctx, args, above.parse_args)
+
+
+class OneCommand(_Told, typer.core.TyperCommand):
     """A command."""
 
-    def make_context(self, info_name: Any, args: list[str], parent: Any = None, **how: Any) -> Any:
-        """As Typer calls it."""
-        with _told(args):
-            return super().make_context(info_name, args, parent, **how)
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As Typer calls it."""
-        return _parsed(self, ctx, args, super().parse_args)
-
-
-class Commands(typer.core.TyperGroup):
+class Commands(_Told, typer.core.TyperGroup):
     """All of them."""
-
-    def make_context(self, info_name: Any, args: list[str], parent: Any = None, **how: Any) -> Any:
-        """As Typer calls it."""
-        with _told(args):
-            return super().make_context(info_name, args, parent, **how)
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As Typer calls it."""
-        return _parsed(self, ctx, args, super().parse_args)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """As Typer calls it."""

@@ -1,4 +1,4 @@
-"""Of cases that differ little, `make test` runs the first of each kind; `make test-all` runs every one."""
+"""Of cases that differ little, `make test` runs the first of each kind; `make test-long` runs every one."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import pytest
-from _pytest.mark.structures import ParameterSet
 
 
-def first_of_each(
-    cases: Iterable[Any], kind: Callable[[Any], Hashable] = lambda case: None
-) -> list[ParameterSet]:
+def first_of_each(cases: Iterable[Any], kind: Callable[[Any], Hashable]) -> list[Any]:
     """All cases as parameters, with the mark `long` on those whose kind was there before."""
     seen: set[Hashable] = set()
     marked = []
