@@ -64,7 +64,7 @@ def prose_of_language(found: Mapping[str, Any], budget: Mapping[str, Any]) -> li
         lines.append(cells[:4] + [cell.replace("-", "−") for cell in cells[4:]])
     return [
         "## What it costs real text weights",
-        f"SmolLM2-135M-Instruct (30 layers, 9 query and 3 key heads of 64), in bfloat16 as stored; loss on {found['tokens']:,} tokens of Python's help "
+        f"SmolLM2-135M-Instruct (30 layers, 9 query and 3 key heads of 64), bfloat16 weights as stored, sums in float32; loss on {found['tokens']:,} tokens of Python's help "
         f"topics (`pydoc_data.topics`, windows of {WINDOW} tokens), {found['base_loss']:.4f} nats before any edit. Dominant and shrink at the candidates for a default are measured on all of these, all else on "
         f"the first {budget['few_windows'] * (WINDOW - 1):,} of them, against the loss before on the same ones; intervals are over windows and draws. One model and one kind of text. *Δ loss* is in nats, *size* is ‖ΔW_Q‖ / ‖W_Q‖.",
         "![change of loss against the size of the edit](language.png)",
