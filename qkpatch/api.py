@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from qkpatch.compare.diff_types import Difference
     from qkpatch.compare.verify import Verification
-    from qkpatch.patching.loaded import LoadedEdit
+    from qkpatch.patching.in_memory import LoadedEdit
     from qkpatch.patching.spectra import LayerSpectra
     from qkpatch.recipes.recipe import Recipe
 
@@ -326,7 +326,7 @@ def patch_model(model: torch.nn.Module, request: Request | None = None, **edit: 
         UnsupportedError: weights on ``meta`` or on several devices, or quantised ones.
         QKPatchError: as :func:`plan`.
     """
-    from qkpatch.patching.loaded import edit_loaded
+    from qkpatch.patching.in_memory import edit_loaded
 
     return edit_loaded(model, Request.asked(request, edit))
 

@@ -23,10 +23,10 @@ from qkpatch.cli.flags import EditFlags, ShowFlags, SourceArg
 from qkpatch.cli.progress import bars
 from qkpatch.common.observer import Observer
 from qkpatch.errors import NumericalError, UsageError
-from qkpatch.evaluation.annotations import KINDS
 from qkpatch.evaluation.bench import Bench, Evaluation, n_layers
 from qkpatch.evaluation.comparison import EQUAL_RECALL, columns, compare
 from qkpatch.evaluation.measure import Side, Task, told
+from qkpatch.evaluation.pope import KINDS
 from qkpatch.evaluation.records import Inputs, Protocol, Store
 from qkpatch.evaluation.statistics import Interval, holm
 from qkpatch.planning.request import Request

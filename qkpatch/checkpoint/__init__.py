@@ -1,1 +1,1 @@
-"""Files and the Hub: headers, byte ranges, copies, staging. No algebra lives here."""
+"""What is stored: files and headers, SOURCE, what OUT holds already. No algebra lives here."""

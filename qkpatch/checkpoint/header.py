@@ -28,20 +28,12 @@ from types import MappingProxyType
 from typing import TypeGuard, cast
 
 from qkpatch.checkpoint.files import OpenFile
+from qkpatch.common.dtypes import DTYPE_BITS
 from qkpatch.common.json_text import check_size, half_surrogate
 from qkpatch.common.text import cut
 from qkpatch.errors import HeaderError, plain
 
 MAX_HEADER_SIZE = 100_000_000
-
-# fmt: off
-DTYPE_BITS: dict[str, int] = {
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8,
-    "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
-    "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64,
-}
-# fmt: on
 
 _PREFIX = 8  # bytes: the length of the JSON, u64 little endian
 _U64_MAX = 2**64 - 1

@@ -28,10 +28,10 @@ from qkpatch.common.part import Part
 from qkpatch.common.text import Warned, warned
 from qkpatch.compare.verify import recorded
 from qkpatch.errors import CheckpointError, FileSystemError, QKPatchError, UsageError, refuse_warnings
-from qkpatch.output.copying import copy_range
 from qkpatch.output.destination import destination_path, occupied
 from qkpatch.output.layout import OutputFile
 from qkpatch.output.options import Digest
+from qkpatch.output.passage import copy_range
 from qkpatch.output.staged_files import StagedFiles
 from qkpatch.output.staging import Staging, clear_shared
 from qkpatch.patching.apply import now, numerical_warnings

@@ -16,6 +16,7 @@ from qkpatch.checkpoint.names import BOOKKEEPING
 from qkpatch.checkpoint.pairs import Reader, Span
 from qkpatch.checkpoint.source import MANIFEST_NAME, Stored, open_stored
 from qkpatch.checkpoint.tree import SourceFile
+from qkpatch.common.dtypes import FLOATS
 from qkpatch.common.interrupts import import_torch
 from qkpatch.common.observer import Observer
 from qkpatch.compare.diff_types import (
@@ -38,7 +39,6 @@ _T = TypeVar("_T")
 _Pair = tuple[TensorRef, TensorRef]
 
 # The formats that are compared by value where dtypes differ; ``spectral.change`` knows them, but is torch.
-FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 
 
 def compare(source_a: Source, source_b: Source, observer: Observer) -> Difference:

@@ -10,38 +10,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from qkpatch.common.dtypes import DTYPE_BITS, FLOATS
+
 Buffer = bytearray
 
 
-class _Float(NamedTuple):
-    """A floating point format; its bits, as an integer without the sign, grow with the number."""
-
-    stored: torch.dtype
-    bits: torch.dtype  # the signed integer of the same size
-    fraction: int  # explicit bits of the significand: 2^fraction ULPs are a factor of two
-
-
-FLOATS = {
-    "F64": _Float(torch.float64, torch.int64, 52),
-    "F32": _Float(torch.float32, torch.int32, 23),
-    "F16": _Float(torch.float16, torch.int16, 10),
-    "BF16": _Float(torch.bfloat16, torch.int16, 7),
-    "F8_E4M3": _Float(torch.float8_e4m3fn, torch.int8, 3),
-    "F8_E5M2": _Float(torch.float8_e5m2, torch.int8, 2),
-    "F8_E4M3FNUZ": _Float(torch.float8_e4m3fnuz, torch.int8, 3),
-    "F8_E5M2FNUZ": _Float(torch.float8_e5m2fnuz, torch.int8, 2),
-}
-# Numbers without a value of their own, being indices, flags or packed codes: they are equal or not.
-_ELEMENTS = {
-    "BOOL": torch.int8, "U8": torch.int8, "I8": torch.int8, "U16": torch.int16, "I16": torch.int16,
-    "U32": torch.int32, "I32": torch.int32, "U64": torch.int64, "I64": torch.int64, "C64": torch.int64,
-    "F8_E8M0": torch.int8,
-}  # fmt: skip
+# As wide as a number is; the bits of floating point ones, without the sign, grow with the number.
+_INTEGERS = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
 _MOST = 2**63 - 1
 # Numbers at a time: what is computed on the way stays in the cache, and torch does not share out so few among
 # threads, so that the bits are the same whatever the machine.
@@ -132,19 +112,18 @@ _TOGETHER: dict[str, Callable[[Any, Any], Any]] = {
 def unchanged(a: Buffer, dtype: str) -> Change:
     """The share in a tensor's figures of a chunk that is equal on both sides."""
     if dtype not in FLOATS:
-        return Change(0, 0 if dtype in _ELEMENTS else None, None)
-    norm = math.hypot(*(_norm(_values(bits, dtype)) for bits in _pieces(a, FLOATS[dtype].bits)))
+        return Change(0, None if _integer(dtype) is None else 0, None)
+    norm = math.hypot(*(_norm(_values(bits, dtype)) for bits in _pieces(a, _INTEGERS[DTYPE_BITS[dtype]])))
     return Change(0, 0, Values(frobenius_a=norm, ulps=(0,) * (FLOATS[dtype].fraction + 2)))
 
 
 def changed(a: Buffer, b: Buffer, dtype: str) -> Change:
     """What differs between two chunks of one dtype, of the same length."""
     n_bytes = _differing(a, b, torch.int8)
-    if dtype in _ELEMENTS:
-        return Change(n_bytes, _differing(a, b, _ELEMENTS[dtype]), None)
-    if dtype not in FLOATS:
+    if (bits := _integer(dtype)) is None:
         return Change(n_bytes, None, None)
-    bits = FLOATS[dtype].bits
+    if dtype not in FLOATS:  # indices, flags, packed codes: equal or not
+        return Change(n_bytes, _differing(a, b, bits), None)
     pairs = zip(_pieces(a, bits), _pieces(b, bits), strict=True)
     return Change(n_bytes, *_total([_changed(x, y, dtype) for x, y in pairs]))
 
@@ -152,9 +131,8 @@ def changed(a: Buffer, b: Buffer, dtype: str) -> Change:
 def recast(a: Buffer, b: Buffer, dtype_a: str, dtype_b: str) -> Change:
     """What differs in value between two chunks of as many numbers in two formats; NaN is NaN in any of them."""
     parts = []
-    for bits_a, bits_b in zip(
-        _pieces(a, FLOATS[dtype_a].bits), _pieces(b, FLOATS[dtype_b].bits), strict=True
-    ):
+    integers = (_INTEGERS[DTYPE_BITS[dtype]] for dtype in (dtype_a, dtype_b))
+    for bits_a, bits_b in zip(*map(_pieces, (a, b), integers), strict=True):
         x, y = _values(bits_a, dtype_a), _values(bits_b, dtype_b)
         differs = (x != y) | (torch.signbit(x) != torch.signbit(y))
         parts.append(_compared(x, y, differs & ~(torch.isnan(x) & torch.isnan(y))))
@@ -167,7 +145,9 @@ def apart(a: Buffer, b: Buffer, dtype: str, columns: int) -> tuple[int, float]:
     Returns how many numbers have other bits, and the largest difference that is more than one ULP, as a share of its
     row's norm: infinite for NaN and Inf. In float64 that of a whole row, ``‖Δ‖ / ‖row‖``.
     """
-    bits_a, bits_b = (torch.frombuffer(x, dtype=FLOATS[dtype].bits).view(-1, columns) for x in (a, b))
+    bits_a, bits_b = (
+        torch.frombuffer(x, dtype=_INTEGERS[DTYPE_BITS[dtype]]).view(-1, columns) for x in (a, b)
+    )
     x, y = _values(bits_a, dtype), _values(bits_b, dtype)
     norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     off = (y - x).abs_()
@@ -175,6 +155,11 @@ def apart(a: Buffer, b: Buffer, dtype: str, columns: int) -> tuple[int, float]:
     off = (off.view(len(norms), -1) / norms).nan_to_num_(0.0)  # 0 of a row of zeros
     largest = float(off.max()) if bool(torch.isfinite(y).all()) else math.inf
     return _count(bits_a != bits_b), largest
+
+
+def _integer(dtype: str) -> torch.dtype | None:
+    """None where several numbers share a byte, or the format is not known."""
+    return _INTEGERS.get(DTYPE_BITS.get(dtype, 0))
 
 
 def _differing(a: Buffer, b: Buffer, dtype: torch.dtype) -> int:
@@ -264,7 +249,8 @@ def _largest(x: Tensor) -> float:
 
 
 def _values(bits: Tensor, dtype: str) -> Tensor:
-    return bits.view(FLOATS[dtype].stored).to(torch.float64)
+    stored: torch.dtype = getattr(torch, FLOATS[dtype].torch)
+    return bits.view(stored).to(torch.float64)
 
 
 def _pieces(data: Buffer, dtype: torch.dtype) -> Iterator[Tensor]:

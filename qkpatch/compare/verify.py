@@ -29,7 +29,7 @@ from qkpatch.publishing.front_matter import FrontMatter
 from qkpatch.recipes.catalogue import get_recipe, shipped_recipes
 
 if TYPE_CHECKING:
-    from qkpatch.compare.arithmetic import Arithmetic
+    from qkpatch.compare.recompute import Arithmetic
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def check(
         # A part of SOURCE is read out of OUT, where it is known to be that.
         if recomputed and plan.edits and not wrong and not listing.lost & checkpoint.headers.keys():
             import_torch()
-            from qkpatch.compare.arithmetic import recompute
+            from qkpatch.compare.recompute import recompute
 
             arithmetic, off = recompute(manifest, planned, plan, present, listing.open, observer)
             found += off

@@ -1,11 +1,10 @@
-"""Which objects are in which picture: COCO's instances, or a line of JSON per picture; and what POPE asks."""
+"""Which objects are in which picture: COCO's instances, or a line of JSON per picture."""
 
 from __future__ import annotations
 
 import io
 import random
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,6 @@ MOST_BYTES = 1 << 30  # COCO's largest is a third of that
 _OUTLINES = re.compile(rb'"(?:segmentation|bbox)"\s*:\s*(?:\[[][\d\s.,eE+-]*\]|\{[^{}]*\})\s*(?:,|(?=\}))')
 _SHAPE = 'write {"image": "name.jpg", "objects": ["cup", ...]}, a line per picture, or give COCO\'s instances'
 
-KINDS = ("random", "popular", "adversarial")
 Found = dict[str, frozenset[str]]
 
 
@@ -108,28 +106,3 @@ def _name(given: Any) -> str:
     if not given.strip():
         raise ValueError("an object without a name")
     return str(given).strip().lower()
-
-
-def questions(among: Annotations, n: int, seed: int) -> dict[str, dict[str, tuple[str, ...]]]:
-    """Objects to ask about by picture: ``present`` ones, and as many absent ones of each kind (Li et al., 2023).
-
-    ``popular`` are those that most pictures have, ``adversarial`` those that come most often with what is there.
-    """
-    often = Counter(name for there in among.present.values() for name in there)
-    beside: dict[str, Counter[str]] = {name: Counter() for name in among.names}
-    for there in among.present.values():
-        for name in there:
-            beside[name].update(there)
-    asked = {}
-    for picture, there in among.present.items():
-        rng, absent = random.Random(f"{seed} {picture}"), sorted(among.names - there)
-        m = min(n, len(there), len(absent))
-        together: Counter[str] = sum((beside[name] for name in sorted(there)), Counter())
-        by_company = sorted((-together[name], -often[name], name) for name in absent)
-        asked[picture] = {
-            "present": tuple(rng.sample(sorted(there), m)),
-            "random": tuple(rng.sample(absent, m)),
-            "popular": tuple(sorted(absent, key=lambda name: -often[name])[:m]),
-            "adversarial": tuple(name for _, _, name in by_company[:m]),
-        }
-    return asked

@@ -23,7 +23,7 @@ from qkpatch.evaluation.comparison import Comparison, columns, compare
 from qkpatch.evaluation.measure import KINDS_KEPT, Side, Task, measure, told
 from qkpatch.evaluation.records import Inputs, Protocol, Store, digest, of_parts
 from qkpatch.evaluation.subject import Subject, base_of, files_of, find_place, machine, recorded_in
-from qkpatch.patching.loaded import check_loadable
+from qkpatch.patching.in_memory import check_loadable
 from qkpatch.planning.plan import make_plan
 from qkpatch.planning.request import Request
 

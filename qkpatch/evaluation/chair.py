@@ -46,18 +46,6 @@ def chair_columns(scores: Sequence[CaptionScore] | Array) -> dict[str, Array]:
     return {name: np.stack(pair, -1) for name, pair in pairs.items()}
 
 
-def yes_no_columns(answers: Sequence[Sequence[tuple[float, bool]]]) -> dict[str, Array]:
-    """The same of answers, each P(yes) and whether it would be right to say so, by picture."""
-    rows = []
-    for of_picture in answers:
-        said = [(p > 0.5, is_there) for p, is_there in of_picture]
-        right, yes = sum(a == b for a, b in said), sum(a for a, _ in said)
-        hits, there = sum(a and b for a, b in said), sum(b for _, b in said)
-        rows.append((right, yes, 2 * hits, len(said), yes + there))
-    found = np.array(rows, float).reshape(-1, 5)  # right, yes, twice the hits, asked, yes and there
-    return {"accuracy": found[:, [0, 3]], "f1": found[:, [2, 4]], "yes": found[:, [1, 3]]}
-
-
 def figures(columns: Mapping[str, Array]) -> dict[str, float]:
     """The figures over all pictures."""
     return {name: float(ratio(pair.sum(0))) for name, pair in columns.items()}

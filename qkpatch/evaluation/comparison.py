@@ -10,9 +10,9 @@ from statistics import fmean
 import numpy as np
 
 from qkpatch.common.text import warned
-from qkpatch.evaluation.annotations import KINDS
-from qkpatch.evaluation.chair import CaptionScore, chair_columns, yes_no_columns
+from qkpatch.evaluation.chair import CaptionScore, chair_columns
 from qkpatch.evaluation.measure import Side, Task
+from qkpatch.evaluation.pope import KINDS, yes_no_columns
 from qkpatch.evaluation.records import Record
 from qkpatch.evaluation.statistics import (
     Array,

@@ -15,7 +15,8 @@ from qkpatch.common.observer import Observer
 from qkpatch.common.part import Part
 from qkpatch.common.typed_json import as_json
 from qkpatch.errors import UsageError
-from qkpatch.evaluation.annotations import KINDS, Annotations, questions, read_annotations
+from qkpatch.evaluation.annotations import Annotations, read_annotations
+from qkpatch.evaluation.pope import KINDS, questions
 from qkpatch.evaluation.records import Inputs, LogP, Loss, Protocol, Record, Store, digest
 from qkpatch.evaluation.subject import Subject, open_picture
 from qkpatch.evaluation.vocabulary import Vocabulary

@@ -23,7 +23,7 @@ from qkpatch.evaluation.vocabulary import whole_sentences
 from qkpatch.model.locate import locate
 from qkpatch.patching.device import choose_device
 from qkpatch.patching.edit_heads import Editor
-from qkpatch.patching.loaded import edit_loaded
+from qkpatch.patching.in_memory import edit_loaded
 from qkpatch.planning.manifest import Manifest
 from qkpatch.planning.request import Request
 

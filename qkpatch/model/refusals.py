@@ -8,10 +8,9 @@ from types import MappingProxyType
 from typing import Any
 
 from qkpatch.checkpoint.header import TensorRef
+from qkpatch.common.dtypes import EDITABLE
 from qkpatch.errors import CheckpointError, UnsupportedError
 from qkpatch.recipes.refused import refused_kinds
-
-EDITABLE_DTYPES = ("F64", "F32", "F16", "BF16")
 
 # Whatever a family calls a norm of its queries or keys: q_norm, query_layernorm, qk_layer_norm, norm_k, qnorm, q_ln.
 _QK_NORM = re.compile(
@@ -49,8 +48,8 @@ def refuse_quantised(module: str, weight: TensorRef | None, suffixes: Collection
     if any(suffix.startswith("base_layer.") for suffix in present) and weight is None:
         fix = "merge the adapter into the weights first"
         raise UnsupportedError("wrapped by an adapter (base_layer)", where=module, fix=fix)
-    if weight is not None and weight.dtype not in EDITABLE_DTYPES:
-        what = f"stored as {weight.dtype}, not as one of {', '.join(EDITABLE_DTYPES)}"
+    if weight is not None and weight.dtype not in EDITABLE:
+        what = f"stored as {weight.dtype}, not as one of {', '.join(EDITABLE)}"
         raise UnsupportedError(what, where=weight.name, fix=_WAY_OUT)
 
 
@@ -61,7 +60,7 @@ def quantised_by_name(config: Mapping[str, Any], tensors: Iterable[TensorRef]) -
     said = next((said for said in told if isinstance(said, dict)), None)
     marks = {suffix for companions, _ in _COMPANIONS for suffix in companions}
     is_plain = all(
-        ref.dtype in (*EDITABLE_DTYPES, "I64", "BOOL") and not marks & {ref.name.rpartition(".")[2]}
+        ref.dtype in (*EDITABLE, "I64", "BOOL") and not marks & {ref.name.rpartition(".")[2]}
         for ref in tensors
     )
     return str(said.get("quant_method", "some method")) if said is not None and is_plain else None

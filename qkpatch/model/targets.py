@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from qkpatch.checkpoint.header import TensorRef
+from qkpatch.common.dtypes import EDITABLE
 from qkpatch.errors import CheckpointError, UnsupportedError
 from qkpatch.model.block_fp8 import fp8_scale, is_shared, scale_range
 from qkpatch.model.refusals import (
-    EDITABLE_DTYPES,
     is_qk_norm,
     refuse_known,
     refuse_quantised,
@@ -213,7 +213,7 @@ class AttentionSet:
             raise CheckpointError(f"layer {layer} has no {name}", where=f"recipe {self.recipe}")
         shapes: list[tuple[int, ...]] = [(d_head,), (n_heads, d_head), (n_heads * d_head,)]
         shapes = {NormSpan.head: shapes[:2], NormSpan.projection: shapes[2:]}.get(over, shapes)
-        if ref.shape not in shapes or ref.dtype not in EDITABLE_DTYPES:
+        if ref.shape not in shapes or ref.dtype not in EDITABLE:
             expected = " or ".join(str(list(shape)) for shape in shapes)
             raise CheckpointError(
                 f"a norm of queries or keys holds {expected} numbers (head_dim {d_head}), "
@@ -229,7 +229,7 @@ class AttentionSet:
             what = f"no RMSNorm before attention, so there is no gain to fold: {reason}"
             raise UnsupportedError(what, where="--fold-norm", fix="leave the flag out")
         ref = self.tensors.get(stem + norm.weight)
-        if ref is None or ref.shape != (layout.d_model,) or ref.dtype not in EDITABLE_DTYPES:
+        if ref is None or ref.shape != (layout.d_model,) or ref.dtype not in EDITABLE:
             found = "nothing" if ref is None else f"{ref.dtype} {list(ref.shape)}"
             what = (
                 f"--fold-norm needs the gain before attention, [{layout.d_model}] numbers; there is {found}"

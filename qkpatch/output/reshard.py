@@ -6,9 +6,10 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from qkpatch.checkpoint.header import DTYPE_BITS, MAX_HEADER_SIZE, TensorRef
+from qkpatch.checkpoint.header import MAX_HEADER_SIZE, TensorRef
 from qkpatch.checkpoint.source import Stored
 from qkpatch.checkpoint.weights import index_name
+from qkpatch.common.dtypes import DTYPE_BITS
 from qkpatch.errors import CheckpointError, UsageError
 from qkpatch.output.layout import Extent, Output, OutputFile, index_file
 

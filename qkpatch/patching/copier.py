@@ -20,13 +20,13 @@ from qkpatch.checkpoint.tree import LocalFile
 from qkpatch.common import system
 from qkpatch.common.observer import Observer
 from qkpatch.errors import HubError
-from qkpatch.output.copying import Lane, passage_for
 from qkpatch.output.journal import Journal, State
 from qkpatch.output.layout import OutputFile
 from qkpatch.output.options import Digest, Writing
+from qkpatch.output.passage import Lane, passage_for
 from qkpatch.output.staged_files import StagedFiles
 from qkpatch.patching.checked_sources import Sources, damaged_file
-from qkpatch.patching.resume import is_as_noted
+from qkpatch.patching.recheck import is_as_noted
 from qkpatch.patching.threads import Crew, Stopped
 from qkpatch.planning.plan import EditPlan
 

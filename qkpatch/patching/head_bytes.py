@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qkpatch.checkpoint.files import OpenFile
 from qkpatch.checkpoint.header import TensorRef
+from qkpatch.common.dtypes import EDITABLE, FLOATS
 from qkpatch.errors import NumericalError
 from qkpatch.model.block_fp8 import block_of, is_shared, scale_range
 from qkpatch.model.targets import LayerTarget
@@ -18,14 +19,9 @@ from qkpatch.spectral.rounding import round_once
 
 COMPUTE_DTYPE = torch.float64
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.uint8,  # an exponent
-}
+DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, FLOATS[name].torch) for name in (*EDITABLE, "F8_E4M3")
+} | {"F8_E8M0": torch.uint8}  # an exponent
 _E8M0_BIAS = 127  # a scale stored as an exponent: 2^(byte − 127)
 
 

@@ -209,7 +209,8 @@ def _compared(runs: Mapping[str, Run], base: Run, warnings: list[Warned]) -> Ite
 
 def _columns(run: Run) -> dict[str, Array]:
     """Numerators and denominators by question, of the figures that come out as they were reported."""
-    from qkpatch.evaluation.chair import CaptionScore, chair_columns, figures, yes_no_columns
+    from qkpatch.evaluation.chair import CaptionScore, chair_columns, figures
+    from qkpatch.evaluation.pope import yes_no_columns
     from qkpatch.evaluation.statistics import as_pairs
 
     every = run.samples.values()

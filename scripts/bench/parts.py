@@ -54,7 +54,7 @@ class Limit:
 def work(limits: list[Limit], arguments: list[str]) -> None:
     """Be one worker: `qkpatch` with these arguments, whose copies pass the limits."""
     from qkpatch import cli
-    from qkpatch.output.copying import Passage
+    from qkpatch.output.passage import Passage
 
     copy: Callable[..., str] = Passage.copy
 

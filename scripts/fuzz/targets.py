@@ -21,9 +21,10 @@ from typing import Any
 import safetensors
 
 from qkpatch.checkpoint.files import LocalOpenFile
-from qkpatch.checkpoint.header import DTYPE_BITS, MAX_HEADER_SIZE, Header, read_header
+from qkpatch.checkpoint.header import MAX_HEADER_SIZE, Header, read_header
 from qkpatch.checkpoint.source import _read_config, open_checkpoint
 from qkpatch.checkpoint.tree import source_file
+from qkpatch.common.dtypes import DTYPE_BITS
 from qkpatch.common.json_text import canonical_json
 from qkpatch.errors import (
     CheckpointError,

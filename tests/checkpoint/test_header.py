@@ -18,7 +18,8 @@ import safetensors.numpy
 
 from qkpatch.checkpoint import header
 from qkpatch.checkpoint.files import LocalOpenFile, open_read
-from qkpatch.checkpoint.header import DTYPE_BITS, MAX_HEADER_SIZE, Header, parse_header, read_header
+from qkpatch.checkpoint.header import MAX_HEADER_SIZE, Header, parse_header, read_header
+from qkpatch.common.dtypes import DTYPE_BITS
 from qkpatch.errors import FileSystemError, HeaderError
 
 SHARD = "model-00001-of-00002.safetensors"

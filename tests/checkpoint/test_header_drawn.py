@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from test_header import F4, F16, entry, framed, library_accepts, many, needs_recent, one, read
 
-from qkpatch.checkpoint.header import DTYPE_BITS, Header
+from qkpatch.checkpoint.header import Header
+from qkpatch.common.dtypes import DTYPE_BITS
 from qkpatch.errors import HeaderError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)

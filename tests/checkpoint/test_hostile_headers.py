@@ -29,7 +29,8 @@ from test_header import (
     read,
 )
 
-from qkpatch.checkpoint.header import DTYPE_BITS, MAX_HEADER_SIZE
+from qkpatch.checkpoint.header import MAX_HEADER_SIZE
+from qkpatch.common.dtypes import DTYPE_BITS
 from qkpatch.errors import HeaderError
 
 # -------- headers, with the library's verdict beside ours

@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 from two_sides import Diff, Entry, differing, flipped, write
 from typer.testing import Result
 
-from qkpatch.checkpoint.header import DTYPE_BITS
 from qkpatch.checkpoint.pairs import CHUNK
+from qkpatch.common.dtypes import DTYPE_BITS, FLOATS
 from qkpatch.compare import diff as diff_module
-from qkpatch.compare import values as change
+from qkpatch.compare import values
 from qkpatch.compare.diff_types import natural
 
 
@@ -468,10 +468,11 @@ def test_memory_does_not_follow_the_size_of_a_tensor(
 
 
 def test_the_formats_that_have_values_are_those_that_can_be_decoded() -> None:
-    assert set(diff_module.FLOATS) == change.FLOATS.keys()
-    assert change.FLOATS.keys() < DTYPE_BITS.keys()
-    for dtype, form in change.FLOATS.items():
-        assert form.stored.itemsize == form.bits.itemsize == DTYPE_BITS[dtype] // 8
+    assert FLOATS.keys() < DTYPE_BITS.keys()
+    for dtype, form in FLOATS.items():
+        one = torch.ones(1).to(getattr(torch, form.torch))
+        next_up = (one.view(values._INTEGERS[DTYPE_BITS[dtype]]) + 1).view(one.dtype)
+        assert float(next_up.double()) == 1 + 2.0**-form.fraction
 
 
 def test_names_are_in_natural_order_whatever_they_are() -> None:

@@ -12,8 +12,8 @@ import pytest
 from two_sides import comparing, differing, flipped
 from typer.testing import Result
 
-from qkpatch.checkpoint.header import DTYPE_BITS
 from qkpatch.checkpoint.pairs import CHUNK
+from qkpatch.common.dtypes import DTYPE_BITS
 
 
 @pytest.fixture

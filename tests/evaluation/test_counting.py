@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from qkpatch.errors import QKPatchError, RecipeError, UsageError
-from qkpatch.evaluation.annotations import KINDS, Annotations, questions, read_annotations
-from qkpatch.evaluation.chair import CaptionScore, chair_columns, figures, yes_no_columns
+from qkpatch.evaluation.annotations import Annotations, read_annotations
+from qkpatch.evaluation.chair import CaptionScore, chair_columns, figures
 from qkpatch.evaluation.comparison import divergence
 from qkpatch.evaluation.measure import KINDS_KEPT
+from qkpatch.evaluation.pope import KINDS, questions, yes_no_columns
 from qkpatch.evaluation.records import Protocol, Store, of_parts
 from qkpatch.evaluation.search import LOGGED
 from qkpatch.evaluation.statistics import McNemar, excess_over_curve, figures_beside, mcnemar, paired

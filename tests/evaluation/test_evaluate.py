@@ -23,10 +23,10 @@ from typer.testing import Result
 
 import qkpatch
 from qkpatch.errors import QKPatchError, UsageError
-from qkpatch.evaluation.annotations import KINDS
 from qkpatch.evaluation.bench import Evaluation
 from qkpatch.evaluation.comparison import ended
 from qkpatch.evaluation.measure import Task
+from qkpatch.evaluation.pope import KINDS
 from qkpatch.evaluation.records import Inputs, Protocol
 from qkpatch.evaluation.subject import Subject
 

@@ -56,7 +56,7 @@ def harm(run: dict[str, Any]) -> None:
 
 def slow_down(name: str, delay: float) -> None:
     """A system call by its name in ``os``, the edit's writing of ``rows``, or the copying of other bytes."""
-    from qkpatch.output.copying import Passage
+    from qkpatch.output.passage import Passage
     from qkpatch.patching.copier import Copier
 
     where, name = {"rows": (Copier, "write"), "copying": (Passage, "copy")}.get(name, (os, name))
@@ -231,9 +231,9 @@ def main() -> None:
 
     from qkpatch import cli
     from qkpatch.compare import verify  # noqa: F401 - imported here, no fork has to
-    from qkpatch.output import copying
+    from qkpatch.output import passage
 
-    copying.PIECE = copying.LEAST_DIRECT = 1 << 17  # so that small files, too, go past the page cache
+    passage.PIECE = passage.LEAST_DIRECT = 1 << 17  # so that small files, too, go past the page cache
     torch.set_num_threads(1)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
         cli.app(["recipes", "--json"])

@@ -20,8 +20,7 @@ from conftest import build_tiny
 from qkpatch.checkpoint.files import LocalOpenFile
 from qkpatch.common import system
 from qkpatch.errors import FileSystemError
-from qkpatch.output import copying
-from qkpatch.output.copying import ALIGN, Lane, Passage
+from qkpatch.output.passage import ALIGN, Lane, Passage
 
 PIECE = 2 * ALIGN
 DATA = random.Random(0).randbytes(11 * ALIGN + 777)
@@ -29,8 +28,8 @@ DATA = random.Random(0).randbytes(11 * ALIGN + 777)
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copying, "PIECE", PIECE)
-    monkeypatch.setattr(copying, "LEAST_DIRECT", ALIGN)
+    monkeypatch.setattr("qkpatch.output.passage.PIECE", PIECE)
+    monkeypatch.setattr("qkpatch.output.passage.LEAST_DIRECT", ALIGN)
 
 
 class Files:
@@ -254,7 +253,7 @@ def test_a_whole_edit_by_this_way_is_the_same(tmp_path: Path, run: Any, flags: t
     out, plain = tmp_path / "out", tmp_path / "plain"
     assert run("apply", source, "-o", out, *flags).exit_code == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(copying, "LEAST_DIRECT", 1 << 40)
+        patch.setattr("qkpatch.output.passage.LEAST_DIRECT", 1 << 40)
         assert run("apply", source, "-o", plain, *flags).exit_code == 0
     if can_be_direct(tmp_path):
         assert json.loads((out / "qkpatch.json").read_text())["run"]["copied_by"].get("direct")

@@ -20,8 +20,7 @@ from typer.testing import Result
 from qkpatch.checkpoint import files
 from qkpatch.checkpoint.files import LocalOpenFile, open_read, write_exact
 from qkpatch.errors import FileSystemError
-from qkpatch.output import copying
-from qkpatch.output.copying import copy_range
+from qkpatch.output.passage import copy_range
 
 IN_KERNEL = [pytest.param(name, marks=pytest.mark.linux) for name in ("copy_file_range", "sendfile")]
 DECLINES = ["EXDEV", "EOPNOTSUPP", "ENOSYS", "EINVAL", "EPERM", "nothing copied"]
@@ -107,7 +106,7 @@ def test_reading_and_writing_steps_in_where_both_decline(
 def test_each_means_goes_on_where_the_one_before_gave_up(
     tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(copying, "COPY_CHUNK", 1000)
+    monkeypatch.setattr("qkpatch.output.passage.COPY_CHUNK", 1000)
     monkeypatch.setattr(os, "copy_file_range", giving_up_after(3, os.copy_file_range))
     monkeypatch.setattr(os, "sendfile", giving_up_after(5, os.sendfile))
     means, copied, told = copy(tmp_path, data)
@@ -426,7 +425,7 @@ def test_alpha_one_gives_a_byte_identical_copy(
 def test_a_copy_takes_more_than_one_step_when_it_is_large(
     tiny: Tiny, tmp_path: Path, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(copying, "COPY_CHUNK", 1000)
+    monkeypatch.setattr("qkpatch.output.passage.COPY_CHUNK", 1000)
     monkeypatch.setattr(files, "READ_CHUNK", 700)
     assert run("apply", tiny.path, "-o", tmp_path / "out").exit_code == 0
     monkeypatch.undo()
