@@ -40,6 +40,9 @@ format: $(STAMP)  ## rewrite to the house style
 fixtures: $(STAMP)  ## real checkpoints for tests and demo, built once under .cache/
 	$(BIN)/python scripts/make_fixtures.py
 
+# Compiled tests are kept, whatever the environment says: to compile them takes longer than to collect them.
+unexport PYTHONDONTWRITEBYTECODE
+
 # One more than there are cores, since each waits for disks and other processes a third of its time.
 WORKERS ?= $$(($$(getconf _NPROCESSORS_ONLN) + 1))
 

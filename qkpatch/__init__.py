@@ -34,24 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     __version__: str
-    from qkpatch.api import apply as apply
-    from qkpatch.api import apply_in_place as apply_in_place
-    from qkpatch.api import card as card
-    from qkpatch.api import collect as collect
-    from qkpatch.api import diff as diff
-    from qkpatch.api import evaluate as evaluate
-    from qkpatch.api import finish as finish
-    from qkpatch.api import lora as lora
-    from qkpatch.api import make_patch as make_patch
-    from qkpatch.api import patch_model as patch_model
-    from qkpatch.api import patched as patched
-    from qkpatch.api import plan as plan
-    from qkpatch.api import recipe_for as recipe_for
-    from qkpatch.api import revert as revert
-    from qkpatch.api import spectra as spectra
-    from qkpatch.api import sweep as sweep
-    from qkpatch.api import tune as tune
-    from qkpatch.api import verify as verify
+    from qkpatch.api import *  # noqa: F403
 
 _CALLS = (
     "apply", "apply_in_place", "card", "collect", "diff", "evaluate", "finish", "lora", "make_patch", "patch_model",

@@ -163,7 +163,7 @@ def apply(
     straight = None if source.path is not None or (cache and source.kind == "hub") else source.kind
     mine = None if part is None else check_part(part, writing, straight=straight)
     check_device_name(device)
-    refuse_warnings(plan.warnings if writing.strict else ())
+    refuse_warnings(plan.warnings, strict=writing.strict)
     n_threads = choose_threads(threads, plan.head_memory, len(plan.model.checkpoint.tensors))
     run: dict[str, Any] = {"observer": observer, "device": device, "threads": n_threads, "writing": writing}
     if out is not None and (url := out_url(out)) is not None:

@@ -227,9 +227,9 @@ class WarnedError(QKPatchError):
         super().__init__(what, where="--strict", fix="mend what they are about, or leave --strict out")
 
 
-def refuse_warnings(warnings: Sequence[str]) -> None:
-    """Raise :class:`WarnedError` where there are any."""
-    if warnings:
+def refuse_warnings(warnings: Sequence[str], *, strict: bool) -> None:
+    """Raise :class:`WarnedError` where there are any, and none are allowed."""
+    if strict and warnings:
         raise WarnedError(warnings)
 
 

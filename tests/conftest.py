@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,15 @@ commands.built_once()
 
 
 portable.taken_away_where_asked()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What is there by then stays, millions of objects: no garbage collection of a test goes through them."""
+    gc.disable()
+    yield
+    gc.freeze()
+    gc.enable()
 
 
 @dataclass(frozen=True)

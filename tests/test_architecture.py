@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import portable
@@ -81,6 +82,7 @@ FORBIDDEN_IN_SPECTRAL = {"pathlib", "os", "io", "json", "yaml", "logging", "rich
 MOST_LINES, MOST_MODULES = 350, 12  # of a module, and in a room
 
 
+@cache
 def modules() -> dict[str, Path]:
     names = {
         p.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): p for p in PACKAGE.rglob("*.py")
@@ -88,6 +90,12 @@ def modules() -> dict[str, Path]:
     return {name.removesuffix(".__init__"): path for name, path in names.items() if name != "__init__"}
 
 
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
 def imports(path: Path) -> set[str]:
     """Every module imported anywhere in a file; names under ``if TYPE_CHECKING`` do not run and do not count."""
     found: set[str] = set()
@@ -105,14 +113,14 @@ def imports(path: Path) -> set[str]:
         for child in ast.iter_child_nodes(node):
             visit(child)
 
-    visit(ast.parse(path.read_text()))
+    visit(tree(path))
     return found
 
 
 def of_linux(path: Path) -> set[str]:
     """What only Linux has, as far as a file names it: attributes of ``os``, and paths below which the kernel tells."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os":
             found |= {node.attr} & portable.OF_LINUX
         elif isinstance(node, ast.ImportFrom) and node.module == "os":
@@ -187,6 +195,13 @@ def test_the_diagram_is_this_table() -> None:
     # What everything uses would hide the rest.
     hidden = {"common", "errors", "checkpoint"}
     assert drawn == {name: (set() if name in hidden else to - hidden) for name, to in ARROWS.items()}
+
+
+def test_the_page_names_modules_that_are_there() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    named = {name.replace("/", ".") for name in re.findall(r"`((?:[a-z_0-9]+/)+[a-z_0-9]+)`", text)}
+    assert len(named) > 50
+    assert named <= {*modules()}
 
 
 @pytest.mark.parametrize("module", sorted(modules()))

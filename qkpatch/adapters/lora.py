@@ -78,8 +78,7 @@ def lora(
         raise UsageError("SOURCE is not named", fix="name it, or what was made from it: --from OUT")
     from_out = None if recorded is None else plan_recorded(Path(recorded), name, request)
     plan = from_out or make_plan(str(name), request, Access.ranges)
-    if writing.strict:
-        refuse_warnings(plan.warnings)
+    refuse_warnings(plan.warnings, strict=writing.strict)
     found = standing(place, plan, writing, is_whole=False)
     if isinstance(found, Manifest):
         raise UsageError("it is the edited checkpoint itself", where=str(out), fix="choose another -o")

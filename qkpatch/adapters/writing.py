@@ -117,4 +117,4 @@ def write_adapter(
             staged.check(())
             checkpoint.check_still()
             staging.publish((), None if replaced is None else replaced.check)
-    return replace(manifest, run=replace(manifest.run, weaker=tuple(staging.lacks) or None))
+    return manifest.telling(weaker=tuple(staging.lacks) or None)

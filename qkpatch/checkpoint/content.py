@@ -100,12 +100,6 @@ def feed_source(digest: Digesting, source: OpenFile, held: Sequence[Held], opene
     """Feed a file of SOURCE to ``digest``, as OUT has it: what OUT does not hold is read from ``source``.
 
     Where the digest is that of SOURCE's file, OUT's bytes are SOURCE's, whatever is read from where.
-
-    Args:
-        digest: of the whole file.
-        source: the file, open, of which only what OUT does not hold is read.
-        held: what OUT holds of it.
-        opened: opens a file of OUT, by name.
     """
     taken = ((part.begin, part.end) for part in held)
     rest = [
@@ -148,14 +142,7 @@ class HeldFile(OpenFile):
 def held_file(
     file: SourceFile, held: Sequence[Held], ranges: Sequence[tuple[int, int]], opened: Opened
 ) -> Iterator[OpenFile]:
-    """A file of SOURCE for reading ``ranges``, or all, out of what OUT holds of it; only the rest is fetched.
-
-    Args:
-        file: which.
-        held: what OUT holds of it.
-        ranges: what will be read, apart from each other.
-        opened: opens a file of OUT, by name.
-    """
+    """A file of SOURCE for reading ``ranges``, apart, or all, out of what OUT holds of it; only the rest is fetched."""
     spans = ranges or [(0, file.size)]
     taken = [(part.begin, part.end) for part in held]
     missing = sorted({gap for span in spans for gap in gaps(*span, taken)})

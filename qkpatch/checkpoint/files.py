@@ -16,9 +16,12 @@ from typing import Protocol
 
 from qkpatch.common import system
 from qkpatch.common.interrupts import check_stop
-from qkpatch.errors import FileSystemError, broken_library
+from qkpatch.errors import CheckpointError, FileSystemError, broken_library
 
 READ_CHUNK = 1 << 20
+# The index of 10^12 parameters, in some 200,000 tensors, is about 25 MB; the record of editing all modes of all their
+# heads as much.
+MAX_JSON_BYTES = 64 << 20
 
 # What file systems say that cannot do a thing at all: some network and FUSE mounts.
 CANNOT = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}  # on macOS the last two differ
@@ -135,6 +138,12 @@ def gaps(begin: int, end: int, taken: Iterable[tuple[int, int]]) -> Iterator[tup
         yield begin, end
 
 
+def check_size(size: int, limit: int, where: str) -> None:
+    """Raise :class:`CheckpointError` where a file that is to be small has more than ``limit`` bytes."""
+    if size > limit:
+        raise CheckpointError(f"{size} bytes, more than any real file of this kind", where=where)
+
+
 class OpenFile(ABC):
     """A file that is open for reading, on this machine or elsewhere; it has no position."""
 
@@ -159,6 +168,11 @@ class OpenFile(ABC):
         buffer = bytearray(size)
         self.read_into(memoryview(buffer), offset)
         return buffer
+
+    def whole(self, limit: int = MAX_JSON_BYTES) -> bytes:
+        """All of a small file; :class:`CheckpointError` where it has more than ``limit`` bytes."""
+        check_size(self.size, limit, self.where)
+        return bytes(self.read(self.size, 0))
 
     def pieces(self, begin: int, end: int) -> Iterator[memoryview]:
         """The bytes ``begin:end`` in order; each piece holds until the next one is asked for."""

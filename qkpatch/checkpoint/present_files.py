@@ -8,10 +8,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 
-from qkpatch.checkpoint.files import FileId, LocalOpenFile, OpenFile, changed, os_errors
+from qkpatch.checkpoint.files import MAX_JSON_BYTES, FileId, LocalOpenFile, OpenFile, changed, os_errors
 from qkpatch.checkpoint.names import BOOKKEEPING, came_by_itself
 from qkpatch.checkpoint.open_directory import Rooted
-from qkpatch.checkpoint.tree import MAX_JSON_BYTES, SourceFile, check_size
+from qkpatch.checkpoint.tree import SourceFile
 
 _CHANGED = "it changed while qkpatch was reading it"
 _KINDS = {
@@ -72,8 +72,7 @@ class Present(ABC):
             FileSystemError: as :meth:`open`.
         """
         with self.open(name) as opened:
-            check_size(opened.size, limit, opened.where)
-            return bytes(opened.read(opened.size, 0))
+            return opened.whole(limit)
 
     def sha256(self, name: str) -> str:
         """SHA-256 of a whole file, read once: whoever uses the file afterwards meets the same one, or an error."""

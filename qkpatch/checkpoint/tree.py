@@ -15,15 +15,20 @@ from typing import NamedTuple
 
 from qkpatch.checkpoint.cache import blob_of, is_in_cache
 from qkpatch.checkpoint.content import Content
-from qkpatch.checkpoint.files import FileId, LocalOpenFile, OpenFile, open_read, os_errors
+from qkpatch.checkpoint.files import (
+    MAX_JSON_BYTES,
+    FileId,
+    LocalOpenFile,
+    OpenFile,
+    check_size,
+    open_read,
+    os_errors,
+)
 from qkpatch.checkpoint.names import BOOKKEEPING, matching
 from qkpatch.checkpoint.open_directory import MOST_LEVELS, Rooted, check_extent
-from qkpatch.errors import CheckpointError, FileSystemError
+from qkpatch.errors import FileSystemError
 
-# The index of 10^12 parameters, in some 200,000 tensors, is about 25 MB; the record of editing all modes of all their
-# heads as much. The largest config.json are below 1 MB.
-MAX_JSON_BYTES = 64 << 20
-MAX_CONFIG_BYTES = 16 << 20
+MAX_CONFIG_BYTES = 16 << 20  # the largest are below 1 MB
 _LONGEST_PATH = 4096  # of Linux
 
 
@@ -72,13 +77,7 @@ class SourceFile(ABC):
         """
         check_size(self.size, limit, self.where)
         with self.open([(0, self.size)]) as opened:
-            return bytes(opened.read(self.size, 0))
-
-
-def check_size(size: int, limit: int, where: str) -> None:
-    """Raise :class:`CheckpointError` where a file that is to be small has more than ``limit`` bytes."""
-    if size > limit:
-        raise CheckpointError(f"{size} bytes, more than any real file of this kind", where=where)
+            return opened.whole(limit)
 
 
 @dataclass(frozen=True)

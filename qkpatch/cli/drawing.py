@@ -31,13 +31,7 @@ _FAR = 6
 
 
 def draw_spectrum(head: HeadSpectrum, width: int, *, is_ascii: bool) -> Iterator[str]:
-    """Lines of bars, strongest mode first, their heights logarithms; a mark below the modes before the cut.
-
-    Args:
-        head: whose.
-        width: columns there are.
-        is_ascii: draw with what every terminal has.
-    """
+    """Lines of bars, strongest mode first, their heights logarithms; a mark below the modes before the cut."""
     values = [value for value in head.singular_values if value > 0] or [1.0]
     each = math.ceil(len(values) / max(1, width - 12))  # modes a column
     heights = [math.log10(values[i]) for i in range(0, len(values), each)]

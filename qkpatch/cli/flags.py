@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from qkpatch.checkpoint.tree import near_paths, source_file
+from qkpatch.cli.groups import flag
 from qkpatch.errors import FileSystemError, UsageError
 from qkpatch.output.options import Digest, Writing
 from qkpatch.planning.request import Request, parse_request
@@ -21,66 +22,6 @@ SourceArg = Annotated[
         metavar="SOURCE",
         help="Checkpoint directory, .safetensors file, URL in a store, Hub id (org/name[@revision]) or recipe name.",
         show_default=False,
-    ),
-]
-LayersOpt = Annotated[
-    str | None,
-    typer.Option(metavar="LIST", help="Inclusive list such as 10-18,20.", show_default="the recipe's"),
-]
-AttentionOpt = Annotated[
-    str | None,
-    typer.Option(help="Sets of tensors, such as self,cross.", show_default="the recipe's first"),
-]
-FoldOpt = Annotated[
-    bool,
-    typer.Option("--fold-norm", help="Take the gain of the RMSNorm before attention into the product."),
-]
-HeadsOpt = Annotated[
-    str | None, typer.Option(metavar="LIST", help="Query heads, such as 0-3,7.", show_default="all")
-]
-ModesOpt = Annotated[
-    int | None,
-    typer.Option(help="Modes per head; with --energy the most.", show_default="the recipe's, or half of all"),
-]
-MinModesOpt = Annotated[int | None, typer.Option(help="With --energy: the least.", show_default="1")]
-EnergyOpt = Annotated[
-    float | None, typer.Option(help="As many modes as hold this share of Σ s².", show_default="off")
-]
-AlphaOpt = Annotated[
-    float | None,
-    typer.Option(
-        help="Factor of the selected modes, 0 to 1: 0 removes them, 1 changes nothing.", show_default="0.8"
-    ),
-]
-ChannelOpt = Annotated[Channel | None, typer.Option(help="Part of the product to edit.", show_default="full")]
-SelectOpt = Annotated[
-    Select | None,
-    typer.Option(help="Modes to edit; all but dominant are controls.", show_default="dominant"),
-]
-SeedOpt = Annotated[int | None, typer.Option(help="For --select random and subspace.", show_default="0")]
-RecipeOpt = Annotated[
-    str | None,
-    typer.Option(help="Use this recipe, or this YAML file, instead of the recipe that fits.", metavar="NAME"),
-]
-PrefixOpt = Annotated[
-    str | None,
-    typer.Option(
-        help="With --recipe: what names of the language model's layers begin with, 'llm.layers.{layer}.'.",
-        show_default="the recipe's",
-        metavar="TEXT",
-    ),
-]
-ConfigOpt = Annotated[
-    Path | None,
-    typer.Option(help="The settings as a YAML file; flags win, not over its edits.", metavar="EDIT.yaml"),
-]
-ShardOpt = Annotated[
-    str | None,
-    typer.Option(
-        "--max-shard-size",
-        metavar="SIZE",
-        help="Shard OUT anew, in at most 5GB, 512MiB, ... each.",
-        show_default="as SOURCE",
     ),
 ]
 ExcludeOpt = Annotated[
@@ -96,15 +37,6 @@ OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace an earl
 ForceOpt = Annotated[bool, typer.Option("--force", help="With --overwrite: replace OUT whatever it holds.")]
 InPlaceOpt = Annotated[
     bool, typer.Option("--in-place", help="Rewrite the rows of SOURCE itself; `qkpatch revert` leads back.")
-]
-DigestOpt = Annotated[
-    Digest,
-    typer.Option(help="SHA-256 of the edited tensors; of all files, as SHA256SUMS; or of nothing."),
-]
-LinkOpt = Annotated[bool, typer.Option("--link", help="Hard links to files of SOURCE that are not edited.")]
-LinkCacheOpt = Annotated[bool, typer.Option("--link-cache", help="The same, even to files in the Hub cache.")]
-ResumeOpt = Annotated[
-    bool, typer.Option("--resume", help="Keep what is done where the run ends early, and take it over.")
 ]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 CsvOpt = Annotated[bool, typer.Option("--csv", help="Print the result as a table for programs.")]
@@ -177,17 +109,26 @@ def check_present(out: Path) -> None:
 class HeadFlags:
     """Which modes of which heads."""
 
-    layers: LayersOpt = None
-    modes: ModesOpt = None
-    min_modes: MinModesOpt = None
-    energy: EnergyOpt = None
-    channel: ChannelOpt = None
-    heads: HeadsOpt = None
-    recipe: RecipeOpt = None
-    prefix: PrefixOpt = None
-    attention: AttentionOpt = None
-    fold_norm: FoldOpt = False
-    config: ConfigOpt = None
+    layers: str | None = flag(None, "Inclusive list such as 10-18,20.", "the recipe's", metavar="LIST")
+    modes: int | None = flag(None, "Modes per head; with --energy the most.", "the recipe's, or half of all")
+    min_modes: int | None = flag(None, "With --energy: the least.", "1")
+    energy: float | None = flag(None, "As many modes as hold this share of Σ s².", "off")
+    channel: Channel | None = flag(None, "Part of the product to edit.", "full")
+    heads: str | None = flag(None, "Query heads, such as 0-3,7.", "all", metavar="LIST")
+    recipe: str | None = flag(
+        None, "Use this recipe, or this YAML file, instead of the recipe that fits.", metavar="NAME"
+    )
+    prefix: str | None = flag(
+        None,
+        "With --recipe: what names of the language model's layers begin with, 'llm.layers.{layer}.'.",
+        "the recipe's",
+        metavar="TEXT",
+    )
+    attention: str | None = flag(None, "Sets of tensors, such as self,cross.", "the recipe's first")
+    fold_norm: bool = flag(False, "Take the gain of the RMSNorm before attention into the product.")
+    config: Path | None = flag(
+        None, "The settings as a YAML file; flags win, not over its edits.", metavar="EDIT.yaml"
+    )
 
     @property
     def request(self) -> Request:
@@ -205,26 +146,20 @@ class HeadFlags:
 class EditFlags(HeadFlags):
     """The edit, in the flags that `apply`, `plan` and whatever plans an edit share."""
 
-    alpha: AlphaOpt = None
-    select: SelectOpt = None
-    seed: SeedOpt = None
+    alpha: float | None = flag(
+        None, "Factor of the selected modes, 0 to 1: 0 removes them, 1 changes nothing.", "0.8"
+    )
+    select: Select | None = flag(None, "Modes to edit; all but dominant are controls.", "dominant")
+    seed: int | None = flag(None, "For --select random and subspace.", "0")
 
 
 @dataclass(frozen=True)
 class LookFlags(HeadFlags):
     """What is looked at; of an edit in ``--config``, alpha, select and seed mean nothing to that."""
 
-    layers: Annotated[
-        str | None,
-        typer.Option(metavar="LIST", help="Inclusive list such as 10-18,20.", show_default="all"),
-    ] = None
-    modes: Annotated[
-        int | None,
-        typer.Option(help="r of energy share and gap; with --energy the most.", show_default="the recipe's"),
-    ] = None
-    channel: Annotated[
-        Channel | None, typer.Option(help="Part of the product to look at.", show_default="full")
-    ] = None
+    layers: str | None = flag(None, "Inclusive list such as 10-18,20.", "all", metavar="LIST")
+    modes: int | None = flag(None, "r of energy share and gap; with --energy the most.", "the recipe's")
+    channel: Channel | None = flag(None, "Part of the product to look at.", "full")
     exclude: ExcludeOpt = None
 
 
@@ -232,7 +167,9 @@ class LookFlags(HeadFlags):
 class CopyFlags:
     """What of SOURCE goes into OUT, and into which shards."""
 
-    max_shard_size: ShardOpt = None
+    max_shard_size: str | None = flag(
+        None, "Shard OUT anew, in at most 5GB, 512MiB, ... each.", "as SOURCE", metavar="SIZE"
+    )
     exclude: ExcludeOpt = None
 
     def over(self, request: Request) -> Request:
@@ -244,11 +181,8 @@ class CopyFlags:
 class RunFlags:
     """Where heads are computed."""
 
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:i, or auto: cuda where there is one.")] = "cpu"
-    threads: Annotated[
-        int | None,
-        typer.Option(help="Heads that are computed side by side.", show_default="processors, within 450 MiB"),
-    ] = None
+    device: str = flag("cpu", "cpu, cuda, cuda:i, or auto: cuda where there is one.")
+    threads: int | None = flag(None, "Heads that are computed side by side.", "processors, within 450 MiB")
 
 
 @dataclass(frozen=True)
@@ -257,16 +191,14 @@ class WriteFlags:
 
     overwrite: OverwriteOpt = False
     force: ForceOpt = False
-    digest: DigestOpt = Digest.edited
-    link: LinkOpt = False
-    link_cache: LinkCacheOpt = False
-    resume: ResumeOpt = False
-    patch: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Take the edit, and its rows, from this patch file.")
-    ] = None
-    patch_only: Annotated[
-        bool, typer.Option("--patch-only", help="Write no OUT but a patch file, -o: the edited rows alone.")
-    ] = False
+    digest: Digest = flag(
+        Digest.edited, "SHA-256 of the edited tensors; of all files, as SHA256SUMS; or of nothing."
+    )
+    link: bool = flag(False, "Hard links to files of SOURCE that are not edited.")
+    link_cache: bool = flag(False, "The same, even to files in the Hub cache.")
+    resume: bool = flag(False, "Keep what is done where the run ends early, and take it over.")
+    patch: Path | None = flag(None, "Take the edit, and its rows, from this patch file.", metavar="FILE")
+    patch_only: bool = flag(False, "Write no OUT but a patch file, -o: the edited rows alone.")
     in_place: InPlaceOpt = False
 
     def writing(self, *, strict: bool) -> Writing:
@@ -289,49 +221,31 @@ PartOpt = Annotated[
 class ClusterFlags:
     """How several machines share the work."""
 
-    part: Annotated[
-        str | None,
-        typer.Option(
-            metavar="I/N",
-            help="Write this share of OUT alone, 3/8, for `qkpatch finish`; auto, or auto/8: as the scheduler says.",
-            show_default=False,
-        ),
-    ] = None
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help="Have Ray write all parts, and finish: its address, auto, or local; --part 8 says how many.",
-            show_default=False,
-        ),
-    ] = None
+    part: str | None = flag(
+        None,
+        "Write this share of OUT alone, 3/8, for `qkpatch finish`; auto, or auto/8: as the scheduler says.",
+        metavar="I/N",
+    )
+    ray: str | None = flag(
+        None,
+        "Have Ray write all parts, and finish: its address, auto, or local; --part 8 says how many.",
+        metavar="ADDRESS",
+    )
 
 
 @dataclass(frozen=True)
 class PushFlags:
     """What is published, and where."""
 
-    push: Annotated[
-        str | None,
-        typer.Option(metavar="ORG/NAME", help="Publish OUT there, in one commit.", show_default=False),
-    ] = None
-    private: Annotated[bool, typer.Option("--private", help="With --push: a new repository is private.")] = (
-        False
+    push: str | None = flag(None, "Publish OUT there, in one commit.", metavar="ORG/NAME")
+    private: bool = flag(False, "With --push: a new repository is private.")
+    create_pr: bool = flag(False, "With --push: a pull request instead of a commit.")
+    include: list[str] | None = flag(
+        None,
+        "With --push: also this file, or glob, that SOURCE has by a link to elsewhere; repeatable.",
+        metavar="NAME",
     )
-    create_pr: Annotated[
-        bool, typer.Option("--create-pr", help="With --push: a pull request instead of a commit.")
-    ] = False
-    include: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="With --push: also this file, or glob, that SOURCE has by a link to elsewhere; repeatable.",
-            show_default=False,
-        ),
-    ] = None
-    include_hidden: Annotated[
-        bool, typer.Option("--include-hidden", help="With --push: also files that are private by name.")
-    ] = False
+    include_hidden: bool = flag(False, "With --push: also files that are private by name.")
 
 
 @dataclass(frozen=True)

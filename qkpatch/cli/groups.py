@@ -5,17 +5,22 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from copy import copy
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args, get_type_hints
 
 import typer
 
 
+def flag(default: Any, text: str, usual: str | bool = True, **how: Any) -> Any:
+    """A field of a group, with what ``--help`` says of it and of its default, and what else Typer is to know."""
+    return field(default=default, metadata={"help": text, "how": {"show_default": usual, **how}})
+
+
 def _with_help(hint: Any, field: Field[Any]) -> Any:
     """The hint of a field that says itself what it is for."""
-    name, text = f"--{field.name.replace('_', '-')}", field.metadata.get("help")
-    return hint if text is None else Annotated[hint, typer.Option(name, help=text)]
+    name, said = f"--{field.name.replace('_', '-')}", field.metadata
+    return Annotated[hint, typer.Option(name, help=said["help"], **said.get("how", {}))] if said else hint
 
 
 _VALUES = {str: "TEXT", int: "N", float: "X", Path: "PATH"}

@@ -20,7 +20,7 @@ from qkpatch.checkpoint.present_files import PresentHere
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME
 from qkpatch.checkpoint.tree import source_file
 from qkpatch.cluster.part import is_as_written, read_part
-from qkpatch.cluster.place import AGREED, agreed_in, as_agreed, opened, place_of
+from qkpatch.cluster.place import AGREED, as_agreed, opened, place_of, read_manifest
 from qkpatch.common.interrupts import signals_held, signals_let_through
 from qkpatch.common.number_ranges import format_ranges
 from qkpatch.common.observer import UNSEEN, Observer
@@ -70,7 +70,7 @@ def finish(out: str | Path, *, strict: bool = False, observer: Observer = UNSEEN
         try:
             if has_parts:
                 with opened(parent, place) as room:
-                    agreed = agreed_in(room)
+                    agreed = read_manifest(room, AGREED)
                     if not _is_there(out):
                         parts = _all_parts(room, out, agreed, observer)
                         manifest = _publish(out, parent, room, agreed, parts, strict)
@@ -79,7 +79,7 @@ def finish(out: str | Path, *, strict: bool = False, observer: Observer = UNSEEN
                 raise
         manifest = manifest or _done(out, agreed)
         weaker = [*(manifest.run.weaker or ()), *_clear(out, parent, place)]
-    return replace(manifest, run=replace(manifest.run, weaker=tuple(weaker) or None))
+    return manifest.telling(weaker=tuple(weaker) or None)
 
 
 def _clear(out: Path, parent: Rooted, place: Path) -> Iterator[Warned]:
@@ -107,7 +107,7 @@ def _done(out: Path, agreed: Manifest | None) -> Manifest:
         bare = as_agreed(manifest, agreed)
         if replace(bare, run=agreed.run).dumps() != agreed.dumps():
             raise occupied(out, MANIFEST_NAME, "it is of another plan than the parts", overwrite=False)
-    return replace(manifest, run=replace(manifest.run, already_done=True))
+    return manifest.telling(already_done=True)
 
 
 def _all_parts(room: Rooted, out: Path, agreed: Manifest, observer: Observer) -> _Parts:
@@ -167,14 +167,14 @@ def _publish(
                 with _part(room, number) as root:
                     for file in part.files:
                         _take(root, file, part, staged)
-            refuse_warnings((*manifest.warnings, *staging.lacks) if strict else ())
+            refuse_warnings((*manifest.warnings, *staging.lacks), strict=strict)
             record = manifest.dumps().encode()
             if manifest.output.digest is Digest.files:
                 staged.write_new(SUMS_NAME, sums_text(manifest, record).encode())
             staged.write_new(MANIFEST_NAME, record)
             staged.check([*directories])
             staging.publish([*directories], None)
-    return replace(manifest, run=replace(manifest.run, weaker=tuple(staging.lacks) or None))
+    return manifest.telling(weaker=tuple(staging.lacks) or None)
 
 
 def _part(room: Rooted, number: int) -> Rooted:

@@ -13,7 +13,7 @@ from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.source import MANIFEST_NAME
 from qkpatch.cluster.place import agreement, as_agreed, different, joined, read_manifest
 from qkpatch.cluster.share import share_of
-from qkpatch.common.observer import UNSEEN, Observer
+from qkpatch.common.observer import Observer
 from qkpatch.common.part import Part
 from qkpatch.errors import CheckpointError, QKPatchError, UsageError
 from qkpatch.output.options import Writing
@@ -62,7 +62,7 @@ def apply_part(
             return done
 
 
-def read_part(room: Rooted, part: Part, agreed: Manifest, observer: Observer = UNSEEN) -> Manifest | None:
+def read_part(room: Rooted, part: Part, agreed: Manifest, observer: Observer) -> Manifest | None:
     """The manifest of a part that is done, whose every file is as it was left; None where it is not done.
 
     Each recorded digest is taken again, of edited tensors or of all files; of other files, size and mtime are compared.
@@ -81,7 +81,7 @@ def read_part(room: Rooted, part: Part, agreed: Manifest, observer: Observer = U
             raise CheckpointError(
                 f"part {part} is not as it was left: {wrong}", where=str(root.path), fix=fix
             )
-    return replace(manifest, run=replace(manifest.run, already_done=True))
+    return manifest.telling(already_done=True)
 
 
 def _wrong(root: Rooted, manifest: Manifest, agreed: Manifest, observer: Observer) -> Iterator[str]:

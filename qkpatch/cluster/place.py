@@ -18,7 +18,7 @@ from pathlib import Path
 
 from qkpatch.checkpoint.files import os_errors
 from qkpatch.checkpoint.open_directory import Rooted
-from qkpatch.checkpoint.tree import MAX_JSON_BYTES, SourceFile, check_size
+from qkpatch.checkpoint.tree import SourceFile
 from qkpatch.common.json_text import Json, canonical_json
 from qkpatch.errors import FileSystemError, UsageError
 from qkpatch.output.destination import destination_path
@@ -85,7 +85,7 @@ def joined(out: Path, agreed: Manifest) -> Iterator[Rooted]:
                 StagedFiles(staging.files).write_new(AGREED, agreed.dumps().encode())
                 staging.publish((), None)  # unless another part was faster
         with opened(parent, place) as room:
-            if others := different(agreed_in(room), agreed):
+            if others := different(read_manifest(room, AGREED), agreed):
                 what = f"the parts that are there are of {', and '.join(others)}"
                 fix = f"choose another -o, or, where they are not wanted, remove {place}"
                 raise UsageError(what, where=str(out), fix=fix)
@@ -112,16 +112,10 @@ def opened(parent: Rooted, place: Path) -> Iterator[Rooted]:
         yield room
 
 
-def agreed_in(room: Rooted) -> Manifest:
-    """What the parts in a shared directory agree on."""
-    return read_manifest(room, AGREED)
-
-
 def read_manifest(root: Rooted, name: str) -> Manifest:
     """A manifest in an open directory."""
     with root.reading(name) as found:
-        check_size(found.size, MAX_JSON_BYTES, found.where)
-        return Manifest.loads(bytes(found.read(found.size, 0)), found.where)
+        return Manifest.loads(found.whole(), found.where)
 
 
 def different(found: Manifest, wanted: Manifest) -> list[str]:

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum
-from functools import wraps
+from functools import cache, wraps
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -53,6 +53,7 @@ def _fits(given: Any, kind: Any) -> bool:
     return isinstance(given, kind) or (issubclass(kind, Enum) and given in [one.value for one in kind])
 
 
+@cache
 def _hint(function: Callable[..., Any], text: str) -> Any:
     """One hint alone: those beside it may not be known yet."""
     only = type("Only", (), {"__annotations__": {"hint": text}})

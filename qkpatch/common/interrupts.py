@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -170,6 +171,14 @@ def check_stop() -> None:
     elif _arrivals.is_raised and _arrivals.is_on and not hears_signals():
         # One of a library's threads, which the main one waits for.
         raise Terminated(_arrivals.first or signal.SIGINT)
+
+
+def pause(seconds: float, is_over: Callable[[], bool]) -> None:
+    """Wait so long, or until nobody waits any more; raises as :func:`check_stop`."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0 and not is_over():
+        check_stop()
+        time.sleep(min(left, 0.1))
 
 
 @contextmanager

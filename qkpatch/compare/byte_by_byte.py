@@ -35,15 +35,7 @@ class Mismatch:
 def side_by_side(
     wanted: OutputFile, present: Present, planned: list[tuple[int, int]], source: Stored, progress: Progress
 ) -> Iterator[Mismatch]:
-    """The first byte of a file outside ``planned`` that is neither our own header's nor SOURCE's, where that is read.
-
-    Args:
-        wanted: the file as it should be.
-        present: OUT.
-        planned: rows that may differ.
-        source: SOURCE, for messages.
-        progress: hears of bytes compared.
-    """
+    """The first byte of a file outside ``planned`` that is neither our own header's nor SOURCE's, if that is read."""
     reader, size = Reader(), present.files[wanted.name].size
     if wanted.size != size:
         yield Mismatch(wanted.name, f"has {size} bytes, and should have {wanted.size}")

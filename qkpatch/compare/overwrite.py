@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from qkpatch.checkpoint.files import Progress
@@ -78,8 +77,7 @@ def _present(out: Path, plan: EditPlan, writing: Writing, observer: Observer) ->
         try:
             first = None if writing.force else next(_foreign(present, plan, writing, observer), None)
             if first is None and not writing.overwrite:
-                manifest = recorded(present)
-                return replace(manifest, run=replace(manifest.run, already_done=True))
+                return recorded(present).telling(already_done=True)
         except FileSystemError:
             replaced.check()  # which says so, where another run has replaced OUT meanwhile
             raise
@@ -101,8 +99,7 @@ def already_done(present: Present, plan: EditPlan, writing: Writing, observer: O
     if first is not None:
         what = f"there is an OUT that is not what this edit would make of it: {first.where}: {first.what}"
         raise UsageError(what, where=present.address, fix="choose another -o, or remove it yourself")
-    manifest = recorded(present)
-    return replace(manifest, run=replace(manifest.run, already_done=True))
+    return recorded(present).telling(already_done=True)
 
 
 def _foreign(present: Present, plan: EditPlan, writing: Writing, observer: Observer) -> Iterator[Mismatch]:

@@ -50,18 +50,10 @@ def recompute(
     opened: Opened,
     observer: Observer,
 ) -> tuple[Arithmetic, list[Mismatch]]:
-    """Make the edit again, head by head, and compare rows and figures.
+    """Make the edit again, head by head, and compare rows and figures; ``planned``: as this qkpatch would record it.
 
     On the stack that the manifest names every bit is the same. On another, numbers are at most one ULP apart, or as
     near as float64 is exact; and a head whose cut is arbitrary has the same product but for a turn among equal modes.
-
-    Args:
-        manifest: of OUT.
-        planned: what this qkpatch would record of ``plan``.
-        plan: what its settings lead to on SOURCE.
-        present: OUT.
-        opened: opens a shard of SOURCE for reading some ranges.
-        observer: hears of heads.
     """
     editor = Editor.on("cpu")
     stack = "unknown" if manifest.run.stack is None else "other"

@@ -36,12 +36,7 @@ def another_source(
 ) -> Mismatch | None:
     """One mismatch for all, where SOURCE is not what OUT was made from; None where it may be.
 
-    Args:
-        manifest: of OUT.
-        found: SOURCE.
-        checkpoint: what it holds.
-        listing: knows digests of it.
-        fault: why the recorded edit cannot be made on it, where it cannot.
+    ``fault`` is why the recorded edit cannot be made on it, where it cannot.
     """
     if "file" in (kinds := {manifest.source.kind, found.kind}) and len(kinds) > 1:
         return Mismatch(MANIFEST_NAME, f"{_both(manifest, found)}: verify it against what it was made from")

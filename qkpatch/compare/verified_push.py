@@ -8,7 +8,7 @@ from pathlib import Path
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import PresentHere
 from qkpatch.common.number_ranges import some
-from qkpatch.common.observer import UNSEEN, Observer
+from qkpatch.common.observer import Observer
 from qkpatch.common.text import verify_command
 from qkpatch.compare.verify import Verification, check, n_heads, recorded
 from qkpatch.errors import MismatchError, UsageError
@@ -26,18 +26,12 @@ def publish_verified(
     source: str | None,
     recipe: str | None,
     *,
-    observer: Observer = UNSEEN,
-    decide: Callable[[Publication], bool] = lambda _: True,
+    observer: Observer,
+    decide: Callable[[Publication], bool],
 ) -> str | None:
-    """Publish an output; returns the commit's address, None where ``decide`` says no.
+    """Publish an output; returns the commit's address, None where ``decide``, which is shown it, says no.
 
-    Args:
-        out: OUT.
-        wish: what is asked for.
-        source: SOURCE; None for the repository that the manifest names.
-        recipe: where a recipe of the user's own is.
-        observer: hears of bytes compared.
-        decide: is shown the commit, and says whether it is to be made.
+    Without ``source`` it is the repository that the manifest names.
 
     Raises:
         MismatchError: OUT is not what its manifest says.

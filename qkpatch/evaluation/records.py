@@ -150,9 +150,9 @@ class Store(UserDict[str, Any]):
         machine: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self._path, self._head, self._others = path, _plain(settings), dict[str, Any]()
+        self._path, self._head, self._others = path, as_json(settings), dict[str, Any]()
         self._kinds = {":settings": Mapping[str, Any], **(kinds or {})}
-        wanted = self._head | _plain(agreed or {}) | _plain(machine or {})
+        wanted = self._head | as_json(agreed or {}) | as_json(machine or {})
         if path is not None:
             if path.exists():
                 self.data = self._read(path, mends=machine is None)
@@ -218,11 +218,6 @@ class Store(UserDict[str, Any]):
 def of_parts(folder: Path, stem: str = "*") -> list[Path]:
     """The files in a folder that runs of parts have written."""
     return sorted(folder.glob(f"{stem}{_OF_PART}*.jsonl"))
-
-
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    plain: dict[str, Any] = json.loads(json.dumps(settings))
-    return plain
 
 
 def _check(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:

@@ -98,13 +98,6 @@ def publish(
     What is sent is what had the steps' digests: files are open, or in memory, until their content is there, and no
     commit is made where one has changed by then.
 
-    Args:
-        repository: where it goes.
-        present: OUT.
-        base: where files are copied from.
-        steps: the files.
-        summary: of the commit.
-
     Raises:
         MismatchError: a file does not have the digest of its step.
         FileSystemError: a file has changed.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
-from traceback import walk_tb
 
 from qkpatch.errors import HubError, QKPatchError
 from qkpatch.hub.answers import httpx
 from qkpatch.hub.token import refusal_in, token_guarded
+from qkpatch.stores.errors import is_theirs
 
 
 def is_tls_failure(error: BaseException | None) -> bool:
@@ -39,15 +39,9 @@ def hub_errors(where: str) -> Iterator[None]:
             raise HubError(refusal.what, where=where, fix=refusal.fix) from error
         if isinstance(error, HFValidationError):
             raise HubError(f"not a name that the Hub allows: {error}", where=where, fix="check it") from error
-        if isinstance(error, QKPatchError | MemoryError) or not _is_theirs(error):
+        if isinstance(error, QKPatchError | MemoryError) or not is_theirs(error):
             raise
         raise _explained(error, where) from error
-
-
-def _is_theirs(error: Exception) -> bool:
-    """Whether a library raised it: of what a server says, it takes much for granted."""
-    *_, (frame, _line) = walk_tb(error.__traceback__)
-    return not str(frame.f_globals.get("__name__")).startswith("qkpatch.")
 
 
 def _explained(error: Exception, where: str) -> HubError:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from qkpatch.checkpoint.content import Content, damaged
-from qkpatch.checkpoint.tree import MAX_JSON_BYTES, Repository, SourceFile, check_size
+from qkpatch.checkpoint.files import MAX_JSON_BYTES, check_size
+from qkpatch.checkpoint.tree import Repository, SourceFile
 from qkpatch.hub.listing import Listed
 from qkpatch.hub.transfer import Transfer
 from qkpatch.stores.range_reader import Fetchers, RangeReader

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import qkpatch
-from qkpatch.common.interrupts import check_stop
+from qkpatch.common.interrupts import pause
 from qkpatch.errors import HubError
 from qkpatch.hub.answers import httpx, retry_after
 from qkpatch.hub.errors import hub_errors, is_tls_failure
@@ -56,13 +55,6 @@ class Transfer:
     ) -> None:
         """Fill ``buffer`` with the bytes ``begin:end``; goes on where a connection broke off.
 
-        Args:
-            file: the file.
-            begin: the first byte.
-            end: one past the last byte.
-            buffer: takes the bytes.
-            is_given_up: whether nobody waits for them any more.
-
         Raises:
             HubError: refused, or broken too often; the answer is not what was asked for.
         """
@@ -96,10 +88,7 @@ class Transfer:
             what = f"the connection broke {failures} times in a row: {broken}"
             raise self._error(file, what, "try again later") from broken
         usual = min(_FIRST_WAIT * 2 ** (failures - 1), _LONGEST_WAIT)
-        until = time.monotonic() + (usual if broken.wait is None else broken.wait)
-        while (left := until - time.monotonic()) > 0 and not is_given_up():
-            check_stop()
-            time.sleep(min(left, 0.1))
+        pause(usual if broken.wait is None else broken.wait, is_given_up)
 
     def _range(self, file: Listed, begin: int, end: int) -> Iterator[bytes]:
         asked = {"Range": f"bytes={begin}-{end - 1}"}

@@ -74,8 +74,7 @@ def make_patch(
         what = "a patch file has the edited rows alone: no shards, no other files, no other patch"
         fix = "leave out --max-shard-size, --exclude and --patch; the first two go with --patch FILE -o OUT"
         raise UsageError(what, where="--patch-only", fix=fix)
-    if strict:
-        refuse_warnings(plan.warnings)
+    refuse_warnings(plan.warnings, strict=strict)
     check_device_name(device)
     n_threads = choose_threads(threads, plan.head_memory, len(checkpoint.tensors))
     check_run(plan, device, n_threads)
@@ -100,8 +99,7 @@ def make_patch(
             edited = dict(editor.edited(plan, checkpoint.opened, crew, write, observer))
         done = {t: (2 * [None], 2 * [None], edited[t]) for t in plan.edits}
         manifest = done_manifest(plan, editor, done)
-        if strict:
-            refuse_warnings(manifest.warnings)
+        refuse_warnings(manifest.warnings, strict=strict)
         digests = {}
         for name, ref in rows.items():
             with checkpoint.opened(ref.shard, [(ref.begin, ref.end)]) as source:
@@ -131,8 +129,7 @@ def apply_in_place(
     root, checkpoint, started = check_in_place(plan), plan.model.checkpoint, now()
     if Writing(digest).digest is Digest.files:
         raise UsageError("digests of all files are those of a copy", where="--digest", fix="use -o OUT")
-    if strict:
-        refuse_warnings(plan.warnings)
+    refuse_warnings(plan.warnings, strict=strict)
     with signals_held(), undo.locked(root) as folder, ExitStack() as stack:
         if folder.status(UNDO) is not None:
             return _done(folder, plan)
@@ -142,8 +139,7 @@ def apply_in_place(
         try:
             with signals_let_through():
                 patch = plan.patch or read_patch(make_patch(plan, new, **how))
-                if strict:
-                    refuse_warnings(patch.manifest.warnings)
+                refuse_warnings(patch.manifest.warnings, strict=strict)
                 patch.check_source(plan)
                 before = _digests(plan, shards, digest)
                 checkpoint.check_still()
@@ -156,8 +152,8 @@ def apply_in_place(
             after, figures = _digests(plan, shards, digest), [patch.heads[t.query.name] for t in plan.edits]
             done = dict(zip(plan.edits, zip(before, after, figures, strict=True), strict=True))
             manifest = done_manifest(plan, editor_of(replace(plan, patch=patch), ""), done)
-            run = replace(manifest.run, started=started, finished=now())
-            manifest = replace(manifest, output=replace(manifest.output, digest=digest), run=run)
+            manifest = manifest.telling(started=started, finished=now())
+            manifest = replace(manifest, output=replace(manifest.output, digest=digest))
             folder.replace(MANIFEST_NAME, manifest.dumps().encode(), PART)
             undo.move(folder, UNFINISHED, UNDO)
         except BaseException:
@@ -232,8 +228,7 @@ def _done(folder: Rooted, plan: EditPlan) -> Manifest:
             fix = "qkpatch revert SOURCE takes back the edited rows alone; then make the edit anew"
             raise UsageError(what, where=str(folder.path), fix=fix)
     with folder.reading(MANIFEST_NAME) as opened:
-        made = Manifest.loads(bytes(opened.read(opened.size, 0)), opened.where)
-    return replace(made, run=replace(made.run, already_done=True))
+        return Manifest.loads(opened.whole(), opened.where).telling(already_done=True)
 
 
 def _reads(folder: Rooted, plan: EditPlan) -> dict[str, str]:

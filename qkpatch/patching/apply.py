@@ -70,17 +70,8 @@ def apply_plan(
 ) -> Manifest:
     """Write the edited checkpoint to ``out`` and return its manifest; the same bytes whatever ``threads``.
 
-    SOURCE is only read. OUT appears whole, by one rename, or not at all.
-
-    Args:
-        plan: what is done.
-        out: where, which nothing speaks against.
-        observer: hears of progress, from any thread.
-        device: where heads are computed.
-        threads: how many heads are computed side by side.
-        writing: how OUT is written.
-        replaced: the earlier output that is replaced.
-        part: what ``out`` is a part of, where ``plan`` is a share of one.
+    SOURCE is only read. OUT appears whole, by one rename, or not at all; it takes the place of what was ``replaced``.
+    Where ``plan`` is a share, ``part`` says of what.
 
     Raises:
         UsageError: OUT came into being meanwhile, or there is no such device.
@@ -132,8 +123,7 @@ def apply_plan(
                 output=replace(done.output, digest=writing.digest),
                 run=RunBlock(started, now(), copied_by, editor.stack, further=further),
             )
-            if writing.strict:
-                refuse_warnings((*manifest.warnings, *staging.lacks))
+            refuse_warnings((*manifest.warnings, *staging.lacks), strict=writing.strict)
             record = manifest.dumps().encode()
             if writing.digest is Digest.files and part is None:
                 staged.write_new(SUMS_NAME, sums_text(manifest, record).encode())
@@ -141,7 +131,7 @@ def apply_plan(
             staged.check(checkpoint.directories)
             checkpoint.check_still()
             staging.publish(checkpoint.directories, None if replaced is None else replaced.check)
-    return replace(manifest, run=replace(manifest.run, weaker=tuple(staging.lacks) or None))
+    return manifest.telling(weaker=tuple(staging.lacks) or None)
 
 
 def check_run(plan: EditPlan, device: str, threads: int) -> None:

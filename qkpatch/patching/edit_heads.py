@@ -27,7 +27,7 @@ from qkpatch.planning.plan import EditPlan
 from qkpatch.spectral.edit import Decomposed, HeadError, HeadReport, edit_query, measure
 from qkpatch.spectral.rule import EditRule
 
-Write = Callable[[str, bytes | bytearray, int], None]
+Write = Callable[[str, bytes | bytearray, int], None]  # takes a shard of OUT, rows, and where they begin
 _Chunk = tuple[LayerTarget, tuple[int, ...]]  # a few heads of one tensor, edited by one thread
 
 _HEADS_AT_A_TIME = 4  # of one tensor, by one thread: enough to share keys and open files
@@ -74,13 +74,6 @@ class Editor:
         self, plan: EditPlan, opened: Opened, crew: Crew, write: Write, observer: Observer
     ) -> Iterator[tuple[LayerTarget, tuple[HeadRecord, ...]]]:
         """Edit all planned heads; each target with its heads' records when it is done.
-
-        Args:
-            plan: what is edited.
-            opened: opens a shard of SOURCE for reading some ranges.
-            crew: the threads.
-            write: takes the rows of a shard of OUT, and where they begin.
-            observer: hears of heads.
 
         Raises:
             NumericalError: NaN or Inf, or a tensor that the edit would leave as it was.
@@ -146,13 +139,7 @@ def edit_batch(
 ) -> tuple[StoredHeads, tuple[HeadReport, ...]]:
     """Some heads edited and rounded once: what is stored of them, and what that does to their products.
 
-    Args:
-        weights: of their layer.
-        batch: the heads, as they were.
-        rule: the edit.
-        seed: of random selections.
-        known: what is stored already, which is measured in place of what would be.
-        product: that of the heads, decomposed.
+    What is ``known`` to be stored is measured in place of what would be; ``product`` may be decomposed already.
 
     Raises:
         NumericalError: NaN or Inf, or an edit that cannot be made.
@@ -169,14 +156,7 @@ def edit_batch(
 
 
 def head_generator(seed: int, attention: str, layer: int, head: int) -> torch.Generator:
-    """Random numbers of one head: the same whichever other heads and layers are edited, in whatever order.
-
-    Args:
-        seed: the user's.
-        attention: the recipe's set of tensors.
-        layer: the layer.
-        head: the query head.
-    """
+    """Random numbers of one head: the same whichever other heads and layers are edited, in whatever order."""
     name = f"qkpatch:{seed}:{attention}:{layer}:{head}"
     digest = hashlib.sha256(name.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

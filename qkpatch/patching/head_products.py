@@ -150,14 +150,7 @@ class LayerWeights:
 def open_layer(
     opened: Opened, target: LayerTarget, device: torch.device, heads: tuple[int, ...]
 ) -> Iterator[LayerWeights]:
-    """Open the shards of a layer's weights.
-
-    Args:
-        opened: opens a shard for reading some ranges.
-        target: the layer's tensors.
-        device: where heads are computed.
-        heads: the query heads that will be read.
-    """
+    """Open the shards of a layer's weights, of which ``heads`` will be read."""
     with ExitStack() as stack:
         shards = {
             shard: stack.enter_context(opened(shard, ranges))

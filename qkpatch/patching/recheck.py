@@ -14,15 +14,7 @@ from qkpatch.planning.plan import EditPlan
 
 
 def is_as_noted(plan: EditPlan, sources: Sources, staged: StagedFiles, crew: Crew, file: OutputFile) -> bool:
-    """Whether a file that is noted as done still holds what it should: it is read again.
-
-    Args:
-        plan: of this run, the same as of the one before.
-        sources: what it is compared with.
-        staged: where it lies.
-        crew: whose threads this runs on; asked now and then whether to stop.
-        file: which.
-    """
+    """Whether a file that is noted as done still holds what it should: it is read again."""
     ours = LocalOpenFile(staged.open(file.name), file.name)
     try:
         if file.name not in plan.edits_by_file:

@@ -45,13 +45,6 @@ def costs_of(
 ) -> Costs:
     """The costs of a plan.
 
-    Args:
-        plan: what is done.
-        place: where it is written, there or not.
-        device: where heads are computed; of none but the CPU is the time known.
-        threads: as asked for.
-        undo_bytes: of an edit in place.
-
     Raises:
         UsageError: so many threads are absurd.
     """

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import distributions, version
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from qkpatch.checkpoint.source import MANIFEST_NAME, Stored
 from qkpatch.checkpoint.tree import is_plain_relative
@@ -168,6 +168,10 @@ class Manifest:
     def to_json(self) -> dict[str, Json]:
         """Plain JSON values, in the schema's shape."""
         return {"schema": SCHEMA, **as_json(self)}
+
+    def telling(self, **said: Any) -> Manifest:
+        """The same, with more said of its run."""
+        return replace(self, run=replace(self.run, **said))
 
     def dumps(self) -> str:
         """Canonical text; ``Manifest.loads(m.dumps()).dumps() == m.dumps()``."""

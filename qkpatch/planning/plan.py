@@ -207,21 +207,21 @@ def _refuse_disputed(model: Model, settings: EditSettings, targets: tuple[LayerT
             raise CheckpointError(what, where=name, fix="download the checkpoint again, or re-save it")
 
 
-def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, ...]) -> list[Warned]:
+def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, ...]) -> Iterator[Warned]:
     checkpoint = model.checkpoint
-    warnings = [*model.notes]
-    say = warnings.append
+    yield from model.notes
     if idle := [layer for layer in settings.layers if settings.rule_of(layer).is_noop]:
         stay = f"layers {format_ranges(idle)} stay as they are"
         what = stay if len(idle) < len(settings.layers) else "OUT will be a byte-identical copy of SOURCE"
-        say(warned(f"alpha 1 is a declared no-op: {what}"))
-    warnings += dict.fromkeys(
+        yield warned(f"alpha 1 is a declared no-op: {what}")
+    yield from dict.fromkeys(
         warned(f"antisymmetric modes come in equal pairs: {rule.modes} rounded up to {rule.paired_modes}")
         for _, rule in settings.edits
         if rule.paired_modes != rule.modes
     )
-    shrunk = [t for t in targets if settings.rule_of(t.layer).select is Select.shrink]
-    warnings += _norm_warnings(model, shrunk)
+    yield from _norm_warnings(
+        model, [t for t in targets if settings.rule_of(t.layer).select is Select.shrink]
+    )
     shared = [layer for layer in settings.skipped_layers if not model.tower.has_own_keys(layer)]
     uneven = [n for n in settings.skipped_layers if n not in shared and not model.tower.has_product(n)]
     other = [layer for layer in settings.skipped_layers if layer not in (*shared, *uneven)]
@@ -232,81 +232,69 @@ def _warnings(model: Model, settings: EditSettings, targets: tuple[LayerTarget, 
     }
     for what, layers in skipped.items():
         if layers:
-            say(warned(f"layers {format_ranges(layers)} {what}"))
+            yield warned(f"layers {format_ranges(layers)} {what}")
     # Once for all targets: a mixture of experts has 10^5 names.
     adapters = [name for name in checkpoint.tensors if ".lora_" in name]
-    adapted = [target for target in targets if _has_adapter(target, adapters)]
-    if adapted:
+    if adapted := [target for target in targets if _has_adapter(target, adapters)]:
         where = f"{len(adapted)} layer(s), such as {adapted[0].query.name}"
-        say(warned(f"adapters (lora) add to the queries of {where}; the edit acts on the base weight alone"))
+        yield warned(f"adapters (lora) add to the queries of {where}; the edit acts on the base weight alone")
     if model.recipe.tested == UNTESTED:
-        say(
-            warned(
-                f"recipe {model.recipe.name} says that it is untested: compare it with the model's own code"
-            )
-        )
-    warnings += checkpoint.notes
+        what = f"recipe {model.recipe.name} says that it is untested: compare it with the model's own code"
+        yield warned(what)
+    yield from checkpoint.notes
     if (method := quantised_by_name(checkpoint.config, checkpoint.tensors.values())) is not None:
         what = f"config.json says that weights are quantised ({method}), and none are"
-        say(
-            warned(
-                f"{what}: loaders refuse them, or quantise what was edited; take quantization_config out of it"
-            )
-        )
+        cure = "take quantization_config out of it"
+        yield warned(f"{what}: loaders refuse them, or quantise what was edited; {cure}")
     if empty := [name for name, ref in checkpoint.tensors.items() if ref.shape == (0,)]:
         what = "tensor(s) are empty, as a ZeRO-3 save without gathering leaves them"
-        say(warned(f"{len(empty)} {what}: {abbreviate(empty, 3)}"))
+        yield warned(f"{len(empty)} {what}: {abbreviate(empty, 3)}")
     if disputed := [f"{name}: {what}" for name, what in checkpoint.disputed.items()]:
-        say(
-            warned(
-                f"the index is wrong about {len(disputed)} tensor(s), none of them edited: {some(disputed, 1)}"
-            )
-        )
+        about = f"{len(disputed)} tensor(s), none of them edited"
+        yield warned(f"the index is wrong about {about}: {some(disputed, 1)}")
     twins = {name: checkpoint.files[name].size for name in checkpoint.twins}
-    warnings += _listed("other weight file(s)", twins, f"stay unpatched ({_UNLESS})")
-    warnings += folder_warnings(checkpoint)
+    yield from _listed("other weight file(s)", twins, f"stay unpatched ({_UNLESS})")
+    yield from folder_warnings(checkpoint)
     if checkpoint.single_file:
-        say(warned("SOURCE is one file: nothing beside it (tokenizer, config) is copied"))
+        yield warned("SOURCE is one file: nothing beside it (tokenizer, config) is copied")
     if checkpoint.previous_manifest is not None:
-        say(warned("SOURCE was written by qkpatch: this edit comes on top of that one"))
-    return warnings
+        yield warned("SOURCE was written by qkpatch: this edit comes on top of that one")
 
 
-def folder_warnings(checkpoint: Checkpoint) -> list[Warned]:
+def folder_warnings(checkpoint: Checkpoint) -> Iterator[Warned]:
     """What a user should know of things beside the model, which copies of SOURCE need not have."""
     secret = {name: file.size for name, file in checkpoint.files.items() if is_secret(name)}
-    warnings = _listed("file(s) named like secrets", secret, f"are copied into OUT ({_UNLESS})")
+    yield from _listed("file(s) named like secrets", secret, f"are copied into OUT ({_UNLESS})")
     if strays := checkpoint.from_outside:
         what = "file(s) are links that lead out of SOURCE, and what they lead to is copied"
-        warnings.append(warned(f"{len(strays)} {what}: {abbreviate(strays, 5)}"))
+        yield warned(f"{len(strays)} {what}: {abbreviate(strays, 5)}")
     asked = [pattern for pattern in checkpoint.exclude if pattern not in USUAL]
     if unused := [p for p in asked if not any(matching(name, (p,)) for name in checkpoint.left_out)]:
-        warnings.append(warned(f"nothing in SOURCE is called as --exclude says: {some(unused)}"))
+        yield warned(f"nothing in SOURCE is called as --exclude says: {some(unused)}")
     left = {name: n for name, n in checkpoint.left_out.items() if not matching(name, tuple(RUBBISH))}
-    return warnings + _listed("file(s) or folder(s)", left, "are left out of OUT")
+    yield from _listed("file(s) or folder(s)", left, "are left out of OUT")
 
 
-def _listed(kind: str, sizes: Mapping[str, int], what: str) -> list[Warned]:
+def _listed(kind: str, sizes: Mapping[str, int], what: str) -> Iterator[Warned]:
     """A warning of files, if there are any."""
-    shown = abbreviate([f"{name} ({size_text(n)})" for name, n in sizes.items()], 5)
-    return (
-        [warned(f"{len(sizes)} {kind}, {size_text(sum(sizes.values()))}, {what}: {shown}")] if sizes else []
-    )
+    if sizes:
+        shown = abbreviate([f"{name} ({size_text(n)})" for name, n in sizes.items()], 5)
+        yield warned(f"{len(sizes)} {kind}, {size_text(sum(sizes.values()))}, {what}: {shown}")
 
 
-def _norm_warnings(model: Model, targets: Sequence[LayerTarget]) -> list[Warned]:
+def _norm_warnings(model: Model, targets: Sequence[LayerTarget]) -> Iterator[Warned]:
     """What becomes of queries that are shrunk."""
     normed = [target for target in targets if target.norms is not None]
     is_l2_normed = bool(model.tower.logits.get("use_qk_norm"))  # Llama 4: a norm without weights
     if not targets or (not normed and not is_l2_normed):
-        return []
+        return
     if any(_is_over_projection(target) for target in normed):
-        return [
-            warned("queries are normalised over all heads, so shrinking W_Q only shifts weight between heads")
-        ]
-    if any(target.query.name.removesuffix("weight") + "bias" in target.biases for target in targets):
-        return [warned("queries are normalised per head, so shrinking W_Q only gives their bias more weight")]
-    return [warned("queries are normalised per head, so shrinking W_Q changes nothing in the model's output")]
+        what = "queries are normalised over all heads, so shrinking W_Q only shifts weight between heads"
+    elif any(target.query.name.removesuffix("weight") + "bias" in target.biases for target in targets):
+        what = "queries are normalised per head, so shrinking W_Q only gives their bias more weight"
+    else:
+        what = "queries are normalised per head, so shrinking W_Q changes nothing in the model's output"
+    yield warned(what)
 
 
 def _has_adapter(target: LayerTarget, adapters: Iterable[str]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +35,7 @@ def store_errors(where: str) -> Iterator[None]:
 
 
 def is_theirs(error: Exception) -> bool:
-    """Whether a client raised it, and no line of ours."""
+    """Whether a client raised it, and no line of ours: of what servers say, clients take much for granted."""
     if isinstance(error, ShortAnswerError):
         return True
     *_, (frame, _line) = walk_tb(error.__traceback__)
@@ -73,19 +72,15 @@ def explained(error: Exception, where: str) -> StoreError:
     """The same failure, with what to do about it."""
     said = " ".join(redact(str(error)).split())
     if says(error, _SKEWED):
-        what, fix = (
-            "the store finds the time of this machine wrong",
-            "set the clock: stores refuse old signatures",
-        )
+        what = "the store finds the time of this machine wrong"
+        fix = "set the clock: stores refuse old signatures"
     elif has_changed(error):
         return changed_object(where)
     elif says(error, _NO_KEY):
         what, fix = f"the client has no credentials: {said}", "give it its own: docs/stores.md says where"
     elif is_unreached(error):
-        what, fix = (
-            f"the server cannot be reached: {said}",
-            "check URL, connection and proxies, AWS_ENDPOINT_URL",
-        )
+        what = f"the server cannot be reached: {said}"
+        fix = "check URL, connection and proxies, AWS_ENDPOINT_URL"
     elif isinstance(error, FileExistsError):
         what, fix = "somebody else has made it meanwhile", "is another qkpatch writing there?"
     elif isinstance(error, FileNotFoundError):
@@ -94,18 +89,12 @@ def explained(error: Exception, where: str) -> StoreError:
         what, fix = f"the store forbids it: {said}", "do the client's credentials have the right to do this?"
     elif says(error, _BUSY):
         what, fix = f"the store is busy, and stays so: {said}", "try again later"
-    elif isinstance(error, ConnectionError | TimeoutError | asyncio.TimeoutError) or not isinstance(
-        error, OSError
-    ):
-        what, fix = (
-            f"the store does not answer as one: {type(error).__name__}: {said}",
-            "check URL and connection",
-        )
+    elif not isinstance(error, OSError) or isinstance(error, ConnectionError | TimeoutError):
+        what = f"the store does not answer as one: {type(error).__name__}: {said}"
+        fix = "check URL and connection"
     else:
-        what, fix = (
-            f"the transfer failed: {said or type(error).__name__}",
-            "try again; check URL and connection",
-        )
+        what = f"the transfer failed: {said or type(error).__name__}"
+        fix = "try again; check URL and connection"
     return StoreError(what, where=where, fix=fix)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -12,7 +11,7 @@ from urllib.parse import quote, unquote
 
 from qkpatch.checkpoint.open_directory import MOST_NAMES
 from qkpatch.checkpoint.tree import is_plain_relative
-from qkpatch.common.interrupts import check_stop
+from qkpatch.common.interrupts import pause
 from qkpatch.errors import CheckpointError, StoreError, UsageError
 from qkpatch.stores.errors import (
     ShortAnswerError,
@@ -298,10 +297,7 @@ class Store:
                 else:
                     self.has_answered = True
                     return found
-                until = time.monotonic() + _FIRST_WAIT * 2**failures / 2
-                while (left := until - time.monotonic()) > 0 and not is_given_up():
-                    check_stop()
-                    time.sleep(min(left, 0.1))
+                pause(_FIRST_WAIT * 2**failures / 2, is_given_up)
         raise AssertionError  # not reached
 
 

@@ -35,15 +35,6 @@ def figures(
 ) -> Iterator[dict[str, Found]]:
     """Of each planned tensor in turn, what the variants do that edit it; the same whatever ``threads``.
 
-    Args:
-        plan: which tensors are read.
-        edits: all variants.
-        form: what is made of each.
-        keep: takes packed factors of adapters, or rows of patches.
-        device: where heads are computed.
-        threads: how many layers are computed side by side.
-        observer: hears of heads.
-
     Raises:
         NumericalError: NaN or Inf; an edit that cannot be made, or changes nothing.
     """

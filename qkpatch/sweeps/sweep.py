@@ -18,7 +18,6 @@ from qkpatch.checkpoint.header import TensorRef
 from qkpatch.checkpoint.names import USUAL, came_by_itself
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.present_files import PresentHere
-from qkpatch.checkpoint.tree import MAX_JSON_BYTES, check_size
 from qkpatch.common.interrupts import import_torch
 from qkpatch.common.json_text import canonical_json
 from qkpatch.common.number_ranges import some
@@ -88,8 +87,7 @@ def sweep(
     mine = None if part is None else Part.of(part)
     requests, out = read_grid(grid, many=many), Path(out)
     plans, reading, planned = _planned(str(source), requests, member(form, Form, "--as"))
-    if strict:
-        refuse_warnings(planned.warnings)
+    refuse_warnings(planned.warnings, strict=strict)
     checkpoint, per_thread = reading.model.checkpoint, reading.head_memory
     if reading.model.source.path is None:  # what is read of a repository waits in memory
         per_thread += max(target.read_bytes(reading.settings.heads) for target in reading.edits)
@@ -235,8 +233,7 @@ def _standing(root: Rooted, planned: Sweep, plan: EditPlan, *, is_shared: bool) 
     present, found = PresentHere(root), planned
     if SWEEP_NAME in present.files:
         with root.reading(SWEEP_NAME) as opened:
-            check_size(opened.size, MAX_JSON_BYTES, opened.where)
-            found = Sweep.loads(bytes(opened.read(opened.size, 0)), opened.where)
+            found = Sweep.loads(opened.whole(), opened.where)
         if found.digest != planned.digest:
             same = _digest(plan, found.form, found.variants) == found.digest  # else a grid is told by names
             grids = [[(v.name, same and v.edit) for v in one.variants] for one in (found, planned)]

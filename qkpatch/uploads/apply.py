@@ -1,4 +1,4 @@
-"""``apply_to_store``: an edited checkpoint at a URL. What is at OUT is asked first; success is the last act."""
+"""``into_store``: an edited checkpoint at a URL. What is at OUT is asked first; success is the last act."""
 
 from __future__ import annotations
 
@@ -103,20 +103,16 @@ def into_store(
     threads: int,
     writing: Writing,
 ) -> Manifest:
-    """As :func:`apply_to_store`, unless that is done; refuses what can be refused.
+    """Write the edited checkpoint to ``out``, unless it is there, and return its manifest; as in a directory.
 
-    Args:
-        plan: what is done.
-        out: where.
-        download: brings a plan of a repository on the Hub to its cache; None where that is not to be used.
-        observer: as of :func:`apply_to_store`.
-        device: likewise.
-        threads: likewise.
-        writing: likewise.
+    Objects appear whole: weights, other files, the index and config.json, and ``qkpatch.json`` last. ``download``
+    brings a plan of a repository on the Hub to its cache; None where that is not to be used.
 
     Raises:
         UsageError: as :func:`standing_in_store`; a repository that is not to come by way of the Hub cache.
-        QKPatchError: as :func:`apply_to_store`.
+        StoreError: the store takes or gives something not; another run has claimed OUT.
+        FileSystemError: SOURCE changed, or there is no room for the edited tensors on this machine.
+        QKPatchError: as :func:`apply_plan`.
     """
     found = standing_in_store(out, plan, writing, observer)
     if isinstance(found, Manifest):
@@ -133,40 +129,13 @@ def into_store(
     if plan.patch is not None:
         plan.patch.check_source(plan)
     observer.begins("upload", plan.output_bytes, len(plan.edits) * len(plan.settings.heads))
-    return apply_to_store(
-        plan, out, found, observer=observer, device=device, threads=threads, writing=writing
-    )
+    return _write(plan, out, found, observer, device, threads, writing)
 
 
-def apply_to_store(
-    plan: EditPlan,
-    out: StoreUrl,
-    found: Claim | None,
-    *,
-    observer: Observer,
-    device: str,
-    threads: int,
-    writing: Writing,
-) -> Manifest:
-    """Write the edited checkpoint to ``out`` and return its manifest; the same bytes as in a directory.
-
-    Objects appear whole: weights, other files, the index and config.json, and ``qkpatch.json`` last.
-
-    Args:
-        plan: what is done.
-        out: where, which nothing speaks against.
-        found: the claim that is there, of a run that is gone on with, or whose objects are removed.
-        observer: hears of progress, from any thread.
-        device: where heads are computed.
-        threads: how many heads are computed side by side.
-        writing: how OUT is written.
-
-    Raises:
-        StoreError: the store takes or gives something not; another run has claimed OUT.
-        FileSystemError: SOURCE changed, or there is no room for the edited tensors on this machine.
-        NumericalError: as :func:`apply_plan`.
-        WarnedError: likewise.
-    """
+def _write(
+    plan: EditPlan, out: StoreUrl, found: Claim | None, observer: Observer, device: str, threads: int, writing: Writing
+) -> Manifest:  # fmt: skip
+    """To ``out``, which nothing speaks against; what a run whose claim was ``found`` had made is taken, or goes."""
     checkpoint, started = plan.model.checkpoint, now()
     checkpoint.check_still()
     claim = Claim(open_store(out), fingerprint_of(plan, writing), tuple(plan.output.files))
@@ -205,8 +174,7 @@ def apply_to_store(
                 output=replace(done.output, digest=writing.digest),
                 run=RunBlock(started, now(), dict(objects.means), editor.stack),
             )
-            if writing.strict:
-                refuse_warnings(manifest.warnings)
+            refuse_warnings(manifest.warnings, strict=writing.strict)
             record = manifest.dumps().encode()
             if writing.digest is Digest.files:
                 objects.put(SUMS_NAME, sums_text(manifest, record).encode())

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import edited_families
-import peft
 import pytest
 import torch
 from adapters import CHANNELS, Agreement, agreement, load, main, save_source
@@ -103,8 +102,10 @@ def test_one_that_does_nothing_or_is_nowhere_would_be_noticed(tmp_path: Path) ->
     config["target_modules"] = [m.replace("model.language_model.", "language_model.model.") for m in modules]
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
 
+    from peft import PeftModel
+
     with pytest.raises(ValueError, match="not found in the base model"):
-        peft.PeftModel.from_pretrained(load(case, tmp_path / "source"), tmp_path / "adapter")
+        PeftModel.from_pretrained(load(case, tmp_path / "source"), tmp_path / "adapter")
 
 
 def test_the_files_are_as_peft_has_them(tmp_path: Path) -> None:
@@ -126,8 +127,10 @@ def test_the_files_are_as_peft_has_them(tmp_path: Path) -> None:
     assert not blocks.any()
     config = config_of(tmp_path / "a")
     assert (config["r"], config["lora_alpha"]) == (6, 6)
-    assert set(config) <= {*peft.LoraConfig.__dataclass_fields__}
+    from peft import LoraConfig
     from safetensors import safe_open
+
+    assert set(config) <= {*LoraConfig.__dataclass_fields__}
 
     with safe_open(tmp_path / "a" / "adapter_model.safetensors", "pt") as file:
         said = file.metadata()

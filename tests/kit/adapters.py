@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 import transformers
 from edited_families import CASES
@@ -84,12 +83,15 @@ def agreement(case: Case, source: Path, scratch: Path, **edit: Any) -> Agreement
     before, after = load(case, source), load(case, scratch / "out")
     weights = {name: tensor.double() for name, tensor in before.state_dict().items()}
     plain, edited = logits(before, case), logits(after, case)
-    adapted = peft.PeftModel.from_pretrained(before, scratch / "adapter", autocast_adapter_dtype=False)
+    from peft import PeftModel  # seconds, which only who comes here has to spend
+    from peft.tuners.lora import LoraLayer
+
+    adapted = PeftModel.from_pretrained(before, scratch / "adapter", autocast_adapter_dtype=False)
     adapted = adapted.to(precise(case)).eval()
     layers = {
         name.removeprefix("base_model.model."): module
         for name, module in adapted.named_modules()
-        if isinstance(module, peft.tuners.lora.LoraLayer)
+        if isinstance(module, LoraLayer)
     }
     off, relative = 0.0, 0.0
     for name in manifest.adapter.modules:

@@ -20,8 +20,6 @@ from edited_families import edited_head
 from families import Case, Tensors, answer
 from oracle import Matrix
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
 
 RECORDING = "recording"  # the name of the attention implementation
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_eps")  # what text configs call the norms' epsilon
@@ -69,10 +67,6 @@ def record(
     return output, weights
 
 
-AttentionInterface.register(RECORDING, record)
-AttentionMaskInterface.register(RECORDING, eager_mask)
-
-
 def remember_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """What the attention module is called with, for ``record`` to find there."""
     module.x = args[0] if args else kwargs["hidden_states"]
@@ -87,6 +81,8 @@ def no_rotation(_module: nn.Module, _args: object, output: Any) -> Any:
 
 def forward(case: Case, path: Path, stem: str) -> tuple[dict[int, Seen], Matrix]:
     """What each layer's attention saw, and the logits; ``stem`` is the stored name of an attention."""
+    transformers.AttentionInterface.register(RECORDING, record)
+    transformers.AttentionMaskInterface.register(RECORDING, transformers.masking_utils.eager_mask)
     model_class = getattr(transformers, case.model_class)
     model = model_class.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
     model.config.get_text_config()._attn_implementation = RECORDING  # some vision towers take no other name

@@ -12,8 +12,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import FineGrainedFP8Config, LlamaConfig, LlamaForCausalLM
 
 from qkpatch.spectral.fp8 import dequantise, requantise
 
@@ -317,11 +317,11 @@ def test_transformers_loads_the_values_that_were_stored(run: Callable[..., Any],
     source, out = tmp_path / "source", tmp_path / "out"
     d_model = 256  # whole blocks only: its loader takes a cut block for a narrow one
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         hidden_size=d_model, num_hidden_layers=2, num_attention_heads=H, num_key_value_heads=K, head_dim=D_HEAD,
         intermediate_size=256, vocab_size=64,
     )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(source)
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(source)
     held = {}
     for name, W in load_file(source / "model.safetensors").items():
         is_linear = name.endswith("_proj.weight")
@@ -335,8 +335,9 @@ def test_transformers_loads_the_values_that_were_stored(run: Callable[..., Any],
     fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
     (source / "config.json").write_text(json.dumps({**document, "quantization_config": fp8}))
     assert run("apply", source, "--layers", 1, "--modes", 2, "-o", out).exit_code == 0
-    loaded, report = LlamaForCausalLM.from_pretrained(
-        out, quantization_config=FineGrainedFP8Config(dequantize=True), output_loading_info=True
+    how = transformers.FineGrainedFP8Config(dequantize=True)
+    loaded, report = transformers.LlamaForCausalLM.from_pretrained(
+        out, quantization_config=how, output_loading_info=True
     )
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]

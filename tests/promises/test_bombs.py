@@ -173,15 +173,17 @@ LINEAR: dict[str, tuple[Callable[[int], bytes], int, Callable[[bytes], object]]]
 }  # fmt: skip
 
 
-def seconds(read: Callable[[bytes], object], raw: bytes) -> float:
-    """The least of three goes: what else runs on the machine only adds to it, and passes over other tests' objects."""
+def seconds(read: Callable[[bytes], object], raw: bytes, enough: float = 0.0) -> float:
+    """The least of three goes, or one that is ``enough``: what else runs on the machine only adds to it."""
     took = []
-    gc.disable()
+    gc.disable()  # it passes over other tests' objects
     try:
         for _ in range(3):
             begun = time.process_time()
             read(raw)
             took.append(time.process_time() - begun)
+            if took[-1] < enough:
+                break
     finally:
         gc.enable()
     return min(took)
@@ -193,7 +195,8 @@ def seconds(read: Callable[[bytes], object], raw: bytes) -> float:
 )
 def test_four_times_as_much_takes_four_times_as_long(name: str) -> None:
     make, n, read = LINEAR[name]
-    assert seconds(read, make(n)) < 9 * max(seconds(read, make(n // 4)), 0.01)  # 16 if it were quadratic
+    most = 9 * max(seconds(read, make(n // 4)), 0.01)  # 16 if it were quadratic
+    assert seconds(read, make(n), most) < most
 
 
 @pytest.mark.long
@@ -209,7 +212,7 @@ def test_a_manifest_of_ten_megabytes_is_read_in_seconds(part: str) -> None:
     n = 10_000_000 * 1000 // (len(make(2000)) - len(make(1000)))
     raw = make(n)
     assert len(raw) > 9_000_000
-    assert seconds(read_manifest, raw) < 3
+    assert seconds(read_manifest, raw, 3) < 3
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers.masking_utils import eager_mask
 
 Tensors = dict[str, torch.Tensor]
 H, K, D_HEAD, D_MODEL, LAYERS = 6, 2, 8, 24, 3
@@ -188,10 +187,6 @@ def remember(
     )
 
 
-transformers.AttentionInterface.register("remembering", remember)
-transformers.AttentionMaskInterface.register("remembering", eager_mask)
-
-
 def no_rotation(_module: torch.nn.Module, _args: object, output: Any) -> Any:
     """RoPE with cosine 1 and sine 0."""
     return (torch.ones_like(output[0]), torch.zeros_like(output[1])) if isinstance(output, tuple) else output
@@ -259,6 +254,8 @@ def test_what_attention_is_given_is_the_product_that_is_edited(name: str) -> Non
     for module in model.modules():
         if "RotaryEmbedding" in type(module).__name__:
             module.register_forward_hook(no_rotation)
+    transformers.AttentionInterface.register("remembering", remember)
+    transformers.AttentionMaskInterface.register("remembering", transformers.masking_utils.eager_mask)
     attention.config._attn_implementation = "remembering"
     model(**case.inputs())
     (q, k), x = (t.double() for t in attention.met), seen["x"].double()

@@ -200,4 +200,5 @@ def test_the_time_of_reading_a_head_grows_with_it_alone(text: str, filler: str) 
         FrontMatter.of(card)
         return time.process_time() - begun
 
-    assert min(seconds(20_000), seconds(20_000)) < 3 * seconds(10_000) + 0.1
+    # What else runs may be in the way once.
+    assert any(seconds(20_000) < 3 * seconds(10_000) + 0.1 for _ in range(2))

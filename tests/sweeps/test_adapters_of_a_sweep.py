@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import REPO, Tiny, build_tiny
 from test_sweep import Ending, files, record
-from transformers import AutoModelForImageTextToText
 
 import qkpatch
 from qkpatch.checkpoint.open_directory import Rooted
@@ -217,7 +217,7 @@ def test_what_is_evaluated_has_its_adapter(tmp_path: Path, stand_in: dict[str, s
     ids = torch.arange(2, 20)[None]
     for variant in sweep.variants:
         edit = {key: getattr(variant.edit, key) for key in ("layers", "modes", "alpha", "select")}
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32).eval()
+        model = transformers.AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32).eval()
         with torch.no_grad(), qkpatch.patched(model, **edit):
             expected = model(ids).logits
         change = float((expected - logits["base"]).abs().max())

@@ -109,8 +109,7 @@ def apply(
         beside = "in the current directory" if place.parent == Path() else "beside SOURCE"
         say(f"OUT is not named, so it is {place} {beside}")
     publication = _foreseen(plan, wish, run)  # what is refused is refused before a download
-    if show.strict:
-        refuse_warnings([*plan.warnings, *(publication.warnings if publication is not None else ())])
+    refuse_warnings([*plan.warnings, *(publication.warnings if publication else ())], strict=show.strict)
     model = plan.model
     with bars(quiet=show.is_bare) as observer:
         how: dict[str, Any] = {**vars(run), "observer": observer}
@@ -153,8 +152,7 @@ def apply(
     if wish is not None and isinstance(place, Path):
         where = None if plan.model.source.kind == "hub" else source
         say(f"Published: {push_out(place, wish, where, plan.model.recipe_file, show)}")
-    if show.strict:  # what became known when all was done
-        refuse_warnings(manifest.run.weaker or ())
+    refuse_warnings(manifest.run.weaker or (), strict=show.strict)  # what became known when all was done
     # Last, so that stdout is one document: this, or an error.
     if show.as_json:
         print_text(manifest.dumps())

@@ -46,8 +46,7 @@ def lora(
         manifest = api.lora(source, out, edit.request, observer=observer, **how)
     if not show.quiet:
         show_warnings([*manifest.warnings, *(manifest.run.weaker or ())])
-    if show.strict:  # what became known when all was done
-        refuse_warnings(manifest.run.weaker or ())
+    refuse_warnings(manifest.run.weaker or (), strict=show.strict)  # what became known when all was done
     if show.as_json:
         print_text(manifest.dumps())
     elif not show.quiet:

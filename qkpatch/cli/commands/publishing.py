@@ -37,8 +37,7 @@ def push_out(
 
     def decide(publication: Publication) -> bool:
         show_commit(publication, show)
-        if show.strict:
-            refuse_warnings(publication.warnings)
+        refuse_warnings(publication.warnings, strict=show.strict)
         return not dry_run
 
     from qkpatch.cli.progress import bars
