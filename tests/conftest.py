@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import commands
+import emulators
 import portable
 import pytest
 import torch
 from fake_hub import FakeHub, fake_hub
-from s3_server import S3, s3_server
+from s3_server import S3, make_bucket, s3_server
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
@@ -163,6 +164,59 @@ def s3(s3_session: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
         monkeypatch.setenv(name, value)
     yield s3_session
     s3_session.clear()
+
+
+@pytest.fixture(scope="session")
+def gs_session() -> Iterator[dict[str, str]]:
+    """Google's store on this machine, where an emulator of it is at hand."""
+    with emulators.google() as environment:
+        yield environment
+
+
+@pytest.fixture(scope="session")
+def az_session() -> Iterator[dict[str, str]]:
+    """Likewise Azure's."""
+    with emulators.azure() as environment:
+        yield environment
+
+
+@pytest.fixture
+def memory() -> Iterator[dict[str, Any]]:
+    """What is in the store of this process, by path."""
+    import fsspec
+
+    fs = fsspec.filesystem("memory")
+    yield fs.store
+    fs.store.clear()
+    fs.pseudo_dirs[:] = [""]
+
+
+@pytest.fixture
+def reached(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Leads the client of a scheme to a store on this machine; the URL of a bucket there."""
+
+    def reach(scheme: str) -> str:
+        if scheme in ("gs", "az"):
+            for name, value in request.getfixturevalue(f"{scheme}_session").items():
+                monkeypatch.setenv(name, value)
+        else:
+            request.getfixturevalue(scheme)
+        return make_bucket("models", scheme)
+
+    return reach
+
+
+@pytest.fixture(params=["memory", "gs", "az"])
+def place(request: pytest.FixtureRequest, reached: Callable[[str], str], tmp_path: Path) -> str:
+    """The URL of a folder in each store whose client is called as any; of S3, which is called otherwise, there are
+    tests of its own."""
+    return f"{reached(request.param)}/{tmp_path.name}"
+
+
+@pytest.fixture(params=["s3", "gs", "az"])
+def cloud(request: pytest.FixtureRequest, reached: Callable[[str], str], tmp_path: Path) -> str:
+    """The URL of a folder in each store that is a server."""
+    return f"{reached(request.param)}/{tmp_path.name}"
 
 
 @pytest.fixture

@@ -148,7 +148,9 @@ class Rooted:
             except OSError as error:
                 if error.errno not in {*CANNOT, errno.EISDIR, errno.ENOENT}:
                     raise
-                temporary = f"{name}.{os.getpid()}"
+                temporary = (
+                    f"{name}.{secrets.token_hex(4)}"  # no number that a process of another machine has
+                )
                 fd = self.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             try:
                 content(LocalOpenFile(fd, str(where)))
@@ -158,7 +160,10 @@ class Rooted:
                         os.link(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
                     else:
                         system.name_unnamed(fd, self.fd, name)
-                except PermissionError:  # there are no hard links
+                except OSError as error:
+                    if not temporary or error.errno not in {*CANNOT, errno.EPERM, errno.EACCES}:
+                        raise
+                    # There are no hard links.
                     if self.status(name) is not None:
                         raise raced(where) from None
                     os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)

@@ -63,9 +63,10 @@ def finish(out: str | Path, *, strict: bool = False, observer: Observer = UNSEEN
     out, place = destination_path(Path(out)), place_of(Path(out))
     with Rooted(out.parent) as parent:
         has_parts = parent.status(f"{place.name}/{AGREED}") is not None
-        if not has_parts and not _is_there(out):
-            fix = "write its parts first: qkpatch apply SOURCE -o OUT --part 1/8, ..."
-            raise UsageError("no part of it was written", where=str(out), fix=fix)
+        if not has_parts and not os.path.lexists(out / MANIFEST_NAME):
+            fix = "write its parts first: qkpatch apply SOURCE -o OUT --part 1/8, ...; what ends a sweep, or an "
+            fix += "evaluation, is its own command, without --part"
+            raise UsageError("no part of an OUT was written there", where=str(out), fix=fix)
         agreed = manifest = None
         try:
             if has_parts:

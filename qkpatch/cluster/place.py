@@ -39,7 +39,7 @@ _DIFFERENT = {
     "recipe": "another recipe",
     "output": "another --max-shard-size, --exclude or --digest",
     "tool": "another version of qkpatch, torch or Python",
-    "stack": "a machine with another CPU, BLAS or torch, whose bytes may differ",
+    "stack": "a machine with another CPU, card, BLAS or torch, whose bytes may differ",
     "compute": "another --device",
 }
 

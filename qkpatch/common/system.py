@@ -48,6 +48,14 @@ def _proc(name: str) -> str:
     return ""
 
 
+def _sysctl(name: str) -> str:
+    """What macOS's kernel tells by a name; empty where it does not."""
+    call, value, size = _libc("sysctlbyname"), ctypes.create_string_buffer(256), ctypes.c_size_t(256)
+    if call is None or call(name.encode(), value, ctypes.byref(size), None, ctypes.c_size_t(0)) != 0:
+        return ""
+    return value.value.decode("utf-8", "replace")
+
+
 # -------- bytes
 
 
@@ -204,15 +212,19 @@ def processors() -> int:
 
 
 def processor() -> str:
-    """By the numbers that BLAS chooses its kernels by. Portable: its kind alone."""
+    """By the numbers that BLAS chooses its kernels by. Portable: its kind alone.
+
+    macOS has the BLAS within, and chips of one kind have others.
+    """
     told = _proc("cpuinfo").partition("\n\n")[0]
     numbers = re.findall(r"(?m)^(?:vendor_id|cpu family|model|CPU \w+)\s*: (.+)$", told)
-    return " ".join(numbers) if IS_LINUX else platform.processor()
+    chip = _sysctl("machdep.cpu.brand_string") or platform.processor()
+    return " ".join(numbers) if IS_LINUX else f"{chip} {platform.mac_ver()[0]}".strip()
 
 
 def boot_id() -> str:
     """Another each time this machine starts; empty where it has none, and its name is all that tells it from others."""
-    return _proc("sys/kernel/random/boot_id")
+    return _proc("sys/kernel/random/boot_id") or _sysctl("kern.bootsessionuuid")
 
 
 def share_free_memory() -> None:

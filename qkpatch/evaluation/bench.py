@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -107,7 +107,11 @@ class Bench:
         settings = _settings(name, request)
         path = None if self.out is None else self.out / f"{digest(which)[:12]}.jsonl"
         store = Store(path, {**task.settings, **which}, KINDS_KEPT, machine=self.machine)
-        load = partial(self.subject, name, task.protocol)
+
+        def load() -> Subject:
+            store.check_machine(machine(self._inputs.device))
+            return self.subject(name, task.protocol)
+
         if self._part is not None:
             task = task.share(self._part)
         try:

@@ -208,6 +208,13 @@ class Store(UserDict[str, Any]):
                 file.flush()
                 os.fsync(file.fileno())
 
+    def check_machine(self, ours: Mapping[str, Any]) -> None:
+        """Raise :class:`UsageError` where runs of parts, to whose finds more is to come, were on another machine."""
+        if self._path is not None:
+            _check(
+                self._others, as_json(ours), self._path.parent, "go on where they were, or name another -o"
+            )
+
     def once(self, key: str, make: Callable[[], Any]) -> Any:
         """The value of ``key``, made and written down where it is missing."""
         if key not in self:
@@ -220,13 +227,18 @@ def of_parts(folder: Path, stem: str = "*") -> list[Path]:
     return sorted(folder.glob(f"{stem}{_OF_PART}*.jsonl"))
 
 
-def _check(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
+def _check(
+    found: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    path: Path,
+    fix: str = "name another -o, or move the file away",
+) -> None:
     """Raise :class:`UsageError` where what a file has is of other settings; what is empty is of none."""
     before = found.get(":settings")
     same = [key for key in wanted if isinstance(before, dict) and before.get(key) == wanted[key]]
     if found and (differing := [key for key in wanted if key not in same]):
         what = f"it holds a run of other settings: {', '.join(differing)}"
-        raise UsageError(what, where=str(path), fix="name another -o, or move the file away")
+        raise UsageError(what, where=str(path), fix=fix)
 
 
 def digest(value: Any) -> str:

@@ -226,9 +226,8 @@ def files_of(name: str, base: str = "") -> str:
 def machine(device: str) -> dict[str, Any]:
     """What the bytes of an answer depend on besides the model and what is asked."""
     editor = Editor.on(device)
-    card = {"cpu": torch.cuda.get_device_name(editor.device)} if editor.device.type == "cuda" else {}
     versions = {"transformers": library("transformers").__version__, "PIL": library("PIL").__version__}
-    return {"qkpatch": editor.tool.version, **versions, **editor.stack, **card}
+    return {"qkpatch": editor.tool.version, **versions, **editor.stack}
 
 
 def base_of(name: str, models: Sequence[str]) -> str:

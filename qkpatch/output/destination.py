@@ -40,6 +40,18 @@ def present_parent(out: Path) -> Path:
     return next(path for path in out.absolute().parents if os.path.lexists(path))
 
 
+def places(path: Path) -> list[object]:
+    """What a path leads to and what that lies in, the same by whatever names: to macOS ``Model`` is ``model``."""
+    found, real = list[object](), Path(os.path.realpath(path))
+    for place in (real, *real.parents):
+        try:
+            status = place.stat()
+            found.append((status.st_dev, status.st_ino))
+        except OSError:  # nothing is there yet
+            found.append(place)
+    return found
+
+
 def check_apart(out: Path, checkpoint: Checkpoint) -> None:
     """Refuse an OUT that overlaps any part of SOURCE, wherever its links lead.
 
@@ -52,12 +64,12 @@ def check_apart(out: Path, checkpoint: Checkpoint) -> None:
     files = [file.path for file in checkpoint.files.values() if isinstance(file, LocalFile)]
     if not checkpoint.single_file:
         directories.append(checkpoint.root)
-    real_out, relation = Path(os.path.realpath(out)), None
-    for real in (Path(os.path.realpath(place)) for place in directories):
-        if real_out == real or real in real_out.parents:
-            relation = "OUT is SOURCE" if real_out == real else "OUT lies in SOURCE"
+    (real_out, *around), relation = places(out), None
     for part in (*directories, *files):
-        if real_out in Path(os.path.realpath(part)).parents:
+        real, *parents = places(part)
+        if part in directories and real in (real_out, *around):
+            relation = "OUT is SOURCE" if real_out == real else "OUT lies in SOURCE"
+        if real_out in parents:
             relation = f"OUT holds SOURCE or a part of it ({part.name})"
     if relation:
         what = f"{relation}, which is never written to"

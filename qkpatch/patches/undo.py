@@ -22,7 +22,7 @@ from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME
 from qkpatch.checkpoint.tree import walk_files
 from qkpatch.common.interrupts import signals_held, signals_let_through
 from qkpatch.errors import UsageError
-from qkpatch.output.destination import check_out
+from qkpatch.output.destination import check_out, places
 from qkpatch.output.layout import OutputFile
 from qkpatch.output.space import check_space
 from qkpatch.output.staging import Staging
@@ -181,7 +181,7 @@ def _write_copy(folder: Rooted, out: Path) -> list[str]:
     """Write a copy, and restore that; it appears whole, or not at all. Returns as :func:`revert`."""
     check_absent(out)
     check_out(out, overwrite=False, force=False)
-    if folder.path in Path(os.path.realpath(out)).parents:
+    if places(folder.path)[0] in places(out):
         raise UsageError("OUT lies in SOURCE", where=str(out), fix="choose an OUT beside SOURCE")
     check_space(out, [OutputFile.copy_of(file) for file in walk_files(folder.path).files.values()])
 

@@ -64,11 +64,16 @@ class Editor:
 
     @property
     def stack(self) -> dict[str, str]:
-        """What the bits of an edit depend on besides its inputs: torch, BLAS, and the kernels that the CPU takes."""
+        """What bits depend on besides inputs: torch, BLAS, the kernels that the CPU takes, and the card, if it is one.
+
+        What several machines make together, all of them make by one of these.
+        """
         shown = torch.__config__.show()
         blas = re.search(r"(?<=oneAPI )Math Kernel Library Version \S+|(?<=BLAS_INFO=)\w+", shown)
         cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {system.processor()}".strip()
-        return {"torch": str(torch.__version__), "blas": blas[0] if blas else "unknown", "cpu": cpu}
+        stack = {"torch": str(torch.__version__), "blas": blas[0] if blas else "unknown", "cpu": cpu}
+        card = {"card": torch.cuda.get_device_name(self.device)} if self.device.type == "cuda" else {}
+        return stack | card
 
     def edited(
         self, plan: EditPlan, opened: Opened, crew: Crew, write: Write, observer: Observer

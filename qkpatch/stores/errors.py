@@ -12,11 +12,14 @@ from qkpatch.errors import QKPatchError, StoreError, redact
 _SKEWED = ("RequestTimeTooSkewed", "too skewed", "too far from the server time")
 _BUSY = ("SlowDown", "reduce your request rate", "TooManyRequests", "429", "ServerBusy", "503", "Throttl")
 _MOVED_ON = ("PreconditionFailed", "pre-condition", "precondition", "ConditionNotMet", "FileExpired")
-_MISSING = ("404", "NoSuch", "Not Found")
+_MISSING = ("404", "NoSuch", "Not Found", "ResourceNotFoundError")
+_FORBIDDEN = ("401", "403", "AccessDenied", "Forbidden", "AuthorizationFailure", "AuthenticationFailed",
+              "AuthorizationPermissionMismatch")  # fmt: skip
 # How clients say that nobody is there.
 _UNREACHED = ("EndpointConnectionError", "ConnectTimeoutError", "ConnectionTimeoutError", "ClientConnector",
-              "ConnectionRefused")  # fmt: skip
-_NO_KEY = ("NoCredentials", "PartialCredentials", "DefaultCredentialsError", "ClientAuthenticationError")
+              "ConnectionRefused", "Cannot connect to host")  # fmt: skip
+_NO_KEY = ("NoCredentials", "PartialCredentials", "DefaultCredentialsError", "ClientAuthenticationError",
+           "Must provide either a connection_string")  # fmt: skip
 
 
 class ShortAnswerError(ConnectionError):
@@ -62,7 +65,7 @@ def is_passing(error: Exception) -> bool:
     """Whether trying again may help: a broken connection, a store that is busy; not what it refuses."""
     if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # of web servers, whatever the failure was
-    if has_changed(error) or says(error, (*_SKEWED, *_NO_KEY, *_MISSING)):
+    if has_changed(error) or says(error, (*_SKEWED, *_NO_KEY, *_MISSING, *_FORBIDDEN)):
         return False
     lasting = FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError
     return not isinstance(error, (*lasting, NotImplementedError, TypeError, QKPatchError))
@@ -70,7 +73,9 @@ def is_passing(error: Exception) -> bool:
 
 def explained(error: Exception, where: str) -> StoreError:
     """The same failure, with what to do about it."""
-    said = " ".join(redact(str(error)).split())
+    said = " ".join(
+        redact(str(error).partition("RequestId:")[0]).split()
+    )  # what Azure adds is for its support
     if says(error, _SKEWED):
         what = "the store finds the time of this machine wrong"
         fix = "set the clock: stores refuse old signatures"
@@ -83,9 +88,9 @@ def explained(error: Exception, where: str) -> StoreError:
         fix = "check URL, connection and proxies, AWS_ENDPOINT_URL"
     elif isinstance(error, FileExistsError):
         what, fix = "somebody else has made it meanwhile", "is another qkpatch writing there?"
-    elif isinstance(error, FileNotFoundError):
+    elif isinstance(error, FileNotFoundError) or says(error, ("ResourceNotFoundError",)):
         what, fix = "there is no such bucket, container or object", "check the URL"
-    elif isinstance(error, PermissionError) or says(error, ("403", "AccessDenied", "Forbidden")):
+    elif isinstance(error, PermissionError) or says(error, _FORBIDDEN):
         what, fix = f"the store forbids it: {said}", "do the client's credentials have the right to do this?"
     elif says(error, _BUSY):
         what, fix = f"the store is busy, and stays so: {said}", "try again later"

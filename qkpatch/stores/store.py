@@ -11,7 +11,7 @@ from urllib.parse import quote, unquote
 
 from qkpatch.checkpoint.open_directory import MOST_NAMES
 from qkpatch.checkpoint.tree import is_plain_relative
-from qkpatch.common.interrupts import pause
+from qkpatch.common.interrupts import is_own_process, pause
 from qkpatch.errors import CheckpointError, StoreError, UsageError
 from qkpatch.stores.errors import (
     ShortAnswerError,
@@ -313,9 +313,13 @@ def open_store(url: StoreUrl) -> Store:
         UsageError: nobody knows the scheme, or its client is not installed.
         StoreError: the client cannot be made.
     """
+    import logging
+
     from fsspec.core import url_to_fs
     from fsspec.registry import known_implementations
 
+    if is_own_process():
+        logging.lastResort = None  # what clients log of each attempt; what comes of them is told here
     extra = EXTRAS.get(url.scheme)
     if extra is None and url.scheme not in known_implementations:
         what = f"no store is known for {url.scheme}://"

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
-from qkpatch.checkpoint.files import os_errors, synced
+from qkpatch.checkpoint.files import os_errors, synced, write_exact
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.common.json_text import canonical_json, load_json
 from qkpatch.common.part import Part
@@ -19,7 +19,7 @@ from qkpatch.planning.plan import EditPlan
 from qkpatch.spectral.rule import Sums
 from qkpatch.sweeps.record import Figures
 
-PARTS_NAME, _AGREED = "parts", "agreed."
+PARTS_NAME, _AGREED = "parts", "agreed"
 Found = tuple[Sums, tuple[HeadRecord, ...]]  # of a variant, in one tensor; heads where rows are formed
 # The same as it is written, and the size of the file that was kept.
 Said = tuple[tuple[float, float, float, float, float, float, float], tuple[HeadRecord, ...], int]
@@ -40,7 +40,11 @@ class Parts:
         part: Part | None = None,
         agreed: str = "",
     ) -> None:
-        """``agreed`` is a digest of what all parts must have in common."""
+        """``agreed`` is a digest of what all runs must have in common.
+
+        Raises:
+            UsageError: what is there has another.
+        """
         with (
             os_errors("create a directory", root.path / PARTS_NAME),
             suppress(FileExistsError),
@@ -50,6 +54,8 @@ class Parts:
         self._root, self._found = root, dict[LayerTarget, dict[str, Found]]()
         self._folder = Rooted(root.path / PARTS_NAME, within=root, name=PARTS_NAME)
         self._place = {target: i for i, target in enumerate(targets)}
+        if edits:
+            self._agree(agreed.encode())
         wanted = {t: {name for name, edit in edits.items() if t in edit.edits} for t in targets}
         for target, i in self._place.items():
             if (found := self._whole(i)) is not None and wanted[target] <= found.keys():
@@ -58,21 +64,23 @@ class Parts:
         self.missing = tuple(
             t for t in missing if part is None or self._place[t] % part.total == part.number - 1
         )
-        if part is not None:
-            self._agree(f"{_AGREED}{agreed}")
-            return
-        done = {str(self._place[target]) for target in self._found}
-        self._remove(name for name in self._folder.names() if name.partition(".")[0] not in done)
+        if part is None:
+            done = {_AGREED, *(str(self._place[target]) for target in self._found)}
+            self._remove(name for name in self._folder.names() if name.partition(".")[0] not in done)
 
-    def _agree(self, mine: str) -> None:
-        """Say what this part is of. Each says it before it looks, so that one of two that differ sees the other."""
-        with os_errors("write", self._folder.path / mine):
-            os.close(self._folder.open(mine, os.O_WRONLY | os.O_CREAT, 0o666))
-        if any(name.startswith(_AGREED) and name != mine for name in self._folder.names()):
-            self._folder.discard(mine)
+    def _agree(self, ours: bytes) -> None:
+        """Whoever comes first says it, whole; others find it."""
+        if self._folder.status(_AGREED) is None:
+            with suppress(UsageError):  # somebody was faster
+                self._folder.create(_AGREED, lambda file: write_exact(file.fd, ours, 0, file.where))
+        with self._folder.reading(_AGREED) as opened:
+            theirs = bytes(opened.read(opened.size, 0))
+        if theirs != ours:
             self._folder.close()
-            what = "its parts are of another grid, or of machines with another CPU, BLAS, torch or qkpatch"
-            fix = "use machines of one kind, or choose another -o"
+            what = (
+                "its parts are of another grid, or of machines with another CPU, card, BLAS, torch or qkpatch"
+            )
+            fix = f"use machines of one kind, or choose another -o; to look at all layers anew, remove {PARTS_NAME}"
             raise UsageError(what, where=str(self._root.path), fix=fix)
 
     def _whole(self, i: int) -> dict[str, Found] | None:
@@ -90,8 +98,8 @@ class Parts:
         return 0 if (status := self._folder.status(file)) is None else status.st_size
 
     def _remove(self, names: Iterable[str]) -> None:
-        # First what says that a tensor is done: a kill between the two leaves nothing that is believed.
-        for name in sorted(names, key=lambda name: not name.endswith(".json")):
+        # First what says that a tensor is done, last who made it all: a kill leaves nothing that is wrongly believed.
+        for name in sorted(names, key=lambda name: (name == _AGREED, not name.endswith(".json"))):
             self._folder.discard(name)
 
     def __enter__(self) -> Parts:

@@ -110,14 +110,12 @@ def sweep(
         replaced = {name: _replaced(out, name, plan, planned.form) for name, plan in left.items()}
         if mine is None or root.status(SWEEP_NAME) is None:
             save()
-        if mine is None:
-            for name, text in evaluation(reading, requests).items():
-                root.replace(name, text.encode())
-        agreed = "" if mine is None else _agreed(planned, device)
-        with Parts(root, reading.edits, left, mine, agreed) as parts:
+        with Parts(root, reading.edits, left, mine, _agreed(planned, device)) as parts:
+            if mine is None:
+                for name, text in evaluation(reading, requests).items():
+                    root.replace(name, text.encode())
             rest = replace(reading, edits=parts.missing)
             observer.begins("look", 0, len(rest.edits) * len(reading.settings.heads))
-            import_torch()
             from qkpatch.adapters.factors import unpacked
             from qkpatch.patching.device import choose_device
             from qkpatch.sweeps.figures import Kept, figures
@@ -210,7 +208,7 @@ def _digest(plan: EditPlan, form: Form, variants: Iterable[VariantRecord]) -> st
 
 
 def _agreed(planned: Sweep, device: str) -> str:
-    """A digest of the sweep, and of what its bytes depend on besides: what all its parts have in common."""
+    """A digest of the sweep, and of what its bytes depend on besides: what all its runs have in common."""
     import_torch()
     from qkpatch.patching.edit_heads import Editor
 

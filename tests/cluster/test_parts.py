@@ -243,6 +243,15 @@ def other_stack(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Editor, "stack", {"torch": "1", "blas": "other", "cpu": "other"})
 
 
+def test_cards_of_two_kinds_are_two_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    stacks = [Editor(torch.device("cpu")).stack]
+    for card in ("H200", "L4"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, card=card: card)
+        stacks.append(Editor(torch.device("cuda")).stack)
+    assert [stack.get("card") for stack in stacks] == [None, "H200", "L4"]
+    assert stacks[0] == {key: value for key, value in stacks[1].items() if key != "card"}
+
+
 def other_version(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool = Editor(torch.device("cpu")).tool
     monkeypatch.setattr(Editor, "tool", replace(tool, version="9"))
@@ -305,7 +314,10 @@ def test_flags_that_do_not_go_with_parts_are_refused(
 
 def test_what_is_missing_is_named_and_what_is_done_is_told(source: Path, tmp_path: Path, run: Run) -> None:
     out, edit = tmp_path / "out", ("--layers", "0-2", "--threads", 1)
-    assert "no part of it was written" in run("finish", out).stderr
+    for nothing in (out, source):
+        told = " ".join(run("finish", nothing).stderr.split())
+        assert "no part of an OUT was written there" in told
+        assert "what ends a sweep, or an evaluation, is its own command" in told
     for number in (1, 3, 3):
         assert run("apply", source, "-o", out, *edit, "--part", f"{number}/4").exit_code == 0
     result = run("finish", out)

@@ -105,6 +105,9 @@ def test_parts_of_another_run_are_refused(
         with pytest.raises(UsageError, match=f"a run of other settings: {said}"):
             qkpatch.evaluate(TOY, inputs(album, batch_size=batch_size), protocol, out=out, part=part, **how)
     assert files(out) == before
+    if not also_of_whole:  # nor does it add to what was said there
+        with pytest.raises(UsageError, match=f"a run of other settings: {said}"):
+            qkpatch.evaluate(TOY, inputs(album, batch_size=4), SHORT, out=out, **EDIT)
 
 
 def test_the_command_says_what_is_left_to_do(run: Callable[..., Result], album: Path, tmp_path: Path) -> None:

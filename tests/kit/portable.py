@@ -1,7 +1,8 @@
-"""A machine without what only Linux has: `make test-portable`. No macOS, but nothing of Linux's own is there either."""
+"""A machine without what only Linux, or macOS, has: `make test-portable`."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 from collections.abc import Callable
@@ -30,9 +31,10 @@ class Without:
 
 
 def take_away(put: Callable[[Any, str, Any], object] = setattr) -> None:
-    """Take all of it from qkpatch, and from no library."""
+    """Take all of it from qkpatch, and from no library; and on macOS, what that has instead."""
     put(system, "IS_LINUX", False)
     put(system, "os", Without(os, OF_LINUX))
+    put(system, "fcntl", Without(fcntl, {"F_FULLFSYNC", "F_GETPATH"}))
     put(system, "signal", Without(signal, {"SIGHUP"}))
     put(system, "_libc", lambda name: None)
 
@@ -48,11 +50,11 @@ class Mac:
 
     def __init__(self, put: Callable[[Any, str, Any], object]) -> None:
         self.asked: list[Any] = []
-        plain, self._rename = system.fcntl, system._libc("renameat2")
+        self._rename = system._libc("renameat2")
         take_away(put)
-        names = {name: getattr(plain, name) for name in ("flock", "LOCK_EX", "LOCK_NB", "LOCK_SH")}
+        names = {name: getattr(fcntl, name) for name in ("flock", "LOCK_EX", "LOCK_NB", "LOCK_SH")}
         put(system, "fcntl", SimpleNamespace(**names, F_GETPATH=50, F_FULLFSYNC=51, fcntl=self._fcntl))
-        put(system, "_libc", {"renameatx_np": self._renameatx_np}.get)
+        put(system, "_libc", {"renameatx_np": self._renameatx_np, "sysctlbyname": self._sysctlbyname}.get)
 
     def _fcntl(self, fd: int, command: int, data: bytes = b"") -> bytes | int:
         self.asked.append(command)
@@ -60,6 +62,11 @@ class Mac:
             os.fsync(fd)
             return 0
         return os.fsencode(os.path.realpath(f"/proc/self/fd/{fd}")).ljust(len(data), b"\0")
+
+    def _sysctlbyname(self, name: bytes, value: Any, *_: object) -> int:
+        told = {b"kern.bootsessionuuid": b"5E55", b"machdep.cpu.brand_string": b"Apple M9"}
+        value.value = told.get(name, b"")
+        return -(name not in told)
 
     def _renameatx_np(self, *arguments: Any) -> int:
         *names, flag = arguments

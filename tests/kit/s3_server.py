@@ -135,14 +135,23 @@ def s3_server() -> Iterator[S3]:
         thread.join()
 
 
-def upload(folder: Path, bucket: str, prefix: str, make: bool = True) -> str:
+def upload(folder: Path, bucket: str, prefix: str, scheme: str = "s3") -> str:
     """Put a directory into a bucket, with the client itself; its URL."""
     import fsspec
 
-    fs = fsspec.filesystem("s3", use_listings_cache=False)
-    if make and not fs.exists(bucket):
-        fs.mkdir(bucket)
+    fs = fsspec.filesystem(scheme, use_listings_cache=False)
+    make_bucket(bucket, scheme)
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             fs.pipe_file(f"{bucket}/{prefix}/{path.relative_to(folder).as_posix()}", path.read_bytes())
-    return f"s3://{bucket}/{prefix}"
+    return f"{scheme}://{bucket}/{prefix}"
+
+
+def make_bucket(name: str, scheme: str = "s3") -> str:
+    """Make one, unless it is there; its URL."""
+    import fsspec
+
+    fs = fsspec.filesystem(scheme, use_listings_cache=False)
+    if scheme != "memory" and not fs.exists(name):
+        fs.mkdir(name)
+    return f"{scheme}://{name}"

@@ -9,6 +9,8 @@ import json
 import os
 import signal
 import sys
+from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 
@@ -40,7 +42,9 @@ def child(request: dict[str, Any], pipe: int) -> None:
 
 
 def main() -> None:
-    import s3fs  # noqa: F401 - imported here, no fork has to
+    for client in ("s3fs", "gcsfs", "adlfs"):  # imported here, no fork has to
+        with suppress(ImportError):
+            import_module(client)
     import torch
 
     import qkpatch.compare.overwrite

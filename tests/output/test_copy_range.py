@@ -96,7 +96,7 @@ def test_sendfile_steps_in_where_copy_file_range_declines(
 def test_reading_and_writing_steps_in_where_both_decline(
     tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch, reason: str
 ) -> None:
-    monkeypatch.setattr(os, "copy_file_range", declining(reason))
+    monkeypatch.setattr(os, "copy_file_range", declining(reason), raising=False)
     monkeypatch.setattr(os, "sendfile", declining(reason))
     means, copied, told = copy(tmp_path, data)
     assert (means, copied, sum(told)) == ("read_write", data, len(data))
@@ -124,7 +124,7 @@ def test_a_real_error_is_not_taken_for_declining(
 
     order = ["copy_file_range", "sendfile", "pwrite"]
     for earlier in order[: order.index(means)]:
-        monkeypatch.setattr(os, earlier, declining("EXDEV"))
+        monkeypatch.setattr(os, earlier, declining("EXDEV"), raising=False)
     for later in order[order.index(means) + 1 :]:
         monkeypatch.setattr(os, later, None)  # must not be tried
     monkeypatch.setattr(os, means, fail)
@@ -137,7 +137,7 @@ def test_a_source_that_ends_early_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, declined: list[str]
 ) -> None:
     for means in declined:
-        monkeypatch.setattr(os, means, declining("EXDEV"))
+        monkeypatch.setattr(os, means, declining("EXDEV"), raising=False)
     with pytest.raises(FileSystemError, match="2 bytes early"):
         copy(tmp_path, b"abc", size=5)
 
@@ -186,7 +186,7 @@ def test_short_reads_and_writes_change_nothing_in_the_output(
     monkeypatch.setattr(os, "preadv", lambda fd, views, at: preadv(fd, [views[0][:99]], at))
     monkeypatch.setattr(os, "pread", lambda fd, size, at: pread(fd, min(size, 99), at))
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:99], at))
-    monkeypatch.setattr(os, "copy_file_range", declining("EXDEV"))
+    monkeypatch.setattr(os, "copy_file_range", declining("EXDEV"), raising=False)
     monkeypatch.setattr(os, "sendfile", declining("EXDEV"))
     assert run("apply", tiny.path, "-o", tmp_path / "short").exit_code == 0
     monkeypatch.undo()
@@ -296,7 +296,10 @@ def test_what_cannot_be_carried_over_is_an_error_before_anything_is_written(
     if kind == "fifo":
         os.mkfifo(odd)
     elif kind == "name that is not UTF-8":
-        Path(os.fsdecode(os.fsencode(tiny.path) + b"/\xff")).touch()
+        try:
+            Path(os.fsdecode(os.fsencode(tiny.path) + b"/\xff")).touch()
+        except OSError:
+            pytest.skip("a file system whose names are all UTF-8")
     else:
         targets = {"loop of folders": ".", "loop of links": "odd", "device": "/dev/null"}
         odd.symlink_to(targets.get(kind, "nowhere"))

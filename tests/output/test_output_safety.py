@@ -95,6 +95,18 @@ def test_overlap_of_out_and_source_is_seen_through_links(
     assert state(root) == before
 
 
+def test_overlap_is_seen_where_a_directory_has_two_names(
+    tiny: Tiny, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where upper case is lower case, and no link is resolved."""
+    root = tiny.path.parent
+    (root / "TINY").symlink_to("tiny")
+    monkeypatch.setattr(os.path, "realpath", lambda path, **_: str(Path(path).absolute()))
+    assert_refused(run("apply", tiny.path, "-o", root / "TINY" / "out"), 2, "OUT lies in SOURCE")
+    assert_refused(run("apply", root / "TINY", "-o", tiny.path, "--overwrite"), 2, "SOURCE")
+    assert {path.name for path in root.iterdir()} == {"TINY", "tiny"}
+
+
 def test_out_that_holds_the_files_source_links_to_is_refused(
     tiny: Tiny, folder: Path, run: Callable[..., Result]
 ) -> None:
@@ -384,7 +396,7 @@ def test_nan_or_inf_in_queries_or_keys_leaves_no_trace(
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("function", ["pwrite", "fsync", "mkdir", *OF_LINUX])
+@pytest.mark.parametrize("function", ["pwrite", "sync", "mkdir", *OF_LINUX])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 def test_an_error_of_the_file_system_leaves_no_trace(
     tiny: Tiny,
@@ -399,7 +411,7 @@ def test_an_error_of_the_file_system_leaves_no_trace(
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(os, function, fail)
+    monkeypatch.setattr(system if function == "sync" else os, function, fail)
     result = run("apply", tiny.path, "-o", folder / "out")
     monkeypatch.undo()
     assert_refused(result, 4, os.strerror(code))

@@ -111,6 +111,7 @@ def test_macos_is_asked_for_what_it_has_instead(
         run("apply", source, "-o", out, "--alpha", "0.5", "--overwrite").stderr.count("cannot exchange") == 0
     )
     assert mac.asked.count(("renameatx_np", 2)) == 1
+    assert (system.boot_id(), system.processor()) == ("5E55", "Apple M9")
     assert run("verify", out, "--source", source).exit_code == 0
     assert 50 in mac.asked  # F_GETPATH
     made = qkpatch.make_patch(qkpatch.plan(source), tmp_path / "edit.qkpatch")

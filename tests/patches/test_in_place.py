@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 from conftest import Tiny, build_tiny
-from failing import fill_disk
+from failing import fill_disk, path_of
 from faulty_runs import commit, disk
 from test_crash import Driver, driver  # noqa: F401 - a fixture
 
 import qkpatch
 from qkpatch.checkpoint.names import UNDO
+from qkpatch.common import system
 from qkpatch.errors import FileSystemError, UsageError
 
 Run = Callable[..., Any]
@@ -271,36 +272,35 @@ def test_what_follows_waits_until_what_it_needs_is_on_the_disk(
     """Undo file, its name, rows, manifest, its name: each is synced before the next begins."""
     plan, log = qkpatch.plan(source, heads=[0], layers=range(3), modes=1), []
     names: dict[int, str] = {}
-    originals = {name: getattr(os, name) for name in ("open", "pwrite", "fsync", "rename", "unlink")}
+    owners = dict.fromkeys(("open", "pwrite", "rename", "unlink"), os) | {"sync": system}
+    originals = {name: getattr(owner, name) for name, owner in owners.items()}
 
     def told(name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             result = originals[name](*args, **kwargs)
             if name == "open":
-                names[result] = Path(os.path.realpath(f"/proc/self/fd/{result}")).name
+                names[result] = Path(path_of(result)).name
             elif name in ("rename", "unlink"):
                 log.append((name, *map(str, args)))
             else:
-                log.append(
-                    (name, names.get(args[0], Path(os.path.realpath(f"/proc/self/fd/{args[0]}")).name))
-                )
+                log.append((name, names.get(args[0], Path(path_of(args[0])).name)))
             return result
 
         return call
 
-    for name in originals:
-        monkeypatch.setattr(os, name, told(name))
+    for name, owner in owners.items():
+        monkeypatch.setattr(owner, name, told(name))
     qkpatch.apply_in_place(plan)
     monkeypatch.undo()
-    folder, shards = ("fsync", "source"), sorted(path.name for path in source.glob("*.safetensors"))
+    folder, shards = ("sync", "source"), sorted(path.name for path in source.glob("*.safetensors"))
     renamed = log.index(("rename", "qkpatch.undo.part", "qkpatch.undo.unfinished"))
     rows = [i for i, (what, name, *_) in enumerate(log) if what == "pwrite" and name in shards]
     manifest = log.index(("rename", "qkpatch.undo.part", "qkpatch.json"))
     done = log.index(("rename", "qkpatch.undo.unfinished", "qkpatch.undo"))
-    assert ("fsync", "qkpatch.undo.part") in log[:renamed]
+    assert ("sync", "qkpatch.undo.part") in log[:renamed]
     assert folder in log[renamed : min(rows)]
-    assert {("fsync", shard) for shard in shards} <= set(log[max(rows) : manifest])
-    assert ("fsync", "qkpatch.undo.part") in log[max(rows) : manifest]
+    assert {("sync", shard) for shard in shards} <= set(log[max(rows) : manifest])
+    assert ("sync", "qkpatch.undo.part") in log[max(rows) : manifest]
     assert folder in log[manifest:done]
     assert folder in log[done:]
 

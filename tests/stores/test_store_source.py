@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import build_tiny, build_tiny_folder
+from fsspec.registry import _registry
 from range_server import range_server
 from s3_server import S3, SECRET, Fault, upload
 
@@ -31,33 +32,18 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "_FIRST_WAIT", 0.01)
 
 
-def in_memory(folder: Path, name: str = "bucket/model") -> str:
-    import fsspec
-
-    fs = fsspec.filesystem("memory")
-    for path in folder.rglob("*"):
-        if path.is_file():
-            fs.pipe_file(f"{name}/{path.relative_to(folder).as_posix()}", path.read_bytes())
-    return f"memory://{name}"
-
-
 @pytest.fixture
-def memory() -> Iterator[Place]:
-    import fsspec
-
-    yield in_memory
-    fsspec.filesystem("memory").store.clear()
-    fsspec.filesystem("memory").pseudo_dirs[:] = [""]
+def stored(memory: dict[str, Any]) -> Place:
+    """Puts a directory into the store of this process."""
+    return lambda folder: upload(folder, "models", "model", "memory")
 
 
-@pytest.fixture(params=["memory", "s3", "http"])
-def put(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+@pytest.fixture(params=["memory", "s3", "gs", "az", "http"])
+def put(request: pytest.FixtureRequest, reached: Callable[[str], str], tmp_path: Path) -> Iterator[Place]:
     """Puts a directory where the parameter says; putting it anew changes its objects."""
-    if request.param == "memory":
-        yield request.getfixturevalue("memory")
-    elif request.param == "s3":
-        request.getfixturevalue("s3")
-        yield lambda folder: upload(folder, "models", tmp_path.name)
+    if request.param != "http":
+        reached(request.param)
+        yield lambda folder: upload(folder, "models", tmp_path.name, request.param)
     else:
         pytest.importorskip("aiohttp")
         served = tmp_path / "served"
@@ -117,8 +103,8 @@ def test_what_is_needed_is_fetched_and_no_more(s3: S3, tmp_path: Path) -> None:
     assert headers + rows <= s3.received < headers + rows + rows // 50
 
 
-def test_parts_are_of_a_source_on_disks_but_those_of_a_sweep(memory: Place, tmp_path: Path) -> None:
-    url, grid = memory(build_tiny(tmp_path / "tiny").path), {"modes": [1], "layers": ["0-1"]}
+def test_parts_are_of_a_source_on_disks_but_those_of_a_sweep(stored: Place, tmp_path: Path) -> None:
+    url, grid = stored(build_tiny(tmp_path / "tiny").path), {"modes": [1], "layers": ["0-1"]}
     with pytest.raises(UsageError, match="so SOURCE must be on a disk") as told:
         qkpatch.apply(qkpatch.plan(url, **EDIT), tmp_path / "out", part=(1, 2))
     assert told.value.fix == "copy SOURCE to storage that all machines see"
@@ -155,20 +141,20 @@ def test_a_file_that_changes_meanwhile_is_an_error(put: Place, moment: str, tmp_
     assert not (tmp_path / "out").exists()
 
 
-def test_one_more_file_is_noticed(memory: Place, tmp_path: Path) -> None:
+def test_one_more_file_is_noticed(stored: Place, tmp_path: Path) -> None:
     folder = build_tiny(tmp_path / "tiny").path
-    plan = qkpatch.plan(memory(folder), **EDIT)
+    plan = qkpatch.plan(stored(folder), **EDIT)
     (folder / "more.txt").write_text("more")
-    memory(folder)
+    stored(folder)
     with pytest.raises(FileSystemError, match="changed"):
         qkpatch.apply(plan, tmp_path / "out")
 
 
 def test_what_had_come_whole_is_taken_over(
-    memory: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stored: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = build_tiny(tmp_path / "tiny", shards=[["layers.0.", "embed"], ["layers"]]).path
-    plan, get, fetched = qkpatch.plan(memory(folder), **EDIT), store.Store._get, list[str]()
+    plan, get, fetched = qkpatch.plan(stored(folder), **EDIT), store.Store._get, list[str]()
 
     def broken(self: store.Store, entry: store.Entry, begin: int, end: int) -> bytes:
         fetched.append(entry.name)
@@ -262,6 +248,8 @@ def test_what_stays_is_told(
 def test_a_url_that_cannot_be_read_is_refused(url: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     monkeypatch.setitem(sys.modules, "adlfs", None)
+    for scheme in ("gs", "az", "abfs"):
+        monkeypatch.delitem(_registry, scheme, raising=False)
     with pytest.raises(QKPatchError, match=says) as told:
         qkpatch.plan(url)
     if url.startswith("gs"):

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 from conftest import Tiny
+from failing import interrupt
 from test_sweep import Ending, files
 from typer.testing import Result
 
 import qkpatch
 from qkpatch.checkpoint.files import FileId
+from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.errors import QKPatchError, UsageError
 from qkpatch.patching.edit_heads import Editor
 
@@ -104,11 +106,18 @@ def test_parts_of_different_sweeps_in_one_place_are_refused(
     out, grid = tmp_path / "sweep", change.pop("grid", GRID)
     qkpatch.sweep(tiny.path, GRID, out, part=(1, 2))
     before = files(out)
-    if "stack" in change:
-        monkeypatch.setattr(Editor, "stack", change.pop("stack"))
-    with pytest.raises(UsageError, match=said):
-        qkpatch.sweep(tiny.path, grid, out, **{"part": (2, 2), **change})
-    assert files(out) == before
+    with monkeypatch.context() as other:
+        if is_other := "stack" in change:
+            other.setattr(Editor, "stack", change.pop("stack"))
+        for part in ((2, 2), None)[: 1 + is_other]:  # for the whole says what machine made it
+            with pytest.raises(UsageError, match=said):
+                qkpatch.sweep(tiny.path, grid, out, **{"part": part, **change})
+        assert files(out) == before
+        if is_other:  # and dies of it
+            interrupt(other, Rooted, "reading", 1)  # the record
+            with pytest.raises(KeyboardInterrupt):
+                qkpatch.sweep(tiny.path, grid, out, part=(2, 2))
+    qkpatch.sweep(tiny.path, GRID, out, part=(2, 2))
 
 
 @pytest.mark.parametrize(("held", "part"), [(fcntl.LOCK_EX, (1, 2)), (fcntl.LOCK_SH, None)])

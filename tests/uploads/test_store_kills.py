@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import REPO, build_tiny
-from s3_server import S3, upload
+from s3_server import upload
 
 import qkpatch
 from qkpatch.checkpoint.names import CLAIM
@@ -22,10 +22,11 @@ from qkpatch.errors import QKPatchError
 Run = Callable[..., tuple[int, int]]
 
 
-@pytest.fixture(scope="module")
-def killed(s3_session: S3) -> Iterator[Run]:
+@pytest.fixture
+def killed(cloud: str) -> Iterator[Run]:
     command = [sys.executable, str(REPO / "tests" / "kit" / "store_kills.py")]
-    environment = {**os.environ, **s3_session.environment, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as driver:
@@ -45,13 +46,14 @@ def killed(s3_session: S3) -> Iterator[Run]:
         driver.stdin.close()
 
 
-def check_kill(at: int, name: str, folder: Path, source: str, killed: Run) -> None:
+def check_kill(at: int, cloud: str, folder: Path, source: str, killed: Run) -> None:
     import fsspec
 
-    out = f"s3://models/{name}/out-{at}"
+    scheme, _, place = cloud.partition("://")
+    out = f"{cloud}/out-{at}"
     code, _ = killed(source, out, at)
     assert code == -signal.SIGKILL
-    fs = fsspec.filesystem("s3", use_listings_cache=False)
+    fs = fsspec.filesystem(scheme, use_listings_cache=False)
     found = {path.rpartition("/")[2] for path in fs.find(out)}
     if "qkpatch.json" in found:
         assert qkpatch.verify(out, folder).ok
@@ -64,23 +66,26 @@ def check_kill(at: int, name: str, folder: Path, source: str, killed: Run) -> No
     assert killed(source, out, resume=True)[0] == 0
     assert qkpatch.verify(out, folder).ok
     assert CLAIM not in {path.rpartition("/")[2] for path in fs.find(out)}
-    assert not fs.call_s3("list_multipart_uploads", Bucket="models", Prefix=f"{name}/").get("Uploads")
+    if scheme == "s3":
+        prefix = f"{place.partition('/')[2]}/"
+        assert not fs.call_s3("list_multipart_uploads", Bucket="models", Prefix=prefix).get("Uploads")
 
 
 @pytest.fixture
-def source(s3: S3, tmp_path: Path) -> tuple[Path, str]:
+def source(cloud: str, tmp_path: Path) -> tuple[Path, str]:
     folder = build_tiny(tmp_path / "tiny", shards=[["layers.0.", "embed"], ["layers.1."], ["layers.2."]]).path
-    return folder, upload(folder, "models", f"{tmp_path.name}/in")
+    return folder, upload(folder, "models", f"{tmp_path.name}/in", cloud.partition(":")[0])
 
 
 @pytest.mark.long
-def test_a_kill_in_the_midst_of_it(source: tuple[Path, str], killed: Run, tmp_path: Path) -> None:
-    check_kill(41, tmp_path.name, *source, killed)
+def test_a_kill_in_the_midst_of_it(cloud: str, source: tuple[Path, str], killed: Run) -> None:
+    check_kill(41, cloud, *source, killed)
 
 
 @pytest.mark.stress
-def test_a_kill_at_every_call(source: tuple[Path, str], killed: Run, tmp_path: Path) -> None:
+def test_a_kill_at_every_call(cloud: str, source: tuple[Path, str], killed: Run) -> None:
     folder, url = source
-    _, calls = killed(url, f"s3://models/{tmp_path.name}/out")
+    _, calls = killed(url, f"{cloud}/out")
+    assert calls > 41
     for at in range(1, calls + 1):
-        check_kill(at, tmp_path.name, folder, url, killed)
+        check_kill(at, cloud, folder, url, killed)
