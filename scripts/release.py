@@ -21,9 +21,10 @@ def disagreements(tag: str, repo: Path = REPO) -> Iterator[str]:
         said = re.findall(pattern, (repo / name).read_text("utf-8"), re.MULTILINE)
         if said != [version]:
             yield f"{name} says version {', '.join(said)}"
-    changelog = (repo / "CHANGELOG.md").read_text("utf-8")
-    if not re.search(rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$", changelog, re.MULTILINE):
-        yield f"CHANGELOG.md has no section ## [{version}] - YYYY-MM-DD"
+    day = re.findall(r"^date-released: (\d{4}-\d\d-\d\d)$", (repo / "CITATION.cff").read_text("utf-8"), re.M)
+    head = f"## [{version}] - {''.join(day)}"
+    if head not in (repo / "CHANGELOG.md").read_text("utf-8").splitlines():
+        yield f"CHANGELOG.md has no section {head}, which is the day that CITATION.cff says"
 
 
 def name_place(address: str, repo: Path = REPO) -> None:

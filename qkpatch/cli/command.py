@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import shlex
 import signal
@@ -23,6 +24,20 @@ _FORMS = {"as_json": "--json", "as_csv": "--csv", "markdown": "--markdown"}  # o
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
+class _Noted(logging.Handler):
+    """What the library logs, as a remark."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """As logging calls it."""
+        from qkpatch.cli.console import note
+
+        note(record.getMessage())
+
+
+_log = logging.getLogger("qkpatch")
+_log.addHandler(_Noted())
+
+
 def command(function: Command) -> Command:
     """Spread its groups of flags, and turn what qkpatch or the machine refuses into a message and an exit code.
 
@@ -39,6 +54,7 @@ def command(function: Command) -> Command:
             # huggingface_hub reads it when it is first imported, which is later.
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         share_free_memory()
+        _log.setLevel(logging.ERROR if kwargs.get("quiet") else logging.INFO)
         # What is said is said inside: a signal that comes meanwhile must not cut that short either.
         with unwinding_on_kill():
             try:

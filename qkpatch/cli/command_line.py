@@ -16,9 +16,33 @@ from qkpatch.cli.console import print_error, show_error, silence_stdout
 from qkpatch.common.text import meant
 from qkpatch.errors import QKPatchError, UsageError
 
+# What Typer's own options are for.
+_HELP = {
+    "--help": "Print this and exit.",
+    "--install-completion": "Have this shell complete commands and options.",
+    "--show-completion": "Print what --install-completion would install.",
+}
+
 
 class _Told:
     """What a command and the group of all have in common."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """As Typer calls it."""
+        above: Any = super()
+        found: list[Any] = above.get_params(ctx)
+        for one in found:
+            one.help = _HELP.get(max(one.opts, key=len), one.help)
+            if one.param_type_name == "argument":
+                one.display_type_rich = lambda ctx: None  # a Path, a str: its name says more
+            elif one.is_flag:
+                one.metavar = ""
+        return found
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """As Typer calls it."""
+        above: Any = super()
+        return [piece.strip("{}") for piece in above.collect_usage_pieces(ctx)]
 
     def make_context(self, info_name: Any, args: list[str], parent: Any = None, **how: Any) -> Any:
         """As Typer calls it."""

@@ -20,7 +20,8 @@ SourceArg = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help="Checkpoint directory, .safetensors file, URL in a store, Hub id (org/name[@revision]) or recipe name.",
+        # In brackets, a revision would be markup, and not be shown on a terminal.
+        help="Checkpoint directory, .safetensors file, URL in a store, Hub id (org/name, org/name@revision) or recipe.",
         show_default=False,
     ),
 ]

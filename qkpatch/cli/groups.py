@@ -34,9 +34,7 @@ def _drawn(hint: Any, panel: str | None) -> Any:
         if isinstance(one, typer.models.OptionInfo):
             one.rich_help_panel = panel
             kinds = (kind, *get_args(kind))
-            if kind is bool:
-                one.metavar = ""
-            elif one.metavar is None:
+            if one.metavar is None:
                 one.metavar = next((shown for of, shown in _VALUES.items() if of in kinds), None)
     return Annotated[(kind, *said)] if said else hint
 

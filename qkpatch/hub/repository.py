@@ -11,6 +11,7 @@ from typing import NamedTuple
 from qkpatch.checkpoint.cache import blob_of, blobs_of, listing_at
 from qkpatch.checkpoint.content import Content, damaged
 from qkpatch.checkpoint.files import open_read
+from qkpatch.common.waiting import waiting_for
 from qkpatch.errors import HubError
 from qkpatch.hub.errors import hub_errors, is_out_of_reach
 from qkpatch.hub.listing import listing
@@ -120,7 +121,7 @@ def open_repository(hub_id: HubId, *, use_cache: bool = True) -> Found:
     from huggingface_hub import constants
 
     api, is_offline = hub_api(), constants.is_offline_mode()
-    with hub_errors(str(hub_id)):
+    with hub_errors(str(hub_id)), waiting_for(f"{hub_id} on the Hub"):
         found = api.resolve_revision(hub_id.repo, revision=hub_id.revision, local_files_only=is_offline)
     commit = found.resolved
     if Content.of_name(commit) is None:

@@ -17,7 +17,7 @@ _FORBIDDEN = ("401", "403", "AccessDenied", "Forbidden", "AuthorizationFailure",
               "AuthorizationPermissionMismatch")  # fmt: skip
 # How clients say that nobody is there.
 _UNREACHED = ("EndpointConnectionError", "ConnectTimeoutError", "ConnectionTimeoutError", "ClientConnector",
-              "ConnectionRefused", "Cannot connect to host")  # fmt: skip
+              "ConnectionRefused", "Cannot connect to host", "FSTimeoutError", "ReadTimeoutError")  # fmt: skip
 _NO_KEY = ("NoCredentials", "PartialCredentials", "DefaultCredentialsError", "ClientAuthenticationError",
            "Must provide either a connection_string")  # fmt: skip
 
@@ -84,7 +84,7 @@ def explained(error: Exception, where: str) -> StoreError:
     elif says(error, _NO_KEY):
         what, fix = f"the client has no credentials: {said}", "give it its own: docs/stores.md says where"
     elif is_unreached(error):
-        what = f"the server cannot be reached: {said}"
+        what = f"the server cannot be reached: {said or type(error).__name__}"
         fix = "check URL, connection and proxies, AWS_ENDPOINT_URL"
     elif isinstance(error, FileExistsError):
         what, fix = "somebody else has made it meanwhile", "is another qkpatch writing there?"

@@ -59,7 +59,9 @@ class StoreFolder(Repository):
         store = open_store(url)
         listed, fetchers = store.listing(), Fetchers()
         if not listed:
-            fix = "check the URL; a web server must show an index of the folder"
+            fix = "check the URL"
+            if url.scheme in ("http", "https"):
+                fix += "; a web server must show an index of the folder"
             if url.name.endswith(".safetensors"):
                 fix = "of a store, name the folder that the file lies in"
             raise StoreError(

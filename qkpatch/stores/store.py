@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import quote, unquote
@@ -12,6 +12,7 @@ from urllib.parse import quote, unquote
 from qkpatch.checkpoint.open_directory import MOST_NAMES
 from qkpatch.checkpoint.tree import is_plain_relative
 from qkpatch.common.interrupts import is_own_process, pause
+from qkpatch.common.waiting import waiting_for
 from qkpatch.errors import CheckpointError, StoreError, UsageError
 from qkpatch.stores.errors import (
     ShortAnswerError,
@@ -54,7 +55,7 @@ class Store:
 
     is_pinned = False  # whether each read says itself which version of the object is meant
     tries = 4  # of a call that fails for a reason that may pass
-    has_answered = False  # what never did has most likely a wrong address, and who waits is told nothing
+    has_answered = False  # what never did has most likely a wrong address
     copies_parts = False  # whether an object may be made of parts of others, on the store's side
 
     def __init__(self, url: StoreUrl, fs: Any) -> None:
@@ -78,9 +79,6 @@ class Store:
             CheckpointError: names that no checkpoint has.
         """
         found = self.attempt(self.url.text, self._find)
-        if self._is_http and not found:  # which says nothing of a server that is not there
-            with suppress(FileNotFoundError), store_errors(self.url.text):
-                self.fs.ls(self.root)
         if len(found) > MOST_NAMES:
             raise CheckpointError(
                 f"more than {MOST_NAMES} files, which no checkpoint has", where=self.url.text
@@ -284,7 +282,7 @@ class Store:
         Raises:
             StoreError: it failed.
         """
-        with store_errors(where):
+        with store_errors(where), nullcontext() if self.has_answered else waiting_for(where):
             for failures in range(1, self.tries + 1):
                 try:
                     found = call()

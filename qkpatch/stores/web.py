@@ -24,7 +24,7 @@ def crawled(fs: Any, root: str, where: str) -> dict[str, Any]:
         if len(waiting) > MOST_PAGES or len(found) > MOST_NAMES:
             what = f"more than {MOST_PAGES} folders or {MOST_NAMES} files, which no checkpoint has"
             raise CheckpointError(what, where=where, fix="name the folder of the model itself")
-        with suppress(OSError):
+        with suppress(OSError if page != root else FileNotFoundError):
             listed = {info["name"]: info for info in fs.ls(page, detail=True)}
             found |= listed
             inner = {name.rstrip("/") for name, info in listed.items() if info["type"] == "directory"}

@@ -188,6 +188,17 @@ def test_completion_knows_the_command_by_its_name_whatever_started_it(
     assert capsys.readouterr().out.split() == ["revert"]
 
 
+@pytest.mark.parametrize("words", [(), ("apply",), ("recipes",), ("card",)])
+def test_help_swallows_nothing_and_has_no_names_of_types(
+    words: tuple[str, ...], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    text = run(*words, "--help").stdout
+    assert "Print this and exit." in text
+    assert not [kind for kind in ("<bool>", "<str>", "<Path>", "{SOURCE}") if kind in text]
+    assert "org/name@revision" in text or words != ("apply",)
+
+
 # -------- what a file of settings says
 
 

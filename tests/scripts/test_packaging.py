@@ -108,14 +108,12 @@ def test_a_release_is_told_what_does_not_agree(tmp_path: Path) -> None:
     for name in ("pyproject.toml", "CITATION.cff", "CHANGELOG.md"):
         shutil.copy(REPO / name, tmp_path)
     ours = PROJECT["project"]["version"]
-    changelog = tmp_path / "CHANGELOG.md"
-    text = changelog.read_text("utf-8")
-    changelog.write_text(
-        text.replace("## [Unreleased]", f"## [Unreleased]\n\n## [{ours}] - 2031-02-03"), "utf-8"
-    )
     assert list(release.disagreements(f"v{ours}", tmp_path)) == []
     assert len(list(release.disagreements("v99.0.0", tmp_path))) == 3
-    changelog.write_text(text.replace(f"## [{ours}]", "##"), "utf-8")
+    changelog = tmp_path / "CHANGELOG.md"
+    text = changelog.read_text("utf-8")
+    assert "\n## [Unreleased]\n" in text
+    changelog.write_text(text.replace(f"## [{ours}] - 2", f"## [{ours}] - 3"), "utf-8")
     (told,) = release.disagreements(f"v{ours}", tmp_path)
     assert told.startswith("CHANGELOG.md")
     release.name_place("https://forge.example/them/qkpatch/", tmp_path)

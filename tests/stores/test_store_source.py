@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from socket import socket
@@ -279,6 +280,16 @@ def test_a_server_that_is_not_there_is_told_as_that_and_is_not_tried_again_for_l
     with pytest.raises(StoreError, match="the server cannot be reached"):
         qkpatch.plan("memory://bucket/model")
     assert len(tried) == 1
+
+
+def test_who_waits_for_a_server_hears_for_which(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qkpatch.common.waiting._SECONDS", 0.01)
+    monkeypatch.setattr(store.Store, "_find", lambda _: time.sleep(0.1) or {})
+    said = "memory://bucket/model: no answer for 0 s; still trying"
+    assert said in run("plan", "memory://bucket/model").stderr
+    assert said not in run("plan", "-q", "memory://bucket/model").stderr
 
 
 SECRETS = [

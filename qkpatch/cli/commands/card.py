@@ -13,7 +13,7 @@ import typer
 
 from qkpatch.cli.command import command
 from qkpatch.cli.commands.publishing import push_out, push_wish
-from qkpatch.cli.flags import DebugOpt, OutArg, PushFlags, QuietOpt, ShowFlags, StrictOpt, check_present
+from qkpatch.cli.flags import OutArg, PushFlags, ShowFlags, check_present
 from qkpatch.common.text import as_word
 from qkpatch.errors import UsageError
 
@@ -22,6 +22,7 @@ from qkpatch.errors import UsageError
 def card(
     out: OutArg,
     publish: PushFlags,
+    show: ShowFlags,
     results: Annotated[
         Path | None,
         typer.Option(
@@ -45,16 +46,13 @@ def card(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With --push: do all but send.")] = False,
     write: Annotated[bool, typer.Option("--write", help="Put it in place of the card in OUT.")] = False,
-    quiet: QuietOpt = False,
-    strict: StrictOpt = False,
-    debug: DebugOpt = False,
 ) -> None:
     """Print the model card of OUT, or write it; with --push, verify OUT and publish it with the card.
 
     Files that the base repository has are copied on the Hub's side, the others are sent, in one commit.
     """
     from qkpatch import api
-    from qkpatch.cli.console import note, print_text
+    from qkpatch.cli.console import note, print_json, print_text
     from qkpatch.publishing.card import CARD_NAME
     from qkpatch.publishing.lmms_eval import compare_both
 
@@ -63,19 +61,24 @@ def card(
     if write and wish is not None:
         raise UsageError("--push publishes a card of its own", where="--write", fix="leave one of them out")
     if wish is not None:
-        address = push_out(out, wish, source, recipe, ShowFlags(quiet=quiet, strict=strict), dry_run=dry_run)
-        print_text("" if address is None else f"{address}\n")
+        address = push_out(out, wish, source, recipe, show, dry_run=dry_run)
+        if show.as_json:
+            print_json({"published": address})
+        elif address is not None:
+            print_text(f"{address}\n")
         return
-    if dry_run or strict or source is not None or recipe is not None:
+    if dry_run or show.strict or source is not None or recipe is not None:
         raise UsageError(
             "--dry-run, --strict, --source and --recipe go with --push", fix="add --push org/name"
         )
     if not write:
         _refuse_to_print_into(out / CARD_NAME)
     text = api.card(out, results, base_results, write=write)
-    if not write:
+    if show.as_json:
+        print_json({"card": text, "wrote": str(out / CARD_NAME) if write else None})
+    elif not write:
         print_text(text)
-    elif not quiet:
+    elif not show.quiet:
         note(f"Wrote {out / CARD_NAME}")
 
 

@@ -74,15 +74,18 @@ def revert(
         Path | None,
         typer.Option("--out", "-o", metavar="OUT", help="Write a restored copy instead.", callback=expanded),
     ] = None,
+    as_json: JsonOpt = False,
     quiet: QuietOpt = False,
     debug: DebugOpt = False,
 ) -> None:
     """Make SOURCE what it was before `apply --in-place`, byte for byte, also where that was cut short."""
     from qkpatch import api
-    from qkpatch.cli.console import note
+    from qkpatch.cli.console import note, print_json
     from qkpatch.common.number_ranges import some
 
     changed = api.revert(source, out)
-    if not quiet:
+    if as_json:
+        print_json({"restored": str(out or source), "changed_since": list(changed)})
+    elif not quiet:
         but = f", but for what changed since, by the time of {some(changed)}" if changed else ""
         note(f"{source} is as it was before its edit in place{but}" if out is None else f"Wrote {out}{but}")
