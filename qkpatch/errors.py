@@ -26,17 +26,15 @@ def in_url(letters: str) -> str:
     return rf"(?:[{re.escape(letters)}]|%(?:25)*(?i:{escaped}))"
 
 
-# Bounded, as all below: a text without an end to it must not be gone through again from each of its letters.
-_SCHEME = r"[A-Za-z][A-Za-z0-9+.-]{0,30}:(?:\\?/)+"  # one slash, where it was taken for a path; \/ in JSON
-# The last @ before the path ends it; a password that was not quoted may hold a slash, a port does not.
-_USERINFO = re.compile(
-    rf"({_SCHEME})(?:[^/?#{_SPACE}]*|[^/?#:@{_SPACE}]+:(?!\d*[/?#])[^{_SPACE}]{{0,4096}}){in_url('@')}"
-)
-_SIGNED = rf"[\w.%+~-]{{1,64}}{in_url('=')}"  # one name of a query
-_QUERY = re.compile(
-    rf"({_SCHEME}[^?{_SPACE}]{{0,4096}}?)(?:{in_url('?')}|{in_url(';')}(?={_SIGNED}))[^{_SPACE}]*"
-    rf"|{in_url('?&#;')}{_SIGNED}[^{_SPACE}]*"
-)
+# By word, in which nothing is gone through again from each of its letters: no text takes longer than by its length.
+_WORD = re.compile(rf"[^{_SPACE}]+")
+# One slash, where it was taken for a path; \/ in JSON.
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}:(?:\\?/)+")
+_AT, _QUESTION = re.compile(in_url("@")), re.compile(in_url("?"))
+# Of a word up to its last @. The last one before the path ends it, or of all, where a password was not quoted: it may
+# hold a slash, a port does not.
+_USERINFO = re.compile(rf"({_SCHEME.pattern})(?:[^/?#]*{_AT.pattern}|[^/?#:@]+:(?!\d*[/?#]).*)")
+_SIGNED = re.compile(rf"{in_url('?&#;')}[\w.%+~-]{{1,64}}{in_url('=')}")
 # A short one is taken for a token where it is a word by itself: hf_models may be a directory, hf_api.py is a module.
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}|(?<![\w/.\\-])hf_[A-Za-z0-9]{6,}(?![\w/\\-]|\.\w)")
 _TOKEN_VARIABLES = {"HF_TOKEN": "hf_***", "HUGGING_FACE_HUB_TOKEN": "hf_***"} | dict.fromkeys(
@@ -57,9 +55,17 @@ def redact(text: str) -> str:
         token = os.environ.get(variable, "").strip()
         if len(token) >= _LEAST_TOKEN:
             text = text.replace(token, shown_as)
-    text = _USERINFO.sub(r"\1***@", text)
-    text = _QUERY.sub(lambda found: f"{found[1] or ''}?...", text)
-    return _TOKEN.sub("hf_***", text)
+    return _TOKEN.sub("hf_***", _WORD.sub(lambda found: _public(found[0]), text))
+
+
+def _public(word: str) -> str:
+    """A word without the user of a URL, and without a query: of a URL any, elsewhere one that names something."""
+    end = max((at.end() for at in _AT.finditer(word)), default=0)
+    word = _USERINFO.sub(r"\1***@", word[:end]) + word[end:]
+    scheme = _SCHEME.search(word)
+    queries = _SIGNED.search(word), scheme and _QUESTION.search(word, scheme.end())
+    begins = [query.start() for query in queries if query]
+    return f"{word[: min(begins)]}?..." if begins else word
 
 
 def plain(text: str) -> str:

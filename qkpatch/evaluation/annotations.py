@@ -65,8 +65,9 @@ def read_annotations(file: Path, folder: Path) -> Annotations:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         what = f"it does not say which objects are where: {error!r}"
         raise UsageError(what, where=str(file), fix=_SHAPE) from error
-    if odd := [name for name in found if not isinstance(name, str)]:
-        what = f"a picture is named by {odd[0]!r:.80}, which is no text"
+    # What begins so is the key of something else in records.
+    if odd := [name for name in found if not isinstance(name, str) or name.startswith(":")]:
+        what = f"a picture is named by {odd[0]!r:.80}, which is no text, or begins with a colon"
         raise UsageError(what, where=str(file), fix=_SHAPE)
     if not names:
         raise UsageError("it names no object", where=str(file), fix=_SHAPE)

@@ -224,7 +224,7 @@ class Store(UserDict[str, Any]):
 
 def of_parts(folder: Path, stem: str = "*") -> list[Path]:
     """The files in a folder that runs of parts have written."""
-    return sorted(folder.glob(f"{stem}{_OF_PART}*.jsonl"))
+    return sorted(folder.glob(f"{stem}{_OF_PART}{8 * '[0-9a-f]'}.jsonl"))
 
 
 def _check(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qkpatch.checkpoint.files import os_errors
+from qkpatch.checkpoint.tree import source_file
 from qkpatch.common.observer import Observer
 from qkpatch.common.typed_json import as_json
 from qkpatch.errors import NumericalError, QKPatchError, UsageError
@@ -159,5 +160,5 @@ def _check(out: Path, task: Task, limits: Limits) -> None:
         raise UsageError(f"{n} pictures are too few to search on half of them", fix="give hundreds")
     if out.suffix not in (".yaml", ".yml"):
         raise UsageError("a setting is a YAML file", where=f"-o {out}", fix="name it edit.yaml")
-    if out.is_dir() or (out.exists() and not out.read_text("utf-8", "replace").startswith(HEAD)):
+    if out.exists() and not (out.is_file() and source_file(out, out.name).read().startswith(HEAD.encode())):
         raise UsageError("it is there, and not of qkpatch tune", where=f"-o {out}", fix="name another -o")

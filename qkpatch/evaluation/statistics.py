@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -155,8 +154,10 @@ def mcnemar(base: Iterable[Any], model: Iterable[Any]) -> McNemar:
     """McNemar's exact test of what holds for either of each pair."""
     counts = Counter(zip(map(bool, base), map(bool, model), strict=True))
     only = counts[True, False], counts[False, True]
-    tail = sum(math.comb(sum(only), i) for i in range(min(only) + 1))
-    return McNemar(*only, min(1.0, 2 * tail / (1 << sum(only))))
+    n, tail, ways = sum(only), 0, 1
+    for i in range(min(only) + 1):
+        tail, ways = tail + ways, ways * (n - i) // (i + 1)  # of n pairs, i
+    return McNemar(*only, min(1.0, 2 * tail / (1 << n)))
 
 
 def resampled(n: int, replicates: int, rng: np.random.Generator, step: int = _AT_A_TIME) -> Iterator[Array]:

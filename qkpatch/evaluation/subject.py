@@ -130,7 +130,7 @@ class Subject:
         """``P(yes) / (P(yes) + P(no))`` of the first token of the answer, in all spellings of one token."""
         _, log_p, _ = self._ask(pictures, asked, 1)
         yes, no = (log_p[:, self.spellings(word)].logsumexp(-1) for word in ("yes", "no"))
-        return [float(f"{p:.7g}") for p in torch.sigmoid(yes - no).tolist()]
+        return [float(f"{p:.7g}") for p in self._finite(torch.sigmoid(yes - no)).tolist()]
 
     def spellings(self, word: str) -> list[int]:
         """The tokens that are a word by themselves, ``yes``, ``Yes``, `` YES``; none is :class:`UnsupportedError`."""
@@ -167,9 +167,7 @@ class Subject:
                 **inputs, max_new_tokens=n, do_sample=False, num_beams=1, repetition_penalty=1.0, temperature=None,
                 top_p=None, top_k=None, logits_processor=[keep], pad_token_id=tokenizer.pad_token_id,
             )  # fmt: skip
-        if first[0].isnan().any():
-            fix = "try another device, or a checkpoint in another dtype"
-            raise CheckpointError("the model computes NaN", where=self.name, fix=fix)
+        self._finite(first[0].amax(-1))
         return rows[:, inputs["input_ids"].shape[1] :], first[0], torch.stack(margins)
 
     @torch.inference_mode()
@@ -185,9 +183,15 @@ class Subject:
             row = torch.tensor([*start, *part.tolist()], device=self.model.device)
             with _memory(1):
                 log_p = self.model(input_ids=row[None]).logits[0, :-1].float().log_softmax(-1)
-            losses += (-log_p.gather(1, row[1:, None])[:, 0]).tolist()
+            losses += self._finite(-log_p.gather(1, row[1:, None])[:, 0]).tolist()
             likeliest += _likeliest(log_p)
         return losses, likeliest
+
+    def _finite(self, said: Tensor) -> Tensor:
+        if not bool(said.isfinite().all()):
+            fix = "try another device, or a checkpoint in another dtype"
+            raise CheckpointError("the model computes NaN or Inf", where=self.name, fix=fix)
+        return said
 
 
 def open_picture(path: Path) -> Any:

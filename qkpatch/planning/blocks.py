@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Annotated, Any
 
-from qkpatch.common.json_text import Json, exact
+from qkpatch.common.json_text import Json, canonical_json, exact
 from qkpatch.common.number_ranges import format_ranges
 from qkpatch.common.typed_json import LEFT_OUT, Only, as_json
 from qkpatch.errors import UsageError, one_line
@@ -28,13 +28,15 @@ def _is_time(text: str) -> bool:
 Count = Annotated[int, Only("count", lambda n: n >= 0)]
 Line = Annotated[str, Only("text of one line", lambda text: one_line(text) == text)]
 Time = Annotated[str, Only("time in UTC, to the second", _is_time)]
+# Finite numbers, and no lists in lists without end: it raises ValueError itself.
+Plain = Annotated[Json, Only("JSON that is written", canonical_json)]
 
 
 @dataclass(frozen=True)
 class Block:
     """What all blocks have: keys of other versions are kept."""
 
-    further: Mapping[str, Json] = field(default_factory=dict, kw_only=True)
+    further: Mapping[str, Plain] = field(default_factory=dict, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -160,9 +162,9 @@ class RecipeBlock(Block):
     name: str
     sha256: str
     prefix: Mapping[str, str]
-    config: Json
-    tensors: Json
-    others: Json
+    config: Plain
+    tensors: Plain
+    others: Plain
 
 
 @dataclass(frozen=True)

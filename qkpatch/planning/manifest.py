@@ -159,7 +159,7 @@ class Manifest:
     warnings: tuple[str, ...]
     run: blocks.RunBlock = field(compare=False)
     adapter: blocks.AdapterBlock | None = field(default=None, metadata=LEFT_OUT)
-    further: Mapping[str, Json] = field(default_factory=dict)  # of other versions, as in blocks
+    further: Mapping[str, blocks.Plain] = field(default_factory=dict)  # of other versions, as in blocks
 
     def __repr__(self) -> str:
         """In a line; :meth:`dumps` tells all."""
@@ -190,8 +190,6 @@ class Manifest:
             what = f"manifest schema {found!r}, this qkpatch reads {SCHEMA!r}"
             raise CheckpointError(what, where=where, fix="use the qkpatch version that wrote it")
         try:
-            # Finite numbers, and no lists in lists without end.
-            canonical_json(document)
             manifest: Manifest = from_json(cls, document)
             manifest._check()
         except (UsageError, ValueError) as error:

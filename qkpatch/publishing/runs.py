@@ -191,9 +191,11 @@ def _sample(raw: Mapping[str, Any]) -> Sample:
         x = _score(value.get("score") if isinstance(value, dict) else value)
         if x is not None and name != "doc_id":
             scores[name] = x
-        if isinstance(value, dict) and {"prediction", "ground_truth"} <= value.keys():
+        if not isinstance(value, dict):
+            continue
+        if "prediction" in value and "ground_truth" in value:
             answer = value["prediction"] == "yes", value["ground_truth"] == "yes"
-        if isinstance(value, dict) and {"answer", "pred"} <= value.keys():
+        if "answer" in value and "pred" in value:
             objects = tuple(map(str, value["pred"])), frozenset(map(str, value["answer"]))
             picture = str(value.get("image_id", picture))
     return Sample(picture, asked, scores, answer, objects)

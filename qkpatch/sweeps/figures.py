@@ -10,9 +10,10 @@ from qkpatch.common.observer import Observer
 from qkpatch.errors import NumericalError
 from qkpatch.model.targets import LayerTarget
 from qkpatch.patching.device import choose_device, computing, heads_together
-from qkpatch.patching.edit_heads import Editor, Write, head_generator, written
+from qkpatch.patching.edit_heads import Write, head_generator, written
 from qkpatch.patching.head_products import LayerWeights, Opened, open_layer
 from qkpatch.patching.threads import Crew
+from qkpatch.planning.blocks import ToolBlock
 from qkpatch.planning.manifest import HeadRecord
 from qkpatch.planning.plan import EditPlan
 from qkpatch.spectral.edit import Decomposed, HeadError, edit_query
@@ -106,16 +107,19 @@ def _of_heads(
 
 
 @dataclass(frozen=True)
-class Kept(Editor):
-    """New rows of a variant as they were kept; to be asked as an editor is."""
+class Kept:
+    """New rows of a variant as they were kept, and what made them; to be asked as an editor is."""
 
     parts: Parts
     name: str
+    tool: ToolBlock
+    stack: Mapping[str, str]
+    device: str
 
     def edited(
         self, plan: EditPlan, opened: Opened, crew: Crew, write: Write, observer: Observer
     ) -> Iterator[tuple[LayerTarget, tuple[HeadRecord, ...]]]:
-        """As :meth:`Editor.edited`."""
+        """As an editor's."""
         for target in plan.edits:
             rows, at = self.parts.kept(self.name, target), 0
             for head in plan.settings.heads:

@@ -7,13 +7,14 @@ import secrets
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
-from qkpatch.checkpoint.files import os_errors, synced, write_exact
+from qkpatch.checkpoint.files import MAX_JSON_BYTES, os_errors, synced, write_exact
 from qkpatch.checkpoint.open_directory import Rooted
-from qkpatch.common.json_text import canonical_json, load_json
+from qkpatch.common.json_text import Json, canonical_json, load_json
 from qkpatch.common.part import Part
 from qkpatch.common.typed_json import as_json, from_json
 from qkpatch.errors import QKPatchError, UsageError
 from qkpatch.model.targets import LayerTarget
+from qkpatch.planning.blocks import Line, ToolBlock
 from qkpatch.planning.manifest import HeadRecord
 from qkpatch.planning.plan import EditPlan
 from qkpatch.spectral.rule import Sums
@@ -23,6 +24,8 @@ PARTS_NAME, _AGREED = "parts", "agreed"
 Found = tuple[Sums, tuple[HeadRecord, ...]]  # of a variant, in one tensor; heads where rows are formed
 # The same as it is written, and the size of the file that was kept.
 Said = tuple[tuple[float, float, float, float, float, float, float], tuple[HeadRecord, ...], int]
+# The digest of a sweep, and what its bytes depend on besides: as an editor has it.
+Maker = tuple[Line, ToolBlock, Mapping[str, Line], Line]
 
 
 class Parts:
@@ -37,10 +40,10 @@ class Parts:
         root: Rooted,
         targets: tuple[LayerTarget, ...],
         edits: Mapping[str, EditPlan],
+        maker: Maker,
         part: Part | None = None,
-        agreed: str = "",
     ) -> None:
-        """``agreed`` is a digest of what all runs must have in common.
+        """``maker`` is what all that add to it must have in common.
 
         Raises:
             UsageError: what is there has another.
@@ -54,8 +57,6 @@ class Parts:
         self._root, self._found = root, dict[LayerTarget, dict[str, Found]]()
         self._folder = Rooted(root.path / PARTS_NAME, within=root, name=PARTS_NAME)
         self._place = {target: i for i, target in enumerate(targets)}
-        if edits:
-            self._agree(agreed.encode())
         wanted = {t: {name for name, edit in edits.items() if t in edit.edits} for t in targets}
         for target, i in self._place.items():
             if (found := self._whole(i)) is not None and wanted[target] <= found.keys():
@@ -67,28 +68,36 @@ class Parts:
         if part is None:
             done = {_AGREED, *(str(self._place[target]) for target in self._found)}
             self._remove(name for name in self._folder.names() if name.partition(".")[0] not in done)
+        self.maker = self._agreed(maker) if edits else maker
 
-    def _agree(self, ours: bytes) -> None:
-        """Whoever comes first says it, whole; others find it."""
+    def _agreed(self, maker: Maker) -> Maker:
+        """Who makes all that is kept: whoever comes first says it, whole, and others find it.
+
+        A run of the whole to which nothing is left to add takes their word, if they are of its sweep.
+        """
         if self._folder.status(_AGREED) is None:
+            ours = canonical_json(as_json(maker)).encode()
             with suppress(UsageError):  # somebody was faster
                 self._folder.create(_AGREED, lambda file: write_exact(file.fd, ours, 0, file.where))
-        with self._folder.reading(_AGREED) as opened:
-            theirs = bytes(opened.read(opened.size, 0))
-        if theirs != ours:
-            self._folder.close()
-            what = (
-                "its parts are of another grid, or of machines with another CPU, card, BLAS, torch or qkpatch"
-            )
-            fix = f"use machines of one kind, or choose another -o; to look at all layers anew, remove {PARTS_NAME}"
-            raise UsageError(what, where=str(self._root.path), fix=fix)
+        with suppress(QKPatchError, ValueError):
+            made: Maker = from_json(Maker, self._json(_AGREED))
+            if made == maker or (made[0] == maker[0] and self._part is None and not self.missing):
+                return made
+        self._folder.close()
+        what = "its parts are of another grid, or of machines with another CPU, card, BLAS, torch or qkpatch"
+        fix = (
+            f"use machines of one kind, or choose another -o; to look at all layers anew, remove {PARTS_NAME}"
+        )
+        raise UsageError(what, where=str(self._root.path), fix=fix)
+
+    def _json(self, name: str) -> Json:
+        with self._folder.reading(name) as opened:
+            return load_json(opened.whole(4 * MAX_JSON_BYTES), opened.where)
 
     def _whole(self, i: int) -> dict[str, Found] | None:
         """What an earlier run found of a tensor, with all that was kept of it; None where anything is missing."""
         try:
-            with self._folder.reading(f"{i}.json") as opened:
-                document = load_json(bytes(opened.read(opened.size, 0)), opened.where)
-            said: dict[str, Said] = from_json(Mapping[str, Said], document)
+            said: dict[str, Said] = from_json(Mapping[str, Said], self._json(f"{i}.json"))
         except (QKPatchError, ValueError):
             return None
         is_whole = all(self._size(f"{i}.{name}") == size for name, (_, _, size) in said.items())
@@ -98,8 +107,8 @@ class Parts:
         return 0 if (status := self._folder.status(file)) is None else status.st_size
 
     def _remove(self, names: Iterable[str]) -> None:
-        # First what says that a tensor is done, last who made it all: a kill leaves nothing that is wrongly believed.
-        for name in sorted(names, key=lambda name: (name == _AGREED, not name.endswith(".json"))):
+        # First what says that a tensor is done: a kill between the two leaves nothing that is believed.
+        for name in sorted(names, key=lambda name: not name.endswith(".json")):
             self._folder.discard(name)
 
     def __enter__(self) -> Parts:

@@ -42,7 +42,7 @@ from qkpatch.planning.request import Request, check_device_name, member
 from qkpatch.spectral.rule import Select
 from qkpatch.sweeps.evaluation import FILES, evaluation
 from qkpatch.sweeps.grid import Form, read_grid
-from qkpatch.sweeps.parts import PARTS_NAME, Parts
+from qkpatch.sweeps.parts import PARTS_NAME, Maker, Parts
 from qkpatch.sweeps.record import SWEEP_NAME, Sweep, VariantRecord
 from qkpatch.sweeps.report import REPORT_NAME, report
 
@@ -110,14 +110,14 @@ def sweep(
         replaced = {name: _replaced(out, name, plan, planned.form) for name, plan in left.items()}
         if mine is None or root.status(SWEEP_NAME) is None:
             save()
-        with Parts(root, reading.edits, left, mine, _agreed(planned, device)) as parts:
-            if mine is None:
-                for name, text in evaluation(reading, requests).items():
-                    root.replace(name, text.encode())
+        if mine is None:
+            for name, text in evaluation(reading, requests).items():
+                root.replace(name, text.encode())
+        maker = _maker(planned, device)
+        with Parts(root, reading.edits, left, maker, mine) as parts:
             rest = replace(reading, edits=parts.missing)
             observer.begins("look", 0, len(rest.edits) * len(reading.settings.heads))
             from qkpatch.adapters.factors import unpacked
-            from qkpatch.patching.device import choose_device
             from qkpatch.sweeps.figures import Kept, figures
 
             each = figures(rest, left, planned.form, parts.keep, device, n_threads, observer)
@@ -137,7 +137,7 @@ def sweep(
                     made = write_adapter(out / name, checkpoint, record, Runtime.peft, layers, replaced[name])
                     files = {f"{name}/{file.name}": file.sha256 for file in made.files}
                 elif planned.form is Form.patch:
-                    editor = Kept(choose_device(device), parts, name)
+                    editor = Kept(parts, name, *parts.maker[1:])
                     patch = out / PARTS_NAME / f"{name}.qkpatch"
                     make_patch(plan, patch, device=device, editor=editor)
                     parts.publish(patch.name)
@@ -207,14 +207,12 @@ def _digest(plan: EditPlan, form: Form, variants: Iterable[VariantRecord]) -> st
     return hashlib.sha256(canonical_json(said).encode()).hexdigest()
 
 
-def _agreed(planned: Sweep, device: str) -> str:
-    """A digest of the sweep, and of what its bytes depend on besides: what all its runs have in common."""
+def _maker(planned: Sweep, device: str) -> Maker:
     import_torch()
     from qkpatch.patching.edit_heads import Editor
 
     editor = Editor.on(device)
-    said = [planned.digest, as_json(editor.tool), editor.stack, str(editor.device)]
-    return hashlib.sha256(canonical_json(said).encode()).hexdigest()[:16]
+    return planned.digest, editor.tool, editor.stack, str(editor.device)
 
 
 def _standing(root: Rooted, planned: Sweep, plan: EditPlan, *, is_shared: bool) -> dict[str, VariantRecord]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,7 @@ def test_cocos_instances_and_lines_say_the_same(indent: int | None, tmp_path: Pa
         ('{"image": "a.jpg", "objects": [3]}', "which objects"),
         ('{"image": "a.jpg", "objects": [" "]}', "without a name"),
         ('{"image": ["a.jpg"], "objects": ["cup"]}', "which objects"),
+        ('{"image": ":text", "objects": ["cup"]}', "begins with a colon"),
         ('{"image": "a.jpg", "objects": ["cup"]}\n{"image": "a.jpg", "objects": ["cup"]}', "second time"),
         ('{"image": "z.jpg", "objects": ["cup"]}', "other pictures: it names z.jpg"),
         ('{"image": "../secret.jpg", "objects": ["cup"]}', "other pictures"),
@@ -256,6 +258,9 @@ def test_mcnemars_exact_test() -> None:
     assert mcnemar(a, b) == McNemar(10, 2, 0.03857421875)
     assert mcnemar(a, a) == McNemar(0, 0, 1.0)
     assert mcnemar([True] * 5000, [False] * 5000).p == pytest.approx(0, abs=1e-300)
+    begun = time.process_time()
+    assert mcnemar([True, False] * 20_000, [False, True] * 20_000) == McNemar(20_000, 20_000, 1.0)
+    assert time.process_time() - begun < 3
 
 
 def test_a_setting_on_the_curve_is_no_better_than_it() -> None:

@@ -480,12 +480,17 @@ def test_memory_that_runs_out_is_told_with_a_smaller_batch(
     )
 
 
-def test_a_model_that_computes_nan_is_told_so(run: Run, album: Path, tmp_path: Path) -> None:
-    toy = _toy(tmp_path)
+@pytest.mark.parametrize("of", ["all", "a word of the text"])
+def test_a_model_that_computes_nan_is_told_so(of: str, run: Run, album: Path, tmp_path: Path) -> None:
+    toy, text = _toy(tmp_path), tmp_path / "text.txt"
+    text.write_text("count count count")  # which no picture is told by
     tensors = load_file(toy / "model.safetensors")
-    tensors["language_model.model.norm.weight"].fill_(float("nan"))
+    if of == "all":
+        tensors["language_model.model.norm.weight"].fill_(float("nan"))
+    else:
+        tensors["language_model.model.embed_tokens.weight"][9].fill_(float("nan"))
     save_file(tensors, toy / "model.safetensors", {"format": "pt"})
-    result = run("evaluate", toy, *given(album, "--sample", 4))
+    result = run("evaluate", toy, *given(album, "--sample", 4, "--text", text))
     assert result.exit_code == 3, result.output
     assert "computes NaN" in result.output
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from importlib import resources
@@ -223,7 +224,8 @@ def test_what_cannot_be_searched_is_refused_before_anything_is_written(
 
 def test_other_files_are_not_written_over(run: Run, album: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("layers: 3\n")
-    for out in (tmp_path / "mine.yaml", tmp_path / "edit.txt", tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")  # which would be waited for
+    for out in (tmp_path / "mine.yaml", tmp_path / "edit.txt", tmp_path / "pipe.yaml", tmp_path):
         result = run("tune", *given(album, out))
         assert result.exit_code == 2, result.output
     assert (tmp_path / "mine.yaml").read_text() == "layers: 3\n"

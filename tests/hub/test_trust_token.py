@@ -310,6 +310,7 @@ SAID = {
     "%3Dabc": "GET /f%26sig%3Dabc",
     ";sig": "https://cdn/f;sig=abc/g",
     "abc": "two: http://a/?x=abc http://b/?y=abc",
+    "&sig=": "https://cdn/f&sig=abc?x",
 }  # fmt: skip
 KEPT = [
     "huggingface_hub/hf_api.py, hf_hub_download, hf_xet", "/data/hf_models/tiny", "hf_models/tiny",

@@ -152,7 +152,9 @@ LINEAR: dict[str, tuple[Callable[[int], bytes], int, Callable[[bytes], object]]]
     "YAML lists": (lambda n: b"[" + b"[]," * n + b"]", 10_000, yaml),
     "YAML keys": (lambda n: b"".join(b"k%d: 1\n" % i for i in range(n)), 5_000, yaml),
     "tensors": (tensors, 20_000, header),
-    "text with schemes": (lambda n: b"a://b:c" * n, 5_000, redacted),
+    "text with schemes": (lambda n: b"@" + b"a://b:c" * n, 1_000, redacted),
+    "text with many schemes": (lambda n: b"@" + b"a://b:c" * n + b" ?" + b"a:/b" * n, 20_000, redacted),
+    "text with escapes": (lambda n: b"%26a" * n + b" a://" + b"%25" * n, 20_000, redacted),
     "text with letters": (lambda n: b"a" * n, 100_000, redacted),
     "text with dots": (lambda n: b"." * n, 200_000, redacted),
     "text with questions": (lambda n: b"a://?" * n, 20_000, redacted),
@@ -189,10 +191,7 @@ def seconds(read: Callable[[bytes], object], raw: bytes, enough: float = 0.0) ->
     return min(took)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.long if name == "text with schemes" else ()) for name in LINEAR],
-)
+@pytest.mark.parametrize("name", LINEAR)
 def test_four_times_as_much_takes_four_times_as_long(name: str) -> None:
     make, n, read = LINEAR[name]
     most = 9 * max(seconds(read, make(n // 4)), 0.01)  # 16 if it were quadratic

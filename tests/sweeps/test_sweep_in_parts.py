@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import threading
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from qkpatch.checkpoint.files import FileId
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.errors import QKPatchError, UsageError
 from qkpatch.patching.edit_heads import Editor
+from qkpatch.planning.patch_file import read_patch
 
 GRID: dict[str, Any] = {
     "layers": ["0-2", 1], "modes": [2], "channel": ["full", "symmetric"], "select": ["dominant", "shrink"],
@@ -47,6 +49,45 @@ def test_parts_in_any_order_give_what_one_machine_writes(form: str, tiny: Tiny, 
     assert seen_by(tiny.path, out, form=form) == 0
     assert files(out) == files(whole)
     assert qkpatch.sweep(tiny.path, GRID, out, form=form, part=(1, 4)).already_done
+
+
+def test_a_patch_names_the_machine_that_made_its_rows_wherever_it_is_joined(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sweep(out: str, **how: Any) -> None:
+        qkpatch.sweep(tiny.path, {"modes": [1], "layers": ["0-1"]}, tmp_path / out, form="patch", **how)
+
+    elsewhere = {"torch": "1", "blas": "another", "cpu": "another"}
+    with monkeypatch.context() as patched:
+        patched.setattr(Editor, "stack", elsewhere)
+        sweep("whole", part=(1, 2)), sweep("whole", part=(2, 2)), sweep("half", part=(1, 2))
+    sweep("whole")
+    (made,) = (tmp_path / "whole").glob("*.qkpatch")
+    assert read_patch(made).manifest.run.stack == elsewhere
+    with pytest.raises(UsageError, match="another CPU"):  # half of its rows would be this one's
+        sweep("half")
+    mark = next((tmp_path / "half" / "parts").glob("agreed.*"))
+    for said in (b"", b"[]", mark.read_bytes().replace(b'"another"', b"1")):
+        mark.write_bytes(said)
+        with pytest.raises(UsageError, match="another CPU"):
+            sweep("half")
+
+
+@pytest.mark.parametrize("form", ["lora", "patch"])
+def test_what_a_part_left_and_is_damaged_is_made_anew(form: str, tiny: Tiny, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "sweep"
+    qkpatch.sweep(tiny.path, GRID, whole, form=form)
+    qkpatch.sweep(tiny.path, GRID, out, form=form, part=(1, 1))
+    for i, damage in enumerate(
+        ({0: [float("nan")] * 7}, {0: [0.5] * 6}, {2: 10**9})
+    ):  # sums, and the size of a file
+        file = out / "parts" / f"{i}.json"
+        (name, one), *others = json.loads(file.read_bytes()).items()
+        file.write_text(
+            json.dumps({name: list(({**dict(enumerate(one)), **damage}).values()), **dict(others)})
+        )
+    assert seen_by(tiny.path, out, form=form) == 3 * tiny.n_heads
+    assert files(out) == files(whole)
 
 
 def test_a_part_that_was_killed_goes_on_and_a_missing_one_is_made_up_for(tiny: Tiny, tmp_path: Path) -> None:
