@@ -110,11 +110,10 @@ def sweep(
         replaced = {name: _replaced(out, name, plan, planned.form) for name, plan in left.items()}
         if mine is None or root.status(SWEEP_NAME) is None:
             save()
-        if mine is None:
-            for name, text in evaluation(reading, requests).items():
-                root.replace(name, text.encode())
-        maker = _maker(planned, device)
-        with Parts(root, reading.edits, left, maker, mine) as parts:
+        with Parts(root, reading.edits, left, _maker(planned, device), mine) as parts:
+            if mine is None:
+                for name, text in evaluation(reading, requests).items():
+                    root.replace(name, text.encode())
             rest = replace(reading, edits=parts.missing)
             observer.begins("look", 0, len(rest.edits) * len(reading.settings.heads))
             from qkpatch.adapters.factors import unpacked
