@@ -47,7 +47,9 @@ class _Bars:
             self._progress.remove_task(task)
         add = self._progress.add_task
         self._bytes = add(f"{what} {size_text(n_bytes)}", total=n_bytes, visible=n_bytes > 0, unit="B")
-        self._heads = add(f"{n_heads} {of}", total=n_heads, visible=n_heads > 0, unit=of)
+        self._heads = add(
+            f"{n_heads} {of if n_heads != 1 else of[:-1]}", total=n_heads, visible=n_heads > 0, unit=of
+        )
         if n_bytes or n_heads:
             self._progress.start()
         else:

@@ -70,7 +70,7 @@ def recorded(present: Present) -> Manifest:
         raise half_written(present.address)
     if MANIFEST_NAME not in present.files:
         odd = present.odd.get(MANIFEST_NAME)
-        nothing = f"there is no {MANIFEST_NAME}, so nothing says what should differ"
+        nothing = f"there is no {MANIFEST_NAME}, so nothing says what was edited"
         raise CheckpointError(
             f"{MANIFEST_NAME} {odd}" if odd else nothing,
             where=present.address,

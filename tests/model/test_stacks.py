@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from time import monotonic
+from time import monotonic, process_time
 from typing import Any, ClassVar
 
 import pytest
@@ -510,7 +510,7 @@ def test_a_mixture_of_a_hundred_thousand_tensors_takes_seconds(tmp_path: Path) -
         f"vlm.model.layers.{n}.mlp.experts.{e}.up.weight": (1,) for n in range(3) for e in range(10_000)
     }
     source = write(tmp_path / "m", stack() | experts)
-    began = monotonic()
+    began = process_time()
     assert "--recipe qwen3" in (refused(source).fix or "")
     assert monotonic() - began < 20
 
@@ -526,6 +526,6 @@ def test_a_mixture_of_a_hundred_thousand_tensors_takes_seconds(tmp_path: Path) -
 def test_what_no_checkpoint_has_takes_no_time(shapes: Shapes, tmp_path: Path) -> None:
     source = write(tmp_path / "m", shapes)
     for edit in ({}, {"recipe": "llama"}):
-        began = monotonic()
+        began = process_time()
         refused(source, **edit)
-        assert monotonic() - began < 5
+        assert process_time() - began < 5

@@ -267,6 +267,7 @@ class TestACard:
         """``--device cuda`` is a pretended one, three heads at a time; what runs on it."""
         calls: Counter[str] = Counter()
         monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
         for module in (device, editing):
             monkeypatch.setattr(
