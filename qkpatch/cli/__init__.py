@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import traceback
 from contextlib import suppress
@@ -56,6 +57,8 @@ for _command in (
 def main() -> NoReturn:
     """Entry point of the ``qkpatch`` command: what no command expects ends here, with its traceback and a code."""
     prepare_streams()
+    # Hundreds of thousands of objects come with torch and stay; looking through them takes a twelfth of a short run.
+    gc.set_threshold(50_000, 20, 100)
     try:
         app(prog_name="qkpatch")  # as completion knows it, also of `python -m qkpatch`
     except OSError:  # of what the library prints itself, such as --help, to a device that is full
