@@ -39,7 +39,8 @@ def hub_errors(where: str) -> Iterator[None]:
             raise HubError(refusal.what, where=where, fix=refusal.fix) from error
         if isinstance(error, HFValidationError):
             raise HubError(f"not a name that the Hub allows: {error}", where=where, fix="check it") from error
-        if isinstance(error, QKPatchError | MemoryError) or not is_theirs(error):
+        # A name that is not found is ours to raise: it is looked up before the library asks.
+        if isinstance(error, QKPatchError | MemoryError) or not (is_out_of_reach(error) or is_theirs(error)):
             raise
         raise _explained(error, where) from error
 

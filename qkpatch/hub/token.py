@@ -75,14 +75,13 @@ def _check_request(request: Any) -> None:
     if not _is_ours(request):
         return
     limit_request(request)
+    if not _is_home(request.url):
+        # The Hub's own, which a part of its domain may see; no redirect needs it.
+        request.headers.pop("cookie", None)
+        if "authorization" in request.headers:
+            raise _refusal(str(request.url))
     for host in _hosts(request.url) if is_own_process() else ():
         _look_up(host)
-    if _is_home(request.url):
-        return
-    # The Hub's own, which a part of its domain may see; no redirect needs it.
-    request.headers.pop("cookie", None)
-    if "authorization" in request.headers:
-        raise _refusal(str(request.url))
 
 
 def _hosts(url: Any) -> list[str]:
