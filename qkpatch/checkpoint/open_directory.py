@@ -148,9 +148,8 @@ class Rooted:
             except OSError as error:
                 if error.errno not in {*CANNOT, errno.EISDIR, errno.ENOENT}:
                     raise
-                temporary = (
-                    f"{name}.{secrets.token_hex(4)}"  # no number that a process of another machine has
-                )
+                # No number of a process: one on another machine may have the same.
+                temporary = f"{name}.{secrets.token_hex(4)}"
                 fd = self.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             try:
                 content(LocalOpenFile(fd, str(where)))

@@ -80,8 +80,8 @@ def _explained(error: Exception, where: str) -> HubError:
         what = f"the Hub cannot copy the base repository's files: {said}"
         fix = "are both repositories in one storage region? If not, send everything: hf upload"
     elif isinstance(error, errors.HfHubHTTPError):
-        is_ours = 400 <= (_status(error) or 500) < 500
-        fix = "check the name, and HF_ENDPOINT: is that a Hub?" if is_ours else "try again later"
+        is_refusal = 400 <= (_status(error) or 500) < 500
+        fix = "check the name, and HF_ENDPOINT: is that a Hub?" if is_refusal else "try again later"
         what = f"the Hub answered: {said}"
     elif isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
         return _explained(error.__cause__, where)  # how the library says that one of its threads failed

@@ -73,9 +73,8 @@ def is_passing(error: Exception) -> bool:
 
 def explained(error: Exception, where: str) -> StoreError:
     """The same failure, with what to do about it."""
-    said = " ".join(
-        redact(str(error).partition("RequestId:")[0]).split()
-    )  # what Azure adds is for its support
+    # What Azure adds from there on is for its support.
+    said = " ".join(redact(str(error).partition("RequestId:")[0]).split())
     if says(error, _SKEWED):
         what = "the store finds the time of this machine wrong"
         fix = "set the clock: stores refuse old signatures"

@@ -28,16 +28,8 @@ def google() -> Iterator[dict[str, str]]:
         pytest.skip("fake-gcs-server is not at hand: `make test-stores` brings it")
     url = f"http://127.0.0.1:{(port := _free_port())}"
     command = [
-        binaries[0],
-        "-backend",
-        "memory",
-        "-log-level",
-        "error",
-        "-scheme",
-        "http",
-        "-host",
-        "127.0.0.1",
-    ]
+        binaries[0], "-backend", "memory", "-log-level", "error", "-scheme", "http", "-host", "127.0.0.1",
+    ]  # fmt: skip
     with _running([*command, "-port", port, "-public-host", url[7:], "-external-url", url], port, {}):
         yield {"STORAGE_EMULATOR_HOST": url}
 
