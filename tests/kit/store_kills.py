@@ -51,7 +51,9 @@ def main() -> None:
     import qkpatch.patching.edit_heads
     import qkpatch.stores.remote
     import qkpatch.uploads.apply  # noqa: F401
+    from qkpatch.recipes import catalogue
 
+    catalogue.shipped_recipes()  # what is parsed here, no fork has to
     torch.set_num_threads(1)
     for line in sys.stdin:
         reader, writer = os.pipe()
