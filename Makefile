@@ -107,8 +107,8 @@ STRESS ?=
 
 stress: $(STAMP)  ## attacks at the borders, then kills, faults and races, ROUNDS times those of `make test`; 50 take an hour
 	$(BIN)/python -m pytest -n $(WORKERS) -m stress $(STRESS) || test $$? -eq 5  # none selected
-	QKPATCH_ROUNDS=$(ROUNDS) QKPATCH_SEED=$(SEED) $(BIN)/python -m pytest -m 'not stress' tests/promises/test_kills.py \
-	    tests/promises/test_faults.py tests/promises/test_races.py $(STRESS)
+	QKPATCH_ROUNDS=$(ROUNDS) QKPATCH_SEED=$(SEED) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not stress' \
+	    tests/promises/test_kills.py tests/promises/test_faults.py tests/promises/test_races.py $(STRESS)
 
 # The clients of Google's and Azure's stores, and what stands for these here; Azure's takes npm.
 STORES      := .cache/stores

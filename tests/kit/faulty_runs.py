@@ -1,7 +1,8 @@
 """Runs of `apply` that are harmed: the driver that forks them, their checkpoint, the moments, what is left of them.
 
 Moments and faults are drawn by chance, from a fixed seed: `make stress` draws more of them, ROUNDS times as many (50),
-from another seed with SEED. Full disks and other file systems are loop devices, for which one must be root.
+from other seeds with SEED; five rounds are a test. Full disks and other file systems are loop devices, for which one
+must be root.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ import torch
 from commands import last_said
 from conftest import REPO, build_tiny
 
-ROUNDS = int(os.environ.get("QKPATCH_ROUNDS", "1"))
+_ROUNDS = int(os.environ.get("QKPATCH_ROUNDS", "1"))
+ROUNDS = min(_ROUNDS, 5)  # of a test
 SEED = int(os.environ.get("QKPATCH_SEED", "1"))
 EDIT = ("--layers", "0-3", "--threads", "3", "--quiet")
 KILL, INT, TERM, HUP = signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP
@@ -97,6 +99,12 @@ def started() -> Driver:
     atexit.register(process.wait)
     atexit.register(process.stdin.close)  # type: ignore[union-attr]
     return Driver(process, has_shim=has_shim)
+
+
+@pytest.fixture(params=range(-(-_ROUNDS // ROUNDS)))
+def chance(request: pytest.FixtureRequest) -> random.Random:
+    """Each test's own."""
+    return random.Random(f"{SEED} {request.node.name}")
 
 
 @pytest.fixture(scope="module")

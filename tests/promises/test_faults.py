@@ -25,6 +25,7 @@ from faulty_runs import (
     Contents,
     Driver,
     End,
+    chance,
     clear,
     commit,
     disk,
@@ -83,9 +84,8 @@ FULL = os.strerror(errno.ENOSPC)
 
 @pytest.mark.long
 def test_a_disk_that_is_full_at_any_byte_is_told_and_nothing_is_left(
-    driver: Driver, source: Path, plain: Contents
+    driver: Driver, source: Path, plain: Contents, chance: random.Random
 ) -> None:
-    chance = random.Random(SEED)
     needed = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
     refused = 0
     # Room for everything but the journal, the digests or the manifest is what lies around what is needed.
@@ -125,9 +125,8 @@ def chance_of(number: int) -> str:
 
 @pytest.mark.long
 def test_a_limit_of_file_sizes_is_told_and_nothing_is_left(
-    driver: Driver, source: Path, folder: Path, plain: Contents
+    driver: Driver, source: Path, folder: Path, plain: Contents, chance: random.Random
 ) -> None:
-    chance = random.Random(SEED)
     limits = [1, 100, (1 << 20) - 1]
     limits += [chance.randrange(1, 1 << 20) for _ in range(2 * ROUNDS)]
     for limit in limits:
@@ -161,9 +160,9 @@ CALLS = ["pread", "preadv", "pwrite", "write", "copy_file_range", "fsync", "rena
 
 
 def test_interrupted_calls_and_short_counts_change_nothing(
-    faulty: Driver, source: Path, folder: Path, plain: Contents
+    faulty: Driver, source: Path, folder: Path, plain: Contents, chance: random.Random
 ) -> None:
-    chance, out = random.Random(SEED), folder / "out"
+    out = folder / "out"
     for _ in range(2 * ROUNDS):
         clear(folder)
         calls = "pread,preadv,pwrite,copy_file_range,sendfile,fsync"
@@ -177,9 +176,9 @@ def test_interrupted_calls_and_short_counts_change_nothing(
 
 
 def test_a_journal_that_is_written_in_part_only_harms_no_later_run(
-    faulty: Driver, source: Path, folder: Path, plain: Contents
+    faulty: Driver, source: Path, folder: Path, plain: Contents, chance: random.Random
 ) -> None:
-    chance, out = random.Random(SEED), folder / "out"
+    out = folder / "out"
     for _ in range(ROUNDS):
         clear(folder)
         for _ in range(2):
@@ -197,9 +196,15 @@ def test_a_journal_that_is_written_in_part_only_harms_no_later_run(
 @pytest.mark.long
 @pytest.mark.parametrize("side", ["SOURCE", "OUT"])
 def test_errors_of_the_disk_at_any_call_are_told_as_themselves(
-    side: str, faulty: Driver, source: Path, folder: Path, plain: Contents, earlier: Contents
+    side: str,
+    faulty: Driver,
+    source: Path,
+    folder: Path,
+    plain: Contents,
+    earlier: Contents,
+    chance: random.Random,
 ) -> None:
-    chance, out = random.Random(SEED), folder / "out"
+    out = folder / "out"
     before, told = state(source), 0
     for number in range(6 * ROUNDS):
         clear(folder)

@@ -28,12 +28,12 @@ from faulty_runs import (
     PHASES,
     PROVABLE,
     ROUNDS,
-    SEED,
     TERM,
     WAYS,
     Contents,
     Driver,
     Pace,
+    chance,
     clear,
     driver,
     earlier,
@@ -52,10 +52,16 @@ from faulty_runs import (
 
 
 def test_killed_at_any_moment_out_is_whole_or_absent_and_any_next_run_gives_the_same(
-    driver: Driver, source: Path, folder: Path, pace: Pace, plain: Contents, earlier: Contents
+    driver: Driver,
+    source: Path,
+    folder: Path,
+    pace: Pace,
+    plain: Contents,
+    earlier: Contents,
+    chance: random.Random,
 ) -> None:
     """Up to three kills in a row, then a run that is left alone; each with or without `--resume`."""
-    chance, out = random.Random(SEED), folder / "out"
+    out = folder / "out"
     before, killed, resumed = state(source), 0, 0
     for _ in range(7 * ROUNDS):
         clear(folder)
@@ -194,7 +200,7 @@ def test_a_link_that_someone_wrote_through_is_no_longer_qkpatchs(
 
 @pytest.mark.long
 def test_a_reader_of_an_output_that_is_overwritten_never_misses_it(
-    driver: Driver, source: Path, folder: Path
+    driver: Driver, source: Path, folder: Path, chance: random.Random
 ) -> None:
     out = folder / "out"
     assert driver.apply(source, out).code == 0
@@ -215,8 +221,8 @@ def test_a_reader_of_an_output_that_is_overwritten_never_misses_it(
     reader = threading.Thread(target=look)
     reader.start()
     try:
-        for number in range(3 * ROUNDS):
-            assert driver.apply(source, out, "--overwrite", "--alpha", str(number % 2 / 2)).code == 0
+        for _ in range(3 * ROUNDS):
+            assert driver.apply(source, out, "--overwrite", "--alpha", chance.choice(("0", "0.5"))).code == 0
     finally:
         done.set()
         reader.join()
@@ -229,9 +235,9 @@ def test_a_reader_of_an_output_that_is_overwritten_never_misses_it(
 
 @pytest.mark.long
 def test_signals_at_any_moment_clear_up_even_when_they_come_twice(
-    driver: Driver, source: Path, folder: Path, pace: Pace, plain: Contents
+    driver: Driver, source: Path, folder: Path, pace: Pace, plain: Contents, chance: random.Random
 ) -> None:
-    chance, out = random.Random(SEED), folder / "out"
+    out = folder / "out"
     stopped = 0
     for _ in range(8 * ROUNDS):
         clear(folder)
@@ -277,10 +283,10 @@ def test_signals_at_any_moment_clear_up_even_when_they_come_twice(
 
 @pytest.mark.long
 def test_on_a_terminal_more_of_ctrl_c_does_not_cut_the_clearing_up_short(
-    folder: Path, tmp_path: Path
+    folder: Path, tmp_path: Path, chance: random.Random
 ) -> None:
     """There, a thread draws the progress: one that takes signals which the main thread blocks."""
-    source, chance = tmp_path / "source", random.Random(SEED)
+    source = tmp_path / "source"
     build_tiny(source, n_layers=4, n_heads=16, n_kv_heads=4, d_head=16, d_model=128)
     for number in range(300):
         (source / f"file-{number}").write_bytes(bytes(2000))
@@ -312,10 +318,10 @@ def test_on_a_terminal_more_of_ctrl_c_does_not_cut_the_clearing_up_short(
 
 @pytest.mark.long
 def test_a_signal_at_any_instruction_of_the_engine_clears_up(
-    driver: Driver, folder: Path, tmp_path: Path
+    driver: Driver, folder: Path, tmp_path: Path, chance: random.Random
 ) -> None:
     """Also where contexts are entered and left, between one that is open and the one that will close it."""
-    source, out, chance = tmp_path / "source", folder / "out", random.Random(SEED)
+    source, out = tmp_path / "source", folder / "out"
     build_tiny(source, n_layers=2, n_heads=2)
     flags = ("--layers", "0-1", "--threads", "2", "--quiet")
     new, old = (undisturbed_at(driver, source, *flags, *more) for more in ((), ("--alpha", "0")))

@@ -22,11 +22,11 @@ from faulty_runs import (
     KILL,
     PHASES,
     ROUNDS,
-    SEED,
     WAYS,
     Contents,
     Driver,
     Pace,
+    chance,
     clear,
     disk,
     driver,
@@ -51,9 +51,9 @@ from safetensors.torch import load_file, save_file
 
 @pytest.mark.long
 def test_of_runs_for_one_out_one_wins_and_the_others_say_so(
-    driver: Driver, source: Path, folder: Path, pace: Pace, plain: Contents
+    driver: Driver, source: Path, folder: Path, pace: Pace, plain: Contents, chance: random.Random
 ) -> None:
-    chance, out = random.Random(SEED), folder / "out"
+    out = folder / "out"
     for _ in range(3 * ROUNDS):
         clear(folder)
         if chance.random() < 0.5:
@@ -76,9 +76,9 @@ def test_of_runs_for_one_out_one_wins_and_the_others_say_so(
 
 @pytest.mark.long
 def test_of_runs_that_overwrite_each_leaves_a_whole_output(
-    driver: Driver, source: Path, folder: Path, plain: Contents, earlier: Contents
+    driver: Driver, source: Path, folder: Path, plain: Contents, earlier: Contents, chance: random.Random
 ) -> None:
-    chance, out = random.Random(SEED), folder / "out"
+    out = folder / "out"
     for _ in range(2 * ROUNDS):
         clear(folder)
         assert driver.apply(source, out, "--alpha", "0").code == 0
@@ -98,9 +98,16 @@ def test_of_runs_that_overwrite_each_leaves_a_whole_output(
 
 @pytest.mark.parametrize("change", ["replaced", "truncated", "grown", "touched", "written to", "removed"])
 def test_a_source_that_changes_at_any_moment_is_an_error_or_was_read_before(
-    change: str, driver: Driver, source: Path, folder: Path, tmp_path: Path, plain: Contents, pace: Pace
+    change: str,
+    driver: Driver,
+    source: Path,
+    folder: Path,
+    tmp_path: Path,
+    plain: Contents,
+    pace: Pace,
+    chance: random.Random,
 ) -> None:
-    chance, out, victim = random.Random(f"{SEED}{change}"), folder / "out", tmp_path / "source"
+    out, victim = folder / "out", tmp_path / "source"
     refused = 0
     for _ in range(2 * ROUNDS):
         clear(folder)
@@ -129,9 +136,9 @@ def test_a_source_that_changes_at_any_moment_is_an_error_or_was_read_before(
 
 @pytest.mark.parametrize("threads", [1, 5])
 def test_a_failure_in_one_thread_is_told_as_itself(
-    threads: int, faulty: Driver, source: Path, folder: Path, tmp_path: Path
+    threads: int, faulty: Driver, source: Path, folder: Path, tmp_path: Path, chance: random.Random
 ) -> None:
-    chance, broken = random.Random(SEED), tmp_path / "source"
+    broken = tmp_path / "source"
     shutil.copytree(source, broken)
     shard = broken / "model-00002-of-00002.safetensors"
     tensors = load_file(shard)
