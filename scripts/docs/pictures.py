@@ -19,7 +19,7 @@ REPO = Path(__file__).resolve().parent.parent.parent
 SOURCE = REPO / ".cache" / "fixtures" / "smollm2-135m"
 EDIT = ("--layers", "10-19", "--modes", "4", "--alpha", "0.5")
 # Name, what is looked at besides, and the window in pixels.
-PICTURES = {"spectra": ((), (1180, 1060)), "against": (("--against", "edited"), (1180, 812))}
+PICTURES = {"spectra": ((), (1180, 1115)), "against": (("--against", "edited"), (1180, 870))}
 MOST = 150_000  # bytes of a picture
 
 

@@ -39,12 +39,12 @@ def _chromium(page: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
 
 
-def drive(page: Path, script: str) -> dict[str, Any]:
+def drive(page: Path, script: str, width: int = 1200) -> dict[str, Any]:
     """What ``script`` puts into ``found``; with it ``errors`` of the page and of its console."""
     text = page.read_text("utf-8").replace("<head>", f"<head>{_FIND}", 1)
     driven = page.with_name(f"driven-{page.name}")
     driven.write_text(text.replace("</body>", _TELL % script, 1), "utf-8")
-    done = _chromium(driven, "--window-size=1200,900", "--dump-dom")
+    done = _chromium(driven, f"--window-size={width},900", "--dump-dom")
     told = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.S)
     assert told, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(html.unescape(told[1]))

@@ -8,6 +8,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,7 @@ found.maps = document.querySelectorAll("canvas").length;
 found.csv = csv();
 found.bars = document.querySelectorAll("#spectrum polyline").length;
 found.wide = document.documentElement.scrollWidth <= innerWidth;
+found.scale = Math.min(...[...document.querySelectorAll("svg")].map(s => s.clientWidth / s.viewBox.baseVal.width));
 const pen = canvas.getContext("2d");
 found.colours = new Set([...pen.getImageData(0, 0, canvas.width, canvas.height).data]).size;
 performance.mark("end");
@@ -150,11 +152,12 @@ found.ms = performance.now();
 
 
 @needs_browser
-def test_the_controls_do_what_they_should(tmp_path: Path) -> None:
+@pytest.mark.parametrize("width", [400, 1200])
+def test_the_controls_do_what_they_should(tmp_path: Path, width: int) -> None:
     layers = spectra(6, 8, 16)
     page = tmp_path / "page.html"
     page.write_text(spectra_page("a model", 4, [Side("model", layers)]))
-    found = drive(page, DRIVE)
+    found = drive(page, DRIVE, width)
     assert found["errors"] == []
     assert [found[name] for name in ("first", "clicked", "walked")] == [
         "Layer 0, head 0", "Layer 1, head 2", "Layer 1, head 3",
@@ -163,7 +166,7 @@ def test_the_controls_do_what_they_should(tmp_path: Path) -> None:
     head = layers[1].heads[3]
     S = np.array(head.singular_values)
     for r, told in ((4, found["before"]), (1, found["after"])):
-        shown = float(re.search(r"energy in the top r ([\d.]+)", told)[1])  # type: ignore[index]
+        shown = float(re.search(r"energy in the top r([\d.]+)", told)[1])  # type: ignore[index]
         assert shown == pytest.approx((S[:r] ** 2).sum() / (S**2).sum(), rel=1e-3)
     assert found["r"] == "1"
     assert "relative gap at r" in found["caption"]
@@ -174,6 +177,7 @@ def test_the_controls_do_what_they_should(tmp_path: Path) -> None:
     assert found["maps"] == 1
     assert found["bars"] == 1
     assert found["wide"]
+    assert found["scale"] > 0.99, "words are as large as they are meant to be"
     assert found["colours"] > 10
 
 
@@ -182,7 +186,11 @@ def test_a_large_model_is_drawn_within_a_second_and_two_sides_are_held_against_e
     tmp_path: Path,
 ) -> None:
     page = tmp_path / "page.html"
-    sides = [Side("base", spectra(80, 64, 128)), Side("patched", spectra(80, 64, 128, seed=1))]
+    base, edited = spectra(80, 64, 128), spectra(80, 64, 128)
+    head = edited[7].heads[5]
+    changed = replace(head, singular_values=(*head.singular_values[1:], 0.0), frobenius=head.frobenius / 2)
+    edited[7] = replace(edited[7], heads=(*edited[7].heads[:5], changed, *edited[7].heads[6:]))
+    sides = [Side("base", base), Side("patched", edited)]
     page.write_text(spectra_page("a model", 4, sides[:1]))
     alone = drive(page, "found.ms = performance.now();")
     assert alone["errors"] == []
@@ -190,6 +198,7 @@ def test_a_large_model_is_drawn_within_a_second_and_two_sides_are_held_against_e
     page.write_text(spectra_page("a model", 4, sides))
     found = drive(page, DRIVE)
     assert found["errors"] == []
+    assert found["first"] == "Layer 7, head 5", "where they differ"
     assert found["maps"] == 3
     assert found["bars"] == 2
 

@@ -22,9 +22,13 @@ heads.find(b => b.textContent === "energy removed").click();
 found.least = document.querySelector("tbody tr").cells[0].textContent;
 heads.find(b => b.textContent === "energy removed").click();
 found.most = document.querySelector("tbody tr").cells[0].textContent;
-document.querySelector("tbody tr").dispatchEvent(new KeyboardEvent("keydown", {key: "Enter", bubbles: true}));
+const row = document.querySelector("tbody tr");
+row.focus();
+row.dispatchEvent(new KeyboardEvent("keydown", {key: "Enter", bubbles: true}));
+found.focus = document.activeElement === row;
 found.entered = $("name").textContent;
 found.wide = document.documentElement.scrollWidth <= innerWidth;
+found.scale = Math.min(...[...document.querySelectorAll("svg")].map(s => s.clientWidth / s.viewBox.baseVal.width));
 """
 
 
@@ -40,13 +44,15 @@ def test_a_name_ends_nothing() -> None:
 
 
 @needs_browser
-@pytest.mark.parametrize("n", [5, 200])
-def test_marks_and_rows_do_what_they_should(n: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("n", "width"), [(5, 400), (200, 1200)])
+def test_marks_and_rows_do_what_they_should(n: int, width: int, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     page.write_text(sweep_page("toy", marks(n)))
-    found = drive(page, DRIVE)
+    found = drive(page, DRIVE, width)
     assert found["errors"] == []
     assert (found["dots"], found["filled"]) == (n, n // 5)
     assert (found["first"], found["clicked"], found["bars"]) == ("v0", "v3", 2)
     assert (found["least"], found["most"], found["entered"]) == ("v0", f"v{n - 1}", f"v{n - 1}")
+    assert found["focus"]
     assert found["wide"]
+    assert found["scale"] > 0.99, "words are as large as they are meant to be"
