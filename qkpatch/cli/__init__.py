@@ -30,6 +30,7 @@ app = typer.Typer(
     name="qkpatch",
     cls=Commands,
     help="Edit the query-key product of a vision-language checkpoint, straight in its safetensors files.\n\n"
+    "Begin with: qkpatch inspect SOURCE; qkpatch apply SOURCE -o OUT; qkpatch verify OUT --source SOURCE.\n\n"
     "Exit codes: 0 ok, 1 mismatch or difference, 2 usage, 3 unsupported or ambiguous checkpoint, 4 I/O, "
     "5 a fault of qkpatch's own, 6 warnings where --strict allows none.",
     no_args_is_help=True,

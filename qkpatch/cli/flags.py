@@ -121,7 +121,7 @@ class HeadFlags:
     )
     prefix: str | None = flag(
         None,
-        "With --recipe: what names of the language model's layers begin with, 'llm.layers.{layer}.'.",
+        "With --recipe: what names of the language model's layers begin with, 'llm.h.{layer}.'.",
         "the recipe's",
         metavar="TEXT",
     )

@@ -25,11 +25,13 @@ def _clock(seconds: float | None) -> str:
 
 
 class _Pace(ProgressColumn):
-    """How fast, how long it has taken, and how long it will."""
+    """How fast, where there is room, how long it has taken, and how long it will."""
+
+    is_brief = False
 
     def render(self, task: Task) -> Text:
         """As rich asks for it."""
-        rate = task.finished_speed or task.speed
+        rate = None if self.is_brief else task.finished_speed or task.speed
         unit = task.fields["unit"]
         pace = "" if rate is None else f"{size_text(int(rate)) if unit == 'B' else f'{rate:.1f} {unit}'}/s, "
         return Text(f"{pace}{_clock(task.elapsed)} gone, {_clock(task.time_remaining)} left", style="dim")
@@ -107,14 +109,15 @@ def bars(*, quiet: bool) -> Iterator[Observer]:
     if quiet:
         yield UNSEEN
         return
-    if not sys.stderr.isatty():
+    console = stderr_console()
+    if not sys.stderr.isatty() or console.is_dumb_terminal:
         yield _Lines()
         return
-    console = stderr_console()
     whole = Column(no_wrap=True)
     share = TextColumn("{task.percentage:>3.0f}%", table_column=whole)
-    columns = [TextColumn("{task.description}", table_column=whole), BarColumn(), share, _Pace(whole)]
-    if console.width < WIDE:
+    columns = [TextColumn("{task.description}", table_column=whole), BarColumn(), share, pace := _Pace(whole)]
+    pace.is_brief = console.width < WIDE
+    if pace.is_brief:
         del columns[1]
     # Left to rich, lines that come meanwhile would be wrapped, and an address in two halves is not redacted.
     progress = Progress(*columns, console=console, transient=True, redirect_stderr=False)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
+from rich.measure import measure_renderables
 from rich.table import Table
 
-from qkpatch.cli.console import WIDE, lines, markdown_results, output_width, results, safe
+from qkpatch.cli.console import lines, markdown_results, results, safe
 from qkpatch.common.number_ranges import format_ranges
 from qkpatch.common.text import LONGEST, about, as_word, cut, size_text, verify_command
 from qkpatch.errors import plain
@@ -128,6 +129,8 @@ def show_edits(plan: EditPlan, manifest: Manifest, *said: str) -> None:
             )
         if manifest.edits:
             print_table(console, table)
+            told = "‖M‖: of W_Qᵀ W_K, means over heads. Gap: how much smaller the mode beyond the cut is."
+            console.print(f"{told} {_REALISED}" if has_shares else told, style="dim")
         for line in said:
             console.print(plain(line), soft_wrap=line == said[-1], markup=False)
 
@@ -171,6 +174,9 @@ def show_model(console: Console, model: Model) -> None:
         console.print(f"Tensors{which}: {pair}", soft_wrap=True)
 
 
+_REALISED = "Realised: share of ‖ΔM‖² that is left with keys that stay."
+
+
 def show_sweep(sweep: Sweep, out: Path) -> None:
     """Print the figures of all variants, and what evaluates them."""
     table = plain_table("variant", "‖ΔW_Q‖/‖W_Q‖", "energy removed", "realised", "rounding noise")
@@ -180,6 +186,7 @@ def show_sweep(sweep: Sweep, out: Path) -> None:
             table.add_row(variant.name, *("-" if figure is None else f"{figure:.4f}" for figure in figures))
     with results() as console:
         print_table(console, table)
+        console.print(f"Energy: share of ‖M‖². {_REALISED} Rounding noise: beside ‖ΔW_Q‖.", style="dim")
         script = safe(shlex.join(["bash", as_word(str(out / "evaluate.sh"))]))
         done = "variant(s), all done already" if sweep.already_done else "variant(s)"
         console.print(f"{len(sweep.variants)} {done}; evaluate them with: {script}", soft_wrap=True)
@@ -296,18 +303,34 @@ def show_collected(collected: Collected) -> None:
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Print a table, wider than the terminal where names or numbers would else be broken, which could not be copied."""
-    width = console.width
-    needed = console.measure(table, options=console.options.update_width(1 << 16)).minimum
-    console.width = max(width, needed)
+    """Print a table, no word or number in it broken: in less room closer together, then with headings of more lines.
+
+    Wider than the terminal where names or numbers would else be broken, which could not be copied.
+    """
+    room, options = console.width, console.options.update_width(1 << 16)
+    sizes = [
+        measure_renderables(console, options, [column.header, *column.cells]) for column in table.columns
+    ]
+    least = [size[column.no_wrap] for column, size in zip(table.columns, sizes, strict=True)]
+
+    def widths(widest: int) -> list[int]:
+        return [max(low, min(size.maximum, widest)) for low, size in zip(least, sizes, strict=True)]
+
+    gaps = len(least) - 1
+    padding = int(2 + 3 * gaps + sum(least) <= room)
+    frame = 2 + (1 + 2 * padding) * gaps
+    widest = next((w for w in range(max(map(max, sizes)), 0, -1) if frame + sum(widths(w)) <= room), 0)
+    for column, width in zip(table.columns, widths(widest), strict=True):
+        column.width = width
+    table.padding = (0, padding)
+    console.width = max(room, frame + sum(least))
     console.print(table, crop=False)
-    console.width = width
+    console.width = room
 
 
 def plain_table(*columns: str) -> Table:
     """Plain columns, no frame: fits 80 characters, survives copying; numbers to the right, names whole."""
-    # Closer together where there is less room, before words are broken.
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, int(output_width() >= WIDE)))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         is_text = column.startswith(("shard", "key", "attention", "action", "file", "figure", "variant"))
         table.add_column(column, justify="left" if is_text else "right", no_wrap=is_text)

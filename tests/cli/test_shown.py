@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from fake_hub import FakeHub, Repo, command, hub_environment, run_qkpatch
 from rich.console import Console
 from typer.testing import Result
 
+from qkpatch.cli.progress import bars
 from qkpatch.cli.redaction import Redacted
 from qkpatch.cli.tables import plain_table, print_table
 from qkpatch.common.json_text import canonical_json
@@ -239,6 +241,47 @@ def test_names_and_numbers_stay_whole_where_a_terminal_is_narrow() -> None:
     print_table(console, table)
     assert {name, "0.3109", "0.2043"} <= {*console.file.getvalue().split()}  # type: ignore[attr-defined]
     assert console.width == 40
+
+
+@pytest.mark.parametrize("width", [72, 80, 100])
+def test_no_word_of_a_heading_is_cut_and_no_line_is_longer_than_the_terminal(width: int) -> None:
+    headings = [
+        "layer",
+        "heads",
+        "‖ΔW_Q‖/‖W_Q‖ mean",
+        "max",
+        "‖M‖ after/before",
+        "gap min",
+        "modes",
+        "realised",
+    ]
+    console = Console(file=io.StringIO(), width=width)
+    table = plain_table(*headings)
+    table.add_row("5", "4", "0.0877", "0.0922", "0.9350", "0.019", "2-3", "0.707")
+    print_table(console, table)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert set(" ".join(headings).split()) <= set(" ".join(lines).split())
+    assert max(map(len, lines)) <= width
+
+
+@pytest.mark.parametrize(("kind", "shown"), [("dumb", False), ("xterm", True)])
+def test_a_bar_is_whole_where_a_terminal_is_narrow_and_none_where_it_cannot_draw(
+    kind: str, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    for name, value in {"TERM": kind, "COLUMNS": "60"}.items():
+        monkeypatch.setenv(name, value)
+    with bars(quiet=False) as observer:
+        observer.begins("look at OUT:", 13_300_000_000, 0)
+        for _ in range(3):
+            observer.copied(4_000_000_000)
+            time.sleep(0.02)
+    drawn = terminal.getvalue()
+    assert ("left" in drawn) is shown
+    assert bool(drawn) is shown
+    assert "…" not in drawn
 
 
 # -------- one document, and an end

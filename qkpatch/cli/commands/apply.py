@@ -57,7 +57,10 @@ def apply(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan only; as `qkpatch plan`.")] = False,
 ) -> None:
-    """Write an edited copy of SOURCE to OUT, with a manifest of what was changed; or edit without a copy."""
+    """Write an edited copy of SOURCE to OUT, with a manifest of what was changed; or edit without a copy.
+
+    Example: qkpatch apply org/name --layers 10-18 --modes 4 -o edited
+    """
     from qkpatch import api
     from qkpatch.cli.console import end_strictly, note, print_text, show_warnings
     from qkpatch.cli.progress import bars

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from qkpatch.evaluation.bench import Evaluation
 
 _AgainstOpt = Annotated[
-    list[str] | None, typer.Option(help="Compare with this; repeatable.", show_default="SOURCE unedited")
+    list[str] | None,
+    typer.Option(metavar="OTHER", help="Compare with this; repeatable.", show_default="SOURCE unedited"),
 ]
 _FolderOpt = Annotated[
     Path | None,
