@@ -29,14 +29,14 @@ def linked(page: Path) -> Iterator[Path]:
     """The files that a page links to, or shows.
 
     Raises:
-        FileNotFoundError: one is not there, or is a directory, which a site cannot show.
+        FileNotFoundError: one is not there, or is what a site does not show: a directory, or hidden.
     """
     for link in _LINK.findall(_FENCED.sub("", page.read_text("utf-8"))):
         if "://" in link:
             continue
         target = (page.parent / link).resolve()
-        if not target.is_file() or not target.is_relative_to(REPO):
-            raise FileNotFoundError(f"{page.relative_to(REPO)}: {link} is no file of this repository")
+        if not target.is_file() or not target.is_relative_to(REPO) or "/." in f"/{target.relative_to(REPO)}":
+            raise FileNotFoundError(f"{page.relative_to(REPO)}: {link} is no file that the site can show")
         yield target
 
 

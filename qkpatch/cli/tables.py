@@ -274,7 +274,7 @@ def show_evaluation(result: Evaluation) -> None:
                 table.add_row(name, *left, f"{d.estimate:+.4f}", f"{d.low:+.4f} to {d.high:+.4f}", *right)
             print_table(console, table)
             tests = (f"{name} {t.only_base} : {t.only_model}, p {t.p:.4f}" for name, t in one.mcnemar.items())
-            console.print(f"McNemar, base alone : model alone: {'; '.join(tests)}", soft_wrap=True)
+            console.print(f"McNemar, base alone : model alone: {'; '.join(tests)}")
             kept = (f"{name} {value:.4f}" for name, value in one.kept.items())
             console.print(f"Kept: {', '.join(kept)}", soft_wrap=True)
         for line in result.verdict:

@@ -36,6 +36,9 @@ def compare(before: Path, after: Path, picture: Path, n_scenes: int) -> None:
         found = chair([score(words, scene.names) for words, scene in zip(captions_, chosen, strict=True)])
         shares = f"{found['chair_s']:9.1%} {found['chair_i']:9.1%} {found['recall']:8.1%}"
         print(f"{name:15} {shares} {found['length']:15.2f}")
+    print(
+        "CHAIR_s: captions that name what is not there. CHAIR_i: mentions that do. Recall: objects that are named."
+    )
     draw([(chosen[i], said[0][i], said[1][i]) for i in shown], picture)
     print(f"\nThe three scenes, with what is made up in red: {picture}")
     print(

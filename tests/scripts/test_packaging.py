@@ -52,9 +52,10 @@ def test_the_site_has_all_that_its_pages_link_to(tmp_path: Path) -> None:
 def test_a_link_that_no_site_could_show_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(site, "REPO", tmp_path)
     (tmp_path / "folder").mkdir()
-    for link in ("folder", "gone.md", "../outside.md"):
+    (tmp_path / ".hidden.yml").touch()
+    for link in ("folder", "gone.md", "../outside.md", ".hidden.yml"):
         (tmp_path / "README.md").write_text(f"[a link]({link})")
-        with pytest.raises(FileNotFoundError, match="no file of this repository"):
+        with pytest.raises(FileNotFoundError, match="no file that the site can show"):
             site.lay_out(tmp_path / "build")
 
 
