@@ -113,7 +113,7 @@ class HeadFlags:
     layers: str | None = flag(None, "Inclusive list such as 10-18,20.", "the recipe's", metavar="LIST")
     modes: int | None = flag(None, "Modes per head; with --energy the most.", "the recipe's, or half of all")
     min_modes: int | None = flag(None, "With --energy: the least.", "1")
-    energy: float | None = flag(None, "As many modes as hold this share of Σ s².", "off")
+    energy: float | None = flag(None, "As many modes as hold this share of energy.", "off")
     channel: Channel | None = flag(None, "Part of the product to edit.", "full")
     heads: str | None = flag(None, "Query heads, such as 0-3,7.", "all", metavar="LIST")
     recipe: str | None = flag(
