@@ -330,7 +330,8 @@ def print_table(console: Console, table: Table) -> None:
 
 def plain_table(*columns: str) -> Table:
     """Plain columns, no frame: fits 80 characters, survives copying; numbers to the right, names whole."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    # Its line is spelled out where need be; rich would draw a frame of bars, which names and norms have as well.
+    table = Table(box=box.Box(str(box.SIMPLE_HEAD), ascii=True), pad_edge=False)
     for column in columns:
         is_text = column.startswith(("shard", "key", "attention", "action", "file", "figure", "variant"))
         table.add_column(column, justify="left" if is_text else "right", no_wrap=is_text)

@@ -225,6 +225,8 @@ class TestStreams:
         done = shell(f"qkpatch apply {tiny.path} -o {tmp_path}/out", PYTHONIOENCODING="ascii")
         assert done.returncode == 0, done.stderr
         assert "Wrote" in done.stdout
+        assert " ------" in done.stdout
+        assert "+---" not in done.stdout, "a frame of bars, among which a norm is none that can be read"
 
     @pytest.mark.long
     def test_a_full_stdout_is_an_error_that_says_the_work_is_done(self, tiny: Tiny, tmp_path: Path) -> None:
