@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
-from qkpatch.checkpoint.files import MAX_JSON_BYTES, os_errors, synced, write_exact
+from qkpatch.checkpoint.files import os_errors, synced, write_exact
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.common.json_text import Json, canonical_json, load_json
 from qkpatch.common.part import Part
@@ -22,8 +22,9 @@ from qkpatch.sweeps.record import Figures
 
 PARTS_NAME, _AGREED = "parts", "agreed"
 Found = tuple[Sums, tuple[HeadRecord, ...]]  # of a variant, in one tensor; heads where rows are formed
-# The same as it is written, and the size of the file that was kept.
-Said = tuple[tuple[float, float, float, float, float, float, float], tuple[HeadRecord, ...], int]
+# The sums as they are written, and the SHA-256 of each file that was kept, by what follows the variant's name.
+Said = tuple[tuple[float, float, float, float, float, float, float], Mapping[str, str]]
+_HEADS = ".heads"  # by itself for each variant, since a tensor's of all are more than a JSON file may hold
 # The digest of a sweep, and what its bytes depend on besides: as an editor has it.
 Maker = tuple[Line, ToolBlock, Mapping[str, Line], Line]
 
@@ -54,17 +55,15 @@ class Parts:
         ):  # another part's
             root.make_directory(PARTS_NAME, 0o777)
         self._part, self._own = part, "" if part is None else f".{secrets.token_hex(4)}."
-        self._root, self._found = root, dict[LayerTarget, dict[str, Found]]()
+        self._root, self._found = root, dict[LayerTarget, dict[str, Sums]]()
         self._folder = Rooted(root.path / PARTS_NAME, within=root, name=PARTS_NAME)
         self._place = {target: i for i, target in enumerate(targets)}
         wanted = {t: {name for name, edit in edits.items() if t in edit.edits} for t in targets}
-        for target, i in self._place.items():
-            if (found := self._whole(i)) is not None and wanted[target] <= found.keys():
+        mine = [t for t, i in self._place.items() if part is None or i % part.total == part.number - 1]
+        for target in mine:
+            if (found := self._whole(self._place[target])) is not None and wanted[target] <= found.keys():
                 self._found[target] = found
-        missing = [t for t in targets if wanted[t] and t not in self._found]
-        self.missing = tuple(
-            t for t in missing if part is None or self._place[t] % part.total == part.number - 1
-        )
+        self.missing = tuple(t for t in mine if wanted[t] and t not in self._found)
         if part is None:
             done = {_AGREED, *(str(self._place[target]) for target in self._found)}
             self._remove(name for name in self._folder.names() if name.partition(".")[0] not in done)
@@ -92,19 +91,23 @@ class Parts:
 
     def _json(self, name: str) -> Json:
         with self._folder.reading(name) as opened:
-            return load_json(opened.whole(4 * MAX_JSON_BYTES), opened.where)
+            return load_json(opened.whole(), opened.where)
 
-    def _whole(self, i: int) -> dict[str, Found] | None:
-        """What an earlier run found of a tensor, with all that was kept of it; None where anything is missing."""
+    def _whole(self, i: int) -> dict[str, Sums] | None:
+        """What an earlier run found of a tensor; None where anything that was kept of it is not as it was left."""
         try:
             said: dict[str, Said] = from_json(Mapping[str, Said], self._json(f"{i}.json"))
+            kept = {
+                f"{i}.{name}{end}": sha for name, (_, files) in said.items() for end, sha in files.items()
+            }
+            is_whole = all(self._digest(file) == sha for file, sha in kept.items())
         except (QKPatchError, ValueError):
             return None
-        is_whole = all(self._size(f"{i}.{name}") == size for name, (_, _, size) in said.items())
-        return {name: (Sums(*sums), heads) for name, (sums, heads, _) in said.items()} if is_whole else None
+        return {name: Sums(*sums) for name, (sums, _) in said.items()} if is_whole else None
 
-    def _size(self, file: str) -> int:
-        return 0 if (status := self._folder.status(file)) is None else status.st_size
+    def _digest(self, file: str) -> str:
+        with self._folder.reading(file) as opened:
+            return opened.sha256(0, opened.size)
 
     def _remove(self, names: Iterable[str]) -> None:
         # First what says that a tensor is done: a kill between the two leaves nothing that is believed.
@@ -131,22 +134,28 @@ class Parts:
 
     def add(self, target: LayerTarget, found: dict[str, Found]) -> None:
         """A tensor is done."""
-        i, self._found[target], said = self._place[target], found, dict[str, Said]()
-        for name, one in found.items():
-            file = f"{i}.{name}"
-            said[name] = (*one, self._size(self._own + file))
-            if said[name][2]:
-                with self._folder.reading(self._own + file) as opened:
+        i, said = self._place[target], dict[str, Said]()
+        for name, (sums, heads) in found.items():
+            if heads:
+                self.keep(target, name + _HEADS, canonical_json(as_json(heads)).encode())
+            said[name] = sums, (digests := dict[str, str]())
+            for end in ("", _HEADS):
+                own, file = (f"{mine}{i}.{name}{end}" for mine in (self._own, ""))
+                if self._folder.status(own) is None:
+                    continue
+                with self._folder.reading(own) as opened:
+                    digests[end] = opened.sha256(0, opened.size)
                     synced(opened.fd, opened.where)
                 with os_errors("write", self._folder.path / file):
-                    os.rename(self._own + file, file, src_dir_fd=self._folder.fd, dst_dir_fd=self._folder.fd)
+                    os.rename(own, file, src_dir_fd=self._folder.fd, dst_dir_fd=self._folder.fd)
+        self._found[target] = {name: sums for name, (sums, _) in found.items()}
         self._folder.replace(f"{i}.json", canonical_json(as_json(said)).encode())
 
     def figures(self, name: str) -> tuple[Figures, tuple[Figures, ...]]:
         """Of a variant, and of each tensor that it edits."""
         own = [(target, self._found.get(target, {}).get(name)) for target in self._place]
-        by_layer = (Figures.of([found[0]], target.layer, target.attention) for target, found in own if found)
-        return Figures.of(found[0] for _, found in own if found), tuple(by_layer)
+        by_layer = (Figures.of([found], target.layer, target.attention) for target, found in own if found)
+        return Figures.of(found for _, found in own if found), tuple(by_layer)
 
     def kept(self, name: str, target: LayerTarget) -> bytearray:
         """What was kept of a variant for one tensor."""
@@ -160,4 +169,7 @@ class Parts:
 
     def records(self, name: str, target: LayerTarget) -> tuple[HeadRecord, ...]:
         """Of a variant's heads, in one tensor."""
-        return self._found[target][name][1]
+        heads: tuple[HeadRecord, ...] = from_json(
+            tuple[HeadRecord, ...], self._json(f"{self._place[target]}.{name}{_HEADS}")
+        )
+        return heads

@@ -20,6 +20,8 @@ from typer.testing import Result
 import qkpatch
 from qkpatch.checkpoint.files import FileId
 from qkpatch.checkpoint.open_directory import Rooted
+from qkpatch.common import json_text
+from qkpatch.common.json_text import count_values
 from qkpatch.errors import QKPatchError, UsageError
 from qkpatch.patching.edit_heads import Editor
 from qkpatch.planning.patch_file import read_patch
@@ -73,21 +75,31 @@ def test_a_patch_names_the_machine_that_made_its_rows_wherever_it_is_joined(
             sweep("half")
 
 
-@pytest.mark.parametrize("form", ["lora", "patch"])
-def test_what_a_part_left_and_is_damaged_is_made_anew(form: str, tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("form", "end"), [("lora", ""), ("patch", ""), ("patch", ".heads")])
+def test_what_a_part_left_and_is_damaged_is_made_anew(
+    form: str, end: str, tiny: Tiny, tmp_path: Path
+) -> None:
     whole, out = tmp_path / "whole", tmp_path / "sweep"
     qkpatch.sweep(tiny.path, GRID, whole, form=form)
     qkpatch.sweep(tiny.path, GRID, out, form=form, part=(1, 1))
-    for i, damage in enumerate(
-        ({0: [float("nan")] * 7}, {0: [0.5] * 6}, {2: 10**9})
-    ):  # sums, and the size of a file
+    for i, sums in enumerate(([float("nan")] * 7, [0.5] * 6)):
         file = out / "parts" / f"{i}.json"
         (name, one), *others = json.loads(file.read_bytes()).items()
-        file.write_text(
-            json.dumps({name: list(({**dict(enumerate(one)), **damage}).values()), **dict(others)})
-        )
+        file.write_text(json.dumps({name: [sums, *one[1:]], **dict(others)}))
+    kept = out / "parts" / f"2.{name}{end}"
+    kept.write_bytes(kept.read_bytes()[::-1])  # of the same size
     assert seen_by(tiny.path, out, form=form) == 3 * tiny.n_heads
     assert files(out) == files(whole)
+
+
+def test_more_heads_than_one_file_may_hold_are_taken_over(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, most = tmp_path / "sweep", 1000
+    qkpatch.sweep(tiny.path, GRID, out, form="patch", part=(1, 1))
+    assert sum(count_values(kept.read_bytes()) for kept in (out / "parts").glob("1.*.heads")) > most
+    monkeypatch.setattr(json_text, "MAX_VALUES", most)
+    assert seen_by(tiny.path, out, form="patch") == 0
 
 
 def test_a_part_that_was_killed_goes_on_and_a_missing_one_is_made_up_for(tiny: Tiny, tmp_path: Path) -> None:
