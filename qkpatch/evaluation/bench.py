@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -26,6 +27,8 @@ from qkpatch.evaluation.subject import Subject, base_of, files_of, find_place, m
 from qkpatch.patching.in_memory import check_loadable
 from qkpatch.planning.plan import make_plan
 from qkpatch.planning.request import Request
+
+RESULT, LOG = "evaluation.json", "log.jsonl"
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,9 @@ class Bench:
     def __init__(
         self, inputs: Inputs, out: Path | None, observer: Observer, bases: dict[str, str], part: Part | None = None
     ) -> None:  # fmt: skip
+        if out is not None and os.path.lexists(out / RESULT) and not (out / LOG).exists():
+            what, fix = f"there is no {LOG} that it would be of", "move it away, or name another -o"
+            raise UsageError(what, where=str(out / RESULT), fix=fix)
         self._inputs, self.out, self._observer, self._bases = inputs, out, observer, bases
         self._subject: Subject | None = None
         self._part, self.machine = part, None if part is None else machine(inputs.device)
@@ -125,7 +131,7 @@ class Bench:
         """Put the result beside the records, which are whole without those of parts."""
         if self.out is not None:
             with os_errors("write", self.out):
-                (self.out / "evaluation.json").write_text(canonical_json(result.to_json()), "utf-8")
+                (self.out / RESULT).write_text(canonical_json(result.to_json()), "utf-8")
                 for place in of_parts(self.out):
                     place.unlink(missing_ok=True)
         return result
@@ -167,7 +173,7 @@ def run(
         agreed = {**task.settings, "pictures": task.pictures.digest, "batch size": inputs.batch_size}
         agreed["files of models"] = [bench.files(name) for name in names]
         said = {"models and edits": [[name, told(edit)] for name, edit in wanted]}
-        Store(out / "log.jsonl", said, agreed=agreed, machine=bench.machine)
+        Store(out / LOG, said, agreed=agreed, machine=bench.machine)
     sides = [bench.side(*each, task) for each in wanted]
     if part is not None:
         return Evaluation(task.share(part), [], [])

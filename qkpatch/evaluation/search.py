@@ -14,7 +14,7 @@ from qkpatch.checkpoint.tree import source_file
 from qkpatch.common.observer import Observer
 from qkpatch.common.typed_json import as_json
 from qkpatch.errors import NumericalError, QKPatchError, UsageError
-from qkpatch.evaluation.bench import Bench, Evaluation, n_layers
+from qkpatch.evaluation.bench import LOG, Bench, Evaluation, n_layers
 from qkpatch.evaluation.chair import figures
 from qkpatch.evaluation.comparison import EQUAL_RECALL, columns, compare, kept
 from qkpatch.evaluation.measure import Side, Task, told
@@ -75,7 +75,7 @@ def run(
     bench = Bench(inputs, out.with_suffix(".tune"), observer, {})
     bench.subject(model, protocol)
     which = {"pictures": task.pictures.digest, "model": bench.files(model)}
-    log = Store(out.with_suffix(".tune") / "log.jsonl", {**task.settings, **which}, LOGGED)
+    log = Store(out.with_suffix(".tune") / LOG, {**task.settings, **which}, LOGGED)
     names = list(task.pictures.present)
     random.Random(f"halves {seed}").shuffle(names)
     middle = len(names) // 2

@@ -323,6 +323,16 @@ def test_a_run_of_other_settings_is_refused(run: Run, album: Path, tmp_path: Pat
     assert {p.name: p.read_bytes() for p in out.iterdir()} == files
 
 
+def test_a_result_of_something_else_is_not_written_over(album: Path, tmp_path: Path) -> None:
+    for folder, call in ((tmp_path, qkpatch.evaluate), (tmp_path / "edit.tune", qkpatch.tune)):
+        folder.mkdir(exist_ok=True)
+        (folder / "evaluation.json").write_text("mine")
+        out = folder.with_suffix(".yaml") if call is qkpatch.tune else folder
+        with pytest.raises(UsageError, match=r"no log\.jsonl that it would be of"):
+            call(TOY, inputs(album), out=out, protocol=ASKED)
+        assert [path.read_text() for path in folder.glob("*.json*")] == ["mine"]
+
+
 def test_another_run_does_not_write_over_the_result_of_the_first(
     run: Run, album: Path, tmp_path: Path
 ) -> None:
