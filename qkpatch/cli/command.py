@@ -34,8 +34,7 @@ class _Noted(logging.Handler):
         note(record.getMessage())
 
 
-_log = logging.getLogger("qkpatch")
-_log.addHandler(_Noted())
+_log, _noted = logging.getLogger("qkpatch"), _Noted()
 
 
 def command(function: Command) -> Command:
@@ -54,6 +53,7 @@ def command(function: Command) -> Command:
             # huggingface_hub reads it when it is first imported, which is later.
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         share_free_memory()
+        _log.addHandler(_noted)  # once, however many commands a process calls
         _log.setLevel(logging.ERROR if kwargs.get("quiet") else logging.INFO)
         # What is said is said inside: a signal that comes meanwhile must not cut that short either.
         with unwinding_on_kill():

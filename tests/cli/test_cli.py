@@ -275,9 +275,10 @@ class TestPlan:
         assert document["costs"]["output_bytes"] == sum(file["size"] for file in done["files"])
         assert document["edit"] == done["edit"]
 
-    def test_it_imports_no_torch(self, tiny: Tiny) -> None:
+    def test_it_imports_no_torch_and_hears_no_log_before_a_command_runs(self, tiny: Tiny) -> None:
         code = (
-            "import sys\nfrom qkpatch.cli import app\n"
+            "import logging, sys\nfrom qkpatch.cli import app\n"
+            "assert not logging.getLogger('qkpatch').handlers\n"
             f"try:\n    app(['plan', {str(tiny.path)!r}])\nexcept SystemExit as e:\n    assert not e.code\n"
             "assert 'torch' not in sys.modules"
         )
