@@ -22,6 +22,7 @@ from qkpatch.compare.recorded import another_source, check_edits, check_files, o
 from qkpatch.errors import AmbiguousError, CheckpointError, FileSystemError, UnsupportedError, UsageError
 from qkpatch.model.locate import Access, Source, locate, out_url
 from qkpatch.output.layout import Output
+from qkpatch.output.options import Digest
 from qkpatch.planning.manifest import Manifest, planned_manifest
 from qkpatch.planning.plan import EditPlan, make_plan
 from qkpatch.publishing.card import CARD_NAME, CHECKED, card_text, has_results, is_card_of, is_ours
@@ -278,6 +279,8 @@ def _notes(
         yield f"not in OUT, since it is not published: {abbreviate(sorted(unpublished), 5)}"
     if card is not None and card.note is not None:
         yield f"{CARD_NAME} {card.note}"
+    if arithmetic is None and manifest.edits and manifest.output.digest is Digest.none:
+        yield "there are no digests, and nothing was computed anew: the planned rows may hold anything"
     if arithmetic is not None and arithmetic.not_reproducible:
         heads = abbreviate(arithmetic.not_reproducible, 8)
         yield f"the cut falls among modes of one size, so not reproducible elsewhere (layer.head): {heads}"

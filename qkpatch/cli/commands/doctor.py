@@ -11,7 +11,18 @@ from qkpatch.cli.command import command
 from qkpatch.cli.flags import DebugOpt, JsonOpt
 
 _LIBRARIES = ("qkpatch", "torch", "numpy", "safetensors", "huggingface_hub", "typer", "rich", "PyYAML")
-_EXTRAS = ("transformers", "peft", "pillow", "matplotlib", "fsspec", "s3fs", "gcsfs", "adlfs", "aiohttp")
+_EXTRAS = (
+    "transformers",
+    "peft",
+    "pillow",
+    "matplotlib",
+    "fsspec",
+    "s3fs",
+    "gcsfs",
+    "adlfs",
+    "aiohttp",
+    "ray",
+)
 
 
 @command
