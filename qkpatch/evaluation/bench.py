@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
@@ -90,9 +90,8 @@ class Bench:
     def __init__(
         self, inputs: Inputs, out: Path | None, observer: Observer, bases: dict[str, str], part: Part | None = None
     ) -> None:  # fmt: skip
-        if out is not None and os.path.lexists(out / RESULT) and not (out / LOG).exists():
-            what, fix = f"there is no {LOG} that it would be of", "move it away, or name another -o"
-            raise UsageError(what, where=str(out / RESULT), fix=fix)
+        if out is not None:
+            _check_out(out, filter(None, (*bases, *bases.values())))  # an adapter's, too
         self._inputs, self.out, self._observer, self._bases = inputs, out, observer, bases
         self._subject: Subject | None = None
         self._part, self.machine = part, None if part is None else machine(inputs.device)
@@ -135,6 +134,17 @@ class Bench:
                 for place in of_parts(self.out):
                     place.unlink(missing_ok=True)
         return result
+
+
+def _check_out(out: Path, models: Iterable[str]) -> None:
+    """Raise :class:`UsageError` where a result would lie in a model, or be written over one of something else."""
+    real = Path(os.path.realpath(out))
+    if {Path(os.path.realpath(find_place(name))) for name in models} & {real, *real.parents}:
+        what = "OUT lies in SOURCE, which is never written to"
+        raise UsageError(what, where=str(out), fix="choose an OUT beside SOURCE")
+    if os.path.lexists(out / RESULT) and not (out / LOG).exists():
+        what, fix = f"there is no {LOG} that it would be of", "move it away, or name another -o"
+        raise UsageError(what, where=str(out / RESULT), fix=fix)
 
 
 def _settings(model: str, request: Request) -> dict[str, Any] | None:

@@ -72,7 +72,7 @@ def run(
     task = Task.of(inputs, protocol)
     _check(out, task, limits)
     layers, seed = n_layers(model, fixed), protocol.sample_seed
-    bench = Bench(inputs, out.with_suffix(".tune"), observer, {})
+    bench = Bench(inputs, out.with_suffix(".tune"), observer, {model: ""})
     bench.subject(model, protocol)
     which = {"pictures": task.pictures.digest, "model": bench.files(model)}
     log = Store(out.with_suffix(".tune") / LOG, {**task.settings, **which}, LOGGED)

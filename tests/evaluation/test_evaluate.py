@@ -333,6 +333,18 @@ def test_a_result_of_something_else_is_not_written_over(album: Path, tmp_path: P
         assert [path.read_text() for path in folder.glob("*.json*")] == ["mine"]
 
 
+@pytest.mark.parametrize("to", ["", "sub", "link"])
+def test_nothing_is_written_into_a_model(to: str, album: Path, tmp_path: Path) -> None:
+    toy = _toy(tmp_path)
+    (tmp_path / "link").symlink_to(toy)
+    before = sorted(toy.rglob("*"))
+    out = tmp_path / "link" if to == "link" else toy / to
+    for call, place in ((qkpatch.evaluate, out), (qkpatch.tune, out / "edit.yaml")):
+        with pytest.raises(UsageError, match="OUT lies in SOURCE"):
+            call(toy, inputs(album), out=place, protocol=ASKED)
+    assert sorted(toy.rglob("*")) == before
+
+
 def test_another_run_does_not_write_over_the_result_of_the_first(
     run: Run, album: Path, tmp_path: Path
 ) -> None:
