@@ -54,6 +54,7 @@ class Parts:
             suppress(FileExistsError),
         ):  # another part's
             root.make_directory(PARTS_NAME, 0o777)
+        self._sweep = maker[0]  # its digest: what is another's is made anew
         self._part, self._own = part, "" if part is None else f".{secrets.token_hex(4)}."
         self._root, self._found = root, dict[LayerTarget, dict[str, Sums]]()
         self._folder = Rooted(root.path / PARTS_NAME, within=root, name=PARTS_NAME)
@@ -96,11 +97,11 @@ class Parts:
     def _whole(self, i: int) -> dict[str, Sums] | None:
         """What an earlier run found of a tensor; None where anything that was kept of it is not as it was left."""
         try:
-            said: dict[str, Said] = from_json(Mapping[str, Said], self._json(f"{i}.json"))
+            sweep, said = from_json(tuple[str, Mapping[str, Said]], self._json(f"{i}.json"))
             kept = {
                 f"{i}.{name}{end}": sha for name, (_, files) in said.items() for end, sha in files.items()
             }
-            is_whole = all(self._digest(file) == sha for file, sha in kept.items())
+            is_whole = sweep == self._sweep and all(self._digest(file) == sha for file, sha in kept.items())
         except (QKPatchError, ValueError):
             return None
         return {name: Sums(*sums) for name, (sums, _) in said.items()} if is_whole else None
@@ -149,7 +150,7 @@ class Parts:
                 with os_errors("write", self._folder.path / file):
                     os.rename(own, file, src_dir_fd=self._folder.fd, dst_dir_fd=self._folder.fd)
         self._found[target] = {name: sums for name, (sums, _) in found.items()}
-        self._folder.replace(f"{i}.json", canonical_json(as_json(said)).encode())
+        self._folder.replace(f"{i}.json", canonical_json(as_json([self._sweep, said])).encode())
 
     def figures(self, name: str) -> tuple[Figures, tuple[Figures, ...]]:
         """Of a variant, and of each tensor that it edits."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Tiny
+from conftest import Tiny, build_tiny
 from failing import interrupt
 from test_sweep import Ending, files
 from typer.testing import Result
@@ -84,11 +84,22 @@ def test_what_a_part_left_and_is_damaged_is_made_anew(
     qkpatch.sweep(tiny.path, GRID, out, form=form, part=(1, 1))
     for i, sums in enumerate(([float("nan")] * 7, [0.5] * 6)):
         file = out / "parts" / f"{i}.json"
-        (name, one), *others = json.loads(file.read_bytes()).items()
-        file.write_text(json.dumps({name: [sums, *one[1:]], **dict(others)}))
+        sweep, said = json.loads(file.read_bytes())
+        (name, one), *others = said.items()
+        file.write_text(json.dumps([sweep, {name: [sums, *one[1:]], **dict(others)}]))
     kept = out / "parts" / f"2.{name}{end}"
     kept.write_bytes(kept.read_bytes()[::-1])  # of the same size
     assert seen_by(tiny.path, out, form=form) == 3 * tiny.n_heads
+    assert files(out) == files(whole)
+
+
+def test_what_a_part_of_another_sweep_left_is_made_anew(tiny: Tiny, tmp_path: Path) -> None:
+    other, whole, out = build_tiny(tmp_path / "other", seed=1), tmp_path / "whole", tmp_path / "sweep"
+    for source, place in ((tiny.path, whole), (other.path, tmp_path / "theirs"), (tiny.path, out)):
+        qkpatch.sweep(source, GRID, place, part=None if place == whole else (1, 1))
+    for file in (tmp_path / "theirs" / "parts").glob("1.*"):
+        file.replace(out / "parts" / file.name)
+    assert seen_by(tiny.path, out) == tiny.n_heads
     assert files(out) == files(whole)
 
 
