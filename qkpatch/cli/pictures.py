@@ -24,22 +24,23 @@ _MOST_READ = 64 << 20  # bytes of what may be a figure of ours
 
 @dataclass(frozen=True)
 class DrawnFile:
-    """A file neither in SOURCE nor over one that is no picture of ours."""
+    """A file neither in what is looked at nor over one that is no picture of ours."""
 
     path: Path
     folder: Rooted
 
     @classmethod
     def found(
-        cls, flag: str, path: Path, looked_at: Inspection, is_ours: Callable[[bytes], bool]
+        cls, flag: str, path: Path, looked_at: Sequence[Inspection], is_ours: Callable[[bytes], bool]
     ) -> DrawnFile:
         """Look at what is there.
 
         Raises:
-            UsageError: it lies in SOURCE, or somebody's file is there.
+            UsageError: it lies in what is looked at, or somebody's file is there.
             FileSystemError: there is no such directory.
         """
-        check_apart(path, looked_at.model.checkpoint)
+        for one in looked_at:
+            check_apart(path, one.model.checkpoint)
         folder = Rooted(path.parent)
         if folder.status(path.name) is not None:
             with folder.reading(path.name) as opened:
@@ -54,7 +55,7 @@ class DrawnFile:
             folder.replace(self.path.name, content)
 
 
-def page_file(path: Path, looked_at: Inspection) -> DrawnFile:
+def page_file(path: Path, looked_at: Sequence[Inspection]) -> DrawnFile:
     """Where ``--report`` is to be; raises as :meth:`DrawnFile.found`."""
     if path.suffix != ".html":
         raise UsageError("a report is an .html file", where=f"--report {path}", fix="name it page.html")
@@ -69,14 +70,14 @@ class FigureFile:
     heads: tuple[tuple[int, int], ...] | None
 
     @classmethod
-    def of(cls, path: Path, curves: str | None, looked_at: Inspection) -> FigureFile:
+    def of(cls, path: Path, curves: str | None, looked_at: Sequence[Inspection]) -> FigureFile:
         """Before a weight is read.
 
         Raises:
             UsageError: as :func:`plot.check_can_plot` and :meth:`DrawnFile.found`; heads that are not looked at.
         """
         plot.check_can_plot(path)
-        heads = None if curves is None else _heads(curves, looked_at)
+        heads = None if curves is None else _heads(curves, looked_at[0])
         return cls(DrawnFile.found("--plot", path, looked_at, plot.is_ours), heads)
 
     def write(self, looked_at: Sequence[Inspection], sides: Sequence[Side], device: str) -> None:

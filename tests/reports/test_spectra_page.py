@@ -122,6 +122,15 @@ def test_what_cannot_be_written_is_refused(tiny: Tiny, run: Run, flags: list[str
     assert what in refused.stderr.replace("\n", " ").lower() or what in refused.stderr
 
 
+def test_no_page_is_written_into_what_it_is_of(tiny: Tiny, run: Run, tmp_path: Path) -> None:
+    other = build_tiny(tmp_path / "other").path
+    for folder in (tiny.path, other):
+        flags = ("--modes", 2, "--report", folder / "page.html")
+        refused = run("inspect", tiny.path, "--against", other, *flags)
+        assert (refused.exit_code, "OUT lies in SOURCE" in refused.stderr) == (2, True)
+        assert not (folder / "page.html").exists()
+
+
 DRIVE = """
 const change = (id, value, kind) => { $(id).value = value; $(id).dispatchEvent(new Event(kind, {bubbles: true})); };
 const facts = () => $("facts").textContent;

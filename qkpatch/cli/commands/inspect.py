@@ -74,10 +74,11 @@ def inspect(
     check_device_name(run.device)
     request = look.request
     looked_at = Inspection.of(source, request)
-    # Before heads are computed: there is no such directory, say.
-    page = None if report is None else page_file(report, looked_at)
-    drawn = None if plot is None else FigureFile.of(plot, curves, looked_at)
     other = None if against is None else Inspection.of(against, request)
+    both = [looked_at, *filter(None, [other])]
+    # Before heads are computed: there is no such directory, say.
+    page = None if report is None else page_file(report, both)
+    drawn = None if plot is None else FigureFile.of(plot, curves, both)
     # On one terminal, lines that come meanwhile would run into the bars.
     with bars(quiet=quiet or (as_csv and sys.stdout.isatty())) as observer:
         layers_in_turn = looked_at.spectra(run.device, run.threads, observer)
@@ -90,7 +91,6 @@ def inspect(
             layers_in_turn = other.spectra(run.device, run.threads, observer)
             sides.append(Side(other.model.source.name, list(layers_in_turn)))
             check_alike(*sides)
-    both = [looked_at, *filter(None, [other])]
     if page is not None:
         modes = median_high(head.modes for layer in sides[0].layers for head in layer.heads)
         what = model_line(model) + channel_told(chosen)
