@@ -106,7 +106,7 @@ ROUNDS ?= 50
 STRESS ?=
 
 stress: $(STAMP)  ## attacks at the borders, then kills, faults and races, ROUNDS times those of `make test`; 50 take half an hour on two cores
-	$(BIN)/python -m pytest -n $(WORKERS) -m stress $(STRESS) || test $$? -eq 5  # none selected
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m stress $(STRESS) || test $$? -eq 5  # none selected
 	QKPATCH_ROUNDS=$(ROUNDS) QKPATCH_SEED=$(SEED) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not stress' \
 	    tests/promises/test_kills.py tests/promises/test_faults.py tests/promises/test_races.py $(STRESS)
 
