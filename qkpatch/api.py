@@ -167,12 +167,11 @@ def apply(
     n_threads = choose_threads(threads, plan.head_memory, len(plan.model.checkpoint.tensors))
     run: dict[str, Any] = {"observer": observer, "device": device, "threads": n_threads, "writing": writing}
     if out is not None and (url := out_url(out)) is not None:
+        from qkpatch.cluster.in_store import apply_part_in_store
         from qkpatch.uploads.apply import into_store
 
-        if mine is not None:
-            what = "parts share a directory, not a store"
-            raise UsageError(what, where="--part", fix="name a path: -o OUT")
-        return into_store(plan, url, partial(downloaded, observer=observer) if cache else None, **run)
+        run["download"] = partial(downloaded, observer=observer) if cache else None
+        return apply_part_in_store(plan, url, mine, **run) if mine else into_store(plan, url, **run)
     place = plan.default_out if out is None else Path(out)
     found = standing(place, plan, writing, observer, is_whole=False)
     if isinstance(found, Manifest):

@@ -29,7 +29,9 @@ ARROWS = {
     "uploads": {
         "compare", "patching", "planning", "model", "output", "stores", "checkpoint", "common", "errors",
     },
-    "cluster": {"compare", "patching", "planning", "output", "checkpoint", "common", "errors"},
+    "cluster": {
+        "uploads", "compare", "patching", "planning", "model", "output", "stores", "checkpoint", "common", "errors",
+    },
     "sweeps": {
         "adapters", "compare", "evaluation", "patches", "reports", "publishing", "patching", "planning", "model",
         "recipes", "output", "checkpoint", "spectral", "common", "errors",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from qkpatch.common.part import Part
 from qkpatch.common.text import Warned, warned
 from qkpatch.compare.verify import recorded
 from qkpatch.errors import CheckpointError, FileSystemError, QKPatchError, UsageError, refuse_warnings
+from qkpatch.model.locate import out_url
 from qkpatch.output.destination import destination_path, occupied
 from qkpatch.output.layout import OutputFile
 from qkpatch.output.options import Digest
@@ -41,7 +42,7 @@ from qkpatch.planning.manifest import FileRecord, Manifest
 from qkpatch.planning.memory import choose_threads
 from qkpatch.planning.sha256sums import sums_text
 
-_Parts = Mapping[int, Manifest]
+Parts = Mapping[int, Manifest]
 
 
 def finish(out: str | Path, *, strict: bool = False, observer: Observer = UNSEEN) -> Manifest:
@@ -50,7 +51,7 @@ def finish(out: str | Path, *, strict: bool = False, observer: Observer = UNSEEN
     Every digest that parts have recorded is taken again first; of files without one, size and mtime are compared.
 
     Args:
-        out: as of :func:`qkpatch.apply` with a ``part``.
+        out: as of :func:`qkpatch.apply` with a ``part``, a directory or a URL.
         strict: a warning is an error, and there is no OUT.
         observer: hears of bytes.
 
@@ -60,20 +61,23 @@ def finish(out: str | Path, *, strict: bool = False, observer: Observer = UNSEEN
         FileSystemError: reading, linking or publishing fails.
         WarnedError: there is a warning, and ``strict``.
     """
+    if (url := out_url(out)) is not None:
+        from qkpatch.cluster.in_store import finish_in_store
+
+        return finish_in_store(url, strict=strict, observer=observer)
     out, place = destination_path(Path(out)), place_of(Path(out))
     with Rooted(out.parent) as parent:
         has_parts = parent.status(f"{place.name}/{AGREED}") is not None
         if not has_parts and not os.path.lexists(out / MANIFEST_NAME):
-            fix = "write its parts first: qkpatch apply SOURCE -o OUT --part 1/8, ...; what ends a sweep, or an "
-            fix += "evaluation, is its own command, without --part"
-            raise UsageError("no part of an OUT was written there", where=str(out), fix=fix)
+            raise no_part(str(out))
         agreed = manifest = None
         try:
             if has_parts:
                 with opened(parent, place) as room:
                     agreed = read_manifest(room, AGREED)
                     if not _is_there(out):
-                        parts = _all_parts(room, out, agreed, observer)
+                        read, is_done = partial(read_part, room), partial(_has, room)
+                        parts = all_parts(agreed, str(room.path), str(out), is_done, read, observer)
                         manifest = _publish(out, parent, room, agreed, parts, strict)
         except QKPatchError:
             if not _is_there(out):  # else another run of this was faster
@@ -96,6 +100,17 @@ def _clear(out: Path, parent: Rooted, place: Path) -> Iterator[Warned]:
             yield warned(f"what the parts left stays until `qkpatch finish` is run again: {error}")
 
 
+def no_part(out: str) -> UsageError:
+    """What is said where there is nothing to finish."""
+    fix = "write its parts first: qkpatch apply SOURCE -o OUT --part 1/8, ...; what ends a sweep, or an "
+    fix += "evaluation, is its own command, without --part"
+    return UsageError("no part of an OUT was written there", where=out, fix=fix)
+
+
+def _has(room: Rooted, number: int) -> bool:
+    return room.status(str(number)) is not None
+
+
 def _is_there(out: Path) -> bool:
     return os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir()))
 
@@ -104,34 +119,45 @@ def _done(out: Path, agreed: Manifest | None) -> Manifest:
     """The manifest in OUT, which is what was agreed on."""
     with Rooted(out) as root:
         manifest = recorded(PresentHere(root))
-    if agreed is not None:
-        bare = as_agreed(manifest, agreed)
-        if replace(bare, run=agreed.run).dumps() != agreed.dumps():
-            raise occupied(out, MANIFEST_NAME, "it is of another plan than the parts", overwrite=False)
+    if agreed is not None and not is_of(manifest, agreed):
+        raise occupied(out, MANIFEST_NAME, "it is of another plan than the parts", overwrite=False)
     return manifest.telling(already_done=True)
 
 
-def _all_parts(room: Rooted, out: Path, agreed: Manifest, observer: Observer) -> _Parts:
-    """The manifest of each part, every one of which is as it was left."""
+def is_of(manifest: Manifest, agreed: Manifest) -> bool:
+    """Whether an OUT is what was agreed on."""
+    return replace(as_agreed(manifest, agreed), run=agreed.run).dumps() == agreed.dumps()
+
+
+def all_parts(
+    agreed: Manifest,
+    place: str,
+    out: str,
+    is_done: Callable[[int], bool],
+    read: Callable[[Part, Manifest, Observer], Manifest | None],
+    observer: Observer,
+) -> Parts:
+    """The manifest of each part, every one of which ``is_done`` and, as it is ``read``, as it was left."""
     try:
         count = Part.of((1, agreed.run.further.get("parts", 0))).total
     except UsageError as error:
         what = "it does not say how many parts there are"
-        fix = f"remove {room.path}, and run all parts again"
-        raise CheckpointError(what, where=f"{room.path / AGREED}", fix=fix) from error
+        fix = f"remove {place}, and run all parts again"
+        raise CheckpointError(what, where=f"{place}/{AGREED}", fix=fix) from error
     observer.begins("check", sum(file.size for file in agreed.files), 0)
     numbers = range(1, count + 1)
-    if missing := [number for number in numbers if room.status(str(number)) is None]:
+    if missing := [number for number in numbers if not is_done(number)]:
         what = f"of its {count} parts these are not done: {format_ranges(missing)}"
         fix = f"run what is missing as before, with --part {missing[0]}/{count}; then finish again"
-        raise UsageError(what, where=str(out), fix=fix)
-    read = partial(read_part, room, agreed=agreed, observer=observer)
+        raise UsageError(what, where=out, fix=fix)
     with Crew(min(choose_threads(None, 0, 0), count)) as crew:
-        found = list(crew.map(read, [Part(number, count) for number in numbers]))
+        found = list(
+            crew.map(lambda part: read(part, agreed, observer), [Part(number, count) for number in numbers])
+        )
     return {number: part for number, part in zip(numbers, found, strict=True) if part is not None}
 
 
-def _whole(agreed: Manifest, parts: _Parts) -> Manifest:
+def whole(agreed: Manifest, parts: Parts) -> Manifest:
     """The manifest of OUT."""
     edits = {edit.tensor: edit for part in parts.values() for edit in part.edits}
     files = {file.name: file for part in parts.values() for file in part.files}
@@ -153,10 +179,10 @@ def _whole(agreed: Manifest, parts: _Parts) -> Manifest:
 
 
 def _publish(
-    out: Path, parent: Rooted, room: Rooted, agreed: Manifest, parts: _Parts, strict: bool
+    out: Path, parent: Rooted, room: Rooted, agreed: Manifest, parts: Parts, strict: bool
 ) -> Manifest:
     """Make the files of the parts OUT; its manifest."""
-    manifest = _whole(agreed, parts)
+    manifest = whole(agreed, parts)
     with _part(room, 1) as one:  # each part has made all directories
         mode, below = os.fstat(one.fd).st_mode & 0o777, [*one.walk()]
     directories = {name: status.st_mode & 0o777 for name, status in below if stat.S_ISDIR(status.st_mode)}

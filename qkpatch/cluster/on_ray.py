@@ -16,7 +16,7 @@ _TRIES = 5  # more, of a part whose worker died
 
 def apply_on_ray(
     plan: Mapping[str, Any],
-    out: Path,
+    out: str | Path,
     count: int,
     *,
     address: str,
@@ -53,7 +53,7 @@ def apply_on_ray(
     needs: dict[str, Any] = {"num_cpus": threads or 1, "num_gpus": int(how["device"] != "cpu")}
     try:
         task: Any = ray.remote(_write).options(max_retries=_TRIES, scheduling_strategy="SPREAD", **needs)
-        how |= {"out": out.absolute(), "threads": threads or 1}
+        how |= {"out": out.absolute() if isinstance(out, Path) else out, "threads": threads or 1}
         waiting = [task.remote(plan, part=(i + 1, count), **how) for i in range(count)]
         observer.begins("", 0, count, "parts")
         while waiting:

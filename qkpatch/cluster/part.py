@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from qkpatch.checkpoint.files import OpenFile
 from qkpatch.checkpoint.header import read_header
 from qkpatch.checkpoint.open_directory import Rooted
 from qkpatch.checkpoint.source import MANIFEST_NAME
@@ -76,15 +79,28 @@ def read_part(room: Rooted, part: Part, agreed: Manifest, observer: Observer) ->
         return None
     with Rooted(room.path / name, within=room, name=name) as root:
         manifest = read_manifest(root, MANIFEST_NAME)
-        if (wrong := next(_wrong(root, manifest, agreed, observer), None)) is not None:
-            fix = f"run it again: --part {part}"
-            raise CheckpointError(
-                f"part {part} is not as it was left: {wrong}", where=str(root.path), fix=fix
-            )
-    return manifest.telling(already_done=True)
+        names = {name for name, status in root.walk() if not stat.S_ISDIR(status.st_mode)}
+        left = Left(str(root.path), names, partial(is_as_written, root, part=manifest), root.reading)
+        return left.checked(manifest, part, agreed, observer)
 
 
-def _wrong(root: Rooted, manifest: Manifest, agreed: Manifest, observer: Observer) -> Iterator[str]:
+class Left(NamedTuple):
+    """What a part has left, wherever that is."""
+
+    where: str
+    names: Collection[str]  # of all files
+    is_as_written: Callable[[FileRecord], bool]
+    reading: Callable[[str], AbstractContextManager[OpenFile]]
+
+    def checked(self, manifest: Manifest, part: Part, agreed: Manifest, observer: Observer) -> Manifest:
+        """Its manifest; raises as :func:`read_part`."""
+        if (wrong := next(_wrong(self, manifest, agreed, observer), None)) is not None:
+            what, fix = f"part {part} is not as it was left: {wrong}", f"run it again: --part {part}"
+            raise CheckpointError(what, where=self.where, fix=fix)
+        return manifest.telling(already_done=True)
+
+
+def _wrong(left: Left, manifest: Manifest, agreed: Manifest, observer: Observer) -> Iterator[str]:
     """Where a part is not what its manifest, and what was agreed on, say."""
     bare = as_agreed(manifest, agreed)
     yield from different(replace(bare, edits=agreed.edits, files=agreed.files), agreed)
@@ -94,32 +110,30 @@ def _wrong(root: Rooted, manifest: Manifest, agreed: Manifest, observer: Observe
         yield "its warnings are not those of its plan and its figures"
     if not manifest.run.is_over(len(manifest.files)):
         yield "it does not say when it was written, or how each file came"
-    names = {name for name, status in root.walk() if not stat.S_ISDIR(status.st_mode)}
-    yield from sorted(
-        f"{name} came from elsewhere" for name in names - {MANIFEST_NAME, *(f.name for f in bare.files)}
-    )
+    made = {MANIFEST_NAME, *(file.name for file in bare.files)}
+    yield from sorted(f"{name} came from elsewhere" for name in {*left.names} - made)
     for file in manifest.files:
-        if not is_as_written(root, file, manifest):
+        if not left.is_as_written(file):
             yield f"{file.name} is gone, or was changed"
         elif file.sha256 is not None:
-            with root.reading(file.name) as opened:
+            with left.reading(file.name) as opened:
                 if opened.sha256(0, file.size) != file.sha256:
                     yield f"{file.name} has another digest (sha256)"
         observer.copied(file.size)
     for written in (written for edit in manifest.edits for written in edit.written):
         if written.sha256_after is not None:
-            with root.reading(written.shard) as opened:
+            with left.reading(written.shard) as opened:
                 ref = read_header(opened, written.shard).tensors.get(written.tensor)
                 if ref is None or opened.sha256(ref.begin, ref.end) != written.sha256_after:
                     yield f"{written.tensor} has another digest (sha256)"
 
 
-def is_as_written(root: Rooted, file: FileRecord, manifest: Manifest) -> bool:
+def is_as_written(root: Rooted, file: FileRecord, part: Manifest) -> bool:
     """Whether a file of a part is there, with the size and mtime that it had when the part was done.
 
     Not its ctime: what a killed :func:`finish` linked has another. Nor its inode: behind another mount it is another.
     """
-    status, written = root.status(file.name), manifest.run.further.get("written")
+    status, written = root.status(file.name), part.run.further.get("written")
     if status is None or not stat.S_ISREG(status.st_mode) or not isinstance(written, dict):
         return False
     return (status.st_size, status.st_mtime_ns) == (file.size, written.get(file.name))

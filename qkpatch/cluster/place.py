@@ -85,11 +85,16 @@ def joined(out: Path, agreed: Manifest) -> Iterator[Rooted]:
                 StagedFiles(staging.files).write_new(AGREED, agreed.dumps().encode())
                 staging.publish((), None)  # unless another part was faster
         with opened(parent, place) as room:
-            if others := different(read_manifest(room, AGREED), agreed):
-                what = f"the parts that are there are of {', and '.join(others)}"
-                fix = f"choose another -o, or, where they are not wanted, remove {place}"
-                raise UsageError(what, where=str(out), fix=fix)
+            check_same(read_manifest(room, AGREED), agreed, str(out), str(place))
             yield room
+
+
+def check_same(found: Manifest, agreed: Manifest, out: str, place: str) -> None:
+    """Raise :class:`UsageError` where the parts in ``place`` are of another plan."""
+    if others := different(found, agreed):
+        what = f"the parts that are there are of {', and '.join(others)}"
+        fix = f"choose another -o, or, where they are not wanted, remove {place}"
+        raise UsageError(what, where=out, fix=fix)
 
 
 @contextmanager

@@ -18,11 +18,9 @@ def check_part(part: tuple[int, int], writing: Writing, *, straight: str | None)
     if writing.overwrite:
         fix = "leave it out; an OUT that is there you may remove yourself"
         raise UsageError("parts are of an OUT that is not there yet", where="--overwrite", fix=fix)
-    if straight is not None:
-        what = "a part reads heads of files that others carry, so SOURCE must be on a disk"
-        if straight == "hub":
-            raise UsageError(what, where="--no-cache", fix="leave it out")
-        raise UsageError(what, where="--part", fix="copy SOURCE to storage that all machines see")
+    if straight == "hub":
+        what = "a part reads heads of files that others carry, so SOURCE must be in a store, or on a disk"
+        raise UsageError(what, where="--no-cache", fix="leave it out")
     return Part.of(part)
 
 

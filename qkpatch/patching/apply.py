@@ -164,7 +164,7 @@ def _keeping(
             staging.is_kept = True
             with suppress(FileSystemError):
                 staged.prune(sizes, plan.model.checkpoint.directories)
-            say_kept(error, sizes, plan)
+            say_kept(error, sizes, len(plan.output.files))
         raise
 
 
@@ -174,9 +174,9 @@ def is_to_be_kept(error: BaseException, writing: Writing) -> bool:
     return isinstance(error, HubError | StoreError) or (writing.resume and not is_final)
 
 
-def say_kept(error: BaseException, sizes: Mapping[str, int], plan: EditPlan) -> None:
-    """Let an error say what is kept: files, and their bytes."""
-    kept = f"{sum(sizes.values()):,} bytes in {len(sizes)} of {len(plan.output.files)} file(s) are kept"
+def say_kept(error: BaseException, sizes: Mapping[str, int], total: int) -> None:
+    """Let an error say what is kept: files, of ``total``, and their bytes."""
+    kept = f"{sum(sizes.values()):,} bytes in {len(sizes)} of {total} file(s) are kept"
     vars(error)["kept"] = kept
     if isinstance(error, QKPatchError):
         error.fix = f"{f'{error.fix}; ' if error.fix else ''}{kept} for a run with --resume"

@@ -213,7 +213,7 @@ class Store:
     def remove(self, names: Iterable[str]) -> None:
         """Remove objects, one after the other; one that is gone already is no failure."""
         for name in names:
-            with suppress(FileNotFoundError), store_errors(self.where(name)):
+            with store_errors(self.where(name)), suppress(FileNotFoundError):
                 self.fs.rm_file(self.path(name))
 
     def copies_from(self, other: Store) -> bool:

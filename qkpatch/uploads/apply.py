@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -10,9 +10,10 @@ from functools import partial
 from qkpatch.checkpoint.names import CLAIM
 from qkpatch.checkpoint.source import MANIFEST_NAME, SUMS_NAME
 from qkpatch.common.interrupts import signals_held, signals_let_through
+from qkpatch.common.json_text import Json
 from qkpatch.common.observer import UNSEEN, Observer
 from qkpatch.compare.overwrite import already_done
-from qkpatch.errors import QKPatchError, StoreError, UsageError, refuse_warnings
+from qkpatch.errors import QKPatchError, UsageError, refuse_warnings
 from qkpatch.model.locate import store_url
 from qkpatch.model.targets import LayerTarget
 from qkpatch.output.options import Digest, Writing
@@ -87,26 +88,33 @@ def standing_in_store(
             go_on = "go on with it: --resume; or " if is_same else ""
             raise UsageError(what, where=out.text, fix=f"{go_on}remove it and begin anew: --overwrite")
         return claim
+    check_free(out, listed)
+    return None
+
+
+def check_free(out: StoreUrl, listed: Mapping[str, object]) -> None:
+    """Raise :class:`UsageError` where OUT, which nobody has claimed, holds anything."""
     if listed:
         what = f"it holds {next(iter(listed))!r:.300}, and there is no {MANIFEST_NAME}: qkpatch did not write this"
         raise UsageError(what, where=out.text, fix="choose another -o")
-    return None
 
 
 def into_store(
     plan: EditPlan,
     out: StoreUrl,
-    download: Callable[[EditPlan], EditPlan] | None,
     *,
+    download: Callable[[EditPlan], EditPlan] | None,
     observer: Observer,
     device: str,
     threads: int,
     writing: Writing,
+    part: Mapping[str, Json] | None = None,
 ) -> Manifest:
     """Write the edited checkpoint to ``out``, unless it is there, and return its manifest; as in a directory.
 
     Objects appear whole: weights, other files, the index and config.json, and ``qkpatch.json`` last. ``download``
-    brings a plan of a repository on the Hub to its cache; None where that is not to be used.
+    brings a plan of a repository on the Hub to its cache; None where that is not to be used. Where ``plan`` is a share,
+    its record says of what ``part`` it is.
 
     Raises:
         UsageError: as :func:`standing_in_store`; a repository that is not to come by way of the Hub cache.
@@ -121,26 +129,33 @@ def into_store(
             store.remove([CLAIM])
         return found
     check_run(plan, device, threads)
-    if plan.model.source.path is None and plan.model.source.kind == "hub":
-        if download is None:
-            what = "from the Hub into a store goes by way of the Hub cache, where files are checked"
-            raise UsageError(what, where="--no-cache", fix="leave it out")
-        plan = download(plan)
+    plan = fetched(plan, download)
     if plan.patch is not None:
         plan.patch.check_source(plan)
     observer.begins("upload", plan.output_bytes, len(plan.edits) * len(plan.settings.heads))
-    return _write(plan, out, found, observer, device, threads, writing)
+    return _write(plan, out, found, part, observer, device, threads, writing)
+
+
+def fetched(plan: EditPlan, download: Callable[[EditPlan], EditPlan] | None) -> EditPlan:
+    """The plan of files that are in a store, or on this machine; raises as :func:`into_store`."""
+    if plan.model.source.path is not None or plan.model.source.kind != "hub":
+        return plan
+    if download is None:
+        what = "from the Hub into a store goes by way of the Hub cache, where files are checked"
+        raise UsageError(what, where="--no-cache", fix="leave it out")
+    return download(plan)
 
 
 def _write(
-    plan: EditPlan, out: StoreUrl, found: Claim | None, observer: Observer, device: str, threads: int, writing: Writing
+    plan: EditPlan, out: StoreUrl, found: Claim | None, part: Mapping[str, Json] | None, observer: Observer,
+    device: str, threads: int, writing: Writing,
 ) -> Manifest:  # fmt: skip
     """To ``out``, which nothing speaks against; what a run whose claim was ``found`` had made is taken, or goes."""
     checkpoint, started = plan.model.checkpoint, now()
     checkpoint.check_still()
     claim = Claim(open_store(out), fingerprint_of(plan, writing), tuple(plan.output.files))
     with signals_held(), ExitStack() as stack:
-        stack.enter_context(_claimed(claim, found, plan, writing))
+        stack.enter_context(claimed(claim, found, writing))
         rows = stack.enter_context(Rows(plan))
         crew = stack.enter_context(Crew(threads, alongside=1))
         with signals_let_through():
@@ -164,6 +179,9 @@ def _write(
                 for t in plan.edits
             }
             done = done_manifest(plan, editor, edited)
+            # By which a part's objects are known when it is joined.
+            written = {name: entry.identity for name, entry in objects.made.items()}
+            further: Mapping[str, Json] = {} if part is None else {**part, "written": written}
             source = plan.model.source
             came = {extent.file.name for file in plan.output.files.values() for extent in file.extents}
             is_checked = None if source.kind != "hub" else source.checked >= came
@@ -172,28 +190,20 @@ def _write(
                 source=replace(done.source, checked=is_checked),
                 files=tuple(replace(file, sha256=objects.sha256[file.name]) for file in done.files),
                 output=replace(done.output, digest=writing.digest),
-                run=RunBlock(started, now(), dict(objects.means), editor.stack),
+                run=RunBlock(started, now(), dict(objects.means), editor.stack, further=further),
             )
             refuse_warnings(manifest.warnings, strict=writing.strict)
             record = manifest.dumps().encode()
-            if writing.digest is Digest.files:
+            if writing.digest is Digest.files and part is None:
                 objects.put(SUMS_NAME, sums_text(manifest, record).encode())
             checkpoint.check_still()
-            objects.check_all()
-        # The last act: from here on OUT is whole, whatever comes.
-        claim.is_lost = True
-        try:
-            claim.store.put(MANIFEST_NAME, record, is_new=True)
-        except StoreError:
-            if claim.store.read(MANIFEST_NAME) != record:  # its answer alone was lost
-                raise
-        with suppress(StoreError):
-            claim.release()
+            claim.check_made(objects.made)
+        claim.publish(record)
     return manifest
 
 
 @contextmanager
-def _claimed(claim: Claim, found: Claim | None, plan: EditPlan, writing: Writing) -> Iterator[None]:
+def claimed(claim: Claim, found: Claim | None, writing: Writing) -> Iterator[None]:
     """OUT is this run's. Where it fails, all it made is removed, or kept where a run that resumes may do better."""
     store = claim.store
     if found is not None and (not writing.resume or found.fingerprint != claim.fingerprint):
@@ -209,7 +219,7 @@ def _claimed(claim: Claim, found: Claim | None, plan: EditPlan, writing: Writing
     except BaseException as error:
         if not claim.is_lost:
             if claim.done and is_to_be_kept(error, writing):
-                say_kept(error, {name: done.size for name, done in claim.done.items()}, plan)
+                say_kept(error, {name: done.size for name, done in claim.done.items()}, len(claim.files))
             else:
                 with suppress(QKPatchError):
                     claim.remove_all({*store.listing()} - {CLAIM})

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Lock
 
@@ -111,6 +112,26 @@ class Claim:
         """What is noted of an object, where it is still that one."""
         done, entry = self.done.get(name), listed.get(name)
         return done if done and entry and (entry.identity, entry.size) == (done.identity, done.size) else None
+
+    def check_made(self, made: Mapping[str, Entry]) -> None:
+        """Raise :class:`StoreError` where what is in OUT is not just what this run has made."""
+        self.check()
+        now = self.store.listing()
+        for name in sorted({*made, *now} - {CLAIM}):
+            if name not in made or now.get(name) != made[name]:
+                what = "an object of the unfinished OUT is gone, or is not the one that this run made"
+                raise StoreError(what, where=self.store.where(name), fix="is another program writing there?")
+
+    def publish(self, record: bytes) -> None:
+        """Put the manifest, the last act: from here on OUT is whole, whatever comes."""
+        self.is_lost = True
+        try:
+            self.store.put(MANIFEST_NAME, record, is_new=True)
+        except StoreError:
+            if self.store.read(MANIFEST_NAME) != record:  # its answer alone was lost
+                raise
+        with suppress(StoreError):
+            self.release()
 
     def release(self) -> None:
         """Take it away: OUT is whole, or nothing is left of it."""

@@ -9,9 +9,7 @@ from contextlib import ExitStack
 
 from qkpatch.checkpoint.content import HeldFile
 from qkpatch.checkpoint.files import OpenFile
-from qkpatch.checkpoint.names import CLAIM
 from qkpatch.common.observer import Observer
-from qkpatch.errors import StoreError
 from qkpatch.output.layout import Extent, OutputFile
 from qkpatch.output.options import Digest, Writing
 from qkpatch.planning.plan import EditPlan
@@ -21,8 +19,13 @@ from qkpatch.stores.store import Entry
 from qkpatch.uploads.claim import Claim, Done
 from qkpatch.uploads.rows import Rows
 
-_NOTED = 1 << 20  # bytes; smaller objects are made again, which costs less than to note them
+NOTED = 1 << 20  # bytes; smaller objects are made again, which costs less than to note them
 _LAST = ("config.json", "model_index.json")  # what makes a folder a model
+
+
+def lateness(name: str) -> tuple[bool, bool, str]:
+    """Of a file that is no weight: what loaders begin with comes last."""
+    return name in _LAST, name.endswith(".index.json"), name
 
 
 class Objects:
@@ -51,7 +54,7 @@ class Objects:
         weights, edited = output.made_of(headers), self._plan.edits_by_file
         untouched = [file for name, file in output.files.items() if name in weights and name not in edited]
         others = [file for name, file in output.files.items() if name not in weights]
-        others.sort(key=lambda file: (file.name in _LAST, file.name.endswith(".index.json")))
+        others.sort(key=lambda file: lateness(file.name))
         return untouched, [output.files[name] for name in edited], others
 
     def make(self, files: Iterable[OutputFile]) -> None:
@@ -67,7 +70,7 @@ class Objects:
                 self._observer.copied(file.size)
             else:
                 entry, sha256, means = self._one(file)
-                if file.size >= _NOTED:
+                if file.size >= NOTED:
                     self._claim.note(file.name, Done(entry.identity, entry.size, sha256, rows))
             self.made[file.name], self.sha256[file.name] = entry, sha256
             self.means[means] += 1
@@ -77,15 +80,6 @@ class Objects:
         self._claim.check()
         self._store.put(name, data)
         self.made[name] = self._store.stat(name)
-
-    def check_all(self) -> None:
-        """Raise :class:`StoreError` where what is in OUT is not just what was made."""
-        self._claim.check()
-        now = self._store.listing()
-        for name in sorted({*self.made, *now} - {CLAIM}):
-            if name not in self.made or now.get(name) != self.made[name]:
-                what = "an object of the unfinished OUT is gone, or is not the one that this run made"
-                raise StoreError(what, where=self._store.where(name), fix="is another program writing there?")
 
     def _one(self, file: OutputFile) -> tuple[Entry, str | None, str]:
         spans = self._spans(file)

@@ -104,11 +104,8 @@ def test_what_is_needed_is_fetched_and_no_more(s3: S3, tmp_path: Path) -> None:
     assert headers + rows <= s3.received < headers + rows + rows // 50
 
 
-def test_parts_are_of_a_source_on_disks_but_those_of_a_sweep(stored: Place, tmp_path: Path) -> None:
+def test_a_sweep_takes_parts_of_a_source_in_a_store(stored: Place, tmp_path: Path) -> None:
     url, grid = stored(build_tiny(tmp_path / "tiny").path), {"modes": [1], "layers": ["0-1"]}
-    with pytest.raises(UsageError, match="so SOURCE must be on a disk") as told:
-        qkpatch.apply(qkpatch.plan(url, **EDIT), tmp_path / "out", part=(1, 2))
-    assert told.value.fix == "copy SOURCE to storage that all machines see"
     qkpatch.sweep(url, grid, tmp_path / "whole", form="none")
     for part in ((1, 2), (2, 2), None):
         qkpatch.sweep(url, grid, tmp_path / "swept", form="none", part=part)

@@ -19,8 +19,8 @@ from qkpatch.cli.flags import (
     ClusterFlags,
     CopyFlags,
     EditFlags,
-    OutArg,
     OutOpt,
+    OutOrUrlArg,
     PushFlags,
     RunFlags,
     ShowFlags,
@@ -127,10 +127,6 @@ def apply(
                 say(f"{model.source.name}: {size} into the Hub cache, unless OUT is done already")
             how |= {"cache": not no_cache, "writing": writing}
             if cluster.ray is not None and part is not None and place is not None:
-                if isinstance(place, str):
-                    raise UsageError(
-                        "parts share a directory, not a store", where=place, fix="name a path: -o OUT"
-                    )
                 here = str(Path(source).absolute()) if model.source.kind in ("directory", "file") else source
                 again = {"source": here, "request": request, "patch": write.patch and write.patch.absolute()}
                 manifest = apply_on_ray(again, place, part.total, address=cluster.ray, **how)
@@ -162,7 +158,7 @@ def apply(
 
 
 @command
-def finish(out: OutArg, show: ShowFlags) -> None:
+def finish(out: OutOrUrlArg, show: ShowFlags) -> None:
     """Check all parts of OUT, and publish it: what one machine would have written. It may be run again."""
     from qkpatch import api
     from qkpatch.cli.console import print_text, results, safe, show_warnings
@@ -170,7 +166,7 @@ def finish(out: OutArg, show: ShowFlags) -> None:
     from qkpatch.common.text import as_word, size_text
 
     with bars(quiet=show.is_bare) as observer:
-        manifest = api.finish(out, strict=show.strict, observer=observer)
+        manifest = api.finish(place_of(out), strict=show.strict, observer=observer)
     if not show.quiet:
         show_warnings([*manifest.warnings, *(manifest.run.weaker or ())])
     if show.as_json:
