@@ -3,7 +3,8 @@
 python -m scripts.bench.large [--shards 1,10,100,1000] [--apply LAYERS]
 
 Headers and configs are those of the Qwen3 MoE family (94 layers, 64 query and 4 key heads of 128, hidden 4096);
-only queries and keys of the edited layers hold numbers, and only with --apply, which edits LAYERS middle layers.
+only queries, keys and their norms in the edited layers hold numbers, and only with --apply, which edits LAYERS middle
+layers.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ def build(folder: Path, shards: int, filled: range) -> int:
 
 def _write(path: Path, tensors: Sizes, layers: range) -> None:
     header, position, filled = {}, 0, []
-    full = tuple(f"model.layers.{number}.self_attn.{which}_proj" for number in layers for which in "qk")
+    kinds = [f"self_attn.{which}_{kind}" for which in "qk" for kind in ("proj", "norm")]
+    full = tuple(f"model.layers.{number}.{kind}" for number in layers for kind in kinds)
     for name, shape in tensors.items():
         end = position + 2 * math.prod(shape)
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [position, end]}
