@@ -112,7 +112,7 @@ stress: $(STAMP)  ## attacks at the borders, then kills, faults and races, ROUND
 
 # The clients of Google's and Azure's stores, and what stands for these here; Azure's takes npm.
 STORES      := .cache/stores
-STORE_TESTS ?= tests/stores tests/uploads
+STORE_TESTS ?= tests/stores tests/uploads tests/cluster/test_parts_in_store.py
 
 $(STORES)/.installed: constraints.txt | $(STAMP)
 	rm -rf $(@D)

@@ -5,8 +5,8 @@ The rooms, from the surface down; imports only run downwards, as ``tests/test_ar
 
 * ``cli``         parses, calls the api, shows;
 * ``api``         the library: one function for what each command does;
-* ``uploads``     OUT in a store: claimed, made object by object, its manifest last;
 * ``cluster``     one OUT by several machines: parts, and what publishes them;
+* ``uploads``     OUT in a store: claimed, made object by object, its manifest last;
 * ``sweeps``      many edits from one read: the grid, figures, what evaluates them;
 * ``adapters``    the edit as a low-rank adapter, beside the checkpoint;
 * ``compare``     proof and difference: ``verify``, ``diff``, what may be replaced, what may be published;

@@ -26,11 +26,11 @@ ARROWS = {
         "uploads", "cluster", "sweeps", "adapters", "compare", "evaluation", "publishing", "patches", "patching",
         "planning", "model", "output", "checkpoint", "common", "errors",
     },
-    "uploads": {
-        "compare", "patching", "planning", "model", "output", "stores", "checkpoint", "common", "errors",
-    },
     "cluster": {
         "uploads", "compare", "patching", "planning", "model", "output", "stores", "checkpoint", "common", "errors",
+    },
+    "uploads": {
+        "compare", "patching", "planning", "model", "output", "stores", "checkpoint", "common", "errors",
     },
     "sweeps": {
         "adapters", "compare", "evaluation", "patches", "reports", "publishing", "patching", "planning", "model",

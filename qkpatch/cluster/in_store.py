@@ -37,7 +37,7 @@ from qkpatch.stores.store import Entry, Store, open_store
 from qkpatch.stores.url import StoreUrl
 from qkpatch.uploads.apply import check_free, check_url, claimed, fetched, into_store
 from qkpatch.uploads.claim import Claim, Done
-from qkpatch.uploads.objects import NOTED, lateness
+from qkpatch.uploads.objects import lateness
 
 
 def place_in_store(out: StoreUrl) -> StoreUrl:
@@ -188,8 +188,7 @@ def _publish(
                 if claim.state(file.name, there) is None:
                     entry = left[f"{number}/{file.name}"]
                     made[file.name] = _copied(store, room, file, entry, observer.copied)
-                    if file.size >= NOTED:
-                        claim.note(file.name, Done(made[file.name].identity, file.size, file.sha256, None))
+                    claim.note(file.name, Done(made[file.name].identity, file.size, file.sha256, None))
                 else:
                     made[file.name] = there[file.name]
                     observer.copied(file.size)

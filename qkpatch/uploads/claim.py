@@ -20,6 +20,8 @@ from qkpatch.common.typed_json import as_json, from_json
 from qkpatch.errors import QKPatchError, StoreError, UsageError
 from qkpatch.stores.store import Entry, Store
 
+_NOTED = 1 << 20  # bytes; smaller objects are made again, which costs less than to note them
+
 
 @dataclass(frozen=True)
 class Done:
@@ -102,7 +104,9 @@ class Claim:
             )
 
     def note(self, name: str, done: Done) -> None:
-        """Say that an object is whole."""
+        """Say that an object is whole, unless it is a small one."""
+        if done.size < _NOTED:
+            return
         with self._lock:
             self.check()
             self.done[name] = done

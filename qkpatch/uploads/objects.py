@@ -19,7 +19,6 @@ from qkpatch.stores.store import Entry
 from qkpatch.uploads.claim import Claim, Done
 from qkpatch.uploads.rows import Rows
 
-NOTED = 1 << 20  # bytes; smaller objects are made again, which costs less than to note them
 _LAST = ("config.json", "model_index.json")  # what makes a folder a model
 
 
@@ -70,8 +69,7 @@ class Objects:
                 self._observer.copied(file.size)
             else:
                 entry, sha256, means = self._one(file)
-                if file.size >= NOTED:
-                    self._claim.note(file.name, Done(entry.identity, entry.size, sha256, rows))
+                self._claim.note(file.name, Done(entry.identity, entry.size, sha256, rows))
             self.made[file.name], self.sha256[file.name] = entry, sha256
             self.means[means] += 1
 

@@ -18,7 +18,7 @@ from qkpatch.errors import CheckpointError, QKPatchError, StoreError, UsageError
 from qkpatch.stores import store
 from qkpatch.stores.store import Store, open_store
 from qkpatch.stores.url import StoreUrl
-from qkpatch.uploads import objects
+from qkpatch.uploads import claim
 
 EDIT: dict[str, Any] = {"layers": "0-1", "modes": 2}
 SHARDS = [["layers.0.", "embed"], ["layers.1."], ["layers.2."]]
@@ -168,7 +168,7 @@ class Killed(BaseException):
 def test_any_part_and_finish_may_die_at_any_call(
     step: int, folder: Path, anywhere: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(objects, "NOTED", 1)
+    monkeypatch.setattr(claim, "_NOTED", 1)
     out, calls, last = f"{anywhere}/out", 0, 0
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     changing = {name: getattr(Store, name) for name in ("put", "remove", "assemble")}

@@ -17,9 +17,9 @@ from typing import Any
 def child(request: dict[str, Any], pipe: int) -> None:
     import qkpatch
     from qkpatch.stores.store import Store
-    from qkpatch.uploads import objects
+    from qkpatch.uploads import claim
 
-    objects._NOTED = 1
+    claim._NOTED = 1
     call, half_calls = Store.attempt, 0
 
     def step() -> None:

@@ -161,7 +161,13 @@ def test_edits_are_those_of_the_dense_oracle_whatever_the_condition(
         assert np.linalg.norm(edit.W_Q[0].numpy() - expected) <= 1e-13 * np.linalg.norm(expected)
         return
     stored = round_once(edit.W_Q, DTYPES[dtype])[0].double()
-    assert oracle.ulps(stored.numpy(), oracle.round_to(expected, dtype), dtype) <= 1
+    rounded = oracle.round_to(expected, dtype)
+    # What float64 leaves open of a row; a number as quiet as that has no last place to be held to.
+    left_open = 16 * EPS * np.linalg.norm(W_Q[0].numpy(), axis=-1, keepdims=True) + np.zeros_like(expected)
+    is_quiet = ROUNDOFF[dtype] * np.abs(expected) < left_open
+    assert oracle.ulps(np.where(is_quiet, rounded, stored.numpy()), rounded, dtype) <= 1
+    assert np.all(np.abs(stored.numpy() - expected)[is_quiet] <= 2 * left_open[is_quiet])
+    assert np.mean(is_quiet) <= 1 / 8
     (report,) = measure(product, edit, stored[None])
     values = oracle.values(stored.numpy(), W_K[0].numpy(), channel.value, len(report.values_after))
     assert np.allclose(report.values_after, values, rtol=1e-9, atol=1e-12 * abs(values[0]))

@@ -22,6 +22,7 @@ from qkpatch.stores import store
 from qkpatch.stores.store import open_store
 from qkpatch.stores.url import StoreUrl
 from qkpatch.uploads import apply as uploading
+from qkpatch.uploads import claim as claims
 from qkpatch.uploads import objects
 from qkpatch.uploads.claim import Claim, Done
 
@@ -32,7 +33,7 @@ SHARDS = [["layers.0.", "embed"], ["layers.1."], ["layers.2."]]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "_FIRST_WAIT", 0.01)
-    monkeypatch.setattr(objects, "_NOTED", 1)  # so that small weights are noted, as large ones are
+    monkeypatch.setattr(claims, "_NOTED", 1)  # so that small weights are noted, as large ones are
 
 
 @pytest.fixture
@@ -301,7 +302,7 @@ def test_an_interrupt_leaves_nothing_or_with_resume_what_was_done(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(objects.Objects, "check_all", interrupt)
+        patched.setattr(Claim, "check_made", interrupt)
         with pytest.raises(KeyboardInterrupt):
             qkpatch.apply(plan, out)
         assert not objects_of(out)
@@ -319,7 +320,7 @@ def test_an_unfinished_out_of_another_edit_is_removed_on_demand_alone(
 ) -> None:
     out = f"{place}/out"
     with monkeypatch.context() as patched:
-        patched.setattr(objects.Objects, "check_all", lambda _: (_ for _ in ()).throw(StoreError("x")))
+        patched.setattr(Claim, "check_made", lambda *_: (_ for _ in ()).throw(StoreError("x")))
         with pytest.raises(StoreError):
             qkpatch.apply(qkpatch.plan(folder, layers="0-2", modes=1, max_shard_size=2000), out)
     before = objects_of(out)
@@ -338,7 +339,7 @@ def test_what_another_machine_rounded_otherwise_is_made_again(
 ) -> None:
     plan, out = qkpatch.plan(folder, **EDIT), "memory://bucket/out"
     with monkeypatch.context() as patched:
-        patched.setattr(objects.Objects, "check_all", lambda _: (_ for _ in ()).throw(StoreError("x")))
+        patched.setattr(Claim, "check_made", lambda *_: (_ for _ in ()).throw(StoreError("x")))
         with pytest.raises(StoreError):
             qkpatch.apply(plan, out)
     claim = f"/bucket/out/{CLAIM}"
@@ -429,14 +430,14 @@ def test_an_object_that_another_program_changes_is_noticed(
     fs = open_store(StoreUrl.parse(place)).fs  # type: ignore[arg-type]
     root = place.partition("://")[2]
     plan, out = qkpatch.plan(folder, **EDIT), f"{place}/out"
-    check = objects.Objects.check_all
+    check = Claim.check_made
     for name in ("tokenizer.json", "stray.txt"):
 
-        def meddled(made: objects.Objects, name: str = name) -> None:
+        def meddled(own: Claim, made: Any, name: str = name) -> None:
             fs.pipe_file(f"{root}/out/{name}", b"[]")
-            check(made)
+            check(own, made)
 
-        monkeypatch.setattr(objects.Objects, "check_all", meddled)
+        monkeypatch.setattr(Claim, "check_made", meddled)
         with pytest.raises(StoreError, match="not the one that this run made"):
             qkpatch.apply(plan, out, resume=True)
         assert "qkpatch.json" not in objects_of(out)
@@ -495,7 +496,6 @@ def test_a_whole_out_is_never_replaced(folder: Path, place: str) -> None:
         ("apply", "--patch-only"),
         ("sweep", "--grid", "g.yaml"),
         ("revert",),
-        ("apply", "--part", "1/2"),
     ],
 )
 def test_a_command_that_writes_no_store_says_so(
