@@ -16,7 +16,7 @@ import typer
 
 from qkpatch.checkpoint.files import machine_errors
 from qkpatch.cli.groups import spread
-from qkpatch.common.interrupts import Terminated, end_at_once, unwinding_on_kill
+from qkpatch.common.interrupts import Terminated, end_at_once, unwinding_on_kill, unwrapped
 from qkpatch.errors import QKPatchError, UnexpectedError, UsageError
 from qkpatch.planning.request import Request
 
@@ -58,7 +58,7 @@ def command(function: Command) -> Command:
         # What is said is said inside: a signal that comes meanwhile must not cut that short either.
         with unwinding_on_kill():
             try:
-                with machine_errors():
+                with machine_errors(), unwrapped():
                     if len(forms := [flag for key, flag in _FORMS.items() if kwargs.get(key)]) > 1:
                         raise UsageError(f"one of {' and '.join(forms)}", fix="drop the other")
                     function(**gathered({**kwargs}))

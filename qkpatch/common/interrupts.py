@@ -72,6 +72,17 @@ def unwinding_on_kill() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def unwrapped() -> Iterator[None]:
+    """Raise what arrived while a class was made as itself: before Python 3.12 it is the cause of a ``RuntimeError``."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__cause__, KeyboardInterrupt | Terminated):
+            raise error.__cause__ from None
+        raise
+
+
 def is_own_process() -> bool:
     """Whether :func:`unwinding_on_kill` is at work: signals are qkpatch's to hear, not a host's."""
     return _arrivals.is_on

@@ -216,7 +216,8 @@ def editor_of(plan: EditPlan, device: str) -> Editor | Recorded:
 def _editor(device: str) -> Editor:
     """The part that computes; ``import torch`` takes a second, in which files are being copied already."""
     import_torch()
-    from qkpatch.patching.edit_heads import Editor
+    with signals_held():  # see `unwrapped`, which comes too late for what is kept
+        from qkpatch.patching.edit_heads import Editor
 
     return Editor.on(device)
 

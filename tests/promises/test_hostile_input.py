@@ -267,6 +267,23 @@ class TestSignals:
             signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_a_class_is_made_is_told_as_itself(
+    number: signal.Signals, code: int, tiny: Tiny, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Signalled:
+        def __set_name__(self, owner: type, name: str) -> None:
+            os.kill(os.getpid(), number)
+
+    def importing(*_: object, **__: object) -> None:
+        type("Class", (), {"attribute": Signalled()})
+
+    monkeypatch.setattr("qkpatch.api.plan", importing)
+    done = run("plan", tiny.path)
+    assert (done.exit_code, done.stdout) == (code, "")
+    assert done.stderr.endswith("nothing half done is left behind.\n")
+
+
 def test_a_wrong_out_is_refused_before_the_hub_is_asked(run, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
