@@ -46,9 +46,9 @@ def place_in_store(out: StoreUrl) -> StoreUrl:
     Raises:
         UsageError: OUT is a whole bucket, beside which there is nothing.
     """
-    above, slash, name = out.text.rpartition("/")
+    above, _, name = out.text.rpartition("/")
     place = StoreUrl.parse(f"{above}/.{name}.qkpatch-parts") if out.name != out.place else None
-    if place is None or not slash:
+    if place is None:
         what = "parts wait in a folder beside OUT, and beside a bucket there is none"
         raise UsageError(what, where=out.text, fix="name a folder of it")
     return place
@@ -91,7 +91,7 @@ def apply_part_in_store(
         done = _read_part(place, part, agreed, observer)
     except CheckpointError:  # damaged: it is made anew
         done = None
-        _remove(open_store(_folder(place, part)), MANIFEST_NAME)
+        _remove(open_store(_folder(place, part)), lambda name: name != MANIFEST_NAME)
     if done is not None:
         return done
     said = {"part": part.number, **agreed.run.further}
@@ -129,7 +129,7 @@ def finish_in_store(out: StoreUrl, *, strict: bool, observer: Observer) -> Manif
             what = "there is an OUT that is of another plan than the parts"
             raise UsageError(what, where=out.text, fix="choose another -o, or remove it yourself")
         store.remove([CLAIM])  # of a run that was killed when OUT was whole
-    _remove(room, AGREED)
+    _remove(room, lambda name: name == AGREED)
     return manifest
 
 
@@ -137,11 +137,10 @@ def _folder(place: StoreUrl, part: Part) -> StoreUrl:
     return replace(place, place=f"{place.place}/{part.number}", text=f"{place.text}/{part.number}")
 
 
-def _remove(store: Store, mark: str) -> None:
-    """Remove all that is there; what says that it is something last, or first where it must not be believed."""
+def _remove(store: Store, is_late: Callable[[str], bool]) -> None:
+    """Remove all that is there, what ``is_late`` after the rest."""
     store.abort_left()
-    names = sorted({*store.listing()} - {mark})
-    store.remove([*names, mark] if mark == AGREED else [mark, *names])
+    store.remove(sorted(store.listing(), key=is_late))
 
 
 def _read_part(place: StoreUrl, part: Part, agreed: Manifest, observer: Observer) -> Manifest | None:
@@ -156,8 +155,8 @@ def _read_part(place: StoreUrl, part: Part, agreed: Manifest, observer: Observer
 
     def is_as_written(file: FileRecord) -> bool:
         found = present.files.get(file.name)
-        is_same = isinstance(found, SourceFile) and found.content == written.get(file.name)
-        return is_same and found is not None and found.size == file.size
+        as_written = (file.size, written.get(file.name))
+        return isinstance(found, SourceFile) and (found.size, found.content) == as_written
 
     left = Left(folder.text, {*present.files} - {CLAIM}, is_as_written, present.open)
     return left.checked(manifest, part, agreed, observer)
