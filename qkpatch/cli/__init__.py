@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import sys
 import traceback
@@ -60,6 +61,7 @@ def main() -> NoReturn:
     prepare_streams()
     # Hundreds of thousands of objects come with torch and stay; looking through them takes a twelfth of a short run.
     gc.set_threshold(50_000, 20, 100)
+    atexit.register(gc.freeze)  # nor is any of them looked at when the process ends
     try:
         app(prog_name="qkpatch")  # as completion knows it, also of `python -m qkpatch`
     except OSError:  # of what the library prints itself, such as --help, to a device that is full

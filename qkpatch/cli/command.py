@@ -52,6 +52,8 @@ def command(function: Command) -> Command:
         if kwargs.get("quiet") or kwargs.get("as_json") or not sys.stderr.isatty():
             # huggingface_hub reads it when it is first imported, which is later.
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        # NumPy, which comes with torch: its threads spin for a tenth of a second, and nothing is computed with it.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         share_free_memory()
         _log.addHandler(_noted)  # once, however many commands a process calls
         _log.setLevel(logging.ERROR if kwargs.get("quiet") else logging.INFO)

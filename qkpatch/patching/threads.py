@@ -26,21 +26,22 @@ class Crew:
 
     def __init__(self, threads: int, alongside: int = 0) -> None:
         self.threads = threads
-        self._all = threads + alongside
         self._stop = Event()
         self._failure: BaseException | None = None
-        self._pool = ThreadPoolExecutor(self._all, "qkpatch")
+        self._sizes = (threads, alongside) if alongside else (threads,)
+        self._pools = [ThreadPoolExecutor(size, "qkpatch") for size in self._sizes]
 
     def __enter__(self) -> Crew:
         # All threads start here, where no signal can come between a thread's start and its being known. They inherit
         # the mask: signals are for the main thread, which knows when they must wait.
         with signals_held(), signals_masked():
-            together = Barrier(self._all)
+            together = Barrier(sum(self._sizes))
             try:
-                wait([self._pool.submit(together.wait) for _ in range(together.parties)])
+                every = [pool for pool, size in zip(self._pools, self._sizes, strict=True) for _ in range(size)]
+                wait([pool.submit(together.wait) for pool in every])
             except BaseException as error:
                 together.abort()
-                self._pool.shutdown(wait=True, cancel_futures=True)
+                self._end()
                 if not isinstance(error, RuntimeError):
                     raise  # Ctrl-C in a host process
                 what = f"{together.parties} threads cannot be started: {error}"
@@ -53,9 +54,13 @@ class Crew:
     ) -> None:
         self._stop.set()
         with signals_held():  # files are closed next: nobody may still be writing to them
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._end()
         if isinstance(error, Stopped) and self._failure is not None:
             raise self._failure
+
+    def _end(self) -> None:
+        for pool in self._pools:
+            pool.shutdown(wait=True, cancel_futures=True)
 
     def check(self) -> None:
         """To be called now and then by a long task.
@@ -68,15 +73,15 @@ class Crew:
 
     def start(self, task: Callable[[], R]) -> Future[R]:
         """Run one task alongside; ``result()`` raises what it raised."""
-        return self._pool.submit(self._run, task)
+        return self._pools[-1].submit(self._run, task)
 
     def map(self, task: Callable[[A], R], items: Iterable[A]) -> Iterator[R]:
         """``task`` of each item, in order; no more than ``threads`` at a time, and none far ahead of the reader."""
         running: deque[Future[R]] = deque()
         for item in items:
-            if len(running) == self.threads:
+            running.append(self._pools[0].submit(self._run, partial(task, item)))
+            if len(running) > self.threads:  # one more, for a thread that is done before the first
                 yield running.popleft().result()
-            running.append(self._pool.submit(self._run, partial(task, item)))
         while running:
             yield running.popleft().result()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from qkpatch.spectral.lazy import cached_property
 
 _MARGIN = 2.0**-24  # of a rounding: what is lost to a condition number
-_BLOCK = 64  # rows; half of a Gram matrix is enough, but smaller products take longer
+_BLOCK = 32  # rows; half of a Gram matrix is enough, but smaller products take longer
 
 
 def to_host(x: Tensor) -> Tensor:
