@@ -8,7 +8,7 @@ import os
 import re
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -243,8 +243,10 @@ class LocalOpenFile(OpenFile):
 
 
 @contextmanager
-def open_read(path: Path, expected: FileId | None = None) -> Iterator[LocalOpenFile]:
-    """A file for reading; with ``expected``, it must be unchanged on opening and on closing.
+def open_read(
+    path: Path, expected: FileId | None = None, ranges: Sequence[tuple[int, int]] = ()
+) -> Iterator[LocalOpenFile]:
+    """A file for reading, ``ranges`` of it soon; with ``expected``, it must be unchanged on opening and on closing.
 
     Raises:
         FileSystemError: not readable, or replaced, truncated or written to meanwhile.
@@ -253,6 +255,8 @@ def open_read(path: Path, expected: FileId | None = None) -> Iterator[LocalOpenF
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would be waited for
     with regular(fd, path) as opened:
         _check_unchanged(opened, expected)
+        for begin, end in ranges:
+            system.will_read(fd, begin, end)
         yield opened
         _check_unchanged(opened, expected)
 

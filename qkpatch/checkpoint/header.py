@@ -96,7 +96,9 @@ def parse_header(raw: bytes, *, shard: str, file_size: int) -> Header:
     metadata = _metadata(entries.pop(_METADATA, None), shard)
     # An index has the same names, and a model of 10^5 tensors few dtypes and shapes; most begin where another ends.
     same: dict[Any, Any] = {}
-    tensors = {name: _tensor(name, entries[name], shard, data_start, same) for name in map(sys.intern, entries)}
+    tensors = {
+        name: _tensor(name, entries[name], shard, data_start, same) for name in map(sys.intern, entries)
+    }
     _check_coverage(tensors.values(), shard, data_start, file_size)
     return Header(shard, data_start, file_size, MappingProxyType(tensors), metadata)
 

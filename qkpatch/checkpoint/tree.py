@@ -105,7 +105,7 @@ class LocalFile(SourceFile):
 
     def open(self, ranges: Sequence[tuple[int, int]] = ()) -> AbstractContextManager[LocalOpenFile]:
         """As :func:`open_read`."""
-        return open_read(self.path, self.id)
+        return open_read(self.path, self.id, ranges)
 
 
 class Repository(ABC):

@@ -94,6 +94,13 @@ def read_into(fd: int, buffer: memoryview, offset: int) -> int:
     return len(data)
 
 
+def will_read(fd: int, begin: int, end: int) -> None:
+    """Have the disk bring bytes that are read soon, while something else is done. Portable: nothing."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):
+            os.posix_fadvise(fd, begin, end - begin, os.POSIX_FADV_WILLNEED)
+
+
 def data_at(fd: int, offset: int) -> tuple[int, int]:
     """The first bytes from ``offset`` on that are no hole; raises ``ENXIO`` where there are none. Portable: all are.
 

@@ -28,17 +28,17 @@ class Crew:
         self.threads = threads
         self._stop = Event()
         self._failure: BaseException | None = None
-        self._sizes = (threads, alongside) if alongside else (threads,)
-        self._pools = [ThreadPoolExecutor(size, "qkpatch") for size in self._sizes]
+        self._computing = ThreadPoolExecutor(threads, "qkpatch")
+        self._beside = ThreadPoolExecutor(alongside, "qkpatch-beside") if alongside else self._computing
+        self._all = [self._computing] * threads + [self._beside] * alongside
 
     def __enter__(self) -> Crew:
         # All threads start here, where no signal can come between a thread's start and its being known. They inherit
         # the mask: signals are for the main thread, which knows when they must wait.
         with signals_held(), signals_masked():
-            together = Barrier(sum(self._sizes))
+            together = Barrier(len(self._all))
             try:
-                every = [pool for pool, size in zip(self._pools, self._sizes, strict=True) for _ in range(size)]
-                wait([pool.submit(together.wait) for pool in every])
+                wait([pool.submit(together.wait) for pool in self._all])
             except BaseException as error:
                 together.abort()
                 self._end()
@@ -59,7 +59,7 @@ class Crew:
             raise self._failure
 
     def _end(self) -> None:
-        for pool in self._pools:
+        for pool in self._all:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def check(self) -> None:
@@ -73,13 +73,13 @@ class Crew:
 
     def start(self, task: Callable[[], R]) -> Future[R]:
         """Run one task alongside; ``result()`` raises what it raised."""
-        return self._pools[-1].submit(self._run, task)
+        return self._beside.submit(self._run, task)
 
     def map(self, task: Callable[[A], R], items: Iterable[A]) -> Iterator[R]:
         """``task`` of each item, in order; no more than ``threads`` at a time, and none far ahead of the reader."""
         running: deque[Future[R]] = deque()
         for item in items:
-            running.append(self._pools[0].submit(self._run, partial(task, item)))
+            running.append(self._computing.submit(self._run, partial(task, item)))
             if len(running) > self.threads:  # one more, for a thread that is done before the first
                 yield running.popleft().result()
         while running:

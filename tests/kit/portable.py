@@ -13,8 +13,8 @@ from qkpatch.common import system
 
 # In `os`; `qkpatch.common.system` alone may name them, as `test_architecture` sees to.
 OF_LINUX = {
-    "O_DIRECT", "O_TMPFILE", "RWF_NOWAIT", "SEEK_DATA", "SEEK_HOLE", "copy_file_range", "preadv", "sched_getaffinity",
-    "sendfile",
+    "O_DIRECT", "O_TMPFILE", "RWF_NOWAIT", "SEEK_DATA", "SEEK_HOLE", "copy_file_range", "posix_fadvise", "preadv",
+    "sched_getaffinity", "sendfile",
 }  # fmt: skip
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from conftest import Tiny
 
+from qkpatch.checkpoint.files import open_read
+from qkpatch.common import system
 from qkpatch.errors import NumericalError
 from qkpatch.patching import spectra
 from qkpatch.patching.inspection import Inspection
@@ -51,3 +56,31 @@ def test_the_next_layer_is_opened_while_one_is_computed_and_none_stays_open(
     with pytest.raises(NumericalError):
         list(inspection.spectra(threads=threads))
     assert 3 < len(opened) == len(closed)
+
+
+def test_the_disk_brings_what_will_be_read(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of queries and keys, when a layer is opened, and not the rest of the file."""
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(system, "will_read", lambda fd, begin, end: asked.append((begin, end)))
+    inspection = Inspection.of(str(tiny.path), Request(modes=2))
+    asked.clear()  # config.json and other small files
+    list(inspection.spectra())
+    rows = [span for target in inspection.targets for span in target.read_ranges((0, 1, 2, 3)).values()]
+    assert sorted(asked) == sorted(span for spans in rows for span in spans)
+
+
+@pytest.mark.linux
+def test_what_will_be_read_comes_while_something_else_is_done(tmp_path: Path) -> None:
+    path, half = tmp_path / "file", 4 << 20
+    path.write_bytes(os.urandom(2 * half))
+    with open_read(path) as opened:
+        os.fsync(opened.fd)
+        os.posix_fadvise(opened.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        if system.is_cached(opened.fd, half):
+            pytest.skip("this file system keeps what it has")
+    with open_read(path, None, [(half, 2 * half)]) as opened:
+        until = time.monotonic() + 10
+        while not system.is_cached(opened.fd, 2 * half - 1) and time.monotonic() < until:
+            time.sleep(0.01)
+        assert system.is_cached(opened.fd, 2 * half - 1)
+        assert not system.is_cached(opened.fd, 0)
