@@ -24,6 +24,7 @@ from .chart import draw
 from .contest import (
     APPLY,
     COPY,
+    IMPORT,
     INSPECT,
     LOOP,
     REAL_COPY,
@@ -144,7 +145,7 @@ class Session:
         check_free(self.folder, size)
         with image_place(self.folder, size, kind) as mount:
             source = build(shape, mount)
-            self.race(shape, source, Place(kind, mount, ("cold", "warm")), COPY, REAL_COPY, APPLY)
+            self.race(shape, source, Place(kind, mount, ("cold", "warm")), COPY, REAL_COPY, APPLY, IMPORT)
 
     def measure_dense(self) -> None:
         """Seconds of one dense SVD."""

@@ -72,6 +72,7 @@ def _inspect(_: Shape, source: Path, out: Path) -> list[Command]:
 
 APPLY = Contestant("qkpatch apply", _apply)
 LOOP = Contestant("load/edit/save loop", _loop)
+IMPORT = Contestant("import torch", lambda *_: [[sys.executable, "-c", "import torch"]])
 COPY = Contestant("cp -r + sync", copying())
 REAL_COPY = Contestant("cp -r --reflink=never + sync", copying("--reflink=never"))
 INSPECT = Contestant("qkpatch inspect", _inspect, lambda shape: not shape.is_sparse)

@@ -25,6 +25,7 @@ class Usage:
 
     wall: float
     cpu: float
+    user: float  # what of it was not the kernel's
     peak_rss: int  # VmHWM, in bytes
     peak_anonymous: int  # the largest RssAnon that was seen
     asked_read: int  # by system calls, from the page cache or not
@@ -37,6 +38,7 @@ class Usage:
         return Usage(
             wall=self.wall + other.wall,
             cpu=self.cpu + other.cpu,
+            user=self.user + other.user,
             peak_rss=max(self.peak_rss, other.peak_rss),
             peak_anonymous=max(self.peak_anonymous, other.peak_anonymous),
             asked_read=self.asked_read + other.asked_read,
@@ -82,6 +84,7 @@ def measure(command: Sequence[str | Path]) -> tuple[Usage, str]:
         return Usage(
             wall=wall,
             cpu=rusage.ru_utime + rusage.ru_stime,
+            user=rusage.ru_utime,
             peak_rss=watch.peak_rss,
             peak_anonymous=watch.peak_anonymous,
             asked_read=io.get("rchar", 0),

@@ -24,7 +24,7 @@ from scripts.bench.measure import BenchError, PageCache, Usage, measure
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 
-USAGE = Usage(1.0, 1.0, 100, 50, 1, 1, 1, 1)
+USAGE = Usage(1.0, 1.0, 0.5, 100, 50, 1, 1, 1, 1)
 
 
 @pytest.mark.long
@@ -115,6 +115,18 @@ def test_ratios_are_taken_within_a_round_and_targets_are_told_met_or_missed() ->
         (1.0, False),
         (0.5, True),
     ]
+    reflinked = [replace(run, place="btrfs", cache="warm") for run in runs]
+    assert [(v.what, v.unit, v.limit) for v in report.verdicts(report.rows(reflinked))[1:]] == [
+        ("apply, one-5g, btrfs, warm", "s", 3.0),
+        ("apply ÷ load/edit/save loop, one-5g, btrfs, warm", "×", 1.0),
+    ]
+    whole = [
+        contest.Run("llama-7b", "ext4", "warm", name, 0, replace(USAGE, cpu=9.5, user=7.5))
+        for name in (contest.APPLY.name, contest.INSPECT.name)
+    ]
+    found = {v.what: v.is_met for v in report.verdicts(report.rows(whole))}
+    assert not found["user time of apply, llama-7b, ext4, warm"]
+    assert not found["CPU time of inspect, llama-7b, ext4, warm"]
     page = report.markdown(table, report.machine(), 20.0, ["xfs: not here"])
     assert "**missed**" in page
     assert "**Extrapolated**, not measured: 96 minutes" in " ".join(page.split())
