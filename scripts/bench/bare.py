@@ -30,15 +30,15 @@ from .heads import parse
 from .shapes import Shape, build
 
 RULE = EditRule(Channel.full, Select.dominant, 4, 0.5)
+BLOCK = 32
 Calls = list[Callable[[], Tensor]]
 
 
 def gram(W: Tensor) -> Tensor:
     """``W Wᵀ``; of what is above the diagonal, only blocks."""
-    half = len(W) // 2
     G = W.new_zeros(len(W), len(W))
-    G[half:] = W[half:] @ W.mT
-    G[:half, :half] = W[:half] @ W[:half].mT
+    for i in range(0, len(W), BLOCK):
+        G[i:, i : i + BLOCK] = W[i:] @ W[i : i + BLOCK].mT
     return G
 
 
