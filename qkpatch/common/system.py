@@ -29,6 +29,7 @@ _GETFLAGS, _APPEND_ONLY = 0x80086601, 0x20  # of linux/fs.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of malloc.h
 _KEPT = 32 << 20  # bytes: the largest that malloc.h allows
 _NEVER = 1 << 30  # no run has as much to give back
+_READ_AHEAD = 128 << 10  # bytes; of one call, Linux takes no more than a disk's own, and says nothing
 
 
 def _missing() -> OSError:
@@ -98,7 +99,8 @@ def will_read(fd: int, begin: int, end: int) -> None:
     """Have the disk bring bytes that are read soon, while something else is done. Portable: nothing."""
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError):
-            os.posix_fadvise(fd, begin, end - begin, os.POSIX_FADV_WILLNEED)
+            for at in range(begin, end, _READ_AHEAD):
+                os.posix_fadvise(fd, at, min(_READ_AHEAD, end - at), os.POSIX_FADV_WILLNEED)
 
 
 def data_at(fd: int, offset: int) -> tuple[int, int]:
