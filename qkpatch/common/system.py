@@ -97,10 +97,11 @@ def read_into(fd: int, buffer: memoryview, offset: int) -> int:
 
 def will_read(fd: int, begin: int, end: int) -> None:
     """Have the disk bring bytes that are read soon, while something else is done. Portable: nothing."""
-    if hasattr(os, "posix_fadvise") and hasattr(os, "POSIX_FADV_WILLNEED"):
+    advise, soon = getattr(os, "posix_fadvise", None), getattr(os, "POSIX_FADV_WILLNEED", 0)
+    if advise is not None:
         with suppress(OSError):
             for at in range(begin, end, _READ_AHEAD):
-                os.posix_fadvise(fd, at, min(_READ_AHEAD, end - at), os.POSIX_FADV_WILLNEED)
+                advise(fd, at, min(_READ_AHEAD, end - at), soon)
 
 
 def data_at(fd: int, offset: int) -> tuple[int, int]:
