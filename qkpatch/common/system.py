@@ -97,11 +97,11 @@ def read_into(fd: int, buffer: memoryview, offset: int) -> int:
 
 def will_read(fd: int, begin: int, end: int) -> None:
     """Have the disk bring bytes that are read soon, while something else is done. Portable: nothing."""
-    advise, soon = getattr(os, "posix_fadvise", None), getattr(os, "POSIX_FADV_WILLNEED", 0)
-    if advise is not None:
+    if hasattr(os, "posix_fadvise"):
+        soon = getattr(os, "POSIX_FADV_WILLNEED", 0)
         with suppress(OSError):
             for at in range(begin, end, _READ_AHEAD):
-                advise(fd, at, min(_READ_AHEAD, end - at), soon)
+                os.posix_fadvise(fd, at, min(_READ_AHEAD, end - at), soon)
 
 
 def data_at(fd: int, offset: int) -> tuple[int, int]:
