@@ -67,8 +67,9 @@ def unwinding_on_kill() -> Iterator[None]:
     try:
         yield
     finally:
-        _arrivals.is_on = False
-        for number, handler in before.items():
+        # The command is over, and nobody is there to hear of what comes meanwhile. SIGINT last: Python's own raises.
+        _arrivals.is_on, _arrivals.is_raised = False, True
+        for number, handler in reversed(before.items()):
             signal.signal(number, handler)
 
 

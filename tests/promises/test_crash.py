@@ -488,6 +488,29 @@ with unwinding_on_kill():
     assert time.monotonic() - begun < 5
 
 
+def test_a_signal_that_comes_when_the_command_is_over_ends_nothing() -> None:
+    """Handlers are given back, one after the other; whoever would be told of the signal is gone by then."""
+    code = """
+import os, signal
+from qkpatch.common.interrupts import unwinding_on_kill
+
+given_back, give = [], signal.signal
+
+def late(number, handler):
+    if is_over:
+        given_back.append(number)
+        os.kill(os.getpid(), signal.SIGINT)
+    return give(number, handler)
+
+is_over, signal.signal = False, late
+with unwinding_on_kill():
+    is_over = True
+assert given_back[-1] == signal.SIGINT and len(given_back) == 3, given_back
+"""
+    ended = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, preexec_fn=heed_signals, timeout=30)
+    assert ended.returncode == 0
+
+
 @pytest.mark.long
 def test_of_two_runs_for_one_out_one_wins_and_the_other_is_refused_or_finds_it_done(
     slow: Tiny, folder: Path, undisturbed: dict[str, Any]
